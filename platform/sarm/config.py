@@ -1,0 +1,352 @@
+"""Every knob of the platform: one frozen dataclass per concern, and one per job that names the concerns the job reads.
+
+The flags of a job are the fields below (`--sae.k 27`), and their help texts are these docstrings. A field marked
+`OPERATIONAL` says how fast or where a stage runs, not what it computes: changing it does not make a finished stage foreign.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+OPERATIONAL = {"operational": True}
+
+# `run` and `out` are too common to be typed with a prefix: `--out`, `--seed`, `--dry-run`.
+Flat = tyro.conf.arg(name="")
+
+
+Job = TypeVar("Job")
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: shown as one line, exit status 2."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_rate(rate: float, flag: str, *, zero_allowed: bool = False) -> None:
+    _require(
+        math.isfinite(rate) and (rate > 0 or (zero_allowed and rate == 0)),
+        f"a learning rate must be finite and above 0, got {rate}. Pass {flag}.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where a job writes, what it logs to and which machines it may use."""
+
+    out: Path = field(default=Path("outputs/run"), metadata=OPERATIONAL)
+    """Folder of the run; every stage writes one folder inside it."""
+    seed: int = 0
+    """Seed of every random choice: initialisation, shuffling, bootstrap."""
+    mlflow_uri: str = field(default="", metadata=OPERATIONAL)
+    """MLflow tracking URI (server, or absolute sqlite path). Empty: `MLFLOW_TRACKING_URI`, else sqlite beside `out`."""
+    experiment: str = field(default="sarm", metadata=OPERATIONAL)
+    """MLflow experiment."""
+    ray_address: str = field(default="", metadata=OPERATIONAL)
+    """Ray cluster to join (`auto`, `HOST:PORT`). Empty: the cluster of the submitted job, else a local one."""
+    num_workers: int = field(default=1, metadata=OPERATIONAL)
+    """Ray Train workers of the SAE and reward training; one GPU each where the cluster has GPUs."""
+    num_actors: int = field(default=1, metadata=OPERATIONAL)
+    """Ray Data actors of extraction and scoring; one GPU each where the cluster has GPUs."""
+    cpus_per_worker: int = field(default=1, metadata=OPERATIONAL)
+    """CPU cores (and torch threads) of each worker and actor."""
+    dry_run: bool = field(default=False, metadata=OPERATIONAL)
+    """Print the resolved config and what the job would do and cost, then stop."""
+    debug: bool = field(default=False, metadata=OPERATIONAL)
+    """Show the traceback of an error instead of one line."""
+
+    def __post_init__(self) -> None:
+        # Ray Train changes the workers' directory, so a relative path would mean another folder there.
+        object.__setattr__(self, "out", self.out.expanduser().absolute())
+        for name in ("num_workers", "num_actors", "cpus_per_worker"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be at least 1, got {value}. Pass --{name.replace('_', '-')}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The language model, where it is cut, and how messages become tokens."""
+
+    name: str = "demo:smollm2"
+    """Folder, Hugging Face id, `demo:smollm2` (SmolLM2-135M-Instruct from a package) or `tiny:llama` (random, for tests)."""
+    revision: str = "main"
+    """Branch, tag or commit of a Hugging Face model; pin a commit for a run to be repeated."""
+    gguf_file: str = ""
+    """File inside `name` to load instead of safetensors."""
+    layer: int = 15
+    """Number of blocks to keep; activations are the residual stream after block `layer` (`hidden_states[layer]`)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the frozen backbone in extraction and scoring; training keeps fp32 master weights whatever this is."""
+    max_length: int = 512
+    """Tokens of a sequence at most; longer ones lose their beginning, never the rewarded final token."""
+    system_prompt: str | None = ""
+    """System turn put before conversations that have none; empty leaves an empty system turn out, so no dated default."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "the model has no name. Pass --model.name with a folder or a Hugging Face id.")
+        _require(self.layer >= 1, f"layer must be at least 1, got {self.layer}. Pass --model.layer.")
+        _require(
+            self.max_length >= 8,
+            f"max_length must be at least 8 tokens, got {self.max_length}. Pass --model.max-length.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Sources of text and of preferences, and how they are cleaned and split."""
+
+    texts: tuple[str, ...] = ()
+    """Text sources: files or globs (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), `hf:NAME[:SPLIT]`, `demo:openwebtext`, `demo:wikipedia`, `tiny:texts`."""
+    pairs: tuple[str, ...] = ()
+    """Preference sources: files or globs as above, `hf:NAME[:SPLIT]`, `demo:harm`, `tiny:pairs`."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    max_texts: int | None = None
+    """Keep at most this many texts of each source."""
+    max_pairs: int | None = None
+    """Read at most this many pairs of each source."""
+    max_pairs_per_prompt: int | None = 60
+    """Keep at most this many pairs of one prompt (chosen by hash), so that no prompt outweighs the others."""
+    heldout_share: float = 0.2
+    """Share of prompts, by hash of the prompt, that are held out for evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.heldout_share < 1,
+            f"heldout_share must be between 0 and 1, got {self.heldout_share}. Pass --data.heldout-share.",
+        )
+        for name in ("max_texts", "max_pairs", "max_pairs_per_prompt"):
+            value = getattr(self, name)
+            _require(
+                value is None or value >= 1,
+                f"{name} must be at least 1, got {value}. Pass --data.{name.replace('_', '-')}.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """How activations are computed and stored."""
+
+    batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
+    """Tokens of one forward pass, padding included."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """16-bit format of stored activations; float16 is finer, bfloat16 never overflows."""
+    rows_per_file: int = 16384
+    """Activations of one Parquet file at most."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.batch_tokens >= 64,
+            f"batch_tokens must be at least 64, got {self.batch_tokens}. Pass --extraction.batch-tokens.",
+        )
+        _require(
+            self.rows_per_file >= 1,
+            f"rows_per_file must be at least 1, got {self.rows_per_file}. Pass --extraction.rows-per-file.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sae:
+    """The TopK sparse autoencoder and its two training phases (sentence ends, then chat ends)."""
+
+    d_sae: int = 9216
+    """Dictionary size; the papers use 16 d_in."""
+    k: int = 27
+    """Active latents per token; the papers use 3/64 d_in."""
+    lr: float = 5e-4
+    """Adam's peak learning rate on sentence ends."""
+    chat_lr: float = 5e-4
+    """Adam's peak learning rate on chat ends."""
+    batch_size: int = 512
+    """Activations of one step over all workers."""
+    text_epochs: int = 1
+    """Passes over the sentence ends of the corpus; 0 leaves the phase out."""
+    chat_epochs: int = 1
+    """Passes over the final tokens of the training responses; 0 leaves the phase out."""
+    warmup_share: float = 0.05
+    """Share of each phase over which the rate rises from 0."""
+    decay_share: float = 0.2
+    """Share of each phase over which the rate falls to 0."""
+    heldout_share: float = 0.05
+    """Share of activations, by hash of the document, kept out of training to measure FVU."""
+
+    def __post_init__(self) -> None:
+        _require(self.d_sae >= 1, f"d_sae must be at least 1, got {self.d_sae}. Pass --sae.d-sae.")
+        _require(
+            1 <= self.k <= self.d_sae, f"k must be between 1 and d_sae={self.d_sae}, got k={self.k}. Pass --sae.k."
+        )
+        _require_rate(self.lr, "--sae.lr")
+        _require_rate(self.chat_lr, "--sae.chat-lr")
+        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}. Pass --sae.batch-size.")
+        _require(
+            min(self.text_epochs, self.chat_epochs) >= 0,
+            "epochs cannot be negative. Pass --sae.text-epochs or --sae.chat-epochs.",
+        )
+        _require(
+            self.text_epochs + self.chat_epochs > 0,
+            "the SAE has no phase to train. Pass --sae.text-epochs or --sae.chat-epochs.",
+        )
+        _require(
+            0 <= self.warmup_share + self.decay_share <= 1,
+            "warmup_share + decay_share must be at most 1. Pass --sae.warmup-share.",
+        )
+        _require(
+            0 < self.heldout_share < 0.5,
+            f"heldout_share must be between 0 and 0.5, got {self.heldout_share}. Pass --sae.heldout-share.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """Bradley-Terry training of the reward model."""
+
+    lr: float = 4e-6
+    """AdamW's peak learning rate for the backbone's blocks."""
+    head_lr: float = 1e-3
+    """AdamW's peak learning rate for the zero-initialised linear head."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the blocks; the head has none."""
+    epochs: int = 1
+    """Passes over the training pairs."""
+    batch_pairs: int = 64
+    """Pairs of one optimizer step over all workers; a prompt's pairs stay together."""
+    batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
+    """Tokens of one forward and backward pass of one worker, padding included."""
+    warmup_share: float = 0.1
+    """Share of the pairs over which the rates rise from 0; they fall to 0 by a cosine afterwards."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of forward and backward; bfloat16 keeps fp32 master weights."""
+    gradient_checkpointing: bool = field(default=False, metadata=OPERATIONAL)
+    """Recompute the blocks in the backward pass to save memory."""
+    scalar_baseline: bool = True
+    """Also train a scalar head on the same truncated backbone, for comparison."""
+
+    def __post_init__(self) -> None:
+        _require_rate(self.lr, "--reward.lr", zero_allowed=True)
+        _require_rate(self.head_lr, "--reward.head-lr")
+        _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}. Pass --reward.epochs.")
+        _require(
+            self.batch_pairs >= 1, f"batch_pairs must be at least 1, got {self.batch_pairs}. Pass --reward.batch-pairs."
+        )
+        _require(
+            self.batch_tokens >= 64,
+            f"batch_tokens must be at least 64, got {self.batch_tokens}. Pass --reward.batch-tokens.",
+        )
+        _require(
+            0 <= self.warmup_share < 1,
+            f"warmup_share must be between 0 and 1, got {self.warmup_share}. Pass --reward.warmup-share.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out measurement and attribution."""
+
+    resamples: int = 10_000
+    """Bootstrap resamples of prompts behind each 95 % interval."""
+    top_features: int = 20
+    """Features with the largest and with the smallest mean contribution that are reported."""
+    contexts_per_feature: int = 8
+    """Strongest contexts kept for each feature."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.resamples >= 100, f"resamples must be at least 100, got {self.resamples}. Pass --evaluation.resamples."
+        )
+        _require(
+            self.top_features >= 1,
+            f"top_features must be at least 1, got {self.top_features}. Pass --evaluation.top-features.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareData:
+    """Clean, de-duplicate and split the sources into corpus/v1 and pairs/v1."""
+
+    run: Annotated[Run, Flat] = Run()
+    data: Data = Data()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractActivations:
+    """Write the residual stream at sentence ends and at the rewarded tokens as activations/v1."""
+
+    run: Annotated[Run, Flat] = Run()
+    model: Model = Model()
+    extraction: Extraction = Extraction()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSae:
+    """Train the TopK SAE on sentence ends, then on chat ends."""
+
+    run: Annotated[Run, Flat] = Run()
+    sae: Sae = Sae()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSarm:
+    """Train the SARM (and the scalar-head baseline) on the preference pairs."""
+
+    run: Annotated[Run, Flat] = Run()
+    model: Model = Model()
+    reward: Reward = Reward()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score held-out pairs, attribute rewards to features, write the report."""
+
+    run: Annotated[Run, Flat] = Run()
+    extraction: Extraction = Extraction()
+    evaluation: Evaluation = Evaluation()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """Every stage, from sources to report; also the whole of a preset."""
+
+    run: Annotated[Run, Flat] = Run()
+    model: Model = Model()
+    data: Data = Data()
+    extraction: Extraction = Extraction()
+    sae: Sae = Sae()
+    reward: Reward = Reward()
+    evaluation: Evaluation = Evaluation()
+
+    def part(self, job: type[Job]) -> Job:
+        """The same settings as the config of one job, e.g. `preset.part(TrainSae)`."""
+        return job(**{f.name: getattr(self, f.name) for f in dataclasses.fields(job)})
+
+
+def identity(config: Any, *, seed: int | None = None) -> dict[str, Any]:
+    """The fields of `config` that decide what is computed, as JSON values: two runs with equal identities give equal results."""
+    fields = {
+        f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if not f.metadata.get("operational")
+    }
+    return fields if seed is None else {**fields, "seed": seed}
+
+
+def as_json(config: Any) -> str:
+    """The whole resolved config, for `--dry-run`, manifests and MLflow."""
+    return json.dumps(_plain(dataclasses.asdict(config)), indent=2)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,208 @@
+"""Stage folders. A stage claims its folder first (`stage.json`), writes its parts, and writes `manifest.json` last.
+
+A folder with a manifest is finished; one with only a claim is unfinished and no reader accepts it; anything else is foreign.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sarm.config import UserError
+
+MANIFEST = "manifest.json"
+CLAIM = "stage.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished folder holds and what it was made from."""
+
+    schema: str
+    created: str
+    git_commit: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    counts: dict[str, Any]
+    files: dict[str, str]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path, schema: str) -> Manifest:
+    """The manifest of a finished stage folder.
+
+    Raises UserError if the folder is missing, unfinished, torn, or of another schema.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{schema}: no folder {folder}. Run the stage that writes it first, or pass another --out.")
+    path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(
+            f"{schema}: {folder} has no {MANIFEST}, so it is unfinished. Run the stage that writes it again."
+        )
+    try:
+        manifest = Manifest(**json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(
+            f"{schema}: {path} is not a manifest ({error}). Delete the folder and run its stage again."
+        ) from error
+    if manifest.schema != schema:
+        raise UserError(f"expected {schema} in {folder}, got {manifest.schema}. Pass another --out.")
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Raise UserError unless every file that the manifest lists is there with the bytes it had when it was written."""
+    for name, digest in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{manifest.schema}: {path} is missing. Delete {folder} and run its stage again.")
+        if (found := sha256_of(path)) != digest:
+            raise UserError(
+                f"{manifest.schema}: {path} has changed (sha256 {found[:12]}, expected {digest[:12]}). Delete {folder} and run its stage again."
+            )
+
+
+class StageFolder:
+    """One stage's folder, from claim to manifest.
+
+    `config` is what decides the result (see `config.identity`); `inputs` are the finished folders that the stage reads.
+    """
+
+    def __init__(
+        self, folder: Path, schema: str, config: dict[str, Any], inputs: Mapping[str, tuple[Path, str]] | None = None
+    ):
+        self.folder, self.schema, self.config = folder, schema, json.loads(json.dumps(config))
+        self.inputs = {
+            name: sha256_of(path / MANIFEST)
+            for name, (path, input_schema) in (inputs or {}).items()
+            if read_manifest(path, input_schema)
+        }
+
+    def finished(self) -> Manifest | None:
+        """The manifest if this very stage is already done, None if it has to be done.
+
+        Raises UserError if the folder holds anything else: another config, other inputs, or files of nobody's.
+        """
+        if (self.folder / MANIFEST).exists():
+            manifest = read_manifest(self.folder, self.schema)
+            self._refuse_difference(manifest.config, manifest.inputs)
+            return manifest
+        if (self.folder / CLAIM).exists():
+            claim = self._read_claim()
+            if claim.get("schema") != self.schema:
+                raise UserError(
+                    f"{self.folder} is an unfinished {claim.get('schema')}, not {self.schema}. Pass another --out."
+                )
+            self._refuse_difference(claim.get("config", {}), claim.get("inputs", {}))
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UserError(
+                f"{self.folder} holds files that no stage of this platform claimed. Pass another --out or empty it yourself."
+            )
+        elif self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file, expected a folder. Pass another --out.")
+        return None
+
+    def claim(self, **notes: str) -> dict[str, str]:
+        """Take the folder, throwing away what an unfinished run of the same stage left; returns that run's notes.
+
+        Notes are small facts that survive a restart, such as the MLflow run id.
+        """
+        previous = self._read_claim().get("notes", {}) if (self.folder / CLAIM).exists() else {}
+        if self.folder.exists():
+            for path in self.folder.iterdir():
+                if path.name != CLAIM:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_claim({**previous, **notes})
+        return previous
+
+    def note(self, **notes: str) -> None:
+        """Add notes to a claimed folder."""
+        self._write_claim({**self._read_claim().get("notes", {}), **notes})
+
+    def finish(self, counts: Mapping[str, Any], file_hashes: Mapping[str, str] | None = None) -> Manifest:
+        """Hash every file that has no hash in `file_hashes` yet, and write the manifest: from now on the folder is finished."""
+        known = dict(file_hashes or {})
+        names = sorted(
+            p.relative_to(self.folder).as_posix()
+            for p in self.folder.rglob("*")
+            if p.is_file() and p.name not in (CLAIM, MANIFEST)
+        )
+        manifest = Manifest(
+            schema=self.schema,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            git_commit=git_commit(),
+            config=self.config,
+            inputs=self.inputs,
+            counts=dict(counts),
+            files={name: known.get(name) or sha256_of(self.folder / name) for name in names},
+        )
+        write_atomically(self.folder / MANIFEST, json.dumps(manifest.__dict__, indent=2, allow_nan=False))
+        return manifest
+
+    def _read_claim(self) -> dict[str, Any]:
+        try:
+            claim = json.loads((self.folder / CLAIM).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{self.folder / CLAIM} is torn ({error}). Delete the folder and run its stage again."
+            ) from error
+        return claim if isinstance(claim, dict) else {}
+
+    def _write_claim(self, notes: dict[str, str]) -> None:
+        write_atomically(
+            self.folder / CLAIM,
+            json.dumps({"schema": self.schema, "config": self.config, "inputs": self.inputs, "notes": notes}, indent=2),
+        )
+
+    def _refuse_difference(self, config: dict[str, Any], inputs: dict[str, str]) -> None:
+        if difference := _first_difference(config, self.config):
+            raise UserError(
+                f"{self.folder} was made with {difference}. Pass another --out, or delete the folder to make it again."
+            )
+        if inputs != self.inputs:
+            changed = sorted(
+                name for name in inputs.keys() | self.inputs.keys() if inputs.get(name) != self.inputs.get(name)
+            )
+            raise UserError(
+                f"{self.folder} was made from another {', '.join(changed)}. Pass another --out, or delete the folder to make it again."
+            )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is seen whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def git_commit() -> str:
+    """The commit of the code, `unknown` where it does not run from a checkout."""
+    answer = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or "unknown"
+
+
+def _first_difference(old: Any, new: Any, name: str = "") -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if found := _first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
+                return found
+        return ""
+    return "" if old == new else f"{name}={old!r}, now asked for {name}={new!r}"

@@ -1,0 +1,120 @@
+"""The Parquet schemas that stages hand to each other. Joins are by id, never by row order."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+
+CORPUS = pa.schema(
+    [
+        pa.field("row_id", pa.int64(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.list_(MESSAGE), nullable=False),
+        pa.field("chosen", pa.string(), nullable=False),
+        pa.field("rejected", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("subset", pa.string()),
+        pa.field("margin", pa.float32()),
+    ]
+)
+
+PAIR_SCORES = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("subset", pa.string()),
+        pa.field("chosen_reward", pa.float32(), nullable=False),
+        pa.field("rejected_reward", pa.float32(), nullable=False),
+        pa.field("chosen_tokens", pa.int32(), nullable=False),
+        pa.field("rejected_tokens", pa.int32(), nullable=False),
+        pa.field("chosen_latents", pa.list_(pa.int32())),
+        pa.field("chosen_values", pa.list_(pa.float32())),
+        pa.field("rejected_latents", pa.list_(pa.int32())),
+        pa.field("rejected_values", pa.list_(pa.float32())),
+    ]
+)
+
+FEATURES = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("weight", pa.float32(), nullable=False),
+        pa.field("frequency_chosen", pa.float32(), nullable=False),
+        pa.field("frequency_rejected", pa.float32(), nullable=False),
+        pa.field("mean_contribution_chosen", pa.float32(), nullable=False),
+        pa.field("mean_contribution_rejected", pa.float32(), nullable=False),
+        pa.field("mean_margin_contribution", pa.float32(), nullable=False),
+    ]
+)
+
+CONTEXTS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("value", pa.float32(), nullable=False),
+        pa.field("side", pa.string(), nullable=False),
+        pa.field("doc_id", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
+
+LATENT_STATS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("frequency_text", pa.float32(), nullable=False),
+        pa.field("frequency_chat", pa.float32(), nullable=False),
+        pa.field("mean_value", pa.float32(), nullable=False),
+        pa.field("max_value", pa.float32(), nullable=False),
+    ]
+)
+
+
+def activations(d_in: int, metadata: dict[str, Any]) -> pa.Schema:
+    """activations/v1 for vectors of width `d_in`: one fixed-size binary of raw 16-bit values a row.
+
+    `metadata` (dtype, d_in, layer, model, tokenizer and template hash) travels in the schema as JSON under `sarm`.
+    """
+    return pa.schema(
+        [
+            pa.field("row_id", pa.int64(), nullable=False),
+            pa.field("doc_id", pa.string(), nullable=False),
+            pa.field("side", pa.string(), nullable=False),
+            pa.field("position", pa.int32(), nullable=False),
+            pa.field("token_id", pa.int32(), nullable=False),
+            pa.field("num_tokens", pa.int32(), nullable=False),
+            pa.field("activation", pa.binary(2 * d_in), nullable=False),
+        ],
+        metadata={b"sarm": json.dumps({**metadata, "d_in": d_in}, sort_keys=True).encode()},
+    )
+
+
+def stable_id(*parts: str) -> str:
+    """16 hexadecimal digits that depend on `parts` alone."""
+    return hashlib.sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def stable_int(*parts: str) -> int:
+    """A non-negative 63-bit integer that depends on `parts` alone: the `row_id` of a text or response."""
+    return int(stable_id(*parts), 16) >> 1
+
+
+def prompt_id(messages: Sequence[dict[str, str]]) -> str:
+    """Id of a prompt (all messages before the response); pairs of one prompt share it, and so share a split."""
+    return stable_id(json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False))
+
+
+def hash_share(identifier: str) -> float:
+    """A uniform number in [0, 1) that depends on the id alone: what splits data without ever seeing a result."""
+    return int(hashlib.sha256(b"split:" + identifier.encode()).hexdigest()[:13], 16) / 16**13
