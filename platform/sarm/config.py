@@ -56,8 +56,8 @@ class Run:
     """Ray Train workers of the SAE and reward training; one GPU each where the cluster has GPUs."""
     num_actors: int = field(default=1, metadata=OPERATIONAL)
     """Ray Data actors of extraction and scoring; one GPU each where the cluster has GPUs."""
-    cpus_per_worker: int = field(default=1, metadata=OPERATIONAL)
-    """CPU cores (and torch threads) of each worker and actor."""
+    cpus_per_worker: int = field(default=0, metadata=OPERATIONAL)
+    """CPU cores (and torch threads) of each worker and actor; 0 shares out the cluster's."""
     dry_run: bool = field(default=False, metadata=OPERATIONAL)
     """Print the resolved config and what the job would do and cost, then stop."""
     debug: bool = field(default=False, metadata=OPERATIONAL)
@@ -66,9 +66,9 @@ class Run:
     def __post_init__(self) -> None:
         # Ray Train changes the workers' directory, so a relative path would mean another folder there.
         object.__setattr__(self, "out", self.out.expanduser().absolute())
-        for name in ("num_workers", "num_actors", "cpus_per_worker"):
+        for name, least in (("num_workers", 1), ("num_actors", 1), ("cpus_per_worker", 0)):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1, got {value}. Pass --{name.replace('_', '-')}.")
+            _require(value >= least, f"{name} must be at least {least}, got {value}. Pass --{name.replace('_', '-')}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,8 @@ class Model:
     """Dtype of the frozen backbone in extraction and scoring; training keeps fp32 master weights whatever this is."""
     max_length: int = 512
     """Tokens of a sequence at most; longer ones lose their beginning, never the rewarded final token."""
-    system_prompt: str | None = ""
-    """System turn put before conversations that have none; empty leaves an empty system turn out, so no dated default."""
+    system_prompt: str | None = None
+    """System turn put before conversations that have none; unset leaves it to the model's chat template."""
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "the model has no name. Pass --model.name with a folder or a Hugging Face id.")
@@ -112,7 +112,7 @@ class Data:
     max_texts: int | None = None
     """Keep at most this many texts of each source."""
     max_pairs: int | None = None
-    """Read at most this many pairs of each source."""
+    """Keep at most this many pairs of each source."""
     max_pairs_per_prompt: int | None = 60
     """Keep at most this many pairs of one prompt (chosen by hash), so that no prompt outweighs the others."""
     heldout_share: float = 0.2

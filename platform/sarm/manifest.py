@@ -52,7 +52,7 @@ def read_manifest(folder: Path, schema: str) -> Manifest:
             f"{schema}: {folder} has no {MANIFEST}, so it is unfinished. Run the stage that writes it again."
         )
     try:
-        manifest = Manifest(**json.loads(path.read_text()))
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise UserError(
             f"{schema}: {path} is not a manifest ({error}). Delete the folder and run its stage again."
@@ -95,31 +95,21 @@ class StageFolder:
 
         Raises UserError if the folder holds anything else: another config, other inputs, or files of nobody's.
         """
-        if (self.folder / MANIFEST).exists():
-            manifest = read_manifest(self.folder, self.schema)
-            self._refuse_difference(manifest.config, manifest.inputs)
-            return manifest
-        if (self.folder / CLAIM).exists():
-            claim = self._read_claim()
-            if claim.get("schema") != self.schema:
-                raise UserError(
-                    f"{self.folder} is an unfinished {claim.get('schema')}, not {self.schema}. Pass another --out."
-                )
-            self._refuse_difference(claim.get("config", {}), claim.get("inputs", {}))
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        found = refuse_other_config(self.folder, self.schema, self.config)
+        if found is not None and found["inputs"] != self.inputs:
+            old = found["inputs"]
+            changed = sorted(name for name in old.keys() | self.inputs.keys() if old.get(name) != self.inputs.get(name))
             raise UserError(
-                f"{self.folder} holds files that no stage of this platform claimed. Pass another --out or empty it yourself."
+                f"{self.folder} was made from another {', '.join(changed)}. Pass another --out, or delete the folder to make it again."
             )
-        elif self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file, expected a folder. Pass another --out.")
-        return None
+        return read_manifest(self.folder, self.schema) if (self.folder / MANIFEST).exists() else None
 
     def claim(self, **notes: str) -> dict[str, str]:
         """Take the folder, throwing away what an unfinished run of the same stage left; returns that run's notes.
 
         Notes are small facts that survive a restart, such as the MLflow run id.
         """
-        previous = self._read_claim().get("notes", {}) if (self.folder / CLAIM).exists() else {}
+        previous = _read_claim(self.folder).get("notes", {}) if (self.folder / CLAIM).exists() else {}
         if self.folder.exists():
             for path in self.folder.iterdir():
                 if path.name != CLAIM:
@@ -130,7 +120,7 @@ class StageFolder:
 
     def note(self, **notes: str) -> None:
         """Add notes to a claimed folder."""
-        self._write_claim({**self._read_claim().get("notes", {}), **notes})
+        self._write_claim({**_read_claim(self.folder).get("notes", {}), **notes})
 
     def finish(self, counts: Mapping[str, Any], file_hashes: Mapping[str, str] | None = None) -> Manifest:
         """Hash every file that has no hash in `file_hashes` yet, and write the manifest: from now on the folder is finished."""
@@ -152,39 +142,51 @@ class StageFolder:
         write_atomically(self.folder / MANIFEST, json.dumps(manifest.__dict__, indent=2, allow_nan=False))
         return manifest
 
-    def _read_claim(self) -> dict[str, Any]:
-        try:
-            claim = json.loads((self.folder / CLAIM).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{self.folder / CLAIM} is torn ({error}). Delete the folder and run its stage again."
-            ) from error
-        return claim if isinstance(claim, dict) else {}
-
     def _write_claim(self, notes: dict[str, str]) -> None:
         write_atomically(
             self.folder / CLAIM,
             json.dumps({"schema": self.schema, "config": self.config, "inputs": self.inputs, "notes": notes}, indent=2),
         )
 
-    def _refuse_difference(self, config: dict[str, Any], inputs: dict[str, str]) -> None:
-        if difference := _first_difference(config, self.config):
-            raise UserError(
-                f"{self.folder} was made with {difference}. Pass another --out, or delete the folder to make it again."
-            )
-        if inputs != self.inputs:
-            changed = sorted(
-                name for name in inputs.keys() | self.inputs.keys() if inputs.get(name) != self.inputs.get(name)
-            )
-            raise UserError(
-                f"{self.folder} was made from another {', '.join(changed)}. Pass another --out, or delete the folder to make it again."
-            )
+
+def refuse_other_config(folder: Path, schema: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What the folder's manifest or claim says, None for a new or empty folder.
+
+    Raises UserError unless the folder belongs to this very stage with this very config.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, expected a folder. Pass another --out.")
+    if (folder / MANIFEST).exists():
+        found = dict(read_manifest(folder, schema).__dict__)
+    elif (folder / CLAIM).exists():
+        found = _read_claim(folder)
+        if found.get("schema") != schema:
+            raise UserError(f"{folder} is an unfinished {found.get('schema')}, not {schema}. Pass another --out.")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} holds files that no stage of this platform claimed. Pass another --out or empty it yourself."
+        )
+    else:
+        return None
+    if difference := _first_difference(found.get("config"), json.loads(json.dumps(config))):
+        raise UserError(
+            f"{folder} was made with {difference}. Pass another --out, or delete the folder to make it again."
+        )
+    return {"inputs": {}, **found}
+
+
+def _read_claim(folder: Path) -> dict[str, Any]:
+    try:
+        claim = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / CLAIM} is torn ({error}). Delete the folder and run its stage again.") from error
+    return claim if isinstance(claim, dict) else {}
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is seen whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

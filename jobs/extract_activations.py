@@ -1,0 +1,20 @@
+"""corpus/v1 and pairs/v1 -> activations/v1: the residual stream at sentence ends and at rewarded tokens.
+
+python jobs/extract_activations.py demo
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/extract_activations.py demo
+"""
+
+from sarm.config import ExtractActivations
+from sarm.runtime.job import run_job
+
+
+def main(config: ExtractActivations) -> None:
+    from sarm.runtime import stages
+    from sarm.runtime.session import open_session
+
+    with open_session(config) as session:
+        stages.extract(session, config.model, config.extraction)
+
+
+if __name__ == "__main__":
+    run_job(ExtractActivations, main, __doc__ or "")

@@ -1,0 +1,32 @@
+"""Every stage in order: sources -> activations -> SAE -> SARM -> evaluation -> report.
+
+python jobs/pipeline.py demo
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/pipeline.py demo
+"""
+
+from sarm.config import Pipeline
+from sarm.runtime.job import run_job
+
+
+def main(config: Pipeline) -> None:
+    from sarm.data.models import check_model
+    from sarm.interpret.summary import print_summary
+    from sarm.runtime import stages
+    from sarm.runtime.reporting import report
+    from sarm.runtime.session import open_session
+
+    stages.check_sources(config.data)
+    check_model(config.model)
+    stages.refuse_other_run(config)
+    with open_session(config) as session:
+        stages.prepare(session, config.data)
+        stages.extract(session, config.model, config.extraction)
+        stages.train_sae(session, config.sae)
+        stages.train_sarm(session, config.model, config.reward)
+        stages.evaluate(session, config.extraction, config.evaluation)
+        files, content = report(session, config.run.out.name, config.evaluation)
+    print_summary(content, files.html)
+
+
+if __name__ == "__main__":
+    run_job(Pipeline, main, __doc__ or "")

@@ -1,0 +1,20 @@
+"""activations/v1 -> a TopK sparse autoencoder, trained on sentence ends and then on chat ends.
+
+python jobs/train_sae.py demo
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/train_sae.py demo
+"""
+
+from sarm.config import TrainSae
+from sarm.runtime.job import run_job
+
+
+def main(config: TrainSae) -> None:
+    from sarm.runtime import stages
+    from sarm.runtime.session import open_session
+
+    with open_session(config) as session:
+        stages.train_sae(session, config.sae)
+
+
+if __name__ == "__main__":
+    run_job(TrainSae, main, __doc__ or "")

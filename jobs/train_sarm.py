@@ -1,0 +1,20 @@
+"""pairs/v1 and the SAE -> a SARM, and a scalar head on the same backbone to compare it with.
+
+python jobs/train_sarm.py demo
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/train_sarm.py demo
+"""
+
+from sarm.config import TrainSarm
+from sarm.runtime.job import run_job
+
+
+def main(config: TrainSarm) -> None:
+    from sarm.runtime import stages
+    from sarm.runtime.session import open_session
+
+    with open_session(config) as session:
+        stages.train_sarm(session, config.model, config.reward)
+
+
+if __name__ == "__main__":
+    run_job(TrainSarm, main, __doc__ or "")

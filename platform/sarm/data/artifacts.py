@@ -1,0 +1,111 @@
+"""SAE and SARM folders: safetensors weights with everything needed to use them again.
+
+An SAE folder is SAELens' layout (`cfg.json`, `sae_weights.safetensors`); a SARM folder is what `save_pretrained` of a
+`transformers` model and tokenizer write, with the template pinned and the code beside it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sarm.config import UserError
+from sarm.data.chat import ChatTokenizer
+from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.sae import TopKSae
+
+SAE = "sae/v1"
+SARM = "sarm/v1"
+_SAE_WEIGHTS = "sae_weights.safetensors"
+# SAELens drops the metadata of files that do not name a version of its layout from 6 on.
+_SAE_LENS_LAYOUT = "6.0.0"
+
+
+def save_sae(sae: TopKSae, folder: Path, metadata: dict[str, Any]) -> None:
+    """Write the SAE; `metadata` (model, layer, standardising, ...) goes into `cfg.json`."""
+    config = {
+        "architecture": "topk",
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "k": sae.k,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        # Standardising per token is the reader's job (`sarm.nn.sae.standardise`), the same before training and scoring.
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": {"sae_lens_version": _SAE_LENS_LAYOUT, "input": "standardise(residual), float32", **metadata},
+    }
+    (folder / "cfg.json").write_text(json.dumps(config, indent=2))
+    save_file({name: p.detach().cpu().contiguous() for name, p in sae.named_parameters()}, folder / _SAE_WEIGHTS)
+
+
+def load_sae(folder: Path) -> tuple[TopKSae, dict[str, Any]]:
+    """The SAE of a folder and its metadata.
+
+    Raises UserError if files are missing or torn, or the weights are of another shape than `cfg.json` says.
+    """
+    try:
+        config = json.loads((folder / "cfg.json").read_text())
+        weights = load_file(folder / _SAE_WEIGHTS)
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a readable SAE: {error}. Train it again, or pass another --out.") from error
+    if config.get("architecture") != "topk":
+        raise UserError(f"{folder} holds a {config.get('architecture')} SAE, expected topk.")
+    sae = TopKSae(config["d_in"], config["d_sae"], config["k"])
+    expected = {name: tuple(p.shape) for name, p in sae.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != expected:
+        raise UserError(f"{folder / _SAE_WEIGHTS} holds shapes {found}, cfg.json says {expected}.")
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(weights[name])
+    return sae, config.get("metadata", {})
+
+
+def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder: Path) -> None:
+    """Write a model that `AutoModelForSequenceClassification` loads, its tokenizer, and copies of the code it needs."""
+    code = Path(__file__).parent.parent / "nn"
+    model.config.auto_map = {
+        "AutoConfig": "modeling_sarm.SarmConfig",
+        "AutoModelForSequenceClassification": "modeling_sarm.SarmForSequenceClassification",
+    }
+    model.save_pretrained(folder)
+    chat.tokenizer.chat_template = chat.template
+    chat.tokenizer.truncation_side = "left"
+    chat.tokenizer.model_max_length = chat.max_length
+    chat.tokenizer.save_pretrained(folder)
+    for name in ("modeling_sarm.py", "backbone.py", "sae.py"):
+        shutil.copyfile(code / name, folder / name)
+
+
+def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequenceClassification:
+    """The reward model of a folder.
+
+    Raises UserError if it is not one, or weights are missing, surplus or of another shape.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no reward model (no config.json). Train one first, or pass another --out.")
+    try:
+        config = SarmConfig.from_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is not a readable reward model: {error}. Train it again, or pass another --out."
+        ) from error
+    model = SarmForSequenceClassification(config)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise UserError(
+            f"{folder} does not fit its config: {len(wrong)} weights differ, first {wrong[0]}: got {found.get(wrong[0])}, expected {expected.get(wrong[0])}."
+        )
+    model.load_state_dict(weights)
+    model.model.to(dtype)
+    return model.eval()

@@ -1,0 +1,84 @@
+"""Prompts with all their distinct responses: what shares a forward pass, and what a split or an interval must keep together."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from sarm.data.chat import ChatTokenizer, Tokens
+from sarm.data.packing import Row, answer_rows
+
+
+class PairOfGroup(NamedTuple):
+    """A preference pair by the places of its responses in its group."""
+
+    pair_id: str
+    chosen: int
+    rejected: int
+    margin: float | None
+    subset: str | None
+
+
+class PromptGroup(NamedTuple):
+    """One prompt, its distinct responses with their tokens, and the pairs among them."""
+
+    prompt_id: str
+    responses: list[str]
+    tokens: list[Tokens]
+    pairs: list[PairOfGroup]
+
+    def rows(self, row_tokens: int) -> list[Row]:
+        """The responses packed into rows, keyed (prompt_id, place of the response)."""
+        return answer_rows([((self.prompt_id, i), t.ids) for i, t in enumerate(self.tokens)], row_tokens)
+
+
+def prompt_groups(pairs: pa.Table, chat: ChatTokenizer) -> Iterator[PromptGroup]:
+    """The groups of a pairs/v1 table, in order of first appearance; each distinct response is tokenised once."""
+    members: dict[str, list[dict]] = {}
+    for pair in pairs.select(["pair_id", "prompt_id", "prompt", "chosen", "rejected", "margin", "subset"]).to_pylist():
+        members.setdefault(pair["prompt_id"], []).append(pair)
+    for prompt_id, prompt_pairs in members.items():
+        places: dict[str, int] = {}
+        for pair in prompt_pairs:
+            for side in ("chosen", "rejected"):
+                places.setdefault(pair[side], len(places))
+        yield PromptGroup(
+            prompt_id=prompt_id,
+            responses=list(places),
+            tokens=chat.encode_responses(prompt_pairs[0]["prompt"], list(places)),
+            pairs=[
+                PairOfGroup(p["pair_id"], places[p["chosen"]], places[p["rejected"]], p["margin"], p["subset"])
+                for p in prompt_pairs
+            ],
+        )
+
+
+def split_group(group: PromptGroup, row_tokens: int, batch_tokens: int) -> list[PromptGroup]:
+    """The group, or parts of it small enough for one forward and backward pass.
+
+    A pair's loss needs both rewards in one pass, so pairs are dealt to parts in order and a response may be in two parts.
+    """
+    if _cost(group, row_tokens) <= batch_tokens:
+        return [group]
+    parts: list[list[PairOfGroup]] = []
+    for pair in sorted(group.pairs, key=lambda pair: (pair.chosen, pair.rejected)):
+        if parts and _cost(_restrict(group, [*parts[-1], pair]), row_tokens) <= batch_tokens:
+            parts[-1].append(pair)
+        else:
+            parts.append([pair])
+    return [_restrict(group, part) for part in parts]
+
+
+def _cost(group: PromptGroup, row_tokens: int) -> int:
+    return sum(len(row.ids) for row in group.rows(row_tokens))
+
+
+def _restrict(group: PromptGroup, pairs: Sequence[PairOfGroup]) -> PromptGroup:
+    kept = sorted({place for pair in pairs for place in (pair.chosen, pair.rejected)})
+    new_place = {old: new for new, old in enumerate(kept)}
+    return PromptGroup(
+        prompt_id=group.prompt_id,
+        responses=[group.responses[i] for i in kept],
+        tokens=[group.tokens[i] for i in kept],
+        pairs=[p._replace(chosen=new_place[p.chosen], rejected=new_place[p.rejected]) for p in pairs],
+    )

@@ -1,0 +1,44 @@
+"""From a model's name to its files, and the checks that need no weights."""
+
+from pathlib import Path
+
+from sarm.config import Model, UserError
+from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
+
+
+def model_folder(model: Model) -> str:
+    """Folder or Hugging Face id that `transformers` loads; the demo's and the tests' models are made once and cached.
+
+    Raises UserError for an unknown built-in name.
+    """
+    if model.name == "demo:smollm2":
+        from sarm.data.demo_source import demo_model
+
+        return str(demo_model())
+    if model.name == "tiny:llama":
+        from sarm.data.tiny_source import tiny_model
+
+        return str(tiny_model())
+    if ":" in model.name and not Path(model.name).exists():
+        raise UserError(f"unknown model {model.name}, built in are demo:smollm2 and tiny:llama. Pass --model.name.")
+    return model.name
+
+
+def check_model(model: Model) -> ChatTokenizer:
+    """The model's tokenizer, after checking that the model exists, is supported, has `layer` blocks and fits the tokenizer.
+
+    Raises UserError otherwise; reads no weights.
+    """
+    from sarm.nn.backbone import read_config
+
+    folder = model_folder(model)
+    try:
+        config = read_config(folder, model.layer, revision=model.revision, gguf_file=model.gguf_file)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    chat = load_chat_tokenizer(model, folder)
+    if len(chat.tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {model.name} has {len(chat.tokenizer)} tokens, its model {config.vocab_size}. Pass a matching --model.name."
+        )
+    return chat

@@ -1,0 +1,120 @@
+"""Rows of tokens for one forward pass. Answers to one prompt share a row: the prompt once, then each answer.
+
+Segment 0 is the shared prompt, 1, 2, ... the answers, -1 padding; positions restart after the prompt at every answer, so a
+packed answer is computed as if it stood alone (`sarm.nn.backbone`). Rows are padded on the right to the longest of their batch.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Row(NamedTuple):
+    """One row: its tokens, and for each key the column whose activation is wanted."""
+
+    ids: list[int]
+    segments: list[int]
+    positions: list[int]
+    taken: list[tuple[Hashable, int]]
+
+
+class TokenBatch(NamedTuple):
+    """Padded rows as the model takes them; `keys[n]` names the activation at (`rows[n]`, `columns[n]`)."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    rows: Tensor
+    columns: Tensor
+    keys: list[Hashable]
+
+    def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Keyword arguments of the reward model's forward."""
+        return {
+            "input_ids": self.input_ids.to(device),
+            "position_ids": self.position_ids.to(device),
+            "segment_ids": self.segment_ids.to(device),
+            "rewarded_rows": self.rows.to(device),
+            "rewarded_columns": self.columns.to(device),
+        }
+
+
+def text_row(key: Hashable, ids: Sequence[int], columns: Sequence[int]) -> Row:
+    """A plain sequence of which several columns are wanted, keyed (key, column)."""
+    return Row(list(ids), [0] * len(ids), list(range(len(ids))), [((key, c), c) for c in columns])
+
+
+def answer_rows(answers: Sequence[tuple[Hashable, Sequence[int]]], row_tokens: int) -> list[Row]:
+    """Rows of at most `row_tokens` tokens holding all answers to one prompt (a longer single answer gets a row of its own).
+
+    Each answer is (key, ids of prompt and answer); what the sequences of a row have in common is stored once. The wanted
+    column of an answer is its last token.
+    """
+    rows: list[Row] = []
+    waiting = sorted(answers, key=lambda answer: len(answer[1]))
+    while waiting:
+        members = [waiting.pop(0)]
+        shared = len(members[0][1]) - 1
+        while waiting:
+            grown = min(shared, _common_prefix(members[0][1], waiting[0][1]))
+            length = grown + sum(len(ids) - grown for _, ids in [*members, waiting[0]])
+            if grown == 0 or length > row_tokens:
+                break
+            members.append(waiting.pop(0))
+            shared = grown
+        rows.append(_shared_row(members, shared if len(members) > 1 else 0))
+    return rows
+
+
+def token_batches(rows: Iterable[Row], batch_tokens: int, pad_id: int) -> list[TokenBatch]:
+    """Rows sorted by length and cut into batches of at most `batch_tokens` tokens, padding included (at least one row each)."""
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
+        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].ids) <= batch_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [collate(batch, pad_id) for batch in batches]
+
+
+def padded_tokens(rows: Sequence[Row]) -> int:
+    """Tokens of a batch of these rows, padding included."""
+    return len(rows) * max((len(row.ids) for row in rows), default=0)
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> TokenBatch:
+    """One batch of these rows."""
+    length = max(len(row.ids) for row in rows)
+
+    def padded(lists: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([items + [value] * (length - len(items)) for items in lists])
+
+    taken = [(key, index, column) for index, row in enumerate(rows) for key, column in row.taken]
+    return TokenBatch(
+        input_ids=padded([row.ids for row in rows], pad_id),
+        position_ids=padded([row.positions for row in rows], 0),
+        segment_ids=padded([row.segments for row in rows], -1),
+        rows=torch.tensor([row for _, row, _ in taken], dtype=torch.long),
+        columns=torch.tensor([column for _, _, column in taken], dtype=torch.long),
+        keys=[key for key, _, _ in taken],
+    )
+
+
+def _shared_row(members: Sequence[tuple[Hashable, Sequence[int]]], shared: int) -> Row:
+    ids = list(members[0][1][:shared])
+    segments, positions = [0] * shared, list(range(shared))
+    taken: list[tuple[Hashable, int]] = []
+    for number, (key, sequence) in enumerate(members, start=1):
+        ids += sequence[shared:]
+        segments += [number] * (len(sequence) - shared)
+        positions += range(shared, len(sequence))
+        taken.append((key, len(ids) - 1))
+    return Row(ids, segments, positions, taken)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning, short of both ends so that every answer keeps its rewarded token to itself."""
+    limit = min(len(a), len(b)) - 1
+    return next((i for i in range(limit) if a[i] != b[i]), limit)

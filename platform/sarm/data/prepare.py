@@ -1,0 +1,191 @@
+"""Sources to corpus/v1 and pairs/v1: cleaned, de-duplicated, split by prompt."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from sarm import schema
+from sarm.config import Data, UserError
+from sarm.data import pair_sources, text_sources
+from sarm.data.rows import Reject
+
+ROWS_PER_GROUP = 1_000
+ROWS_PER_FILE = 100_000
+
+Record = TypeVar("Record")
+
+
+def prepare_corpus(data: Data, folder: Path) -> dict[str, Any]:
+    """Write the texts of `data.texts` to `folder` as corpus/v1, in the order they are read, each text once.
+
+    Streams: memory grows by one integer a text. Returns counts: `rows`, `duplicates`, `rejected` by reason,
+    `corrupt_files`, and rows by source. Raises UserError if a source is unusable or no text is left.
+    """
+    if not data.texts:
+        raise UserError(
+            "there is no text source. Pass --data.texts with files, a glob, hf:NAME, demo:... or tiny:texts."
+        )
+    for spec in data.texts:
+        text_sources.check_source(spec, data.text_field)
+    tally = _Tally()
+    seen: set[int] = set()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for spec in data.texts:
+            for record in tally.usable(text_sources.open_texts(spec, data.text_field, data.max_texts), spec):
+                row_id = schema.stable_int(record.text)
+                if row_id in seen:
+                    tally.duplicates += 1
+                    continue
+                seen.add(row_id)
+                tally.sources[spec] += 1
+                yield {"row_id": row_id, "text": record.text, "source": spec}
+
+    num_rows = _write(rows(), schema.CORPUS, folder)
+    if num_rows == 0:
+        raise UserError(
+            f"no usable text in {', '.join(data.texts)} ({tally.describe()}). Check --data.texts and --data.text-field."
+        )
+    return {"rows": num_rows, **tally.counts()}
+
+
+def prepare_pairs(data: Data, folder: Path) -> dict[str, Any]:
+    """Write the pairs of `data.pairs` to `folder` as pairs/v1, sorted so that the pairs of one prompt are neighbours.
+
+    A prompt falls into `train` or `heldout` by its hash, with all its pairs. Pairs that stand in both directions are
+    dropped both. Returns counts as `prepare_corpus` does, with `contradictory`, `over_prompt_cap`, `prompts` and rows by split.
+    Raises UserError, before anything is written, if a source is unusable or a split would be empty.
+    """
+    if not data.pairs:
+        raise UserError(
+            "there is no preference source. Pass --data.pairs with files, a glob, hf:NAME, demo:harm or tiny:pairs."
+        )
+    for spec in data.pairs:
+        pair_sources.check_source(spec)
+    tally = _Tally()
+    pairs: dict[str, dict[str, Any]] = {}
+    for spec in data.pairs:
+        for pair in tally.usable(pair_sources.open_pairs(spec, data.max_pairs), spec):
+            row = _pair_row(pair, data.heldout_share)
+            if row["pair_id"] in pairs:
+                tally.duplicates += 1
+            else:
+                pairs[row["pair_id"]] = row
+    contradictory = {pair_id for pair_id, row in pairs.items() if _reverse_id(row) in pairs}
+    ordered = sorted(
+        (row for pair_id, row in pairs.items() if pair_id not in contradictory),
+        key=lambda row: (row["prompt_id"], row["pair_id"]),
+    )
+    kept: list[dict[str, Any]] = []
+    num_prompts = 0
+    for _, of_prompt in groupby(ordered, key=lambda row: row["prompt_id"]):
+        kept += list(of_prompt)[: data.max_pairs_per_prompt]
+        num_prompts += 1
+    splits = Counter({"train": 0, "heldout": 0})
+    splits.update(row["split"] for row in kept)
+    if not kept:
+        raise UserError(f"no usable pair in {', '.join(data.pairs)} ({tally.describe()}). Check --data.pairs.")
+    for split, rows in splits.items():
+        if rows == 0:
+            raise UserError(
+                f"the {split} split is empty: {num_prompts} prompts, heldout_share={data.heldout_share}. "
+                "Pass more prompts, or another --data.heldout-share."
+            )
+    tally.sources.update(row["source"] for row in kept)
+    _write(kept, schema.PAIRS, folder)
+    return {
+        "rows": len(kept),
+        "prompts": num_prompts,
+        "splits": dict(splits),
+        "contradictory": len(contradictory),
+        "over_prompt_cap": len(ordered) - len(kept),
+        **tally.counts(),
+    }
+
+
+class _Tally:
+    """What became of the rows that were read."""
+
+    def __init__(self) -> None:
+        self.rejected: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
+        self.corrupt_files: list[str] = []
+        self.duplicates = 0
+
+    def usable(self, records: Iterable[Record | Reject], spec: str) -> Iterator[Record]:
+        """The records without the rejects, which are counted, under a progress bar."""
+        self.sources[spec] += 0
+        # A terminal can be redrawn twice a second; a log should not get a line each time.
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        for record in tqdm(records, desc=spec, unit=" rows", mininterval=interval, file=sys.stderr):
+            if not isinstance(record, Reject):
+                yield record
+                continue
+            self.rejected[record.reason] += 1
+            if record.reason == "corrupt_file":
+                self.corrupt_files.append(record.where)
+
+    def counts(self) -> dict[str, Any]:
+        """The counts as JSON values."""
+        return {
+            "duplicates": self.duplicates,
+            "rejected": dict(self.rejected),
+            "corrupt_files": self.corrupt_files,
+            "sources": dict(self.sources),
+        }
+
+    def describe(self) -> str:
+        """What was rejected, for an error message."""
+        return "rejected: " + (", ".join(f"{n} {reason}" for reason, n in self.rejected.most_common()) or "nothing")
+
+
+def _pair_row(pair: pair_sources.RawPair, heldout_share: float) -> dict[str, Any]:
+    prompt_id = schema.prompt_id(pair.prompt)
+    return {
+        "pair_id": schema.stable_id(prompt_id, pair.chosen, pair.rejected),
+        "prompt_id": prompt_id,
+        "split": "heldout" if schema.hash_share(prompt_id) < heldout_share else "train",
+        **pair._asdict(),
+    }
+
+
+def _reverse_id(row: dict[str, Any]) -> str:
+    return schema.stable_id(row["prompt_id"], row["rejected"], row["chosen"])
+
+
+def _write(rows: Iterable[dict[str, Any]], columns: pa.Schema, folder: Path) -> int:
+    """Write rows as part-00000.parquet ...; returns their number. No file is made for no rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    num_rows = 0
+    writer: pq.ParquetWriter | None = None
+    try:
+        for group in _groups(rows):
+            if writer is None or num_rows % ROWS_PER_FILE == 0:
+                if writer is not None:
+                    writer.close()
+                path = folder / f"part-{num_rows // ROWS_PER_FILE:05d}.parquet"
+                writer = pq.ParquetWriter(path, columns, compression="zstd", write_page_checksum=True)
+            writer.write_table(pa.Table.from_pylist(group, schema=columns))
+            num_rows += len(group)
+    finally:
+        if writer is not None:
+            writer.close()
+    return num_rows
+
+
+def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    group: list[dict[str, Any]] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == ROWS_PER_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group

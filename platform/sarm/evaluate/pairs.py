@@ -1,0 +1,161 @@
+"""Pairwise accuracy of a PAIR_SCORES table, and of rules that never read the text. N pairs.
+
+margin m = r_chosen - r_rejected    accuracy = mean credit(m)    intervals resample prompts, since one prompt's pairs depend on each other
+shorter-answer rule: m = tokens_rejected - tokens_chosen    longer-answer rule: its negative
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sarm.config import UserError
+from sarm.evaluate.statistics import (
+    Interval,
+    calibration,
+    cluster_bootstrap,
+    pair_credit,
+    wilson_interval,
+)
+
+Measures = dict[str, Any]
+
+
+def measure_pairs(scores: pa.Table, resamples: int, seed: int) -> Measures:
+    """Accuracy with its interval, calibration and reward distribution, overall and under `by_subset`.
+
+    Pairs with a reward that is not finite are counted in `num_nonfinite` and left out of everything else. Where no
+    pair is left there is a `note` in place of the measures. Rewards and margins are in the model's own unit (logits).
+    """
+
+    def measure(part: pa.Table) -> Measures:
+        chosen_N, rejected_N = _rewards(part)
+        finite = np.isfinite(chosen_N) & np.isfinite(rejected_N)
+        chosen_N, rejected_N = chosen_N[finite], rejected_N[finite]
+        margins_N = chosen_N - rejected_N
+        measures = _accuracy(margins_N, _ids(part, "prompt_id")[finite], resamples, seed)
+        measures["num_nonfinite"] = int((~finite).sum())
+        if not len(margins_N):
+            return measures
+        return {
+            **measures,
+            "mean_margin": float(margins_N.mean()),
+            **calibration(margins_N)._asdict(),
+            "chosen_reward_mean": float(chosen_N.mean()),
+            "chosen_reward_std": float(chosen_N.std()),
+            "rejected_reward_mean": float(rejected_N.mean()),
+            "rejected_reward_std": float(rejected_N.std()),
+        }
+
+    return _with_subsets(scores, measure)
+
+
+def length_baseline(scores: pa.Table, resamples: int, seed: int) -> dict[str, Measures]:
+    """What choosing the `shorter` or the `longer` response (in tokens, equal lengths count half) would score."""
+
+    def rule(sign: int) -> Callable[[pa.Table], Measures]:
+        def measure(part: pa.Table) -> Measures:
+            extra_N = _numbers(part, "rejected_tokens") - _numbers(part, "chosen_tokens")
+            return _accuracy(sign * extra_N, _ids(part, "prompt_id"), resamples, seed)
+
+        return measure
+
+    return {"shorter": _with_subsets(scores, rule(1)), "longer": _with_subsets(scores, rule(-1))}
+
+
+def random_baseline(scores: pa.Table, resamples: int, seed: int) -> Measures:
+    """What a normal random reward per response would score; depends on the seed and the set of pair ids alone."""
+    ids_N = _ids(scores, "pair_id")
+    margins_N = np.empty(len(ids_N))
+    draws_N2 = np.random.default_rng(seed).normal(size=(len(ids_N), 2))
+    margins_N[np.argsort(ids_N)] = draws_N2[:, 0] - draws_N2[:, 1]
+    return _accuracy(margins_N, _ids(scores, "prompt_id"), resamples, seed)
+
+
+def accuracy_difference(scores_a: pa.Table, scores_b: pa.Table, resamples: int, seed: int) -> Measures:
+    """Accuracy of a minus accuracy of b on the pairs that both scored, with the interval of the paired difference.
+
+    Pairs are joined by `pair_id`; those of one table only are counted in `num_unmatched`, those with a reward that
+    is not finite in either table in `num_nonfinite`.
+
+    Raises UserError if a table has a pair twice.
+    """
+    rows_a, rows_b = _unique_rows(scores_a), _unique_rows(scores_b)
+    common, index_a, index_b = np.intersect1d(rows_a, rows_b, assume_unique=True, return_indices=True)
+    margins_a, margins_b = _margins(scores_a)[index_a], _margins(scores_b)[index_b]
+    finite = np.isfinite(margins_a) & np.isfinite(margins_b)
+    prompts_N = _ids(scores_a, "prompt_id")[index_a][finite]
+    gain_N = pair_credit(margins_a[finite]) - pair_credit(margins_b[finite])
+    measures: Measures = {
+        "num_pairs": len(gain_N),
+        "num_prompts": len(np.unique(prompts_N)),
+        "num_unmatched": len(rows_a) + len(rows_b) - 2 * len(common),
+        "num_nonfinite": int((~finite).sum()),
+    }
+    if not len(gain_N):
+        return {**measures, "note": "no pair with finite rewards in both tables"}
+    if np.ptp(gain_N) == 0:
+        interval = _interval_of_constant(float(gain_N[0]), measures["num_prompts"])
+    else:
+        interval = cluster_bootstrap(gain_N, prompts_N, resamples, seed)
+    return {**measures, "difference": float(gain_N.mean()), "difference_ci95": list(interval)}
+
+
+def _interval_of_constant(gain: float, num_prompts: int) -> Interval:
+    """Wilson's bound on how often a prompt could still have differed from what every prompt showed."""
+    if gain == 0:
+        unseen = wilson_interval(0, num_prompts).high
+        return Interval(-unseen, unseen)
+    low, high = wilson_interval(abs(gain) * num_prompts, num_prompts)
+    return Interval(low, high) if gain > 0 else Interval(-high, -low)
+
+
+def _accuracy(margins_N: NDArray[np.float64], prompts_N: NDArray[Any], resamples: int, seed: int) -> Measures:
+    measures: Measures = {"num_pairs": len(margins_N), "num_prompts": len(np.unique(prompts_N))}
+    if not len(margins_N):
+        return {**measures, "note": "no pair with finite rewards"}
+    credit_N = pair_credit(margins_N)
+    return {
+        **measures,
+        "accuracy": float(credit_N.mean()),
+        "accuracy_ci95": list(cluster_bootstrap(credit_N, prompts_N, resamples, seed)),
+        "ties": int((margins_N == 0).sum()),
+    }
+
+
+def _with_subsets(scores: pa.Table, measure: Callable[[pa.Table], Measures]) -> Measures:
+    """Pairs without a subset count overall and make no subset of their own."""
+    subset_N = np.array(scores["subset"].to_pylist(), dtype=object)
+    names = sorted({name for name in subset_N if name is not None})
+    return {
+        **measure(scores),
+        "by_subset": {name: measure(scores.filter(pa.array(subset_N == name))) for name in names},
+    }
+
+
+def _unique_rows(scores: pa.Table) -> NDArray[Any]:
+    ids_N = _ids(scores, "pair_id")
+    if len(np.unique(ids_N)) != len(ids_N):
+        raise UserError("a table of pair scores has a pair_id twice. Score the pairs again into an empty folder.")
+    return ids_N
+
+
+def _rewards(scores: pa.Table) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return _numbers(scores, "chosen_reward"), _numbers(scores, "rejected_reward")
+
+
+def _margins(scores: pa.Table) -> NDArray[np.float64]:
+    chosen_N, rejected_N = _rewards(scores)
+    # inf - inf is a NaN that the caller counts, not a surprise worth a warning.
+    with np.errstate(invalid="ignore"):
+        return chosen_N - rejected_N
+
+
+def _numbers(scores: pa.Table, column: str) -> NDArray[np.float64]:
+    return scores[column].to_numpy().astype(np.float64)
+
+
+def _ids(scores: pa.Table, column: str) -> NDArray[Any]:
+    return np.array(scores[column].to_pylist(), dtype=str)

@@ -1,0 +1,75 @@
+"""Logistic probe on frozen activations: what the backbone alone already knows. N pairs, M responses, D d_in.
+
+w = argmin C sum_n log(1 + exp(-w.(x_c - x_r)_n / s)) + |w|^2 / 2    s = std of the training activations    reward(x) = w.x / s
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+
+from sarm.config import UserError
+
+# Inverse strengths of the L2 penalty, strongest first: ties go to the simpler probe.
+C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+NUM_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear reward on activations."""
+
+    weight: NDArray[np.float32]
+    """Direction of the reward, [d_in], training scale included."""
+    C: float
+    """Inverse strength of the penalty that cross-validation chose."""
+    cv_nll: dict[float, float]
+    """Held-out NLL (nats per pair) of every C over the folds of the training prompts."""
+
+    def rewards(self, x_MD: Float[np.ndarray, "responses d_in"]) -> Float[np.ndarray, " responses"]:
+        """Reward of each activation; only differences between them mean anything, as there is no intercept."""
+        return x_MD.astype(np.float32, copy=False) @ self.weight
+
+
+def fit_probe(
+    chosen_ND: Float[np.ndarray, "pairs d_in"],
+    rejected_ND: Float[np.ndarray, "pairs d_in"],
+    prompt_ids_N: Shaped[np.ndarray, " pairs"],
+    seed: int,
+) -> Probe:
+    """Fit on the standardised activations of training pairs.
+
+    The strength of the penalty comes from cross-validation that keeps a prompt's pairs in one fold, so the held-out
+    pairs of the evaluation play no part in it.
+
+    Raises UserError with fewer than 3 prompts or with activations that are not finite.
+    """
+    num_prompts = len(np.unique(prompt_ids_N))
+    if num_prompts < 3:
+        raise UserError(
+            f"the probe needs training pairs of at least 3 prompts, got {num_prompts}. Pass more --data.pairs."
+        )
+    if not (np.isfinite(chosen_ND).all() and np.isfinite(rejected_ND).all()):
+        raise UserError("the probe got activations that are not finite. Extract them again with bfloat16.")
+    scale_D = np.concatenate([chosen_ND, rejected_ND]).std(axis=0, dtype=np.float64)
+    scale_D[scale_D == 0] = 1.0
+    x_ND = ((chosen_ND - rejected_ND) / scale_D).astype(np.float32)
+    folds = GroupKFold(min(NUM_FOLDS, num_prompts), shuffle=True, random_state=seed)
+    nll_by_C = dict.fromkeys(C_GRID, 0.0)
+    for train, test in folds.split(x_ND, groups=prompt_ids_N):
+        for C in C_GRID:
+            margins = x_ND[test] @ _fit(x_ND[train], C)
+            nll_by_C[C] += float(np.logaddexp(0.0, -margins.astype(np.float64)).sum()) / len(x_ND)
+    best = min(C_GRID, key=lambda C: nll_by_C[C])
+    return Probe((_fit(x_ND, best) / scale_D).astype(np.float32), best, nll_by_C)
+
+
+def _fit(x_ND: NDArray[np.float32], C: float) -> NDArray[np.float32]:
+    # log-loss of (x, 1) equals that of (-x, 0) without an intercept: turning every second row around gives the
+    # solver its two classes at half the cost of mirroring all rows.
+    labels_N = np.arange(len(x_ND)) % 2
+    turned_ND = np.where(labels_N[:, None] == 1, x_ND, -x_ND)
+    return LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(turned_ND, labels_N).coef_[0]

@@ -1,0 +1,150 @@
+"""The first `layer` blocks of a causal language model: token ids in, raw residual stream after block `layer` out.
+
+B rows, L columns. Several answers to one prompt may share a row: segment 0 is the shared prompt, segments 1, 2, ... the
+answers, -1 padding. A token sees its own segment and segment 0 up to itself, and positions restart at each answer, so
+every answer is computed as if it stood alone after the prompt.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+# Families whose block forward was checked against `hidden_states[layer]`; gemma3 with vision keeps its text part elsewhere.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+# These take one mask per kind of layer; the others take one mask.
+_MASK_PER_LAYER_KIND = ("qwen2", "qwen3", "gemma2", "gemma3_text")
+
+
+def read_config(name: str, layer: int, *, revision: str = "main", gguf_file: str = "") -> PretrainedConfig:
+    """The model's config with `layer` blocks.
+
+    Raises ValueError if there is no such model, its family is unknown, or it has fewer blocks.
+    """
+    path = Path(name).expanduser()
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise ValueError(f"no model folder {name}. Pass --model.name with a folder or a Hugging Face id.")
+    with _quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(name, **_source(revision, gguf_file))
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"cannot read the model {name}: {reason} Pass --model.name with a folder or a Hugging Face id."
+            ) from error
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{name} is a {config.model_type} model, supported are {', '.join(FAMILIES)}. Pass --model.name."
+        )
+    if layer > config.num_hidden_layers:
+        raise ValueError(
+            f"layer {layer} is beyond {name}, which has {config.num_hidden_layers} blocks. Pass --model.layer."
+        )
+    config.num_hidden_layers = layer
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layer]
+    # The SDPA kernels leave out Gemma 2's soft cap on attention scores.
+    config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    config.use_cache = False
+    return config
+
+
+def load_backbone(
+    name: str, layer: int, dtype: torch.dtype = torch.float32, *, revision: str = "main", gguf_file: str = ""
+) -> PreTrainedModel:
+    """The truncated backbone with its weights; blocks after `layer` and the LM head are never read.
+
+    Raises ValueError as `read_config` does, and if a weight is missing from the files.
+    """
+    config = read_config(name, layer, revision=revision, gguf_file=gguf_file)
+    attention = config._attn_implementation
+    with _quiet_transformers():
+        model, report = AutoModel.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **_source(revision, gguf_file),
+            **({} if gguf_file else {"use_safetensors": True}),
+        )
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("norm."))
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of the first {layer} blocks, e.g. {missing[0]}. The download may be incomplete."
+        )
+    return without_final_norm(model)
+
+
+def without_final_norm(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model ending in its raw residual stream (SARM section 3: the SAE reads it, and normalises by itself)."""
+    model.norm = nn.Identity()
+    if hasattr(model.config, "quantization_config"):
+        # Weights were dequantised on loading; `save_pretrained` refuses to write a GGUF config back.
+        del model.config.quantization_config
+        model.hf_quantizer = None  # type: ignore[assignment]
+    return model
+
+
+def residual_stream(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "rows columns"],
+    positions: Int[Tensor, "rows columns"],
+    segments: Int[Tensor, "rows columns"],
+) -> Float[Tensor, "rows columns d_in"]:
+    """Residual stream after the last kept block at every token."""
+    masks = _masks(model.config, positions, segments, next(model.parameters()).dtype)
+    return model(input_ids=input_ids, attention_mask=masks, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def _masks(config: PretrainedConfig, positions: Tensor, segments: Tensor, dtype: torch.dtype) -> Any:
+    full = _additive(_visible(positions, segments, None), dtype)
+    window = getattr(config, "sliding_window", None)
+    if config.model_type in _MASK_PER_LAYER_KIND:
+        kinds = set(config.layer_types)
+        sliding = _additive(_visible(positions, segments, window), dtype) if "sliding_attention" in kinds else full
+        return {"full_attention": full, "sliding_attention": sliding}
+    return _additive(_visible(positions, segments, window), dtype) if window else full
+
+
+def _visible(positions: Tensor, segments: Tensor, window: int | None) -> Tensor:
+    """[B, L, L] of whether row i may look at column j."""
+    length = segments.shape[1]
+    order = torch.arange(length, device=segments.device)
+    same = segments[:, :, None] == segments[:, None, :]
+    visible = (order[:, None] >= order[None, :]) & (same | (segments[:, None, :] == 0))
+    if window is not None:
+        visible = visible & (positions[:, :, None] - positions[:, None, :] < window)
+    # Padding sees itself alone: a row without any visible column would be NaN.
+    return visible | torch.eye(length, dtype=torch.bool, device=segments.device)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def _source(revision: str, gguf_file: str) -> dict[str, Any]:
+    return {"revision": revision, **({"gguf_file": gguf_file} if gguf_file else {})}
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the report that later blocks were left unread, which is the intention."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        transformers_logging.enable_progress_bar()

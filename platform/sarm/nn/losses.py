@@ -1,0 +1,41 @@
+"""Losses and their running sums. B batch, D d_in, P pairs. FVU = sum|x - x_hat|^2 / sum|x - mean x|^2."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def reconstruction_loss(x_hat: Float[Tensor, "batch d_in"], x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    """Mean over rows of |x_hat - x|^2 / |x|^2 (SARM equation 3; SAFER's normalised MSE)."""
+    return ((x_hat - x).square().sum(-1) / x.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def bradley_terry(margins: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+    """-log sigmoid(chosen - rejected) of each pair, in float32 or wider (SARM equation 5)."""
+    return F.softplus(-(margins if margins.dtype == torch.float64 else margins.float()))
+
+
+class VarianceUnexplained:
+    """FVU over a data set as one ratio of sums in float64; a mean of batch ratios would depend on the batch size."""
+
+    def __init__(self, d_in: int):
+        self._rows = 0
+        self._error = torch.zeros((), dtype=torch.float64)
+        self._squares = torch.zeros((), dtype=torch.float64)
+        self._sum = torch.zeros(d_in, dtype=torch.float64)
+
+    def add(self, x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> None:
+        """Count a batch."""
+        x, x_hat = x.detach().double().cpu(), x_hat.detach().double().cpu()
+        self._rows += x.shape[0]
+        self._error += (x - x_hat).square().sum()
+        self._squares += x.square().sum()
+        self._sum += x.sum(0)
+
+    def value(self) -> float | None:
+        """FVU of what was added; None without at least two different rows."""
+        if self._rows == 0:
+            return None
+        variance = self._squares - self._sum.square().sum() / self._rows
+        return float(self._error / variance) if variance > 0 else None

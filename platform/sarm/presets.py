@@ -1,0 +1,108 @@
+"""Named whole configurations. Any flag overrides any value: `python jobs/pipeline.py demo --sae.k 54`.
+
+The papers' presets carry the papers' sources, layers, widths, rates and batch sizes; where a paper leaves something open,
+a comment says what was chosen.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from sarm.config import Data, Evaluation, Extraction, Model, Pipeline, Reward, Run, Sae
+
+_OPENWEBTEXT2 = "hf:segyges/OpenWebText2"
+_SKYWORK = "hf:Skywork/Skywork-Reward-Preference-80K-v0.2"
+
+tiny = Pipeline(
+    run=Run(out=Path("outputs/tiny"), cpus_per_worker=1),
+    model=Model(name="tiny:llama", layer=1, max_length=128),
+    data=Data(texts=("tiny:texts",), pairs=("tiny:pairs",)),
+    extraction=Extraction(batch_tokens=1024),
+    sae=Sae(d_sae=256, k=8, batch_size=64, text_epochs=3, chat_epochs=6, lr=2e-3, chat_lr=2e-3),
+    reward=Reward(lr=1e-4, head_lr=5e-3, epochs=2, batch_pairs=16, batch_tokens=1024),
+    evaluation=Evaluation(resamples=1000, top_features=5, contexts_per_feature=3),
+)
+
+demo = Pipeline(
+    run=Run(out=Path("outputs/demo")),
+    model=Model(name="demo:smollm2", layer=15, max_length=512),
+    data=Data(
+        texts=("demo:openwebtext", "demo:wikipedia"),
+        pairs=("demo:harm",),
+        max_texts=500,
+        heldout_share=0.25,
+    ),
+    sae=Sae(d_sae=16 * 576, k=27, batch_size=256, text_epochs=10, chat_epochs=20, lr=5e-4, chat_lr=3e-4),
+    reward=Reward(lr=2e-5, head_lr=3e-3, epochs=2, batch_pairs=60, batch_tokens=2048),
+)
+
+# SARM section 4.1: Adam 5e-4 for the SAE, 16 d_in latents, k = 3/64 d_in; backbone 4e-6, 8 pairs a step, 3 epochs.
+# The head's own rate is ours: at the backbone's rate a zero head is still growing when training ends.
+_sarm = Pipeline(
+    model=Model(dtype="bfloat16", max_length=4096),
+    data=Data(texts=(_OPENWEBTEXT2,), pairs=(_SKYWORK,), heldout_share=0.02, max_pairs_per_prompt=None),
+    extraction=Extraction(batch_tokens=65536, rows_per_file=131072),
+    sae=Sae(batch_size=4096, lr=5e-4, chat_lr=3e-4),
+    reward=Reward(
+        lr=4e-6,
+        head_lr=1e-3,
+        epochs=3,
+        batch_pairs=8,
+        batch_tokens=8192,
+        zero_stage=3,
+        precision="bfloat16",
+        gradient_checkpointing=True,
+    ),
+)
+
+sarm_1b = replace(
+    _sarm,
+    run=Run(out=Path("outputs/sarm-1b")),
+    model=replace(_sarm.model, name="meta-llama/Llama-3.2-3B-Instruct", layer=14),
+    sae=replace(_sarm.sae, d_sae=49152, k=144),
+)
+
+sarm_2b = replace(sarm_1b, run=Run(out=Path("outputs/sarm-2b")), model=replace(sarm_1b.model, layer=21))
+
+sarm_4b = replace(
+    _sarm,
+    run=Run(out=Path("outputs/sarm-4b")),
+    model=replace(_sarm.model, name="meta-llama/Llama-3.1-8B-Instruct", layer=16),
+    sae=replace(_sarm.sae, d_sae=65536, k=192),
+)
+
+# SAFER's code: 8 d_in latents, k 64, layer 12 of 16; SAE 5e-4 on web text, then 3e-4 on preference text; reward model 2e-5,
+# 2 epochs, 128 pairs a device. It scripts the 1B model only: the 3B preset keeps its ratios (layer 21 of 28).
+_safer = replace(
+    _sarm,
+    data=Data(
+        texts=(_OPENWEBTEXT2,),
+        pairs=("hf:PKU-Alignment/PKU-SafeRLHF",),
+        heldout_share=0.05,
+        max_pairs_per_prompt=None,
+    ),
+    reward=replace(_sarm.reward, lr=2e-5, epochs=2, batch_pairs=128, weight_decay=1e-3, warmup_share=0.03),
+)
+
+safer_1b = replace(
+    _safer,
+    run=Run(out=Path("outputs/safer-1b")),
+    model=replace(_safer.model, name="meta-llama/Llama-3.2-1B-Instruct", layer=12),
+    sae=replace(_safer.sae, d_sae=16384, k=64),
+)
+
+safer_3b = replace(
+    _safer,
+    run=Run(out=Path("outputs/safer-3b")),
+    model=replace(_safer.model, name="meta-llama/Llama-3.2-3B-Instruct", layer=21),
+    sae=replace(_safer.sae, d_sae=24576, k=96),
+)
+
+PRESETS: dict[str, tuple[str, Pipeline]] = {
+    "tiny": ("random 2-layer Llama and made-up data: seconds, offline, for tests", tiny),
+    "demo": ("SmolLM2-135M-Instruct at half depth on human-labelled safety pairs: minutes on 2 cores", demo),
+    "sarm-1b": ("SARM-1B: Llama-3.2-3B-Instruct, layer 14, 49,152 latents, k 144", sarm_1b),
+    "sarm-2b": ("SARM-2B: Llama-3.2-3B-Instruct, layer 21, 49,152 latents, k 144", sarm_2b),
+    "sarm-4b": ("SARM-4B: Llama-3.1-8B-Instruct, layer 16, 65,536 latents, k 192", sarm_4b),
+    "safer-1b": ("SAFER on Llama-3.2-1B-Instruct: layer 12, 16,384 latents, k 64", safer_1b),
+    "safer-3b": ("SAFER on Llama-3.2-3B-Instruct: layer 21, 24,576 latents, k 96", safer_3b),
+}

@@ -1,0 +1,96 @@
+"""Joining or starting a Ray cluster, and what fits on it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from sarm.config import Run, UserError
+
+# Light tasks (reading, writing, controllers) must find a slot while workers hold the cores, or the pipeline starves.
+_SPARE_SLOTS = 2
+_LOCAL_OBJECT_STORE = 1024**3
+# With these set, Ray Data runs code out of Parquet files (CVE-2026-41486).
+_UNSAFE_VARIABLES = (
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
+    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the workers of a run may use."""
+
+    num_nodes: int
+    num_cpus: int
+    num_gpus: int
+    is_local: bool
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether workers and actors take a GPU each: yes wherever there is one."""
+        return self.num_gpus > 0
+
+    def cpus_each(self, run: Run, count: int) -> int:
+        """Cores of each of `count` workers or actors.
+
+        Raises UserError if they do not fit the cluster, with what would.
+        """
+        slots = self.num_cpus if self.is_local else self.num_cpus - 1
+        each = run.cpus_per_worker or max(1, slots // count)
+        if count * each > max(1, slots):
+            raise UserError(
+                f"{count} workers of {each} cores and one spare core need {count * each + 1} CPUs, the cluster has {self.num_cpus}. "
+                "Pass a smaller --cpus-per-worker, or a larger cluster."
+            )
+        if self.use_gpu and count > self.num_gpus:
+            raise UserError(
+                f"{count} workers need a GPU each, the cluster has {self.num_gpus}. Pass --num-workers and --num-actors."
+            )
+        return each
+
+
+@contextmanager
+def connect(run: Run) -> Iterator[Cluster]:
+    """The cluster of `run.ray_address`, else of the submitted job, else one started here and stopped at the end."""
+    if unsafe := [name for name in _UNSAFE_VARIABLES if os.environ.get(name)]:
+        raise UserError(f"{unsafe[0]} is set, which lets Parquet files run code. Unset it.")
+    address = run.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    if ray.is_initialized():
+        yield _describe(is_local=False)
+        return
+    if address == "local":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ray.init(
+            address="local",
+            num_cpus=cores + _SPARE_SLOTS,
+            object_store_memory=_LOCAL_OBJECT_STORE,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
+    else:
+        try:
+            ray.init(address=address, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise UserError(
+                f"no Ray cluster at {address}: {error}. Pass --ray-address, or leave it out for a local one."
+            ) from error
+    try:
+        yield _describe(is_local=address == "local")
+    finally:
+        ray.shutdown()
+
+
+def _describe(*, is_local: bool) -> Cluster:
+    resources = ray.cluster_resources()
+    cpus = int(resources.get("CPU", 0))
+    return Cluster(
+        num_nodes=sum(node["Alive"] for node in ray.nodes()),
+        num_cpus=cpus - _SPARE_SLOTS if is_local else cpus,
+        num_gpus=int(resources.get("GPU", 0)),
+        is_local=is_local,
+    )

@@ -1,0 +1,147 @@
+"""Reward-model training on Ray Train with DeepSpeed ZeRO: what each worker runs, and the trainer that starts them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import torch
+import torch.distributed as dist
+
+from sarm.config import Model, Reward, Run, UserError
+from sarm.data.artifacts import load_sae, save_sarm
+from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.data.groups import PromptGroup, prompt_groups
+from sarm.data.packing import token_batches
+from sarm.nn.backbone import load_backbone
+from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.runtime.cluster import Cluster
+from sarm.runtime.tracking import StageRun
+from sarm.runtime.trainer import Progress, run_workers, worker_device
+from sarm.runtime.zero import ZeroEngine
+from sarm.train.reward import parameter_groups, train_reward
+
+
+@dataclass(frozen=True)
+class RewardTask:
+    """What a worker needs to know; picklable. `sae` None trains the scalar head."""
+
+    run: Run
+    model: Model
+    model_folder: str
+    reward: Reward
+    pairs: Path
+    sae: Path | None
+    folder: Path
+    tracking: StageRun
+
+
+def train_on_cluster(task: RewardTask, cluster: Cluster) -> dict[str, Any]:
+    """Train on the cluster's workers and leave the model in `task.folder`; returns its figures and history."""
+    threads = cluster.cpus_each(task.run, task.run.num_workers)
+    name = "sarm" if task.sae else "scalar_head"
+    return run_workers(name, reward_worker, task, task.run, task.folder, cluster, threads)
+
+
+def check_sae(folder: Path, model: Model) -> None:
+    """Raise UserError unless the SAE was trained on activations of this model, layer and template."""
+    _, metadata = load_sae(folder)
+    made_for = metadata["activations"]
+    for name, wanted in (("model", model.name), ("layer", model.layer)):
+        if made_for[name] != wanted:
+            raise UserError(
+                f"the SAE in {folder} was trained on {name} {made_for[name]}, asked for {wanted}. Pass the --model it was trained on, or another --out."
+            )
+
+
+def load_pairs(folder: Path, split: str) -> pa.Table:
+    """The pairs of one split."""
+    table = ds.dataset([str(path) for path in sorted(folder.glob("*.parquet"))]).to_table()
+    return table.filter(pc.equal(table.column("split"), split))
+
+
+def reward_worker(task: RewardTask) -> dict[str, Any] | None:
+    """One Ray Train worker: build, train, gather, and on rank 0 write the folder and return the figures."""
+    device, rank = worker_device(), dist.get_rank()
+    chat = load_chat_tokenizer(task.model, task.model_folder)
+    groups = list(prompt_groups(load_pairs(task.pairs, "train"), chat))
+    model = build_model(task, chat)
+    if task.reward.gradient_checkpointing:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if task.reward.precision == "bfloat16":
+        model.model.to(torch.bfloat16)
+    model.train()
+    engine = ZeroEngine(model, parameter_groups(model, task.reward), task.reward, device)
+    progress = Progress(
+        "sarm" if task.sae else "scalar_head", task.tracking, ("loss", "accuracy", "margin", "tokens_per_second")
+    )
+    train_reward(engine, groups, task.reward, task.run.seed, task.model.max_length, chat.pad_id, progress)
+    state = engine.whole_state(model)
+    if rank != 0:
+        return None
+    trained = build_model(task, chat)
+    trained.load_state_dict(state)
+    trained.to(device).eval()
+    mean, std = reward_moments(trained, groups, task.reward.batch_tokens, task.model.max_length, chat.pad_id, device)
+    trained.config.reward_mean, trained.config.reward_std = mean, std
+    save_sarm(trained.cpu(), chat, task.folder)
+    figures = {
+        "reward_mean": mean,
+        "reward_std": std,
+        "train_accuracy_last_epoch": _weighted_tail(progress.history, "accuracy", task.reward.epochs),
+        "truncated_responses": sum(tokens.num_truncated > 0 for group in groups for tokens in group.tokens),
+        "num_pairs": sum(len(group.pairs) for group in groups),
+        "num_prompts": len(groups),
+        "num_steps": len(progress.history),
+    }
+    return {"figures": figures, "history": progress.history}
+
+
+def build_model(task: RewardTask, chat: ChatTokenizer) -> SarmForSequenceClassification:
+    """The untrained reward model: pretrained backbone and SAE, zero head, fp32."""
+    backbone = load_backbone(
+        task.model_folder, task.model.layer, revision=task.model.revision, gguf_file=task.model.gguf_file
+    )
+    sae = None if task.sae is None else load_sae(task.sae)[0]
+    config = SarmConfig(
+        backbone=backbone.config.to_dict(),
+        layer=task.model.layer,
+        d_sae=0 if sae is None else sae.d_sae,
+        k=0 if sae is None else sae.k,
+        head="scalar" if sae is None else "sae",
+        end_of_turn_id=chat.end_of_turn_id,
+        provenance={
+            "model": task.model.name,
+            "revision": task.model.revision,
+            "template": chat.template_hash,
+            "tokenizer": chat.tokenizer_hash,
+            "max_length": task.model.max_length,
+            "system_prompt": task.model.system_prompt,
+        },
+    )
+    return SarmForSequenceClassification(config, backbone, sae)
+
+
+def reward_moments(
+    model: SarmForSequenceClassification,
+    groups: list[PromptGroup],
+    batch_tokens: int,
+    row_tokens: int,
+    pad_id: int,
+    device: torch.device,
+) -> tuple[float, float]:
+    """Mean and standard deviation of the reward over a sample of training responses, for users who want a unit scale."""
+    rows = [row for group in groups[:32] for row in group.rows(row_tokens)]
+    rewards = []
+    with torch.inference_mode():
+        for batch in token_batches(rows, batch_tokens, pad_id):
+            rewards.append(model(**batch.model_inputs(device)).logits.squeeze(-1).cpu())
+    values = torch.cat(rewards)
+    return float(values.mean()), float(values.std()) if len(values) > 1 else 1.0
+
+
+def _weighted_tail(history: list[dict[str, float]], key: str, epochs: int) -> float:
+    last = [entry for entry in history if entry["epoch"] > epochs - 1]
+    return sum(entry[key] for entry in last) / max(1, len(last))

@@ -1,0 +1,139 @@
+"""SAE training on Ray Train: what each worker runs, and the trainer that starts them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from sarm import schema
+from sarm.config import Run, Sae, UserError
+from sarm.data.activations import ActivationStore, ShuffledRows, vectors
+from sarm.data.artifacts import save_sae
+from sarm.nn.sae import TopKSae, standardise
+from sarm.runtime.cluster import Cluster
+from sarm.runtime.tracking import StageRun
+from sarm.runtime.trainer import Progress, run_workers, worker_device
+from sarm.train.sae import LatentCounts, Phase, measure, train_sae
+
+_SAMPLE_ROWS = 16 * 1024
+
+
+@dataclass(frozen=True)
+class SaeTask:
+    """What a worker needs to know; picklable. A phase whose folder is None is left out."""
+
+    run: Run
+    sae: Sae
+    text: Path | None
+    chat: Path | None
+    folder: Path
+    tracking: StageRun
+
+
+def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
+    """Train on the cluster's workers and leave the SAE in `task.folder`; returns its figures and history."""
+    threads = cluster.cpus_each(task.run, task.run.num_workers)
+    return run_workers("sae", sae_worker, task, task.run, task.folder, cluster, threads)
+
+
+def check_activations(sae: Sae, stores: dict[str, ActivationStore]) -> None:
+    """Raise UserError unless the folders hold activations of one model and layer, with enough rows to train and measure on."""
+    kinds = {name: {k: v for k, v in store.metadata.items() if k != "dtype"} for name, store in stores.items()}
+    first, *others = kinds.items()
+    for name, kind in others:
+        if kind != first[1]:
+            raise UserError(
+                f"{name} activations are of {kind}, {first[0]} activations of {first[1]}. Extract both with one --model."
+            )
+    for name, store in stores.items():
+        if store.num_rows < 32:
+            raise UserError(
+                f"the {name} phase has {store.num_rows} activations, at least 32 are needed. Add sources, or pass --sae.{name}-epochs 0."
+            )
+
+
+def sae_worker(task: SaeTask) -> dict[str, Any] | None:
+    """One Ray Train worker: both phases, then the latents' statistics; rank 0 writes the folder and returns the figures."""
+    device, rank = worker_device(), dist.get_rank() if dist.is_initialized() else 0
+    stores = {
+        name: ActivationStore(path) for name, path in (("text", task.text), ("chat", task.chat)) if path is not None
+    }
+    rows = {name: ShuffledRows(store, task.sae.heldout_share) for name, store in stores.items()}
+    settings = {"text": (task.sae.text_epochs, task.sae.lr), "chat": (task.sae.chat_epochs, task.sae.chat_lr)}
+    samples = {
+        name: standardise(next(source.windows(task.run.seed, 0))[:_SAMPLE_ROWS]) for name, source in rows.items()
+    }
+    names = list(rows)
+    sae = TopKSae(stores[names[0]].d_in, task.sae.d_sae, task.sae.k)
+    sae.initialise_(samples[names[0]], torch.Generator().manual_seed(task.run.seed))
+    history, figures, first_step = {}, {}, 0
+    for number, name in enumerate(names):
+        if number > 0:
+            unused = int(_fired(sae, samples[names[number - 1]].to(device)).argmin())
+            sae.absorb_shift_(samples[name].to(device), unused)
+        epochs, lr = settings[name]
+        progress = Progress(f"sae_{name}", task.tracking, ("loss", "fvu", "alive_share"))
+        train_sae(
+            sae,
+            Phase(name, rows[name], rows[name].heldout, epochs, lr),
+            task.sae,
+            task.run.seed + number,
+            progress,
+            device,
+            first_step,
+        )
+        history[name] = progress.history
+        first_step = progress.history[-1]["step"] if progress.history else 0
+        figures[f"fvu_{name}_after_its_phase"] = measure(sae, rows[name].heldout, device).fvu
+    if rank != 0:
+        return None
+    counts = {name: _count_latents(sae, store, device) for name, store in stores.items()}
+    figures |= {f"fvu_{name}": measure(sae, rows[name].heldout, device).fvu for name in names}
+    figures |= {f"l0_{name}": counts[name].l0() for name in names}
+    fired = torch.stack([counts[name].fired for name in names]).sum(0)
+    figures["dead_share"] = float((fired == 0).double().mean())
+    if "chat" in counts:
+        figures["alive_at_reward"] = counts["chat"].alive_share()
+    save_sae(sae, task.folder, {"activations": stores[names[0]].metadata, "phases": names})
+    pq.write_table(
+        _latent_stats(counts, task.sae.d_sae), task.folder / "latent_stats.parquet", write_page_checksum=True
+    )
+    return {"figures": figures, "history": history}
+
+
+def _fired(sae: TopKSae, x_ND: torch.Tensor) -> torch.Tensor:
+    counts = LatentCounts(sae.d_sae)
+    with torch.no_grad():
+        for part in x_ND.split(4096):
+            counts.add(sae(part))
+    return counts.fired
+
+
+def _count_latents(sae: TopKSae, store: ActivationStore, device: torch.device) -> LatentCounts:
+    counts = LatentCounts(sae.d_sae)
+    with torch.no_grad():
+        for table in store.tables(["activation"]):
+            counts.add(sae(standardise(vectors(table, store.metadata["dtype"]).float().to(device))))
+    return counts
+
+
+def _latent_stats(counts: dict[str, LatentCounts], d_sae: int) -> pa.Table:
+    """schema.LATENT_STATS; frequencies are shares of rows, the mean is over rows where the latent fires."""
+
+    def frequency(name: str) -> torch.Tensor:
+        return counts[name].fired / counts[name].num_rows if name in counts else torch.zeros(d_sae)
+
+    fired = torch.stack([c.fired for c in counts.values()]).sum(0)
+    total = torch.stack([c.total for c in counts.values()]).sum(0)
+    columns = {
+        "latent": torch.arange(d_sae),
+        "frequency_text": frequency("text"),
+        "frequency_chat": frequency("chat"),
+        "mean_value": total / fired.clamp_min(1),
+        "max_value": torch.stack([c.peak for c in counts.values()]).amax(0),
+    }
+    return pa.table({name: value.numpy() for name, value in columns.items()}).cast(schema.LATENT_STATS)

@@ -1,0 +1,154 @@
+"""A run of one or more stages over one output folder: its MLflow parent, its Ray cluster (started when first needed), its folders."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sarm.config import Run, UserError, as_json
+from sarm.manifest import Manifest, StageFolder, write_atomically
+from sarm.runtime.cluster import Cluster, connect
+from sarm.runtime.tracking import StageRun, Tracker, flat_params
+
+_RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where each stage of a run writes."""
+
+    out: Path
+
+    corpus = property(lambda self: self.out / "corpus")
+    pairs = property(lambda self: self.out / "pairs")
+    text_activations = property(lambda self: self.out / "activations" / "text")
+    chat_activations = property(lambda self: self.out / "activations" / "chat")
+    heldout_activations = property(lambda self: self.out / "activations" / "heldout")
+    sae = property(lambda self: self.out / "sae")
+    sarm = property(lambda self: self.out / "sarm")
+    scalar_head = property(lambda self: self.out / "scalar_head")
+    evaluation = property(lambda self: self.out / "evaluation")
+
+
+@dataclass
+class Session:
+    """What the stages of one run share."""
+
+    run: Run
+    name: str
+    params: Mapping[str, Any]
+    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _cluster: Cluster | None = None
+    _tracker: Tracker | None = None
+
+    @property
+    def folders(self) -> Folders:
+        return Folders(self.run.out)
+
+    @property
+    def cluster(self) -> Cluster:
+        """The Ray cluster, joined or started at the first stage that needs it."""
+        if self._cluster is None:
+            say("starting Ray")
+            self._cluster = self._stack.enter_context(connect(self.run))
+            if self._cluster.num_nodes > 1 and self.tracker.uri.startswith("sqlite:"):
+                raise UserError(
+                    f"the cluster has {self._cluster.num_nodes} nodes, and {self.tracker.uri} is a file on one of them. Pass --mlflow-uri http://HOST:PORT."
+                )
+        return self._cluster
+
+    @property
+    def tracker(self) -> Tracker:
+        """The MLflow parent run, continued under the id in `run.json` if the output folder has been worked on before."""
+        if self._tracker is None:
+            path = self.run.out / _RUN_FILE
+            known = json.loads(path.read_text()) if path.exists() else {}
+            self._tracker = Tracker(self.run, self.name, known.get("mlflow_run_id"))
+            self._tracker.parent.log_params(flat_params(self.params))
+            self.run.out.mkdir(parents=True, exist_ok=True)
+            write_atomically(
+                path, json.dumps({"mlflow_run_id": self._tracker.parent.run_id, "mlflow_uri": self._tracker.uri})
+            )
+        return self._tracker
+
+    def stage(self, name: str, folder: StageFolder, body: Callable[[StageRun], Mapping[str, Any]]) -> Manifest:
+        """Do a stage unless it is done: claim its folder, run `body` inside an MLflow child run, write the manifest.
+
+        `body` returns the stage's counts; `figures` among them are logged as metrics.
+        """
+        if done := folder.finished():
+            say(f"{name}: already done, {folder.folder}")
+            return done
+        say(f"{name}: started")
+        started = time.monotonic()
+        notes = folder.claim()
+        with self.tracker.stage(name, notes.get("mlflow_run_id"), flat_params(folder.config)) as child:
+            folder.note(mlflow_run_id=child.run_id)
+            with peak_memory() as memory:
+                counts = dict(body(child))
+            counts |= {"seconds": round(time.monotonic() - started, 2), "peak_rss_gb": round(memory.peak / 1e9, 3)}
+            manifest = folder.finish(counts)
+            numbers = {key: value for key, value in counts.get("figures", {}).items() if isinstance(value, int | float)}
+            child.log_metrics({**numbers, "seconds": counts["seconds"], "peak_rss_gb": counts["peak_rss_gb"]})
+            child.log_artifact(folder.folder / "manifest.json")
+        say(f"{name}: done in {counts['seconds']:.0f} s")
+        return manifest
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if self._tracker is not None:
+            self._tracker.parent.end("FINISHED" if kind is None else "FAILED")
+        self._stack.close()
+
+
+def open_session(config: Any) -> Session:
+    """The session of a job's config: named after its output folder, with the whole config as the parent run's parameters."""
+    return Session(config.run, config.run.out.name, json.loads(as_json(config)))
+
+
+class PeakMemory:
+    """Largest resident memory seen of this process and its descendants, a local Ray cluster included; in bytes."""
+
+    peak = 0
+
+    def sample(self) -> None:
+        total = 0
+        me = psutil.Process()
+        for process in [me, *me.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                memory = process.memory_info()
+                # Every process maps Ray's object store: shared pages would be counted many times.
+                total += memory.rss - getattr(memory, "shared", 0)
+        self.peak = max(self.peak, total)
+
+
+@contextlib.contextmanager
+def peak_memory(interval: float = 1.0) -> Iterator[PeakMemory]:
+    """Sample memory in the background while the body runs."""
+    memory, stop = PeakMemory(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(interval):
+            memory.sample()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        stop.set()
+        thread.join()
+        memory.sample()
+
+
+def say(message: str) -> None:
+    """One progress line with the time."""
+    print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
