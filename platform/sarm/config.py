@@ -227,7 +227,7 @@ class Reward:
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of forward and backward; bfloat16 keeps fp32 master weights."""
+    """Dtype of the blocks' forward and backward; weights, SAE, head and loss stay float32."""
     gradient_checkpointing: bool = field(default=False, metadata=OPERATIONAL)
     """Recompute the blocks in the backward pass to save memory."""
     scalar_baseline: bool = True
@@ -328,7 +328,7 @@ class Pipeline:
 
     def part(self, job: type[Job]) -> Job:
         """The same settings as the config of one job, e.g. `preset.part(TrainSae)`."""
-        return job(**{f.name: getattr(self, f.name) for f in dataclasses.fields(job)})
+        return job(**{f.name: getattr(self, f.name) for f in dataclasses.fields(job)})  # type: ignore[arg-type]
 
 
 def identity(config: Any, *, seed: int | None = None) -> dict[str, Any]:

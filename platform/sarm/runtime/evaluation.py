@@ -22,7 +22,8 @@ from sarm.interpret.attribution import check_completeness, feature_table
 from sarm.interpret.contexts import ContextRecord, collect_contexts
 from sarm.manifest import read_manifest
 from sarm.nn.sae import standardise
-from sarm.runtime.extraction import PairScores, run_over
+from sarm.runtime.actors import PairScores, Source
+from sarm.runtime.extraction import run_over
 from sarm.runtime.reward_training import load_pairs
 from sarm.runtime.session import Session, say
 from sarm.runtime.tracking import StageRun
@@ -107,7 +108,9 @@ def _score(session: Session, extraction: Extraction, name: str, folder: Path) ->
     target = folder / f"{name}_scores"
     arguments = {"model": model, "folder": model_folder(model), "reward_model": reward_model, "extraction": extraction}
     files = sorted(session.folders.pairs.glob("*.parquet"))
+    work = Source(f"score with {name}", read_manifest(session.folders.pairs, "pairs/v1").counts["splits"]["heldout"])
     run_over(
+        work,
         files,
         _heldout,
         PairScores,

@@ -3,7 +3,11 @@
 Nothing heavy is imported here: `--help`, `--dry-run` and wrong flags answer before torch and ray load.
 """
 
+import contextlib
+import difflib
+import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,11 +26,10 @@ def run_job(
 
     Exits with status 2 and one line for a user's mistake, 130 for an interrupt, and leaves other errors to Python.
     """
-    presets = {name: (summary, preset.part(config_type)) for name, (summary, preset) in PRESETS.items()}
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
-        config = tyro.extras.overridable_config_cli(presets, args=arguments, description=description)
+        config = parse(config_type, description, arguments)
         if config.run.dry_run:
             print(describe(config))
             return
@@ -42,6 +45,54 @@ def run_job(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(130)
+
+
+def parse(config_type: type, description: str, arguments: Sequence[str]) -> Any:
+    """The config that the preset and flags on the command line make.
+
+    Raises UserError for an unknown preset, flag or value; exits with status 0 after printing help.
+    """
+    name, *flags = arguments or [""]
+    script = f"python {os.path.relpath(sys.argv[0])}" if sys.argv[0] else "job"
+    if name in ("-h", "--help"):
+        print(f"{description.strip()}\n\nusage: {script} PRESET [--flag value ...]\n\npresets:")
+        print("\n".join(f"  {key:<10}{summary}" for key, (summary, _) in PRESETS.items()))
+        print(f"\nall flags with their help and defaults: {script} demo --help")
+        sys.exit(0)
+    if name not in PRESETS:
+        guess = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f", did you mean {guess[0]}?" if guess else "."
+        raise UserError(
+            f"the first argument is a preset ({', '.join(PRESETS)}), got {name or 'nothing'}{hint} Try {script} --help."
+        )
+    summary, preset = PRESETS[name]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                config_type,
+                default=preset.part(config_type),
+                args=flags,
+                prog=f"{script} {name}",
+                description=f"{description.strip().splitlines()[0]} Preset {name}: {summary}.",
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(said.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """What a framed parser error says, on one line: its message, and the flags that may have been meant."""
+    lines = [line.strip("│ \n") for line in box.splitlines()]
+    parts = "\n".join(line for line in lines if not line.startswith(("╭", "╰"))).split("─" * 10)
+    message = " ".join(parts[0].split())
+    message = re.sub(r"^Error parsing (?!--)\S+: ", "", message)
+    meant = re.findall(
+        r"^(--\S+)", box.partition("Perhaps you meant")[2].replace("│", "").replace("    ", ""), flags=re.M
+    )
+    meant = meant or re.findall(r"(--[\w.-]+) [A-Z]", box.partition("Perhaps you meant")[2])
+    return message + (f". Did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else "")
 
 
 def describe(config: Any) -> str:

@@ -70,8 +70,6 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     model = build_model(task, chat)
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    if task.reward.precision == "bfloat16":
-        model.model.to(torch.bfloat16)
     model.train()
     engine = ZeroEngine(model, parameter_groups(model, task.reward), task.reward, device)
     progress = Progress(
@@ -83,7 +81,7 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         return None
     trained = build_model(task, chat)
     trained.load_state_dict(state)
-    trained.to(device).eval()
+    trained.to(device).eval()  # type: ignore[arg-type]
     mean, std = reward_moments(trained, groups, task.reward.batch_tokens, task.model.max_length, chat.pad_id, device)
     trained.config.reward_mean, trained.config.reward_std = mean, std
     save_sarm(trained.cpu(), chat, task.folder)

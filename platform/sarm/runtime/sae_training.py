@@ -70,7 +70,9 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     names = list(rows)
     sae = TopKSae(stores[names[0]].d_in, task.sae.d_sae, task.sae.k)
     sae.initialise_(samples[names[0]], torch.Generator().manual_seed(task.run.seed))
-    history, figures, first_step = {}, {}, 0
+    history: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
+    first_step = 0
     for number, name in enumerate(names):
         if number > 0:
             unused = int(_fired(sae, samples[names[number - 1]].to(device)).argmin())
@@ -87,7 +89,7 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
             first_step,
         )
         history[name] = progress.history
-        first_step = progress.history[-1]["step"] if progress.history else 0
+        first_step = int(progress.history[-1]["step"]) if progress.history else 0
         figures[f"fvu_{name}_after_its_phase"] = measure(sae, rows[name].heldout, device).fvu
     if rank != 0:
         return None

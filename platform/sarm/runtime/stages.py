@@ -78,7 +78,7 @@ def prepare(session: Session, data: Data) -> None:
 
 def extract(session: Session, model: Model, extraction: Extraction) -> None:
     """corpus/v1 and pairs/v1 -> activations/v1 at sentence ends, at the training responses' ends, and at the held-out ones'."""
-    from sarm.runtime.extraction import ChatActivations, TextActivations
+    from sarm.runtime.actors import ChatActivations, TextActivations
 
     chat = check_model(model)
     folders = session.folders
@@ -192,6 +192,7 @@ def _extract(
     model: Model,
     extraction: Extraction,
     chat: ChatTokenizer,
+    name: str,
     actor: type,
     keep: Any,
     source: Any,
@@ -199,6 +200,7 @@ def _extract(
     child: StageRun,
 ) -> Mapping[str, Any]:
     from sarm.nn.backbone import read_config
+    from sarm.runtime.actors import Source
     from sarm.runtime.extraction import run_over
 
     folder = model_folder(model)
@@ -215,8 +217,19 @@ def _extract(
     table_schema = schema.activations(d_in, metadata)
     files = sorted(source.glob("*.parquet"))
     arguments = {"model": model, "folder": folder, "extraction": extraction, "table_schema": table_schema}
+    read = read_manifest(source, PAIRS if keep else CORPUS).counts
+    work = Source(name, read["splits"][keep.keywords["split"]] if keep else read["rows"])
     counts = run_over(
-        files, keep, actor, arguments, table_schema, target, extraction.rows_per_file, session.run, session.cluster
+        work,
+        files,
+        keep,
+        actor,
+        arguments,
+        table_schema,
+        target,
+        extraction.rows_per_file,
+        session.run,
+        session.cluster,
     )
     (target / "statistics.json").write_text(json.dumps(statistics_of(counts.pop("moments"))))
     child.log_table([{"reason": reason, "rows": rows} for reason, rows in counts["rejected"].items()], "rejected.json")

@@ -40,7 +40,8 @@ def run_workers(
         run_config=ray.train.RunConfig(name=f"{name}-{uuid.uuid4().hex[:8]}", storage_path=str(storage)),
     )
     try:
-        return trainer.fit().return_value
+        result: Any = trainer.fit()
+        return result.return_value
     except ray.train.WorkerGroupError as error:
         raise next(iter(error.worker_failures.values())) from error
     finally:

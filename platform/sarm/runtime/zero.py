@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO as the training loop's engine: stages 0-3, gloo on CPU, nccl on GPU, fp32 master weights."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ class ZeroEngine:
         self.device = device
         self._rates = [group["lr"] for group in parameter_groups]
         self._engine, *_ = deepspeed.initialize(
-            model=model.to(device),
+            model=model.to(device),  # type: ignore[arg-type]  # its wrapper hides `to`
             model_parameters=parameter_groups,
             config=deepspeed_config(config),
             dist_init_required=False,
@@ -68,15 +67,9 @@ def deepspeed_config(config: Reward) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
         "optimizer": {"type": "AdamW", "params": {"lr": config.head_lr, "torch_adam": True}},
-        "bf16": {"enabled": config.precision == "bfloat16"},
+        # Autocast keeps fp32 masters, and the SAE and head out of 16 bits; DeepSpeed's `bf16` would cast every module.
+        "torch_autocast": {"enabled": config.precision == "bfloat16", "dtype": "bfloat16"},
         "zero_optimization": {"stage": config.zero_stage},
-        # A frozen SAE and frozen embeddings have no gradient; that is no mistake.
-        "zero_allow_untested_optimizer": True,
         "wall_clock_breakdown": False,
         "steps_per_print": 10**9,
     }
-
-
-def trained_folder(folder: Path) -> Path:
-    """Where a training attempt writes before its files are moved to their place."""
-    return folder / ".training"

@@ -1,0 +1,50 @@
+# `make demo` and `make test` need Python 3.11 and make; everything else they set up themselves, once.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+MLFLOW_URI ?= sqlite:///$(CURDIR)/outputs/mlflow.db
+UI_PORT ?= 5000
+
+export PYTHONUNBUFFERED := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint types ui lock clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "error: $(PYTHON) is missing. Install Python 3.11, or pass make PYTHON=/path/to/python3.11."; exit 2; }
+	@echo "setting up $(VENV) (once; downloads about 1 GB)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar on -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(VENV)/.ready  ## the whole chain on a real model and real preferences, on this machine
+	$(BIN)/python jobs/pipeline.py demo
+
+test: $(VENV)/.ready lint types  ## everything that checks the project
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready  ## types
+	$(BIN)/mypy
+
+ui: $(VENV)/.ready  ## MLflow on this machine's runs: http://127.0.0.1:5000
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri "$(MLFLOW_URI)" --host 127.0.0.1 --port $(UI_PORT)
+
+lock:  ## pin what pyproject.toml asks for, as it resolves today
+	rm -rf .lock-venv
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -m pip install --progress-bar on torch==2.13.0 setuptools wheel
+	.lock-venv/bin/python -m pip install --progress-bar on --editable '.[dev]'
+	{ echo "# Made by \`make lock\`; torch's own CUDA packages are left to the platform that installs it."; \
+	  .lock-venv/bin/python -m pip freeze --all --exclude-editable | grep -viE '^(nvidia-|triton|pip==|cuda-)' | sed -E 's/^(torch==[0-9.]+)\+.*/\1/'; } > requirements.lock
+	rm -rf .lock-venv
+
+clean:  ## remove outputs and caches of tools; the virtual environment stays
+	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,146 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sarm import schema
+from sarm.config import Extraction, Model, Pipeline, Run, UserError
+from sarm.data.activations import ActivationStore
+from sarm.data.chat import load_chat_tokenizer
+from sarm.data.models import model_folder
+from sarm.data.sentences import sentence_end_tokens, sentence_ends
+from sarm.manifest import read_manifest
+from sarm.nn.backbone import load_backbone
+from sarm.runtime.actors import Source, TextActivations
+from sarm.runtime.cluster import Cluster
+from sarm.runtime.extraction import run_over
+
+
+def one_by_one(model: Model, ids: list[int]) -> torch.Tensor:
+    backbone = load_backbone(model_folder(model), model.layer)
+    with torch.no_grad():
+        return backbone(torch.tensor([ids])).last_hidden_state[0]
+
+
+def table_of(folder: Path) -> pa.Table:
+    return ds.dataset([str(p) for p in sorted(folder.glob("*.parquet"))]).to_table()
+
+
+def test_every_sentence_end_of_the_corpus_is_there_once(extracted: Path, preset: Pipeline) -> None:
+    chat = load_chat_tokenizer(preset.model, model_folder(preset.model))
+    expected = set()
+    for row in table_of(extracted / "corpus").to_pylist():
+        encoded = chat.encode_text(row["text"])
+        ends = sentence_end_tokens(sentence_ends(row["text"]), encoded.offsets)
+        expected |= {(row["row_id"], position) for position in ends}
+    keys, _ = ActivationStore(extracted / "activations" / "text").read(["row_id", "position"])
+    found = list(zip(keys["row_id"].to_pylist(), keys["position"].to_pylist(), strict=True))
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+
+
+def test_a_stored_sentence_end_equals_the_model_run_alone_to_16_bits(extracted: Path, preset: Pipeline) -> None:
+    chat = load_chat_tokenizer(preset.model, model_folder(preset.model))
+    keys, vectors = ActivationStore(extracted / "activations" / "text").read(["row_id", "position"])
+    texts = {row["row_id"]: row["text"] for row in table_of(extracted / "corpus").to_pylist()}
+    for i in range(0, len(vectors), len(vectors) // 7):
+        key = keys.slice(i, 1).to_pylist()[0]
+        ids = chat.encode_text(texts[key["row_id"]]).ids
+        alone = one_by_one(preset.model, ids[: key["position"] + 1])[-1]
+        torch.testing.assert_close(vectors[i], alone.half().float(), rtol=2e-3, atol=2e-3)
+
+
+def test_a_stored_chat_end_is_the_rewarded_token_of_its_response(extracted: Path, preset: Pipeline) -> None:
+    chat = load_chat_tokenizer(preset.model, model_folder(preset.model))
+    pairs = {row["pair_id"]: row for row in table_of(extracted / "pairs").to_pylist()}
+    store = ActivationStore(extracted / "activations" / "chat")
+    keys, vectors = store.read(["doc_id", "side", "position", "token_id"])
+    assert {pairs[doc]["split"] for doc in keys["doc_id"].to_pylist()} == {"train"}
+    assert store.num_rows == 2 * sum(pair["split"] == "train" for pair in pairs.values())
+    for i in range(0, len(vectors), len(vectors) // 7):
+        key = keys.slice(i, 1).to_pylist()[0]
+        pair = pairs[key["doc_id"]]
+        (tokens,) = chat.encode_responses(pair["prompt"], [pair[key["side"]]])
+        assert (key["position"], key["token_id"]) == (len(tokens.ids) - 1, chat.end_of_turn_id)
+        alone = one_by_one(preset.model, tokens.ids)[-1]
+        torch.testing.assert_close(vectors[i], alone.half().float(), rtol=2e-3, atol=2e-3)
+
+
+def test_statistics_lie_with_the_data(extracted: Path) -> None:
+    _, vectors = ActivationStore(extracted / "activations" / "text").read()
+    statistics = json.loads((extracted / "activations" / "text" / "statistics.json").read_text())
+    torch.testing.assert_close(torch.tensor(statistics["mean"]), vectors.mean(0), rtol=1e-4, atol=1e-4)
+    assert statistics["rows"] == len(vectors)
+
+
+def run_text(folder: Path, texts: list[str], target: Path, model: Model, num_actors: int = 1) -> dict:
+    folder.mkdir()
+    rows = {"row_id": [schema.stable_int(t) for t in texts], "text": texts, "source": ["t"] * len(texts)}
+    pq.write_table(pa.table(rows, schema=schema.CORPUS), folder / "a.parquet", row_group_size=20)
+    table_schema = schema.activations(64, {"dtype": "float16", "layer": model.layer})
+    arguments = {
+        "model": model,
+        "folder": model_folder(model),
+        "extraction": Extraction(),
+        "table_schema": table_schema,
+    }
+    run = Run(out=target, num_actors=num_actors, cpus_per_worker=1)
+    cluster = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)
+    return run_over(
+        Source("test", len(texts)),
+        [folder / "a.parquet"],
+        None,
+        TextActivations,
+        arguments,
+        table_schema,
+        target,
+        1000,
+        run,
+        cluster,
+    )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_texts_without_a_sentence_end_are_counted_and_long_ones_cut_into_windows(
+    tmp_path: Path, preset: Pipeline
+) -> None:
+    model = dataclasses.replace(preset.model, max_length=16)
+    long = "One two three four five six. " * 30
+    counts = run_text(tmp_path / "in", ["no end here", "A sentence.", long.strip()], tmp_path / "out", model)
+    assert counts["rejected"] == {"no_sentence_end": 1}
+    table = table_of(tmp_path / "out")
+    assert counts["rows"] == table.num_rows == 31
+    positions = table.filter(pc.equal(table["row_id"], schema.stable_int(long.strip())))["position"].to_pylist()
+    assert positions == sorted(positions)
+    assert len(set(positions)) == 30
+    assert max(positions) > model.max_length
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_actors_write_what_one_writes(tmp_path: Path, preset: Pipeline) -> None:
+    texts = [f"Sentence {i} is here. And number {i * i} follows." for i in range(150)]
+    tables = []
+    for actors in (1, 2):
+        run_text(tmp_path / f"in{actors}", texts, tmp_path / f"out{actors}", preset.model, actors)
+        tables.append(table_of(tmp_path / f"out{actors}").drop(["activation"]))
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_corpus_of_which_nothing_is_usable_is_an_error_that_counts_the_reasons(
+    tmp_path: Path, preset: Pipeline
+) -> None:
+    with pytest.raises(UserError, match="no_sentence_end"):
+        run_text(tmp_path / "in", ["no end", "none here either"], tmp_path / "out", preset.model)
+
+
+def test_manifests_name_their_inputs(extracted: Path) -> None:
+    manifest = read_manifest(extracted / "activations" / "text", "activations/v1")
+    assert list(manifest.inputs) == ["corpus/v1"]
+    assert manifest.counts["activations"]["layer"] == 1

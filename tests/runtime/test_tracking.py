@@ -1,0 +1,80 @@
+import json
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from sarm.config import Run, UserError
+from sarm.runtime.tracking import Tracker, flat_params, tracking_uri
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Run(out=tmp_path / "outputs" / "a")
+
+
+def test_stages_are_children_of_one_parent_and_close_as_they_end(run: Run) -> None:
+    tracker = Tracker(run, "a")
+    with tracker.stage("good", None, {"k": 3}) as good:
+        good.log_metrics({"fvu": 0.5, "broken": math.inf, "missing": None}, step=2)
+    with pytest.raises(RuntimeError, match="boom"), tracker.stage("bad", None, {}) as bad:
+        raise RuntimeError("boom")
+    client = MlflowClient(tracker.uri)
+    found = client.get_run(good.run_id)
+    assert found.data.tags["mlflow.parentRunId"] == tracker.parent.run_id
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"k": "3"}
+    assert found.data.metrics == {"fvu": 0.5}
+    assert client.get_run(bad.run_id).info.status == "FAILED"
+
+
+def test_a_restart_continues_under_the_same_ids(run: Run) -> None:
+    first = Tracker(run, "a")
+    with pytest.raises(RuntimeError), first.stage("s", None, {"k": 3}) as child:
+        raise RuntimeError
+    again = Tracker(run, "a", first.parent.run_id)
+    with again.stage("s", child.run_id, {"k": 3, "new": 1}) as continued:
+        pass
+    assert again.parent.run_id == first.parent.run_id
+    assert continued.run_id == child.run_id
+    assert MlflowClient(again.uri).get_run(child.run_id).data.params == {"k": "3", "new": "1"}
+
+
+def test_an_id_of_another_database_gets_a_new_run(run: Run) -> None:
+    tracker = Tracker(run, "a", "0" * 32)
+    assert tracker.parent.run_id != "0" * 32
+
+
+def test_artifacts_lie_beside_the_database_and_not_in_the_working_directory(run: Run, tmp_path: Path) -> None:
+    tracker = Tracker(run, "a")
+    tracker.parent.log_text("hello", "note.txt")
+    tracker.parent.log_table([{"name": "SARM", "accuracy": 0.9}], "table.json")
+    assert list((tmp_path / "outputs" / "mlartifacts").rglob("note.txt"))
+    (table,) = (tmp_path / "outputs" / "mlartifacts").rglob("table.json")
+    assert json.loads(table.read_text())["data"] == [["SARM", 0.9]]
+
+
+def test_workers_get_a_picklable_handle_with_an_absolute_uri(run: Run) -> None:
+    handle = pickle.loads(pickle.dumps(Tracker(run, "a").parent))
+    handle.log_metrics({"loss": 1.0})
+    assert handle.uri.startswith("sqlite:////")
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"), [("sqlite:///mlflow.db", "is relative"), ("mlruns", "neither a server nor a database")]
+)
+def test_places_that_would_differ_between_workers_are_refused(run: Run, uri: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        tracking_uri(Run(out=run.out, mlflow_uri=uri))
+
+
+def test_an_unreachable_server_is_one_clear_error(run: Run) -> None:
+    with pytest.raises(UserError, match="cannot be used"):
+        Tracker(Run(out=run.out, mlflow_uri="http://127.0.0.1:9"), "a")
+
+
+def test_nested_settings_get_dotted_names() -> None:
+    assert flat_params({"sae": {"k": 3}, "seed": 0}) == {"sae.k": 3, "seed": 0}

@@ -1,0 +1,220 @@
+"""Jobs as a user runs them: processes with a command line, an exit status, and files left behind."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FIGURES = {
+    "heldout_accuracy",
+    "heldout_accuracy_ci95",
+    "length_baseline_accuracy",
+    "scalar_head_accuracy",
+    "fvu",
+    "alive_at_reward",
+    "stage_seconds",
+    "peak_rss_gb",
+}
+
+
+def run_job(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole tiny chain in one job."""
+    out = tmp_path_factory.mktemp("outputs") / "tiny"
+    done = run_job("pipeline", "tiny", "--out", out)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "held-out accuracy" in done.stdout
+    assert str(out / "report.html") in done.stdout.replace("\n", "")
+    return out
+
+
+def test_the_report_has_the_figures_that_a_reader_needs(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    assert report.keys() >= FIGURES
+    low, high = report["heldout_accuracy_ci95"]
+    assert 0 <= low <= report["heldout_accuracy"] <= high <= 1
+    # The made-up preferences are easy; a chain that has lost its labels, its tokens or its split is near one half.
+    assert report["heldout_accuracy"] > 0.8
+    assert 0 < report["alive_at_reward"] <= 1
+    assert report["completeness"] < 1e-4
+    assert {"corpus", "pairs", "activations/text", "sae", "sarm", "scalar_head", "evaluation"} <= report[
+        "stage_seconds"
+    ].keys()
+    assert report["peak_rss_gb"] > 0.1
+    assert "http" not in (finished / "report.html").read_text().replace("http://www.w3.org", "")
+
+
+def test_the_model_left_behind_scores_as_the_report_says(finished: Path) -> None:
+    import pyarrow.dataset as ds
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    import sarm.nn.modeling_sarm  # noqa: F401  registers the model type
+
+    model = AutoModelForSequenceClassification.from_pretrained(finished / "sarm")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "sarm")
+    pairs = {
+        p["pair_id"]: p
+        for p in ds.dataset([str(p) for p in (finished / "pairs").glob("*.parquet")]).to_table().to_pylist()
+    }
+    scores = (
+        ds.dataset([str(p) for p in (finished / "evaluation" / "sarm_scores").glob("*.parquet")]).to_table().to_pylist()
+    )
+    for row in scores[:5]:
+        pair = pairs[row["pair_id"]]
+        messages = [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]
+        ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            reward = model(**ids).logits.item()
+        assert reward == pytest.approx(row["chosen_reward"], abs=1e-4)
+
+
+def test_mlflow_has_a_parent_with_a_child_per_stage(finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished.parent / 'mlflow.db'}")
+    parent = json.loads((finished / "run.json").read_text())["mlflow_run_id"]
+    experiment = client.get_run(parent).info.experiment_id
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert {run.data.tags["mlflow.runName"] for run in children} == {
+        "prepare corpus", "prepare pairs", "extract sentence ends", "extract chat ends", "extract held-out chat ends",
+        "train SAE", "train SARM", "train scalar head", "evaluate",
+    }  # fmt: skip
+    assert all(run.info.status == "FINISHED" for run in [*children, client.get_run(parent)])
+    sarm = next(run for run in children if run.data.tags["mlflow.runName"] == "train SARM")
+    history = client.get_metric_history(sarm.info.run_id, "sarm/loss")
+    assert [metric.step for metric in history] == list(range(1, len(history) + 1))
+    assert {file.path for file in client.list_artifacts(parent)} >= {
+        "report.html",
+        "report.json",
+        "figures",
+        "accuracies.json",
+    }
+
+
+def test_asking_again_is_a_no_op_and_keeps_every_byte(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("manifest.json")}
+    done = run_job("pipeline", "tiny", "--out", finished)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "starting Ray" not in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("manifest.json")} == before
+
+
+@pytest.mark.parametrize("job", ["prepare_data", "extract_activations", "train_sae", "train_sarm", "evaluate"])
+def test_each_job_alone_finds_its_stage_done(job: str, finished: Path) -> None:
+    done = run_job(job, "tiny", "--out", finished)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "already done" in done.stdout
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line, line
+    assert "starting Ray" not in done.stdout
+
+
+BAD_FLAGS = {
+    "wrong flag": ("train_sae", ["tiny", "--sae.kk", "3"], ["--sae.kk", "--sae.k"]),
+    "wrong value": ("train_sae", ["tiny", "--sae.k", "many"], ["--sae.k", "many"]),
+    "wrong preset": ("pipeline", ["dmo"], ["dmo", "demo"]),
+    "no preset": ("pipeline", [], ["preset"]),
+    "k beyond the dictionary": (
+        "pipeline",
+        ["tiny", "--sae.k", "300"],
+        ["k must be between 1 and d_sae=256", "300", "--sae.k"],
+    ),
+    "layer beyond the model": ("pipeline", ["tiny", "--model.layer", "9"], ["layer 9", "2 blocks", "--model.layer"]),
+    "unknown model": ("pipeline", ["tiny", "--model.name", "/no/such/model"], ["/no/such/model", "--model.name"]),
+    "unknown built-in": ("pipeline", ["tiny", "--model.name", "demo:gpt9"], ["demo:gpt9", "demo:smollm2"]),
+    "missing file": ("pipeline", ["tiny", "--data.pairs", "/no/such.jsonl"], ["/no/such.jsonl"]),
+    "relative database": ("prepare_data", ["tiny", "--mlflow-uri", "sqlite:///x.db"], ["x.db", "sqlite:////absolute"]),
+    "nan rate": ("train_sarm", ["tiny", "--reward.lr", "nan"], ["finite", "--reward.lr"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_a_wrong_command_is_one_line_with_status_2_and_leaves_nothing(case: str, tmp_path: Path) -> None:
+    job, arguments, words = BAD_FLAGS[case]
+    started = time.monotonic()
+    refused(run_job(job, *arguments, *(["--out", tmp_path / "out"] if arguments else [])), *words)
+    assert not (tmp_path / "out").exists()
+    # Not a benchmark: a bound that only a started cluster would break.
+    assert time.monotonic() - started < 60
+
+
+def jsonl(path: Path, rows: list[object]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_a_file_without_rejected_is_refused(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "c"}])
+    refused(run_job("prepare_data", "tiny", "--out", tmp_path / "out", "--data.pairs", file), "pairs.jsonl", "rejected")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unusable_rows_are_counted_by_reason_and_the_rest_is_kept(tmp_path: Path) -> None:
+    good = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
+    bad = [{"prompt": "p", "chosen": "same", "rejected": "same"}, {"prompt": "p", "chosen": "only"}]
+    pairs = jsonl(tmp_path / "pairs.jsonl", [*good, *bad])
+    texts = tmp_path / "texts.jsonl"
+    texts.write_bytes(b'{"text": "A sentence."}\n{"text": "\xff\xfe broken"}\n{"text": "  "}\nnot json\n')
+    done = run_job("prepare_data", "tiny", "--out", tmp_path / "out", "--data.pairs", pairs, "--data.texts", texts)
+    assert done.returncode == 0, done.stderr[-2000:]
+    of_pairs = json.loads((tmp_path / "out" / "pairs" / "manifest.json").read_text())["counts"]
+    of_texts = json.loads((tmp_path / "out" / "corpus" / "manifest.json").read_text())["counts"]
+    assert of_pairs["rows"] == 40
+    assert of_pairs["rejected"] == {"equal_answers": 1, "no_rejected": 1}
+    assert of_texts["rows"] == 1
+    assert of_texts["rejected"] == {"invalid_utf8": 1, "empty": 1, "bad_json": 1}
+
+
+def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
+    texts = jsonl(tmp_path / "texts.jsonl", [{"text": ""}])
+    refused(run_job("prepare_data", "tiny", "--out", tmp_path / "out", "--data.texts", texts), "texts.jsonl")
+
+
+def test_other_settings_do_not_touch_a_finished_folder(finished: Path) -> None:
+    refused(run_job("pipeline", "tiny", "--out", finished, "--sae.k", "9"), "sae", "k=8", "k=9", "--out")
+
+
+def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out" / "pairs").mkdir(parents=True)
+    (tmp_path / "out" / "pairs" / "thesis.txt").write_text("mine")
+    refused(run_job("pipeline", "tiny", "--out", tmp_path / "out"), "pairs", "claimed")
+    assert (tmp_path / "out" / "pairs" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_sae_of_another_shape_is_refused(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "sarm")
+    shutil.rmtree(out / "evaluation")
+    config = json.loads((out / "sae" / "cfg.json").read_text())
+    (out / "sae" / "cfg.json").write_text(json.dumps({**config, "d_sae": 99}))
+    refused(run_job("train_sarm", "tiny", "--out", out), "sae_weights.safetensors", "99")
+    assert not (out / "sarm").exists()
+
+
+@pytest.mark.parametrize("preset", ["demo", "sarm-1b", "sarm-2b", "sarm-4b", "safer-1b", "safer-3b"])
+def test_every_preset_resolves_without_a_network(preset: str) -> None:
+    done = run_job("pipeline", preset, "--dry-run")
+    assert done.returncode == 0
+    assert '"d_sae"' in done.stdout
+    assert "GB" in done.stdout

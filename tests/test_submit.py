@@ -1,0 +1,74 @@
+"""The tiny chain through `ray job submit`, from a working directory, on a cluster started for it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, outside the range that Ray gives to its workers."""
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the jobs server of a one-node cluster, ended by its process group."""
+    gcs, dashboard, agent, grpc_agent, client = free_ports(5)
+    log = tmp_path_factory.mktemp("ray") / "head.log"
+    command = [
+        RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4", f"--port={gcs}",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc_agent}",
+        f"--ray-client-server-port={client}", "--object-store-memory=200000000", f"--temp-dir=/tmp/sarm-ray-{os.getpid()}",
+    ]  # fmt: skip
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    with log.open("w") as out:
+        head = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + 90
+        while not ready(address, environment):
+            assert head.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(1)
+        yield address
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(timeout=60)
+
+
+def ready(address: str, environment: dict[str, str]) -> bool:
+    """Whether the jobs server answers."""
+    asked = subprocess.run(
+        [RAY, "job", "list", "--address", address], capture_output=True, env=environment, timeout=60, check=False
+    )
+    return asked.returncode == 0
+
+
+def test_the_chain_runs_as_a_submitted_job(cluster: str, tmp_path: Path) -> None:
+    out = tmp_path / "submitted"
+    command = [
+        RAY, "job", "submit", "--address", cluster, "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml",
+        "--", sys.executable, "jobs/pipeline.py", "tiny", "--out", str(out), "--cpus-per-worker", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "succeeded" in done.stdout
+    assert (out / "report.html").is_file()
+    assert (out / "sarm" / "model.safetensors").is_file()
