@@ -12,12 +12,13 @@ def main(config: Pipeline) -> None:
     from sarm.data.models import check_model
     from sarm.interpret.summary import print_summary
     from sarm.runtime import stages
+    from sarm.runtime.plan import refuse_other_run
     from sarm.runtime.reporting import report
     from sarm.runtime.session import open_session
 
     stages.check_sources(config.data)
     check_model(config.model)
-    stages.refuse_other_run(config)
+    refuse_other_run(config)
     with open_session(config) as session:
         stages.prepare(session, config.data)
         stages.extract(session, config.model, config.extraction)

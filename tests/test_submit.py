@@ -60,14 +60,41 @@ def ready(address: str, environment: dict[str, str]) -> bool:
     return asked.returncode == 0
 
 
+def submit(cluster: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` as the README writes it, with this Python."""
+    line = [
+        RAY,
+        "job",
+        "submit",
+        "--address",
+        cluster,
+        "--working-dir",
+        ".",
+        "--runtime-env",
+        "cluster/runtime_env.yaml",
+    ]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    return subprocess.run(
+        [*line, "--", *command], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=280, check=False
+    )
+
+
+def test_driver_and_workers_import_the_package_that_travelled(cluster: str, tmp_path: Path) -> None:
+    script = tmp_path / "where.py"
+    script.write_text(
+        "import ray, sarm\n"
+        "ray.init()\n"
+        "print('at', sarm.__file__, ray.get(ray.remote(lambda: __import__('sarm').__file__).remote()))\n"
+    )
+    done = submit(cluster, sys.executable, str(script))
+    assert done.returncode == 0, done.stdout[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("at ")]
+    assert line.count("working_dir_files") == 2, line
+
+
 def test_the_chain_runs_as_a_submitted_job(cluster: str, tmp_path: Path) -> None:
     out = tmp_path / "submitted"
-    command = [
-        RAY, "job", "submit", "--address", cluster, "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml",
-        "--", sys.executable, "jobs/pipeline.py", "tiny", "--out", str(out), "--cpus-per-worker", "1",
-    ]  # fmt: skip
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    done = submit(cluster, sys.executable, "jobs/pipeline.py", "tiny", "--out", str(out), "--cpus-per-worker", "1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "succeeded" in done.stdout
     assert (out / "report.html").is_file()

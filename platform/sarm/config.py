@@ -211,7 +211,9 @@ class Reward:
     lr: float = 4e-6
     """AdamW's peak learning rate for the backbone's blocks."""
     head_lr: float = 1e-3
-    """AdamW's peak learning rate for the zero-initialised linear head."""
+    """AdamW's peak learning rate for the linear head."""
+    head_init: Literal["zero", "logistic"] = "zero"
+    """Where the head starts: at zero as in the papers, or at a logistic fit to the frozen features of the training pairs."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the blocks; the head has none."""
     epochs: int = 1

@@ -56,7 +56,9 @@ def reward_task(
     extracted: Path, sae: Path, folder: Path, tracking: StageRun, preset: Pipeline, reward: Reward, workers: int
 ) -> RewardTask:
     run = Run(out=extracted, num_workers=workers, cpus_per_worker=1)
-    return RewardTask(run, preset.model, model_folder(preset.model), reward, extracted / "pairs", sae, folder, tracking)
+    return RewardTask(
+        run, preset.model, model_folder(preset.model), reward, extracted / "pairs", sae, None, folder, tracking
+    )
 
 
 REWARD = Reward(lr=1e-3, head_lr=1e-2, epochs=1, batch_pairs=16, batch_tokens=512)

@@ -38,4 +38,5 @@ class VarianceUnexplained:
         if self._rows == 0:
             return None
         variance = self._squares - self._sum.square().sum() / self._rows
-        return float(self._error / variance) if variance > 0 else None
+        # Equal rows leave a rounding error instead of 0.
+        return float(self._error / variance) if variance > 1e-12 * self._squares else None

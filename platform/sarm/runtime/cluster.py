@@ -64,12 +64,15 @@ def connect(run: Run) -> Iterator[Cluster]:
         yield _describe(is_local=False)
         return
     if address == "local":
+        # Only errors that end something: Ray's own processes report much that is none.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ray.init(
             address="local",
             num_cpus=cores + _SPARE_SLOTS,
             object_store_memory=_LOCAL_OBJECT_STORE,
             include_dashboard=False,
+            runtime_env={"worker_process_setup_hook": quiet_worker},
             logging_level=logging.WARNING,
         )
     else:
@@ -83,6 +86,11 @@ def connect(run: Run) -> Iterator[Cluster]:
         yield _describe(is_local=address == "local")
     finally:
         ray.shutdown()
+
+
+def quiet_worker() -> None:
+    """Hide a warning, twice a second, that Ray Train's clean-up cannot ask a dashboard that was not started."""
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
 def _describe(*, is_local: bool) -> Cluster:

@@ -62,7 +62,7 @@ def report(session: Session, title: str, evaluation: Evaluation) -> tuple[Report
         rejected_rows=_rejected(manifests),
         figures={caption: figures.as_svg(figure) for caption, figure in pictures.items()},
         notes=_notes(metrics),
-        ui_command=f"make ui MLFLOW_URI={shlex.quote(session.tracker.uri)}",
+        ui_command=_ui_command(session.tracker.uri),
     )
     files = write_report(content, folders.out)
     parent = session.tracker.parent
@@ -73,6 +73,12 @@ def report(session: Session, title: str, evaluation: Evaluation) -> tuple[Report
     parent.log_metrics({key: value for key, value in content.headline.items() if isinstance(value, int | float)})
     parent.log_table(accuracies, "accuracies.json")
     return files, as_dict(content)
+
+
+def _ui_command(uri: str) -> str:
+    """`make ui` opens the database that runs use by default; any other place is named."""
+    default = f"sqlite:///{Path.cwd() / 'outputs' / 'mlflow.db'}"
+    return "make ui" if uri == default else f"make ui MLFLOW_URI={shlex.quote(uri)}"
 
 
 def _manifests(out: Path) -> dict[str, Manifest]:

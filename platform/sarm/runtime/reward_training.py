@@ -18,6 +18,7 @@ from sarm.data.packing import token_batches
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.runtime.cluster import Cluster
+from sarm.runtime.head_start import start_head_
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.trainer import Progress, run_workers, worker_device
 from sarm.runtime.zero import ZeroEngine
@@ -26,7 +27,7 @@ from sarm.train.reward import parameter_groups, train_reward
 
 @dataclass(frozen=True)
 class RewardTask:
-    """What a worker needs to know; picklable. `sae` None trains the scalar head."""
+    """What a worker needs to know; picklable. `sae` None trains the scalar head; the head starts at a fit to `head_start`, else at 0."""
 
     run: Run
     model: Model
@@ -34,6 +35,7 @@ class RewardTask:
     reward: Reward
     pairs: Path
     sae: Path | None
+    head_start: Path | None
     folder: Path
     tracking: StageRun
 
@@ -66,8 +68,12 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     """One Ray Train worker: build, train, gather, and on rank 0 write the folder and return the figures."""
     device, rank = worker_device(), dist.get_rank()
     chat = load_chat_tokenizer(task.model, task.model_folder)
-    groups = list(prompt_groups(load_pairs(task.pairs, "train"), chat))
+    pairs = load_pairs(task.pairs, "train")
+    groups = list(prompt_groups(pairs, chat))
     model = build_model(task, chat)
+    # DeepSpeed hands rank 0's weights to the others.
+    if task.head_start is not None and rank == 0:
+        start_head_(model, task.head_start, pairs, task.run.seed)
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()

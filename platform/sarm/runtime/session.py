@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,26 +13,10 @@ import psutil
 from sarm.config import Run, UserError, as_json
 from sarm.manifest import Manifest, StageFolder, write_atomically
 from sarm.runtime.cluster import Cluster, connect
+from sarm.runtime.plan import Folders
 from sarm.runtime.tracking import StageRun, Tracker, flat_params
 
 _RUN_FILE = "run.json"
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where each stage of a run writes."""
-
-    out: Path
-
-    corpus = property(lambda self: self.out / "corpus")
-    pairs = property(lambda self: self.out / "pairs")
-    text_activations = property(lambda self: self.out / "activations" / "text")
-    chat_activations = property(lambda self: self.out / "activations" / "chat")
-    heldout_activations = property(lambda self: self.out / "activations" / "heldout")
-    sae = property(lambda self: self.out / "sae")
-    sarm = property(lambda self: self.out / "sarm")
-    scalar_head = property(lambda self: self.out / "scalar_head")
-    evaluation = property(lambda self: self.out / "evaluation")
 
 
 @dataclass

@@ -1,27 +1,30 @@
-"""The stages of the platform, each from finished folders to a finished folder. Jobs call these in order."""
+"""The stages of the platform, each from finished folders to a finished folder. Jobs call these in order.
+
+What needs torch or Ray is imported inside, so that a finished stage is a no-op that starts nothing.
+"""
 
 import functools
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from sarm import schema
-from sarm.config import Data, Evaluation, Extraction, Model, Pipeline, Reward, Sae, UserError, identity
+from sarm.config import Data, Evaluation, Extraction, Model, Reward, Sae, UserError
 from sarm.data import pair_sources, text_sources
 from sarm.data.activations import ACTIVATIONS, ActivationStore, statistics_of
 from sarm.data.artifacts import SAE, SARM
 from sarm.data.chat import ChatTokenizer
 from sarm.data.models import check_model, model_folder
 from sarm.data.prepare import prepare_corpus, prepare_pairs
-from sarm.manifest import Manifest, StageFolder, read_manifest, refuse_other_config
-from sarm.runtime.session import Folders, Session
+from sarm.manifest import Manifest, StageFolder, read_manifest
+from sarm.runtime import plan
+from sarm.runtime.plan import CORPUS, EVALUATION, PAIRS
+from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
-
-CORPUS, PAIRS, EVALUATION = "corpus/v1", "pairs/v1", "evaluation/v1"
-_OF_TEXTS = ("texts", "text_field", "max_texts")
 
 
 def check_sources(data: Data) -> None:
@@ -36,104 +39,55 @@ def check_sources(data: Data) -> None:
         )
 
 
-def refuse_other_run(config: Pipeline) -> None:
-    """Raise UserError if any stage folder was made with other settings, before the first stage is paid for."""
-    folders, data = Folders(config.run.out), identity(config.data)
-    rewards = {**identity(config.model), **identity(config.reward, seed=config.run.seed)}
-    plans = {
-        folders.corpus: (CORPUS, {key: data[key] for key in _OF_TEXTS}),
-        folders.pairs: (PAIRS, {key: value for key, value in data.items() if key not in _OF_TEXTS}),
-        folders.sae: (SAE, identity(config.sae, seed=config.run.seed)),
-        folders.sarm: (SARM, rewards),
-        folders.scalar_head: (SARM, rewards),
-        folders.evaluation: (EVALUATION, identity(config.evaluation, seed=config.run.seed)),
-    }
-    for folder, split in (
-        (folders.text_activations, "all"),
-        (folders.chat_activations, "train"),
-        (folders.heldout_activations, "heldout"),
-    ):
-        plans[folder] = (ACTIVATIONS, {**identity(config.model), **identity(config.extraction), "split": split})
-    for folder, (stage_schema, settings) in plans.items():
-        refuse_other_config(folder, stage_schema, settings)
-
-
 def prepare(session: Session, data: Data) -> None:
     """Sources -> corpus/v1 and pairs/v1; without text sources there is no corpus."""
-    settings = identity(data)
-    corpus = {key: settings[key] for key in _OF_TEXTS}
-    pairs = {key: value for key, value in settings.items() if key not in _OF_TEXTS}
+    folders = session.folders
     if data.texts:
-        folder = StageFolder(session.folders.corpus, CORPUS, corpus)
+        corpus = StageFolder(folders.corpus, CORPUS, plan.corpus_settings(data))
         session.stage(
-            "prepare corpus", folder, lambda _: _with_figures(prepare_corpus(data, folder.folder), "rows", "duplicates")
+            "prepare corpus", corpus, lambda _: _with_figures(prepare_corpus(data, corpus.folder), "rows", "duplicates")
         )
-    folder_of_pairs = StageFolder(session.folders.pairs, PAIRS, pairs)
-    session.stage(
-        "prepare pairs",
-        folder_of_pairs,
-        lambda _: _with_figures(prepare_pairs(data, folder_of_pairs.folder), "rows", "prompts"),
-    )
+    pairs = StageFolder(folders.pairs, PAIRS, plan.pairs_settings(data))
+    session.stage("prepare pairs", pairs, lambda _: _with_figures(prepare_pairs(data, pairs.folder), "rows", "prompts"))
 
 
 def extract(session: Session, model: Model, extraction: Extraction) -> None:
     """corpus/v1 and pairs/v1 -> activations/v1 at sentence ends, at the training responses' ends, and at the held-out ones'."""
-    from sarm.runtime.actors import ChatActivations, TextActivations
-
     chat = check_model(model)
     folders = session.folders
-    plans: list[tuple[str, Any, Any, str, Any, Any]] = [
-        (
-            "extract chat ends",
-            folders.chat_activations,
-            folders.pairs,
-            PAIRS,
-            ChatActivations,
-            functools.partial(_of_split, split="train"),
-        ),
-        (
-            "extract held-out chat ends",
-            folders.heldout_activations,
-            folders.pairs,
-            PAIRS,
-            ChatActivations,
-            functools.partial(_of_split, split="heldout"),
-        ),
+    passes = [
+        ("extract sentence ends", folders.text_activations, folders.corpus, CORPUS, "all"),
+        ("extract chat ends", folders.chat_activations, folders.pairs, PAIRS, "train"),
+        ("extract held-out chat ends", folders.heldout_activations, folders.pairs, PAIRS, "heldout"),
     ]
-    if folders.corpus.exists():
-        plans.insert(
-            0, ("extract sentence ends", folders.text_activations, folders.corpus, CORPUS, TextActivations, None)
-        )
-    for name, target, source, source_schema, actor, keep in plans:
-        config = {**identity(model), **identity(extraction), "split": "all" if keep is None else keep.keywords["split"]}
-        folder = StageFolder(target, ACTIVATIONS, config, {source_schema: (source, source_schema)})
+    for name, target, source, source_schema, split in passes:
+        if source_schema == CORPUS and not source.exists():
+            continue
+        settings = plan.activation_settings(model, extraction, split)
+        folder = StageFolder(target, ACTIVATIONS, settings, {source_schema: (source, source_schema)})
         session.stage(
-            name, folder, functools.partial(_extract, session, model, extraction, chat, actor, keep, source, target)
+            name, folder, functools.partial(_extract, session, model, extraction, chat, name, source, target, split)
         )
 
 
 def train_sae(session: Session, sae: Sae) -> None:
     """activations/v1 -> SAE."""
-    from sarm.runtime import sae_training
-
-    phases = {
-        "text": (session.folders.text_activations, sae.text_epochs),
-        "chat": (session.folders.chat_activations, sae.chat_epochs),
-    }
-    used = {name: path for name, (path, epochs) in phases.items() if epochs > 0}
-    folder = StageFolder(
-        session.folders.sae,
-        SAE,
-        identity(sae, seed=session.run.seed),
-        {f"activations/{n}": (p, ACTIVATIONS) for n, p in used.items()},
-    )
+    folders = session.folders
+    epochs = {"text": sae.text_epochs, "chat": sae.chat_epochs}
+    sources = {"text": folders.text_activations, "chat": folders.chat_activations}
+    used = {name: sources[name] for name in sources if epochs[name] > 0}
+    inputs = {f"activations/{name}": (path, ACTIVATIONS) for name, path in used.items()}
+    folder = StageFolder(folders.sae, SAE, plan.sae_settings(sae, session.run.seed), inputs)
 
     def body(child: StageRun) -> Mapping[str, Any]:
+        from sarm.interpret.figures import sae_curves
+        from sarm.runtime import sae_training
+
         sae_training.check_activations(sae, {name: ActivationStore(path) for name, path in used.items()})
         task = sae_training.SaeTask(session.run, sae, used.get("text"), used.get("chat"), folder.folder, child)
         result = sae_training.train_on_cluster(task, session.cluster)
-        _write_history(folder, result["history"])
-        _log_curves(child, "sae", result["history"])
+        (folder.folder / "history.json").write_text(json.dumps(result["history"]))
+        child.log_figure(sae_curves(result["history"]), "sae_curves.png")
         child.log_artifact(folder.folder / "cfg.json")
         return {"figures": result["figures"]}
 
@@ -148,25 +102,19 @@ def train_sarm(session: Session, model: Model, reward: Reward) -> None:
     folders = session.folders
     read_manifest(folders.sae, SAE)
     reward_training.check_sae(folders.sae, model)
-    config = {**identity(model), **identity(reward, seed=session.run.seed)}
-    inputs = {PAIRS: (folders.pairs, PAIRS)}
-    plans = [("train SARM", folders.sarm, folders.sae, {**inputs, SAE: (folders.sae, SAE)})]
+    head_start = folders.chat_activations if reward.head_init == "logistic" else None
+    inputs = {PAIRS: (folders.pairs, PAIRS)} | ({"activations/chat": (head_start, ACTIVATIONS)} if head_start else {})
+    heads: list[tuple[str, Path, Path | None]] = [("train SARM", folders.sarm, folders.sae)]
     if reward.scalar_baseline:
-        plans.append(("train scalar head", folders.scalar_head, None, inputs))
-    for name, target, sae_folder, needed in plans:
-        folder = StageFolder(target, SARM, config, needed)
-
-        def body(child: StageRun, sae_folder: Any = sae_folder, folder: StageFolder = folder) -> Mapping[str, Any]:
-            task = reward_training.RewardTask(
-                session.run, model, model_folder(model), reward, folders.pairs, sae_folder, folder.folder, child
-            )
-            result = reward_training.train_on_cluster(task, session.cluster)
-            _write_history(folder, {folder.folder.name: result["history"]})
-            _log_curves(child, "reward", {folder.folder.name: result["history"]})
-            child.log_artifact(folder.folder / "config.json")
-            return {"figures": result["figures"]}
-
-        session.stage(name, folder, body)
+        heads.append(("train scalar head", folders.scalar_head, None))
+    for name, target, sae in heads:
+        needed = inputs | ({SAE: (sae, SAE)} if sae else {})
+        folder = StageFolder(target, SARM, plan.reward_settings(model, reward, session.run.seed), needed)
+        session.stage(
+            name,
+            folder,
+            functools.partial(_train_reward, session, model, reward, folders.pairs, sae, head_start, target),
+        )
 
 
 def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -> Manifest:
@@ -174,14 +122,15 @@ def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -
     from sarm.runtime import evaluation as work
 
     folders = session.folders
-    inputs = {SARM: (folders.sarm, SARM), PAIRS: (folders.pairs, PAIRS)}
-    inputs |= {
+    inputs = {
+        SARM: (folders.sarm, SARM),
+        PAIRS: (folders.pairs, PAIRS),
         "activations/chat": (folders.chat_activations, ACTIVATIONS),
         "activations/heldout": (folders.heldout_activations, ACTIVATIONS),
     }
     if folders.scalar_head.exists():
         inputs["scalar_head"] = (folders.scalar_head, SARM)
-    folder = StageFolder(folders.evaluation, EVALUATION, identity(evaluation, seed=session.run.seed), inputs)
+    folder = StageFolder(folders.evaluation, EVALUATION, plan.evaluation_settings(evaluation, session.run.seed), inputs)
     return session.stage(
         "evaluate", folder, functools.partial(work.evaluate, session, extraction, evaluation, folder.folder)
     )
@@ -193,14 +142,13 @@ def _extract(
     extraction: Extraction,
     chat: ChatTokenizer,
     name: str,
-    actor: type,
-    keep: Any,
-    source: Any,
-    target: Any,
+    source: Path,
+    target: Path,
+    split: str,
     child: StageRun,
 ) -> Mapping[str, Any]:
     from sarm.nn.backbone import read_config
-    from sarm.runtime.actors import Source
+    from sarm.runtime.actors import ChatActivations, Source, TextActivations
     from sarm.runtime.extraction import run_over
 
     folder = model_folder(model)
@@ -215,16 +163,14 @@ def _extract(
         "template": chat.template_hash,
     }
     table_schema = schema.activations(d_in, metadata)
-    files = sorted(source.glob("*.parquet"))
-    arguments = {"model": model, "folder": folder, "extraction": extraction, "table_schema": table_schema}
-    read = read_manifest(source, PAIRS if keep else CORPUS).counts
-    work = Source(name, read["splits"][keep.keywords["split"]] if keep else read["rows"])
+    is_text = split == "all"
+    read = read_manifest(source, CORPUS if is_text else PAIRS).counts
     counts = run_over(
-        work,
-        files,
-        keep,
-        actor,
-        arguments,
+        Source(name, read["rows"] if is_text else read["splits"][split]),
+        sorted(source.glob("*.parquet")),
+        None if is_text else functools.partial(_of_split, split=split),
+        TextActivations if is_text else ChatActivations,
+        {"model": model, "folder": folder, "extraction": extraction, "table_schema": table_schema},
         table_schema,
         target,
         extraction.rows_per_file,
@@ -232,8 +178,35 @@ def _extract(
         session.cluster,
     )
     (target / "statistics.json").write_text(json.dumps(statistics_of(counts.pop("moments"))))
-    child.log_table([{"reason": reason, "rows": rows} for reason, rows in counts["rejected"].items()], "rejected.json")
+    if counts["rejected"]:
+        child.log_table(
+            [{"reason": reason, "rows": rows} for reason, rows in counts["rejected"].items()], "rejected.json"
+        )
     return {**_with_figures(counts, "rows", "truncated"), "activations": metadata}
+
+
+def _train_reward(
+    session: Session,
+    model: Model,
+    reward: Reward,
+    pairs: Path,
+    sae: Path | None,
+    head_start: Path | None,
+    target: Path,
+    child: StageRun,
+) -> Mapping[str, Any]:
+    from sarm.interpret.figures import reward_curves
+    from sarm.runtime import reward_training
+
+    task = reward_training.RewardTask(
+        session.run, model, model_folder(model), reward, pairs, sae, head_start, target, child
+    )
+    result = reward_training.train_on_cluster(task, session.cluster)
+    history = {target.name: result["history"]}
+    (target / "history.json").write_text(json.dumps(history))
+    child.log_figure(reward_curves(history), "reward_curves.png")
+    child.log_artifact(target / "config.json")
+    return {"figures": result["figures"]}
 
 
 def _of_split(table: pa.Table, split: str) -> pa.Table:
@@ -243,14 +216,3 @@ def _of_split(table: pa.Table, split: str) -> pa.Table:
 def _with_figures(counts: Mapping[str, Any], *names: str) -> dict[str, Any]:
     figures = {name: counts[name] for name in names if name in counts}
     return {**counts, "figures": {**figures, "rejected": sum(counts.get("rejected", {}).values())}}
-
-
-def _write_history(folder: StageFolder, history: Mapping[str, Any]) -> None:
-    (folder.folder / "history.json").write_text(json.dumps(history))
-
-
-def _log_curves(child: StageRun, kind: str, histories: Mapping[str, Any]) -> None:
-    from sarm.interpret import figures
-
-    draw = figures.sae_curves if kind == "sae" else figures.reward_curves
-    child.log_figure(draw(histories), f"{kind}_curves.png")

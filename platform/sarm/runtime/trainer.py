@@ -27,6 +27,8 @@ def run_workers(
 
     Raises what the worker raised, without Ray's wrapping.
     """
+    # Ray Train would log every printed line a second time.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     storage = folder / ".ray_train"
     trainer = ray.train.torch.TorchTrainer(
         _call,

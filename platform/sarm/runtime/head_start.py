@@ -1,0 +1,65 @@
+"""Starting a reward head at a logistic fit to frozen features instead of at zero.
+
+The blocks then begin to learn from a reward that already ranks, instead of from a head that is still growing. N responses, A alive features.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from sarm.config import UserError
+from sarm.data.activations import ActivationStore
+from sarm.evaluate.probe import fit_probe
+from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.nn.sae import Codes, standardise
+from sarm.schema import hash_share
+
+# Enough for a linear head; keeps the dense features of a large data set in memory.
+_MAX_PAIRS = 20_000
+
+
+def start_head_(model: SarmForSequenceClassification, activations: Path, pairs: pa.Table, seed: int) -> None:
+    """Set the head to the logistic fit on the stored activations of these pairs; latents that never fire there keep weight 0.
+
+    Raises UserError if the activations are not those of the pairs.
+    """
+    rows = sorted(pairs.select(["pair_id", "prompt_id"]).to_pylist(), key=lambda row: hash_share(row["pair_id"]))[
+        :_MAX_PAIRS
+    ]
+    wanted = {row["pair_id"] for row in rows}
+    keys, parts = [], []
+    store = ActivationStore(activations)
+    table, h_ND = store.read(["doc_id", "side"])
+    for i, key in enumerate(zip(table["doc_id"].to_pylist(), table["side"].to_pylist(), strict=True)):
+        if key[0] in wanted:
+            keys.append(key)
+            parts.append(i)
+    place = {key: i for i, key in enumerate(keys)}
+    usable = [row for row in rows if (row["pair_id"], "chosen") in place and (row["pair_id"], "rejected") in place]
+    if not usable:
+        raise UserError(
+            f"{activations} holds no activation of these pairs. Extract them again, or pass --reward.head-init zero."
+        )
+    features_NA, alive_A = _features(model, h_ND[parts])
+    chosen, rejected = ([place[row["pair_id"], side] for row in usable] for side in ("chosen", "rejected"))
+    prompts = np.array([row["prompt_id"] for row in usable])
+    probe = fit_probe(features_NA[chosen], features_NA[rejected], prompts, seed)
+    with torch.no_grad():
+        model.score.weight.zero_()
+        model.score.weight[0, alive_A] = torch.from_numpy(probe.weight)
+
+
+def _features(model: SarmForSequenceClassification, h_ND: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+    """What the head multiplies, for the A features that are ever non-zero: N x A values, and which features they are."""
+    with torch.no_grad():
+        x_ND = standardise(h_ND)
+        if model.config.head == "scalar":
+            return x_ND.numpy(), torch.arange(x_ND.shape[1])
+        codes = Codes(*(torch.cat(part) for part in zip(*(model.sae(x) for x in x_ND.split(1024)), strict=True)))
+    alive_A = codes.indices[codes.values > 0].unique()
+    # Latents of value 0 may be missing from alive_A: wherever searchsorted puts their 0, it adds nothing.
+    columns = torch.searchsorted(alive_A, codes.indices).clamp_max(len(alive_A) - 1)
+    features_NA = torch.zeros(len(x_ND), len(alive_A)).scatter_add_(1, columns, codes.values)
+    return features_NA.numpy(), alive_A

@@ -1,0 +1,86 @@
+"""Which folder each stage owns, and the settings that decide what it holds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sarm.config import Data, Evaluation, Extraction, Model, Pipeline, Reward, Sae, identity
+from sarm.data.activations import ACTIVATIONS
+from sarm.data.artifacts import SAE, SARM
+from sarm.manifest import refuse_other_config
+
+CORPUS, PAIRS, EVALUATION = "corpus/v1", "pairs/v1", "evaluation/v1"
+_OF_TEXTS = ("texts", "text_field", "max_texts")
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where each stage of a run writes."""
+
+    out: Path
+
+    corpus = property(lambda self: self.out / "corpus")
+    pairs = property(lambda self: self.out / "pairs")
+    text_activations = property(lambda self: self.out / "activations" / "text")
+    chat_activations = property(lambda self: self.out / "activations" / "chat")
+    heldout_activations = property(lambda self: self.out / "activations" / "heldout")
+    sae = property(lambda self: self.out / "sae")
+    sarm = property(lambda self: self.out / "sarm")
+    scalar_head = property(lambda self: self.out / "scalar_head")
+    evaluation = property(lambda self: self.out / "evaluation")
+
+
+def corpus_settings(data: Data) -> Settings:
+    """What decides corpus/v1."""
+    return {key: value for key, value in identity(data).items() if key in _OF_TEXTS}
+
+
+def pairs_settings(data: Data) -> Settings:
+    """What decides pairs/v1."""
+    return {key: value for key, value in identity(data).items() if key not in _OF_TEXTS}
+
+
+def activation_settings(model: Model, extraction: Extraction, split: str) -> Settings:
+    """What decides activations/v1 of one split (`all` for texts)."""
+    return {**identity(model), **identity(extraction), "split": split}
+
+
+def sae_settings(sae: Sae, seed: int) -> Settings:
+    """What decides the SAE."""
+    return identity(sae, seed=seed)
+
+
+def reward_settings(model: Model, reward: Reward, seed: int) -> Settings:
+    """What decides a reward model."""
+    return {**identity(model), **identity(reward, seed=seed)}
+
+
+def evaluation_settings(evaluation: Evaluation, seed: int) -> Settings:
+    """What decides the evaluation."""
+    return identity(evaluation, seed=seed)
+
+
+def refuse_other_run(config: Pipeline) -> None:
+    """Raise UserError if any stage folder was made with other settings, before the first stage is paid for."""
+    folders, seed = Folders(config.run.out), config.run.seed
+    activations = {
+        folders.text_activations: "all",
+        folders.chat_activations: "train",
+        folders.heldout_activations: "heldout",
+    }
+    plans = {
+        folders.corpus: (CORPUS, corpus_settings(config.data)),
+        folders.pairs: (PAIRS, pairs_settings(config.data)),
+        **{
+            folder: (ACTIVATIONS, activation_settings(config.model, config.extraction, split))
+            for folder, split in activations.items()
+        },
+        folders.sae: (SAE, sae_settings(config.sae, seed)),
+        folders.sarm: (SARM, reward_settings(config.model, config.reward, seed)),
+        folders.scalar_head: (SARM, reward_settings(config.model, config.reward, seed)),
+        folders.evaluation: (EVALUATION, evaluation_settings(config.evaluation, seed)),
+    }
+    for folder, (schema, settings) in plans.items():
+        refuse_other_config(folder, schema, settings)

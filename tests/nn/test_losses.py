@@ -1,0 +1,90 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sarm.nn.losses import VarianceUnexplained, bradley_terry
+
+
+def fvu_of(x, x_hat, cuts=()):
+    """FVU with the rows added in batches that end at `cuts`."""
+    found = VarianceUnexplained(x.shape[1])
+    edges = [0, *sorted(cuts), len(x)]
+    for start, end in pairwise(edges):
+        found.add(x[start:end], x_hat[start:end])
+    return found.value()
+
+
+def two_tensors(seed, num, d_in=3):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num, d_in, generator=generator) * 2 + 1
+    return x, x + 0.3 * torch.randn(num, d_in, generator=generator)
+
+
+@given(data=st.data(), seed=st.integers(0, 1000), num=st.integers(2, 40))
+def test_fvu_is_the_ratio_of_sums_however_the_rows_are_batched(data, seed, num):
+    x, x_hat = two_tensors(seed, num)
+    cuts = data.draw(st.lists(st.integers(0, num), max_size=5))
+    a, b = x.double().numpy(), x_hat.double().numpy()
+    wanted = np.sum((a - b) ** 2) / np.sum((a - a.mean(0)) ** 2)
+    assert fvu_of(x, x_hat, cuts) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_fvu_is_not_the_mean_of_batch_ratios():
+    x = torch.tensor([[0.0], [1.0], [0.0], [10.0]])
+    x_hat = torch.tensor([[0.0], [0.0], [0.0], [10.0]])
+    # One unit of error over 0 1 0 10, whose squared distances from 2.75 sum to 70.75; the batches alone give 2 and 0.
+    assert fvu_of(x, x_hat, [2]) == pytest.approx(1 / 70.75)
+
+
+def test_fvu_is_0_for_a_perfect_reconstruction_and_1_for_the_mean():
+    x, _ = two_tensors(0, 10)
+    assert fvu_of(x, x) == 0
+    assert fvu_of(x, x.mean(0).expand_as(x)) == pytest.approx(1, rel=1e-6)
+
+
+@given(seed=st.integers(0, 1000), num=st.integers(0, 200))
+def test_fvu_is_undefined_without_two_different_rows(seed, num):
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(seed)).repeat(num, 1)
+    assert fvu_of(x, x + 1) is None
+
+
+def test_fvu_of_rows_that_hardly_differ_is_still_measured():
+    x, x_hat = two_tensors(0, 50)
+    assert fvu_of(x.double() * 1e-4 + 1, x_hat.double() * 1e-4 + 1) == pytest.approx(fvu_of(x, x_hat), rel=1e-4)
+
+
+def test_bradley_terry_matches_hand_numbers():
+    found = bradley_terry(torch.tensor([0.0, math.log(3), -math.log(3)], dtype=torch.float64))
+    # sigmoid(log 3) is 3/4.
+    torch.testing.assert_close(found, torch.tensor([math.log(2), math.log(4 / 3), math.log(4)], dtype=torch.float64))
+
+
+def test_bradley_terry_is_stable_at_huge_margins():
+    margins = torch.tensor([1e4, -1e4], requires_grad=True)
+    losses = bradley_terry(margins)
+    losses.sum().backward()
+    assert losses.tolist() == [0.0, 1e4]
+    assert margins.grad.tolist() == [0.0, -1.0]
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=8))
+def test_bradley_terry_of_a_pair_and_of_its_swap_are_the_two_sides_of_one_coin(margins):
+    margins = torch.tensor(margins, dtype=torch.float64)
+    chances = torch.exp(-bradley_terry(margins)) + torch.exp(-bradley_terry(-margins))
+    torch.testing.assert_close(chances, torch.ones_like(margins))
+
+
+def test_bradley_terry_computes_in_float32_or_wider():
+    margins = torch.tensor([0.3, -2.0])
+    assert bradley_terry(margins.bfloat16()).dtype == torch.float32
+    assert bradley_terry(margins.double()).dtype == torch.float64
+
+
+def test_gradcheck_of_bradley_terry():
+    margins = torch.tensor([-3.0, -0.1, 0.0, 2.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(bradley_terry, [margins])
