@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from sarm.data.chat import ChatTokenizer, Tokens
-from sarm.data.packing import Row, answer_rows
+from sarm.data.packing import Row, answer_rows, padded_tokens
 
 
 class PairOfGroup(NamedTuple):
@@ -70,7 +70,7 @@ def split_group(group: PromptGroup, row_tokens: int, batch_tokens: int) -> list[
 
 
 def _cost(group: PromptGroup, row_tokens: int) -> int:
-    return sum(len(row.ids) for row in group.rows(row_tokens))
+    return padded_tokens(group.rows(row_tokens))
 
 
 def _restrict(group: PromptGroup, pairs: Sequence[PairOfGroup]) -> PromptGroup:

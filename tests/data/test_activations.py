@@ -1,0 +1,233 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sarm import schema
+from sarm.config import UserError
+from sarm.data.activations import (
+    ACTIVATIONS,
+    ActivationStore,
+    ShuffledRows,
+    activation_table,
+    file_moments,
+    statistics_of,
+    vectors,
+    write_activation_file,
+)
+from sarm.manifest import StageFolder
+from sarm.schema import hash_share
+
+D_IN = 6
+METADATA = {"dtype": "float16", "layer": 1, "model": "tiny:llama"}
+
+
+def table_of(x: torch.Tensor, first_row: int = 0, dtype: str = "float16", **metadata) -> pa.Table:
+    """Rows numbered from `first_row`, three to a document."""
+    numbers = range(first_row, first_row + len(x))
+    columns = {
+        "row_id": list(numbers),
+        "doc_id": [f"doc{n // 3}" for n in numbers],
+        "side": ["text"] * len(x),
+        "position": list(numbers),
+        "token_id": [5] * len(x),
+        "num_tokens": [9] * len(x),
+    }
+    return activation_table(columns, x, dtype, schema.activations(x.shape[1], {**METADATA, "dtype": dtype, **metadata}))
+
+
+def write_store(folder: Path, parts: list[pa.Table], finish: bool = True) -> Path:
+    stage = StageFolder(folder, ACTIVATIONS, {})
+    stage.claim()
+    for number, part in enumerate(parts):
+        write_activation_file(part, folder / f"part-{number:06}.parquet")
+    if finish:
+        kind = json.loads(parts[0].schema.metadata[b"sarm"])
+        stage.finish({"rows": sum(map(len, parts)), "activations": kind})
+    return folder
+
+
+def numbered(first: int, num: int) -> torch.Tensor:
+    """Vectors that all differ and are exact in 16 bits."""
+    return torch.arange(first, first + num).float()[:, None] * 0.5 + torch.arange(D_IN).float() * 64
+
+
+@pytest.fixture
+def store(tmp_path) -> ActivationStore:
+    """50 rows in files of 10."""
+    return ActivationStore(
+        write_store(tmp_path / "store", [table_of(numbered(i, 10), i) for i in range(0, 50, 10)])
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@given(bits=st.lists(st.integers(-(2**15), 2**15 - 1), min_size=4, max_size=40))
+def test_every_16_bit_pattern_comes_back(dtype, bits):
+    x = torch.tensor(bits[: len(bits) // 4 * 4], dtype=torch.int16).view(-1, 4).view(getattr(torch, dtype))
+    sink = pa.BufferOutputStream()
+    write_activation_file(table_of(x, dtype=dtype), sink)
+    found = vectors(pq.read_table(pa.BufferReader(sink.getvalue())), dtype)
+    assert found.dtype == x.dtype
+    assert torch.equal(found.view(torch.int16), x.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_float32_vectors_are_rounded_to_the_nearest(dtype):
+    x = torch.randn(20, D_IN, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(vectors(table_of(x, dtype=dtype), dtype), x.to(getattr(torch, dtype)))
+
+
+@given(start=st.integers(0, 30), length=st.integers(0, 30))
+def test_vectors_of_a_slice_are_the_slice_of_the_vectors(start, length):
+    table = table_of(numbered(0, 30))
+    assert torch.equal(
+        vectors(table.slice(start, length), "float16"), vectors(table, "float16")[start : start + length]
+    )
+
+
+def test_vectors_of_a_table_in_chunks():
+    table = pa.concat_tables([table_of(numbered(0, 4)), table_of(numbered(4, 3)).slice(1)])
+    assert torch.equal(vectors(table, "float16").float(), torch.cat([numbered(0, 4), numbered(5, 2)]))
+
+
+def test_a_store_reads_back_keys_and_vectors_in_file_order(store):
+    keys, x = store.read()
+    assert keys.column_names == ["row_id", "doc_id", "side", "position"]
+    assert keys["row_id"].to_pylist() == list(range(50))
+    assert torch.equal(x, numbered(0, 50))
+    assert x.dtype == torch.float32
+    assert (store.d_in, store.num_rows, store.metadata["layer"]) == (D_IN, 50, 1)
+
+
+def test_the_format_is_plain_fixed_width_bytes_with_checksums(store):
+    group = pq.ParquetFile(store.files[0]).metadata.row_group(0)
+    column = group.column(group.num_columns - 1)
+    assert (column.path_in_schema, column.compression, column.has_dictionary_page) == (
+        "activation",
+        "UNCOMPRESSED",
+        False,
+    )
+    assert pq.read_schema(store.files[0]).field("activation").type == pa.binary(2 * D_IN)
+
+
+def test_an_unfinished_folder_is_refused(tmp_path):
+    write_store(tmp_path / "a", [table_of(numbered(0, 3))], finish=False)
+    with pytest.raises(UserError, match="unfinished"):
+        ActivationStore(tmp_path / "a")
+    with pytest.raises(UserError, match="no folder"):
+        ActivationStore(tmp_path / "b")
+
+
+def test_an_empty_store_is_refused(tmp_path):
+    write_store(tmp_path / "a", [table_of(numbered(0, 0))])
+    with pytest.raises(UserError, match="holds no activations"):
+        ActivationStore(tmp_path / "a")
+
+
+@pytest.mark.parametrize("other", [{"layer": 2}, {"model": "else"}, {"dtype": "bfloat16"}])
+def test_files_of_different_activations_are_refused(tmp_path, other):
+    folder = write_store(tmp_path / "a", [table_of(numbered(0, 3)), table_of(numbered(3, 3), 3, **other)])
+    with pytest.raises(UserError, match=r"part-000001\.parquet holds activations of .*extract again"):
+        ActivationStore(folder)
+
+
+def test_files_of_different_width_are_refused(tmp_path):
+    folder = write_store(tmp_path / "a", [table_of(numbered(0, 3)), table_of(numbered(3, 3)[:, :4].contiguous(), 3)])
+    with pytest.raises(UserError, match=r"part-000001\.parquet holds activations of"):
+        ActivationStore(folder)
+
+
+def test_a_flipped_bit_in_a_vector_is_noticed(store):
+    path = store.files[2]
+    raw = bytearray(path.read_bytes())
+    place = raw.index(numbered(20, 1).half().numpy().tobytes())
+    raw[place + 3] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"part-000002\.parquet is damaged.*extract again"):
+        store.read()
+
+
+def test_a_file_that_breaks_off_is_noticed(store):
+    store.files[1].write_bytes(store.files[1].read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"part-000001\.parquet is damaged"):
+        store.read()
+
+
+def test_a_file_that_breaks_off_is_noticed_on_opening(store):
+    store.files[1].write_bytes(store.files[1].read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"part-000001\.parquet is damaged"):
+        ActivationStore(store.folder)
+
+
+SHARE = 0.3
+HELDOUT = [n for n in range(50) if hash_share(f"doc{n // 3}") < SHARE]
+KEPT = [n for n in range(50) if n not in HELDOUT]
+
+
+def row_numbers(x: torch.Tensor) -> list[int]:
+    return (x[:, 0] * 2).int().tolist()
+
+
+@pytest.mark.parametrize("window_rows", [1000, 50, 49, 20, 1])
+def test_held_out_documents_are_left_out_of_training_whole(store, window_rows):
+    assert HELDOUT
+    rows = ShuffledRows(store, SHARE, window_rows)
+    trained = row_numbers(torch.cat(list(rows.windows(seed=0, epoch=0))))
+    assert sorted(trained) == KEPT
+    assert row_numbers(rows.heldout) == HELDOUT
+    assert rows.num_rows == len(KEPT)
+
+
+def test_no_more_held_out_rows_than_asked_for_are_kept(store):
+    rows = ShuffledRows(store, SHARE, max_heldout=4)
+    assert row_numbers(rows.heldout) == HELDOUT[:4]
+    assert rows.num_rows == len(KEPT), "the others are still not trained on"
+
+
+@pytest.mark.parametrize("window_rows", [1000, 20])
+def test_the_same_seed_and_epoch_give_the_same_windows(store, window_rows):
+    first, second = (list(ShuffledRows(store, SHARE, window_rows).windows(seed=3, epoch=1)) for _ in range(2))
+    assert len(first) == len(second)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_another_epoch_or_seed_reads_the_files_in_another_order(store):
+    rows = ShuffledRows(store, SHARE, window_rows=20)
+    orders = [
+        row_numbers(torch.cat(list(rows.windows(seed, epoch)))) for seed, epoch in ((0, 0), (0, 1), (0, 2), (1, 0))
+    ]
+    assert len({tuple(order) for order in orders}) > 2
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+
+
+def test_windows_hold_several_files_and_are_never_empty(store, tmp_path):
+    windows = list(ShuffledRows(store, SHARE, window_rows=15).windows(0, 0))
+    assert 1 < len(windows) < 5
+    heldout_only = [n for n in range(200) if hash_share(f"doc{n}") < SHARE][0] * 3
+    parts = [table_of(numbered(heldout_only, 3), heldout_only), table_of(numbered(0, 30), 0)]
+    rows = ShuffledRows(ActivationStore(write_store(tmp_path / "b", parts)), SHARE, window_rows=10)
+    for epoch in range(8):
+        assert all(len(window) > 0 for window in rows.windows(0, epoch))
+
+
+def test_statistics_over_files_equal_those_over_all_rows():
+    x = torch.randn(70, D_IN, generator=torch.Generator().manual_seed(1)) * 3 + 5
+    parts = [table_of(part) for part in x.split([1, 40, 29])]
+    found = statistics_of([file_moments(part, "float16") for part in parts])
+    stored = x.half().double().numpy()
+    assert found["rows"] == 70
+    np.testing.assert_allclose(found["mean"], stored.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found["std"], stored.std(0), rtol=1e-9)
+    np.testing.assert_allclose(found["mean_norm"], np.linalg.norm(stored, axis=1).mean(), rtol=1e-12)
+    json.dumps(found, allow_nan=False)
+
+
+def test_statistics_of_equal_rows_have_no_deviation():
+    found = statistics_of([file_moments(table_of(torch.full((5, D_IN), 0.1)), "float16")])
+    np.testing.assert_allclose(found["std"], 0.0, atol=1e-8)
