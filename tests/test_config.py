@@ -79,7 +79,7 @@ def test_a_bad_value_is_refused_with_its_flag(section, values, flag):
 
 
 def test_the_error_says_what_it_got():
-    with pytest.raises(UserError, match=r"k must be between 1 and d_sae=4608, got k=0\. Pass --sae\.k\."):
+    with pytest.raises(UserError, match=r"k must be between 1 and d_sae=4608, got 0\. Pass --sae\.k\."):
         Sae(d_sae=4608, k=0)
 
 

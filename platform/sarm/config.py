@@ -26,16 +26,23 @@ class UserError(ValueError):
     """A mistake that the user can mend: shown as one line, exit status 2."""
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+def _check(section: object, flag: str, holds: bool, must_be: str) -> None:
+    if not holds:
+        name = flag.rpartition(".")[2]
+        got = getattr(section, name)
+        raise UserError(f"{name} must be {must_be}, got {got!r}. Pass --{flag.replace('_', '-')}.")
 
 
-def _require_rate(rate: float, flag: str, *, zero_allowed: bool = False) -> None:
-    _require(
-        math.isfinite(rate) and (rate > 0 or (zero_allowed and rate == 0)),
-        f"a learning rate must be finite and above 0, got {rate}. Pass {flag}.",
-    )
+def _check_least(section: object, flags: str, **least: int) -> None:
+    """Fields that must be unset or have at least the given value; `flags` is how their flags begin."""
+    for name, smallest in least.items():
+        value = getattr(section, name)
+        _check(section, flags + name, value is None or value >= smallest, f"at least {smallest}")
+
+
+def _check_rate(section: object, flag: str, *, zero_allowed: bool = False) -> None:
+    rate = getattr(section, flag.rpartition(".")[2])
+    _check(section, flag, math.isfinite(rate) and (rate > 0 or (zero_allowed and rate == 0)), "finite and above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +73,7 @@ class Run:
     def __post_init__(self) -> None:
         # Ray Train changes the workers' directory, so a relative path would mean another folder there.
         object.__setattr__(self, "out", self.out.expanduser().absolute())
-        for name, least in (("num_workers", 1), ("num_actors", 1), ("cpus_per_worker", 0)):
-            value = getattr(self, name)
-            _require(value >= least, f"{name} must be at least {least}, got {value}. Pass --{name.replace('_', '-')}.")
+        _check_least(self, "", num_workers=1, num_actors=1, cpus_per_worker=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +96,8 @@ class Model:
     """System turn put before conversations that have none; unset leaves it to the model's chat template."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.name), "the model has no name. Pass --model.name with a folder or a Hugging Face id.")
-        _require(self.layer >= 1, f"layer must be at least 1, got {self.layer}. Pass --model.layer.")
-        _require(
-            self.max_length >= 8,
-            f"max_length must be at least 8 tokens, got {self.max_length}. Pass --model.max-length.",
-        )
+        _check(self, "model.name", bool(self.name), "a folder or a Hugging Face id")
+        _check_least(self, "model.", layer=1, max_length=8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +120,8 @@ class Data:
     """Share of prompts, by hash of the prompt, that are held out for evaluation."""
 
     def __post_init__(self) -> None:
-        _require(
-            0 < self.heldout_share < 1,
-            f"heldout_share must be between 0 and 1, got {self.heldout_share}. Pass --data.heldout-share.",
-        )
-        for name in ("max_texts", "max_pairs", "max_pairs_per_prompt"):
-            value = getattr(self, name)
-            _require(
-                value is None or value >= 1,
-                f"{name} must be at least 1, got {value}. Pass --data.{name.replace('_', '-')}.",
-            )
+        _check(self, "data.heldout_share", 0 < self.heldout_share < 1, "between 0 and 1")
+        _check_least(self, "data.", max_texts=1, max_pairs=1, max_pairs_per_prompt=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +136,7 @@ class Extraction:
     """Activations of one Parquet file at most."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.batch_tokens >= 64,
-            f"batch_tokens must be at least 64, got {self.batch_tokens}. Pass --extraction.batch-tokens.",
-        )
-        _require(
-            self.rows_per_file >= 1,
-            f"rows_per_file must be at least 1, got {self.rows_per_file}. Pass --extraction.rows-per-file.",
-        )
+        _check_least(self, "extraction.", batch_tokens=64, rows_per_file=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,29 +165,13 @@ class Sae:
     """Share of activations, by hash of the document, kept out of training to measure FVU."""
 
     def __post_init__(self) -> None:
-        _require(self.d_sae >= 1, f"d_sae must be at least 1, got {self.d_sae}. Pass --sae.d-sae.")
-        _require(
-            1 <= self.k <= self.d_sae, f"k must be between 1 and d_sae={self.d_sae}, got k={self.k}. Pass --sae.k."
-        )
-        _require_rate(self.lr, "--sae.lr")
-        _require_rate(self.chat_lr, "--sae.chat-lr")
-        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}. Pass --sae.batch-size.")
-        _require(
-            min(self.text_epochs, self.chat_epochs) >= 0,
-            "epochs cannot be negative. Pass --sae.text-epochs or --sae.chat-epochs.",
-        )
-        _require(
-            self.text_epochs + self.chat_epochs > 0,
-            "the SAE has no phase to train. Pass --sae.text-epochs or --sae.chat-epochs.",
-        )
-        _require(
-            0 <= self.warmup_share + self.decay_share <= 1,
-            "warmup_share + decay_share must be at most 1. Pass --sae.warmup-share.",
-        )
-        _require(
-            0 < self.heldout_share < 0.5,
-            f"heldout_share must be between 0 and 0.5, got {self.heldout_share}. Pass --sae.heldout-share.",
-        )
+        _check_least(self, "sae.", d_sae=1, batch_size=1, text_epochs=0, chat_epochs=0, warmup_share=0, decay_share=0)
+        _check(self, "sae.k", 1 <= self.k <= self.d_sae, f"between 1 and d_sae={self.d_sae}")
+        _check_rate(self, "sae.lr")
+        _check_rate(self, "sae.chat_lr")
+        _check(self, "sae.text_epochs", self.text_epochs + self.chat_epochs > 0, "above 0 where chat_epochs is 0")
+        _check(self, "sae.warmup_share", self.warmup_share + self.decay_share <= 1, "at most 1 - decay_share")
+        _check(self, "sae.heldout_share", 0 < self.heldout_share < 0.5, "between 0 and 0.5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,20 +206,12 @@ class Reward:
     """Also train a scalar head on the same truncated backbone, for comparison."""
 
     def __post_init__(self) -> None:
-        _require_rate(self.lr, "--reward.lr", zero_allowed=True)
-        _require_rate(self.head_lr, "--reward.head-lr")
-        _require(self.epochs >= 1, f"epochs must be at least 1, got {self.epochs}. Pass --reward.epochs.")
-        _require(
-            self.batch_pairs >= 1, f"batch_pairs must be at least 1, got {self.batch_pairs}. Pass --reward.batch-pairs."
-        )
-        _require(
-            self.batch_tokens >= 64,
-            f"batch_tokens must be at least 64, got {self.batch_tokens}. Pass --reward.batch-tokens.",
-        )
-        _require(
-            0 <= self.warmup_share < 1,
-            f"warmup_share must be between 0 and 1, got {self.warmup_share}. Pass --reward.warmup-share.",
-        )
+        _check_rate(self, "reward.lr", zero_allowed=True)
+        _check_rate(self, "reward.head_lr")
+        _check_least(self, "reward.", weight_decay=0, epochs=1, batch_pairs=1, batch_tokens=64)
+        _check(self, "reward.warmup_share", 0 <= self.warmup_share < 1, "between 0 and 1")
+        # 0 would mean "no gradient" to torch and "no limit" to DeepSpeed.
+        _check(self, "reward.max_grad_norm", self.max_grad_norm > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,13 +226,7 @@ class Evaluation:
     """Strongest contexts kept for each feature."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.resamples >= 100, f"resamples must be at least 100, got {self.resamples}. Pass --evaluation.resamples."
-        )
-        _require(
-            self.top_features >= 1,
-            f"top_features must be at least 1, got {self.top_features}. Pass --evaluation.top-features.",
-        )
+        _check_least(self, "evaluation.", resamples=100, top_features=1, contexts_per_feature=1)
 
 
 @dataclass(frozen=True, kw_only=True)

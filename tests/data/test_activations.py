@@ -146,7 +146,8 @@ def test_files_of_different_width_are_refused(tmp_path):
 def test_a_flipped_bit_in_a_vector_is_noticed(store):
     path = store.files[2]
     raw = bytearray(path.read_bytes())
-    place = raw.index(numbered(20, 1).half().numpy().tobytes())
+    # Neither the first nor the last row: those stand as statistics outside of the checked pages too.
+    place = raw.index(numbered(25, 1).half().numpy().tobytes())
     raw[place + 3] ^= 1
     path.write_bytes(raw)
     with pytest.raises(UserError, match=r"part-000002\.parquet is damaged.*extract again"):
@@ -191,6 +192,12 @@ def test_no_more_held_out_rows_than_asked_for_are_kept(store):
 
 
 @pytest.mark.parametrize("window_rows", [1000, 20])
+def test_a_store_whose_every_document_is_held_out_is_refused(store, window_rows):
+    with pytest.raises(UserError, match=r"all activations of .* are held out.*Add sources"):
+        ShuffledRows(store, 1.0, window_rows)
+
+
+@pytest.mark.parametrize("window_rows", [1000, 20])
 def test_the_same_seed_and_epoch_give_the_same_windows(store, window_rows):
     first, second = (list(ShuffledRows(store, SHARE, window_rows).windows(seed=3, epoch=1)) for _ in range(2))
     assert len(first) == len(second)
@@ -209,7 +216,7 @@ def test_another_epoch_or_seed_reads_the_files_in_another_order(store):
 def test_windows_hold_several_files_and_are_never_empty(store, tmp_path):
     windows = list(ShuffledRows(store, SHARE, window_rows=15).windows(0, 0))
     assert 1 < len(windows) < 5
-    heldout_only = [n for n in range(200) if hash_share(f"doc{n}") < SHARE][0] * 3
+    heldout_only = next(n for n in range(200) if hash_share(f"doc{n}") < SHARE) * 3
     parts = [table_of(numbered(heldout_only, 3), heldout_only), table_of(numbered(0, 30), 0)]
     rows = ShuffledRows(ActivationStore(write_store(tmp_path / "b", parts)), SHARE, window_rows=10)
     for epoch in range(8):

@@ -237,5 +237,5 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(sarm_folder, cha
 
 def test_a_plain_language_model_is_not_a_reward_model(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "llama")
-    with pytest.raises(UserError, match="llama"):
+    with pytest.raises(UserError, match="not a readable reward model: its model type is llama"):
         load_sarm(tmp_path / "llama")

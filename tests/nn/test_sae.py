@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sarm.nn.sae import STANDARDISE_EPS, Codes, TopKSae, _TopKEncode, default_width, dense, standardise
+from sarm.nn.sae import STANDARDISE_EPS, Codes, TopKSae, _TopKEncode, dense, standardise
 
 B, D, S, K = 7, 6, 24, 4
 
@@ -169,13 +169,6 @@ def test_parameters_have_saelens_names_and_shapes():
 def test_dense_puts_values_at_their_indices():
     codes = Codes(torch.tensor([[3.0, 1.0], [2.0, 0.0]]), torch.tensor([[4, 0], [1, 3]]))
     assert dense(codes, 5).tolist() == [[1, 0, 0, 0, 3], [0, 2, 0, 0, 0]]
-
-
-@pytest.mark.parametrize(
-    ("d_in", "width"), [(3072, (49152, 144)), (4096, (65536, 192)), (576, (9216, 27)), (8, (128, 1))]
-)
-def test_default_width_has_the_papers_ratios(d_in, width):
-    assert default_width(d_in) == width
 
 
 def test_standardise_matches_hand_numbers():

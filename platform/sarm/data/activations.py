@@ -63,7 +63,7 @@ def write_activation_file(table: pa.Table, file: Any) -> None:
 class ActivationStore:
     """A finished activations/v1 folder.
 
-    Raises UserError if it is unfinished, empty, or its files are not of one width and layer.
+    Raises UserError if it is unfinished, empty or damaged, or its files are not of one width and layer.
     """
 
     def __init__(self, folder: Path):
@@ -76,7 +76,10 @@ class ActivationStore:
         self.d_in: int = self.metadata["d_in"]
         self.num_rows: int = self.manifest.counts["rows"]
         for path in self.files:
-            found = json.loads((pq.read_schema(path).metadata or {}).get(b"sarm", b"{}"))
+            try:
+                found = json.loads((pq.read_schema(path).metadata or {}).get(b"sarm", b"{}"))
+            except (OSError, pa.ArrowException) as error:
+                raise self._damaged(path, error) from error
             if found != self.metadata:
                 raise UserError(
                     f"{path} holds activations of {found}, expected {self.metadata}. Delete {folder} and extract again."
@@ -100,11 +103,14 @@ class ActivationStore:
                     for group in range(file.num_row_groups):
                         yield file.read_row_group(group, columns=list(columns))
             except (OSError, pa.ArrowException) as error:
-                raise UserError(f"{path} is damaged: {error}. Delete {self.folder} and extract again.") from error
+                raise self._damaged(path, error) from error
+
+    def _damaged(self, path: Path, error: Exception) -> UserError:
+        return UserError(f"{path} is damaged: {error}. Delete {self.folder} and extract again.")
 
 
 class ShuffledRows:
-    """Rows of a store in windows of at most `window_rows`: files in random order, each window held in memory to be shuffled.
+    """Rows of a store in windows of about `window_rows`: files in random order, each window held in memory to be shuffled.
 
     Rows whose document hashes below `heldout_share` are left out; they are in `heldout` (at most `max_heldout` of them). A
     store of one window is read once and stays in memory.
@@ -124,6 +130,10 @@ class ShuffledRows:
             if store.num_rows <= window_rows:
                 kept.append(rows[~is_heldout])
         self.num_rows = store.num_rows - num_heldout
+        if self.num_rows == 0:
+            raise UserError(
+                f"all activations of {store.folder} are held out: they come from too few documents. Add sources."
+            )
         self.heldout = torch.cat(heldout)[:max_heldout].float()
         if store.num_rows <= window_rows:
             self._cached = torch.cat(kept).float()
@@ -140,7 +150,8 @@ class ShuffledRows:
             if sum(map(len, waiting)) >= self._window_rows:
                 yield torch.cat(waiting).float()
                 waiting = []
-        if waiting:
+        # All that is left may be held out, and a step without rows has no loss.
+        if any(map(len, waiting)):
             yield torch.cat(waiting).float()
 
     def _heldout_mask(self, table: pa.Table) -> Tensor:

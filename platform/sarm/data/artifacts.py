@@ -53,11 +53,11 @@ def load_sae(folder: Path) -> tuple[TopKSae, dict[str, Any]]:
     try:
         config = json.loads((folder / "cfg.json").read_text())
         weights = load_file(folder / _SAE_WEIGHTS)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        sae = TopKSae(config["d_in"], config["d_sae"], config["k"]) if config["architecture"] == "topk" else None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} is not a readable SAE: {error}. Train it again, or pass another --out.") from error
-    if config.get("architecture") != "topk":
-        raise UserError(f"{folder} holds a {config.get('architecture')} SAE, expected topk.")
-    sae = TopKSae(config["d_in"], config["d_sae"], config["k"])
+    if sae is None:
+        raise UserError(f"{folder} holds a {config['architecture']} SAE, expected topk.")
     expected = {name: tuple(p.shape) for name, p in sae.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
@@ -77,7 +77,8 @@ def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder:
     }
     model.save_pretrained(folder)
     chat.tokenizer.chat_template = chat.template
-    chat.tokenizer.truncation_side = "left"
+    # `save_pretrained` writes the side that the tokenizer was made with.
+    chat.tokenizer.truncation_side = chat.tokenizer.init_kwargs["truncation_side"] = "left"
     chat.tokenizer.model_max_length = chat.max_length
     chat.tokenizer.save_pretrained(folder)
     for name in ("modeling_sarm.py", "backbone.py", "sae.py"):
@@ -92,6 +93,9 @@ def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no reward model (no config.json). Train one first, or pass another --out.")
     try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind != SarmConfig.model_type:
+            raise ValueError(f"its model type is {kind}")
         config = SarmConfig.from_pretrained(folder)
         weights = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:

@@ -122,8 +122,7 @@ def _visible(positions: Tensor, segments: Tensor, window: int | None) -> Tensor:
     visible = (order[:, None] >= order[None, :]) & (same | (segments[:, None, :] == 0))
     if window is not None:
         visible = visible & (positions[:, :, None] - positions[:, None, :] < window)
-    # Padding sees itself alone: a row without any visible column would be NaN.
-    return visible | torch.eye(length, dtype=torch.bool, device=segments.device)
+    return visible
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,9 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def reconstruction_loss(x_hat: Float[Tensor, "batch d_in"], x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """Mean over rows of |x_hat - x|^2 / |x|^2 (SARM equation 3; SAFER's normalised MSE)."""
-    return ((x_hat - x).square().sum(-1) / x.square().sum(-1).clamp_min(1e-12)).mean()
+def reconstruction_loss(x_hat: Float[Tensor, "batch d_in"], x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " batch"]:
+    """|x_hat - x|^2 / |x|^2 of each row (SARM equation 3; SAFER's normalised MSE)."""
+    return (x_hat - x).square().sum(-1) / x.square().sum(-1).clamp_min(1e-12)
 
 
 def bradley_terry(margins: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:

@@ -5,7 +5,6 @@ x = (h - mean h) / (std h + 1e-6) per token;  pre = (x - b_dec) W_enc + b_enc;  
 The K active latents of a row are kept as `Codes`, never as a B x S tensor, so the backward pass costs 4K/S of a dense one.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +94,7 @@ class TopKSae(nn.Module):
     def initialise_(self, sample_ND: Float[Tensor, "rows d_in"], generator: torch.Generator) -> None:
         """Random unit decoder rows, encoder its transpose, b_dec the mean of a sample, so training starts mean-centred.
 
-        The encoder is scaled so that the first reconstructions have the norm of their inputs.
+        The encoder is scaled so that the first reconstructions fit their inputs best in the sense of least squares.
         """
         self.b_dec.copy_(sample_ND.float().mean(0))
         self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
@@ -150,8 +149,3 @@ def dense(codes: Codes, d_sae: int) -> Float[Tensor, "batch d_sae"]:
     """The codes as a B x S tensor, for small batches and tests."""
     full = torch.zeros(codes.values.shape[0], d_sae, dtype=codes.values.dtype, device=codes.values.device)
     return full.scatter_(1, codes.indices, codes.values)
-
-
-def default_width(d_in: int) -> tuple[int, int]:
-    """(d_sae, k) by the papers' ratios: 16 d_in and 3/64 d_in (SARM section 4.1)."""
-    return 16 * d_in, max(1, math.floor(3 * d_in / 64))

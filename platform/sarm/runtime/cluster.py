@@ -64,8 +64,6 @@ def connect(run: Run) -> Iterator[Cluster]:
         yield _describe(is_local=False)
         return
     if address == "local":
-        # Only errors that end something: Ray's own processes report much that is none.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ray.init(
             address="local",

@@ -14,7 +14,7 @@ from sarm.config import Run, UserError, as_json
 from sarm.manifest import Manifest, StageFolder, write_atomically
 from sarm.runtime.cluster import Cluster, connect
 from sarm.runtime.plan import Folders
-from sarm.runtime.tracking import StageRun, Tracker, flat_params
+from sarm.runtime.tracking import StageRun, Tracker, flat_params, tracking_uri
 
 _RUN_FILE = "run.json"
 
@@ -93,7 +93,11 @@ class Session:
 
 
 def open_session(config: Any) -> Session:
-    """The session of a job's config: named after its output folder, with the whole config as the parent run's parameters."""
+    """The session of a job's config: named after its output folder, with the whole config as the parent run's parameters.
+
+    Raises UserError for an unusable MLflow address, before any folder is claimed.
+    """
+    tracking_uri(config.run)
     return Session(config.run, config.run.out.name, json.loads(as_json(config)))
 
 

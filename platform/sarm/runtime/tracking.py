@@ -85,6 +85,7 @@ class Tracker:
 
     def __init__(self, run: Run, run_name: str, parent_run_id: str | None = None):
         self.uri = tracking_uri(run)
+        run.out.parent.mkdir(parents=True, exist_ok=True)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # Its schema migrations announce themselves line by line on first use.
@@ -138,7 +139,6 @@ def tracking_uri(run: Run) -> str:
     """
     uri = run.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
-        run.out.parent.mkdir(parents=True, exist_ok=True)
         return f"sqlite:///{run.out.parent / 'mlflow.db'}"
     if uri.startswith("sqlite:") and not uri.startswith("sqlite:////"):
         raise UserError(

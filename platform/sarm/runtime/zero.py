@@ -24,6 +24,8 @@ class ZeroEngine:
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
+        # A C++ all-reduce for inference that DeepSpeed would compile here, on machines that may have no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.device = device
         self._rates = [group["lr"] for group in parameter_groups]
         self._engine, *_ = deepspeed.initialize(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sarm.config import Sae
-from sarm.nn.losses import VarianceUnexplained
+from sarm.nn.losses import VarianceUnexplained, reconstruction_loss
 from sarm.nn.sae import Codes, TopKSae, standardise
 from sarm.train.schedule import trapezoid
 
@@ -81,15 +81,14 @@ class Measured(NamedTuple):
 
 
 class _RowLosses(nn.Module):
-    """|x_hat - x|^2 / |x|^2 of each row, as one module so that gradients of all ranks can be averaged around it."""
+    """The reconstruction losses as one module, so that gradients of all ranks can be averaged around it."""
 
     def __init__(self, sae: TopKSae):
         super().__init__()
         self.sae = sae
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        x_hat_BD = self.sae.decode(self.sae(x_BD))
-        return (x_hat_BD - x_BD).square().sum(-1) / x_BD.square().sum(-1).clamp_min(1e-12)
+        return reconstruction_loss(self.sae.decode(self.sae(x_BD)), x_BD)
 
 
 def train_sae(

@@ -1,0 +1,254 @@
+import copy
+import dataclasses
+from collections import Counter
+from itertools import permutations
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sarm.config import Reward
+from sarm.data.chat import Tokens
+from sarm.data.groups import PairOfGroup, PromptGroup, prompt_groups
+from sarm.data.packing import padded_tokens
+from sarm.data.tiny_source import tiny_pairs
+from sarm.nn.backbone import load_backbone
+from sarm.nn.losses import bradley_terry
+from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.sae import TopKSae
+from sarm.schema import PAIRS, prompt_id
+from sarm.train.reward import LocalEngine, _backward, cut_into_steps, deal, parameter_groups, train_reward
+
+ROW_TOKENS, END = 256, 1
+CONFIG = Reward(lr=1e-3, head_lr=1e-2, epochs=2, batch_pairs=6, batch_tokens=1024, warmup_share=0.1)
+
+
+@pytest.fixture(scope="module")
+def groups(tiny_chat) -> list[PromptGroup]:
+    """Six prompts of three pairs each."""
+    rows = [
+        {**p, "pair_id": f"pair{n}", "prompt_id": prompt_id(p["prompt"]), "split": "train"}
+        for n, p in zip(range(18), tiny_pairs(), strict=False)
+    ]
+    return list(prompt_groups(pa.Table.from_pylist(rows, schema=PAIRS), tiny_chat))
+
+
+@pytest.fixture(scope="module")
+def untrained(tiny_folder):
+    """A reward model whose head is random, so that gradients reach the blocks from the first step on."""
+    backbone = load_backbone(str(tiny_folder), 2)
+    generator = torch.Generator().manual_seed(5)
+    sae = TopKSae(64, 96, 8)
+    sae.initialise_(torch.randn(200, 64, generator=generator), generator)
+    config = SarmConfig(backbone=backbone.config.to_dict(), layer=2, d_sae=96, k=8, end_of_turn_id=END)
+    model = SarmForSequenceClassification(config, backbone, sae)
+    with torch.no_grad():
+        model.score.weight.copy_(0.1 * torch.randn(1, 96, generator=generator))
+    return model
+
+
+def train(model, groups, config=CONFIG, engine_type=LocalEngine, seed=0):
+    """(trained model, logged metrics)"""
+    model, logged = copy.deepcopy(model), []
+    engine = engine_type(model, parameter_groups(model, config), config.max_grad_norm)
+    train_reward(engine, groups, config, seed, ROW_TOKENS, END, lambda step, metrics: logged.append(metrics))
+    return model, logged
+
+
+class GradientRecorder(LocalEngine):
+    """Keeps the gradient of each step instead of taking it."""
+
+    def step(self, rate_factor: float) -> float:
+        self.model.steps = [*getattr(self.model, "steps", []), gradients_of(self.model)]
+        self._optimizer.zero_grad(set_to_none=True)
+        return 0.0
+
+
+def gradients_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_loss_falls_and_pairs_are_ordered(untrained, groups):
+    _, logged = train(untrained, groups, dataclasses.replace(CONFIG, epochs=6))
+    assert logged[-1]["loss"] < 0.5 * logged[0]["loss"]
+    assert logged[-1]["accuracy"] == 1
+
+
+def test_the_sae_and_the_embeddings_stay_bit_for_bit_and_the_rest_moves(untrained, groups):
+    model, _ = train(untrained, groups)
+    for name, before in untrained.named_parameters():
+        is_frozen = name.startswith("sae.") or "embed_tokens" in name
+        assert torch.equal(before, model.get_parameter(name)) == is_frozen, name
+
+
+def test_a_rate_of_zero_trains_the_head_alone(untrained, groups):
+    model, _ = train(untrained, groups, dataclasses.replace(CONFIG, lr=0.0))
+    moved = {name for name, p in untrained.named_parameters() if not torch.equal(p, model.get_parameter(name))}
+    assert moved == {"score.weight"}
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(untrained, groups):
+    (first, _), (second, _), (other, _) = (train(untrained, groups, seed=seed) for seed in (0, 0, 1))
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
+    assert not torch.equal(first.score.weight, other.score.weight)
+
+
+def test_a_steps_gradient_equals_that_of_a_loop_over_single_unpacked_pairs(untrained, groups):
+    whole_epoch = dataclasses.replace(CONFIG, batch_pairs=100, epochs=1)
+    packed, _ = train(untrained, groups, whole_epoch, GradientRecorder)
+    (found,) = packed.steps
+
+    model = copy.deepcopy(untrained)
+    parameter_groups(model, whole_epoch)
+    num_pairs = sum(len(group.pairs) for group in groups)
+    for group in groups:
+        for pair in group.pairs:
+            chosen, rejected = (
+                model(input_ids=torch.tensor([group.tokens[place].ids])).logits
+                for place in (pair.chosen, pair.rejected)
+            )
+            (bradley_terry((chosen - rejected)[0]).sum() / num_pairs).backward()
+    wanted = gradients_of(model)
+    assert found.keys() == wanted.keys()
+    assert max(g.abs().max() for g in wanted.values()) > 0.01
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("batch_tokens", [64, 150, 400])
+def test_a_steps_gradient_does_not_depend_on_how_it_is_cut_into_micro_batches(untrained, groups, batch_tokens):
+    config = dataclasses.replace(CONFIG, epochs=1, batch_pairs=9)
+    whole, _ = train(untrained, groups, dataclasses.replace(config, batch_tokens=100_000), GradientRecorder)
+    cut, _ = train(untrained, groups, dataclasses.replace(config, batch_tokens=batch_tokens), GradientRecorder)
+    assert len(whole.steps) == len(cut.steps) == 2
+    for one, other in zip(whole.steps, cut.steps, strict=True):
+        for name, gradient in one.items():
+            torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-5)
+
+
+def test_the_shares_of_several_ranks_add_up_to_the_steps_gradient(untrained, groups):
+    """What a rank backpropagates times 1 / world, summed over ranks, idle ones among them."""
+    config = dataclasses.replace(CONFIG, epochs=1, batch_pairs=100)
+    whole, _ = train(untrained, groups, config, GradientRecorder)
+    world, total = 5, None
+    num_pairs = sum(len(group.pairs) for group in groups)
+    for share in deal(groups, world, ROW_TOKENS, 400):
+        model = copy.deepcopy(untrained)
+        engine = LocalEngine(model, parameter_groups(model, config), 1.0)
+        for micro in share:
+            _backward(engine, micro, world / num_pairs, END, last=False)
+        part = gradients_of(model)
+        total = part if total is None else {name: total[name] + part[name] for name in total}
+    for name, gradient in whole.steps[0].items():
+        torch.testing.assert_close(total[name] / world, gradient, rtol=0, atol=1e-5)
+
+
+def test_the_log_counts_every_pair_and_ends_at_1(untrained, groups):
+    _, logged = train(untrained, groups)
+    assert len(logged) == 2 * 3, "18 pairs in steps of 6, twice"
+    assert [entry["epoch"] for entry in logged] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert logged[-1]["progress"] == 1
+    assert all(0 < entry["lr"] <= CONFIG.lr for entry in logged)
+    assert all(entry["head_lr"] == pytest.approx(10 * entry["lr"]) for entry in logged)
+
+
+def test_the_first_loss_of_a_zero_head_is_log_2(untrained, groups):
+    model = copy.deepcopy(untrained)
+    torch.nn.init.zeros_(model.score.weight)
+    _, logged = train(model, groups)
+    assert logged[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert logged[0]["margin"] == 0
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_the_prompts_before_a_step(untrained, groups, poison):
+    model = copy.deepcopy(untrained)
+    with torch.no_grad():
+        model.score.weight[0, ::2] = poison
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    engine = LocalEngine(model, parameter_groups(model, CONFIG), 1.0)
+    with pytest.raises(RuntimeError) as error:
+        train_reward(engine, groups[:1], CONFIG, 0, ROW_TOKENS, END, lambda step, metrics: None)
+    assert groups[0].prompt_id in str(error.value)
+    assert "--reward.lr" in str(error.value)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_local_engine_clips_and_scales_its_rates(untrained):
+    model = copy.deepcopy(untrained)
+    config = dataclasses.replace(CONFIG, max_grad_norm=0.5)
+    engine = LocalEngine(model, parameter_groups(model, config), config.max_grad_norm)
+    before = model.score.weight.detach().clone()
+    engine.backward(3.0 * model.score.weight.sum(), last=True)
+    assert engine.step(0.25) == pytest.approx(3.0 * 96**0.5), "the norm before clipping"
+    # Adam's first step is the rate times the gradient's sign.
+    torch.testing.assert_close(model.score.weight, before - 0.25 * config.head_lr, rtol=0, atol=1e-6)
+    assert model.score.weight.grad is None
+
+
+@st.composite
+def prompt_group_lists(draw) -> list[PromptGroup]:
+    """Up to 8 prompts with 2 to 4 responses and some of the pairs among them."""
+    found = []
+    for number in range(draw(st.integers(1, 8))):
+        lengths = draw(st.lists(st.integers(1, 20), min_size=2, max_size=4))
+        prompt = [100 + number] * draw(st.integers(1, 15))
+        tokens = [Tokens([*prompt, *[10 + i] * n], 0) for i, n in enumerate(lengths)]
+        all_pairs = list(permutations(range(len(lengths)), 2))
+        places = draw(st.lists(st.sampled_from(all_pairs), min_size=1, max_size=6, unique=True))
+        pairs = [PairOfGroup(f"{number}:{a}>{b}", a, b, None, None) for a, b in places]
+        found.append(PromptGroup(f"p{number}", [f"r{i}" for i in range(len(lengths))], tokens, pairs))
+    return found
+
+
+step_lists = prompt_group_lists()
+
+
+@given(step=step_lists, world=st.integers(1, 4), batch_tokens=st.integers(10, 120))
+def test_every_rank_gets_as_many_micro_batches_and_every_pair_is_dealt_once(step, world, batch_tokens):
+    shares = deal(step, world, 60, batch_tokens)
+    assert len(shares) == world
+    assert len({len(share) for share in shares}) == 1
+    micros = [micro for share in shares for micro in share]
+    dealt = Counter(pair.pair_id for micro in micros for group in micro.groups for pair in group.pairs)
+    assert dealt == Counter(pair.pair_id for group in step for pair in group.pairs)
+    idle = [micro for micro in micros if not any(group.pairs for group in micro.groups)]
+    assert len(idle) < world
+    assert all(micro.rows for micro in idle), "an idle rank has something to run forward"
+
+
+@given(step=step_lists, batch_tokens=st.integers(10, 120))
+def test_micro_batches_fit_the_budget_with_padding_unless_a_single_pair_does_not(step, batch_tokens):
+    for micro in deal(step, 1, 60, batch_tokens)[0]:
+        num_pairs = sum(len(group.pairs) for group in micro.groups)
+        assert padded_tokens(micro.rows) <= batch_tokens or num_pairs == 1
+
+
+@given(step=step_lists, world=st.integers(1, 3), batch_tokens=st.integers(10, 120))
+def test_a_micro_batch_holds_both_answers_of_each_of_its_pairs(step, world, batch_tokens):
+    for share in deal(step, world, 60, batch_tokens):
+        for micro in share:
+            keys = {key for row in micro.rows for key, _ in row.taken}
+            for group in micro.groups:
+                for pair in group.pairs:
+                    assert {(group.prompt_id, pair.chosen), (group.prompt_id, pair.rejected)} <= keys
+
+
+@given(groups=step_lists, batch_pairs=st.integers(1, 20), seed=st.integers(0, 5), epoch=st.integers(0, 3))
+def test_steps_cover_every_group_once_and_respect_the_batch(groups, batch_pairs, seed, epoch):
+    steps = cut_into_steps(groups, batch_pairs, seed, epoch)
+    assert Counter(g.prompt_id for step in steps for g in step) == Counter(g.prompt_id for g in groups)
+    for step in steps:
+        assert sum(len(group.pairs) for group in step) <= batch_pairs or len(step) == 1
+
+
+def test_steps_depend_on_seed_and_epoch_alone(groups):
+    def order(seed, epoch):
+        return [[group.prompt_id for group in step] for step in cut_into_steps(groups, 6, seed, epoch)]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) > 5
