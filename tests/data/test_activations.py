@@ -167,7 +167,7 @@ def test_a_file_that_breaks_off_is_noticed_on_opening(store):
 
 
 SHARE = 0.3
-HELDOUT = [n for n in range(50) if hash_share(f"doc{n // 3}") < SHARE]
+HELDOUT = [n for n in range(50) if hash_share(f"sae:doc{n // 3}") < SHARE]
 KEPT = [n for n in range(50) if n not in HELDOUT]
 
 
@@ -216,7 +216,7 @@ def test_another_epoch_or_seed_reads_the_files_in_another_order(store):
 def test_windows_hold_several_files_and_are_never_empty(store, tmp_path):
     windows = list(ShuffledRows(store, SHARE, window_rows=15).windows(0, 0))
     assert 1 < len(windows) < 5
-    heldout_only = next(n for n in range(200) if hash_share(f"doc{n}") < SHARE) * 3
+    heldout_only = next(n for n in range(200) if hash_share(f"sae:doc{n}") < SHARE) * 3
     parts = [table_of(numbered(heldout_only, 3), heldout_only), table_of(numbered(0, 30), 0)]
     rows = ShuffledRows(ActivationStore(write_store(tmp_path / "b", parts)), SHARE, window_rows=10)
     for epoch in range(8):

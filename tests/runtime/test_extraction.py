@@ -58,14 +58,15 @@ def test_a_stored_sentence_end_equals_the_model_run_alone_to_16_bits(extracted: 
 
 def test_a_stored_chat_end_is_the_rewarded_token_of_its_response(extracted: Path, preset: Pipeline) -> None:
     chat = load_chat_tokenizer(preset.model, model_folder(preset.model))
-    pairs = {row["pair_id"]: row for row in table_of(extracted / "pairs").to_pylist()}
+    pairs = {schema.stable_int(row["pair_id"]): row for row in table_of(extracted / "pairs").to_pylist()}
     store = ActivationStore(extracted / "activations" / "chat")
-    keys, vectors = store.read(["doc_id", "side", "position", "token_id"])
-    assert {pairs[doc]["split"] for doc in keys["doc_id"].to_pylist()} == {"train"}
+    keys, vectors = store.read(["row_id", "doc_id", "side", "position", "token_id"])
+    assert {pairs[row]["split"] for row in keys["row_id"].to_pylist()} == {"train"}
+    assert [pairs[row]["prompt_id"] for row in keys["row_id"].to_pylist()] == keys["doc_id"].to_pylist()
     assert store.num_rows == 2 * sum(pair["split"] == "train" for pair in pairs.values())
     for i in range(0, len(vectors), len(vectors) // 7):
         key = keys.slice(i, 1).to_pylist()[0]
-        pair = pairs[key["doc_id"]]
+        pair = pairs[key["row_id"]]
         (tokens,) = chat.encode_responses(pair["prompt"], [pair[key["side"]]])
         assert (key["position"], key["token_id"]) == (len(tokens.ids) - 1, chat.end_of_turn_id)
         alone = one_by_one(preset.model, tokens.ids)[-1]

@@ -95,6 +95,12 @@ class ActivationStore:
             parts.append(vectors(table, self.metadata["dtype"]).float())
         return pa.concat_tables(tables), torch.cat(parts)
 
+    def read_sides(self) -> tuple[dict[tuple[int, str], int], Float[Tensor, "rows d_in"]]:
+        """Rows of pairs by (`schema.stable_int` of the pair's id, side), and all vectors in float32."""
+        table, x_ND = self.read(["row_id", "side"])
+        keys = zip(table["row_id"].to_pylist(), table["side"].to_pylist(), strict=True)
+        return {key: row for row, key in enumerate(keys)}, x_ND
+
     def tables(self, columns: Sequence[str], files: Sequence[Path] | None = None) -> Iterator[pa.Table]:
         """Row group after row group of the given files (all of them by default), checksums verified."""
         for path in self.files if files is None else files:
@@ -155,8 +161,9 @@ class ShuffledRows:
             yield torch.cat(waiting).float()
 
     def _heldout_mask(self, table: pa.Table) -> Tensor:
+        # With a salt: training prompts are those that the unsalted hash left over.
         return torch.tensor(
-            [hash_share(doc) < self._share for doc in table.column("doc_id").to_pylist()], dtype=torch.bool
+            [hash_share(f"sae:{doc}") < self._share for doc in table.column("doc_id").to_pylist()], dtype=torch.bool
         )
 
 

@@ -133,7 +133,8 @@ class ChatActivations(_BackboneActor):
                     found[key] = responses[group.prompt_id, place]
                     places[key] = {
                         "row_id": schema.stable_int(pair.pair_id),
-                        "doc_id": pair.pair_id,
+                        # Pairs of one prompt share responses: what keeps documents apart has to keep prompts apart.
+                        "doc_id": group.prompt_id,
                         "side": side,
                         "position": len(tokens.ids) - 1,
                         "token_id": tokens.ids[-1],

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from sarm import schema
 from sarm.config import Evaluation, Extraction, Model
 from sarm.data.activations import ActivationStore
-from sarm.data.artifacts import load_sarm
+from sarm.data.artifacts import load_sae, load_sarm
 from sarm.data.models import model_folder
 from sarm.evaluate import pairs as measures
 from sarm.evaluate.probe import fit_probe
@@ -27,6 +27,7 @@ from sarm.runtime.extraction import run_over
 from sarm.runtime.reward_training import load_pairs
 from sarm.runtime.session import Session, say
 from sarm.runtime.tracking import StageRun
+from sarm.train.sae import measure
 
 
 def evaluate(
@@ -49,6 +50,13 @@ def evaluate(
     }
 
     weight = load_sarm(session.folders.sarm).score.weight.detach().squeeze(0).numpy()
+    sae, _ = load_sae(session.folders.sae)
+    quality = measure(sae, ActivationStore(session.folders.heldout_activations).read_sides()[1])
+    metrics["sae_on_heldout"] = {
+        "fvu": quality.fvu,
+        "alive_share": quality.counts.alive_share(),
+        "l0": quality.counts.l0(),
+    }
     metrics["completeness"] = check_completeness(scores["sarm"], weight)
     features = feature_table(scores["sarm"], weight)
     contexts = collect_contexts(_records(session, scores["sarm"]), None, evaluation.contexts_per_feature)
@@ -65,6 +73,7 @@ def evaluate(
         "length_baseline_accuracy": metrics["shorter_answer"].get("accuracy"),
         "probe_accuracy": metrics["probe"].get("accuracy"),
         "scalar_head_accuracy": metrics.get("scalar_head", {}).get("accuracy"),
+        "fvu_heldout": quality.fvu,
         "num_features": features.num_rows,
         "completeness": metrics["completeness"],
     }
@@ -73,26 +82,21 @@ def evaluate(
 
 def probe_scores(session: Session, like: pa.Table) -> pa.Table:
     """The held-out pairs of `like` with the rewards of a logistic probe on the frozen activations of the training pairs."""
-    train = _sides(session.folders.chat_activations)
-    heldout = _sides(session.folders.heldout_activations)
+    train, x_ND = ActivationStore(session.folders.chat_activations).read_sides()
+    heldout, y_MD = ActivationStore(session.folders.heldout_activations).read_sides()
     pairs = load_pairs(session.folders.pairs, "train").select(["pair_id", "prompt_id"]).to_pylist()
-    usable = [pair for pair in pairs if (pair["pair_id"], "chosen") in train and (pair["pair_id"], "rejected") in train]
-    chosen, rejected = (np.stack([train[pair["pair_id"], side] for pair in usable]) for side in ("chosen", "rejected"))
-    probe = fit_probe(chosen, rejected, np.array([pair["prompt_id"] for pair in usable]), session.run.seed)
+    keys = [schema.stable_int(pair["pair_id"]) for pair in pairs]
+    usable = [i for i, key in enumerate(keys) if (key, "chosen") in train and (key, "rejected") in train]
+    x = standardise(x_ND).numpy()
+    chosen, rejected = (x[[train[keys[i], side] for i in usable]] for side in ("chosen", "rejected"))
+    probe = fit_probe(chosen, rejected, np.array([pairs[i]["prompt_id"] for i in usable]), session.run.seed)
+    rewards = np.append(probe.rewards(standardise(y_MD).numpy()), np.nan)
     for side in ("chosen", "rejected"):
-        width = chosen.shape[1]
-        x = np.stack(
-            [heldout.get((pair_id, side), np.full(width, np.nan)) for pair_id in like.column("pair_id").to_pylist()]
-        )
+        # A response without a stored activation takes the NaN at the end, which the measures count.
+        places = [heldout.get((schema.stable_int(pair_id), side), -1) for pair_id in like.column("pair_id").to_pylist()]
         index = like.schema.get_field_index(f"{side}_reward")
-        like = like.set_column(index, like.schema.field(index), pa.array(probe.rewards(x), pa.float32()))
+        like = like.set_column(index, like.schema.field(index), pa.array(rewards[places], pa.float32()))
     return like
-
-
-def _sides(folder: Path) -> dict[tuple[str, str], np.ndarray]:
-    table, vectors = ActivationStore(folder).read(["doc_id", "side"])
-    keys = zip(table.column("doc_id").to_pylist(), table.column("side").to_pylist(), strict=True)
-    return dict(zip(keys, standardise(vectors).numpy(), strict=True))
 
 
 def _score(session: Session, extraction: Extraction, name: str, folder: Path) -> pa.Table:

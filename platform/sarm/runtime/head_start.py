@@ -14,7 +14,7 @@ from sarm.data.activations import ActivationStore
 from sarm.evaluate.probe import fit_probe
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.sae import Codes, standardise
-from sarm.schema import hash_share
+from sarm.schema import hash_share, stable_int
 
 # Enough for a linear head; keeps the dense features of a large data set in memory.
 _MAX_PAIRS = 20_000
@@ -25,26 +25,20 @@ def start_head_(model: SarmForSequenceClassification, activations: Path, pairs: 
 
     Raises UserError if the activations are not those of the pairs.
     """
-    rows = sorted(pairs.select(["pair_id", "prompt_id"]).to_pylist(), key=lambda row: hash_share(row["pair_id"]))[
-        :_MAX_PAIRS
+    pairs = pairs.select(["pair_id", "prompt_id"])
+    rows = sorted(pairs.to_pylist(), key=lambda row: hash_share(row["pair_id"]))[:_MAX_PAIRS]
+    place, h_ND = ActivationStore(activations).read_sides()
+    sides = [
+        tuple(place.get((stable_int(row["pair_id"]), side), -1) for side in ("chosen", "rejected")) for row in rows
     ]
-    wanted = {row["pair_id"] for row in rows}
-    keys, parts = [], []
-    store = ActivationStore(activations)
-    table, h_ND = store.read(["doc_id", "side"])
-    for i, key in enumerate(zip(table["doc_id"].to_pylist(), table["side"].to_pylist(), strict=True)):
-        if key[0] in wanted:
-            keys.append(key)
-            parts.append(i)
-    place = {key: i for i, key in enumerate(keys)}
-    usable = [row for row in rows if (row["pair_id"], "chosen") in place and (row["pair_id"], "rejected") in place]
+    usable = [i for i, both in enumerate(sides) if min(both) >= 0]
     if not usable:
         raise UserError(
             f"{activations} holds no activation of these pairs. Extract them again, or pass --reward.head-init zero."
         )
-    features_NA, alive_A = _features(model, h_ND[parts])
-    chosen, rejected = ([place[row["pair_id"], side] for row in usable] for side in ("chosen", "rejected"))
-    prompts = np.array([row["prompt_id"] for row in usable])
+    features_NA, alive_A = _features(model, h_ND)
+    chosen, rejected = ([sides[i][side] for i in usable] for side in (0, 1))
+    prompts = np.array([rows[i]["prompt_id"] for i in usable])
     probe = fit_probe(features_NA[chosen], features_NA[rejected], prompts, seed)
     with torch.no_grad():
         model.score.weight.zero_()

@@ -33,9 +33,6 @@ def run_job(
         if config.run.dry_run:
             print(describe(config))
             return
-        # Set before torch loads: a third of a CPU step is page faults on big tensors that glibc gives back and takes again.
-        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
-        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**33))
         job(config)
     except UserError as error:
         if debug:

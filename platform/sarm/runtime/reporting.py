@@ -102,7 +102,7 @@ def _headline(manifests: dict[str, Manifest], metrics: dict[str, Any]) -> dict[s
         "num_heldout_pairs": metrics["sarm"].get("num_pairs"),
         "num_heldout_prompts": metrics["sarm"].get("num_prompts"),
         "mean_margin": metrics["sarm"].get("mean_margin"),
-        "fvu": sae.get("fvu_chat", sae.get("fvu_text")),
+        "fvu": metrics["sae_on_heldout"]["fvu"],
         "fvu_sentence_ends": sae.get("fvu_text"),
         "alive_at_reward": sae.get("alive_at_reward"),
         "dead_share": sae.get("dead_share"),

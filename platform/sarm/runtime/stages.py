@@ -124,6 +124,7 @@ def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -
     folders = session.folders
     inputs = {
         SARM: (folders.sarm, SARM),
+        SAE: (folders.sae, SAE),
         PAIRS: (folders.pairs, PAIRS),
         "activations/chat": (folders.chat_activations, ACTIVATIONS),
         "activations/heldout": (folders.heldout_activations, ACTIVATIONS),
