@@ -28,12 +28,13 @@ demo = Pipeline(
     data=Data(
         texts=("demo:openwebtext", "demo:wikipedia"),
         pairs=("demo:harm",),
-        max_texts=400,
+        max_texts=300,
         heldout_share=0.25,
     ),
     sae=Sae(d_sae=16 * 576, k=27, batch_size=256, text_epochs=10, chat_epochs=40, lr=5e-4, chat_lr=1e-3),
     # One pass over 1,500 pairs moves a zero head too little; the rates were chosen on prompts left out of the training split.
-    reward=Reward(lr=3e-5, head_lr=1e-3, head_init="logistic", epochs=1, batch_pairs=16, batch_tokens=2048),
+    # Stage 0, since one worker has nothing to shard and the higher stages copy every gradient.
+    reward=Reward(lr=3e-5, head_lr=1e-3, head_init="logistic", epochs=1, batch_pairs=16, zero_stage=0),
 )
 
 # SARM section 4.1: Adam 5e-4 for the SAE, 16 d_in latents, k = 3/64 d_in; backbone 4e-6, 8 pairs a step, 3 epochs.
