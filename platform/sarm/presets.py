@@ -33,7 +33,7 @@ demo = Pipeline(
     ),
     sae=Sae(d_sae=16 * 576, k=27, batch_size=256, text_epochs=10, chat_epochs=40, lr=5e-4, chat_lr=1e-3),
     # One pass over 1,500 pairs moves a zero head too little; the rates were chosen on prompts left out of the training split.
-    # Stage 0, since one worker has nothing to shard and the higher stages copy every gradient.
+    # Stage 0, since one worker has nothing to shard.
     reward=Reward(lr=3e-5, head_lr=1e-3, head_init="logistic", epochs=1, batch_pairs=16, zero_stage=0),
 )
 
