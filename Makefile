@@ -25,7 +25,7 @@ demo: $(VENV)/.ready  ## the whole chain on a real model and real preferences, o
 	$(BIN)/python jobs/pipeline.py demo
 
 test: $(VENV)/.ready lint types  ## everything that checks the project
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.ready  ## style
 	$(BIN)/ruff check .

@@ -182,8 +182,8 @@ class Reward:
     """AdamW's peak learning rate for the backbone's blocks."""
     head_lr: float = 1e-3
     """AdamW's peak learning rate for the linear head."""
-    head_init: Literal["zero", "logistic"] = "zero"
-    """Where the head starts: at zero as in the papers, or at a logistic fit to the frozen features of the training pairs."""
+    head_init: Literal["zero", "probe"] = "zero"
+    """Where the head starts: at zero as in the papers, or at a logistic probe of the training pairs' frozen activations, read through the decoder."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the blocks; the head has none."""
     epochs: int = 1

@@ -24,10 +24,13 @@ from sarm.runtime.trainer import Progress, run_workers, worker_device
 from sarm.runtime.zero import ZeroEngine
 from sarm.train.reward import parameter_groups, train_reward
 
+# Prompts, and responses of each, that the reward's moments are taken over.
+_MOMENT_PROMPTS, _MOMENT_RESPONSES = 16, 4
+
 
 @dataclass(frozen=True)
 class RewardTask:
-    """What a worker needs to know; picklable. `sae` None trains the scalar head; the head starts at a fit to `head_start`, else at 0."""
+    """What a worker needs to know; picklable. `sae` None trains the scalar head; the head starts at a probe of `head_start`, else at 0."""
 
     run: Run
     model: Model
@@ -137,7 +140,8 @@ def reward_moments(
     device: torch.device,
 ) -> tuple[float, float]:
     """Mean and standard deviation of the reward over a sample of training responses, for users who want a unit scale."""
-    rows = [row for group in groups[:32] for row in group.rows(row_tokens)]
+    sample = groups[:: max(1, len(groups) // _MOMENT_PROMPTS)]
+    rows = [row for group in sample for row in group._replace(tokens=group.tokens[:_MOMENT_RESPONSES]).rows(row_tokens)]
     rewards = []
     with torch.inference_mode():
         for batch in token_batches(rows, batch_tokens, pad_id):
