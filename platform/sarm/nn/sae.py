@@ -162,8 +162,9 @@ class Sae(nn.Module):
     def remove_parallel_gradient_(self) -> None:
         """Take out of the decoder's gradient what would only change row norms, since normalising undoes it but Adam's moments keep it."""
         if self.W_dec.grad is not None:
-            along_S1 = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
-            self.W_dec.grad.addcmul_(along_S1, self.W_dec, value=-1.0)
+            # Some rows at a time: the product would else be another tensor of the decoder's size.
+            for gradient, rows in zip(self.W_dec.grad.split(1024), self.W_dec.split(1024), strict=True):
+                gradient.addcmul_((gradient * rows).sum(dim=1, keepdim=True), rows, value=-1.0)
 
 
 class TopKSae(Sae):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .architectures import JumpReluSae
 from .sae import Sae, bag_weight_gradient
 from .selection import Entries, Rule, TopKRule
 
@@ -128,7 +129,7 @@ class Reconstruction(NamedTuple):
 
 def reconstruct(sae: Sae, x_BD: Tensor, plan: Plan) -> Reconstruction:
     """Encode and decode rows with sparse gradients to all parameters (and to x, if asked for)."""
-    threshold = getattr(sae, "threshold", None)
+    threshold = sae.threshold if isinstance(sae, JumpReluSae) else None
     seen: list[Entries] = []
     hat_GBD, l0 = _Autoencode.apply(
         x_BD, sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec, threshold, plan, seen.append
