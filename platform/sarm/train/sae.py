@@ -67,7 +67,9 @@ class SaeTraining:
     ):
         sizes = {config.batch_size for config in sae_configs}
         if len(sizes) != 1:
-            raise ValueError(f"SAEs that share a batch need one batch_size, got {sorted(sizes)}. Pass --sae.batch-size.")
+            raise ValueError(
+                f"SAEs that share a batch need one batch_size, got {sorted(sizes)}. Pass --sae.batch-size."
+            )
         self.learners = [Learner(sae, config, device, split) for sae, config in zip(saes, sae_configs, strict=True)]
         self.position, self.num_steps, self.num_seen = Position(0, 0), first_step, 0
         self._phase, self._configs, self._seed, self._device = phase, sae_configs, seed, device
