@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sarm.data.models import model_folder
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.reward_training import RewardTask, build_model, load_pairs, reward_worker
 from sarm.runtime.reward_training import train_on_cluster as train_reward_on_cluster
-from sarm.runtime.sae_training import SaeTask
+from sarm.runtime.sae_training import SaeTask, sae_worker
 from sarm.runtime.sae_training import train_on_cluster as train_sae_on_cluster
 from sarm.runtime.tracking import StageRun, Tracker
 from sarm.runtime.trainer import run_workers
@@ -33,59 +34,29 @@ def tracking(extracted: Path) -> StageRun:
     return Tracker(Run(out=extracted), "training").parent
 
 
-def train_sae(extracted: Path, folder: Path, tracking: StageRun, sae: Sae, num_workers: int) -> dict:
+def sae_task(extracted: Path, folder: Path, tracking: StageRun, sae: Sae, workers: int) -> SaeTask:
     folder.mkdir()
-    run = Run(out=extracted, num_workers=num_workers, cpus_per_worker=1)
+    run = Run(out=extracted, num_workers=workers, cpus_per_worker=1)
     chat, text = extracted / "activations" / "chat", extracted / "activations" / "text"
-    return train_sae_on_cluster(SaeTask(run, sae, text, chat, folder, tracking), CLUSTER)
-
-
-@pytest.fixture(scope="module")
-def sae_folder(extracted: Path, tmp_path_factory: pytest.TempPathFactory, tracking: StageRun, preset: Pipeline) -> Path:
-    folder = tmp_path_factory.mktemp("sae") / "one"
-    result = train_sae(extracted, folder, tracking, preset.sae, 1)
-    assert result["figures"]["fvu_chat"] < 1
-    return folder
-
-
-def test_two_sae_workers_learn_what_one_learns(
-    extracted: Path, sae_folder: Path, tmp_path: Path, tracking: StageRun, preset: Pipeline
-) -> None:
-    train_sae(extracted, tmp_path / "two", tracking, preset.sae, 2)
-    one, two = load_sae(sae_folder)[0], load_sae(tmp_path / "two")[0]
-    for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4, msg=name)
-
-
-def test_two_workers_that_split_a_dictionary_with_thresholds_learn_what_one_learns(
-    extracted: Path, tmp_path: Path, tracking: StageRun, preset: Pipeline
-) -> None:
-    from dataclasses import replace
-
-    sae = replace(
-        preset.sae,
-        architecture="matryoshka",
-        split="latents",
-        aux_k=8,
-        dead_after_rows=200,
-        text_epochs=1,
-        chat_epochs=1,
-    )
-    results = [train_sae(extracted, tmp_path / str(num), tracking, sae, num) for num in (1, 2)]
-    one, two = (load_sae(tmp_path / str(num))[0].state_dict() for num in (1, 2))
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=2e-4, msg=name)
-    assert two["threshold"].unique().numel() == 1
-    assert results[0]["figures"]["fvu_chat"] == pytest.approx(results[1]["figures"]["fvu_chat"], rel=1e-3)
+    return SaeTask(run, sae, text, chat, folder, tracking)
 
 
 def reward_task(
     extracted: Path, sae: Path, folder: Path, tracking: StageRun, preset: Pipeline, reward: Reward, workers: int
 ) -> RewardTask:
+    folder.mkdir(exist_ok=True)
     run = Run(out=extracted, num_workers=workers, cpus_per_worker=1)
     return RewardTask(
         run, preset.model, model_folder(preset.model), reward, extracted / "pairs", sae, None, folder, tracking
     )
+
+
+@pytest.fixture(scope="module")
+def sae_folder(extracted: Path, tmp_path_factory: pytest.TempPathFactory, tracking: StageRun, preset: Pipeline) -> Path:
+    folder = tmp_path_factory.mktemp("sae") / "one"
+    result = train_sae_on_cluster(sae_task(extracted, folder, tracking, preset.sae, 1), CLUSTER)
+    assert result["figures"]["fvu_chat"] < 1
+    return folder
 
 
 REWARD = Reward(lr=1e-3, head_lr=1e-2, epochs=1, batch_pairs=16, batch_tokens=512)
@@ -106,56 +77,85 @@ def reference(
     return losses, copy.deepcopy(model.state_dict())
 
 
-def train_one_after_another(tasks: list[RewardTask]) -> list[Any]:
+def one_after_another(trainings: list[tuple[Callable[[Any], Any], Any]]) -> list[Any]:
     """Several trainings in one group of workers, since starting a group costs more than they do."""
-    return [reward_worker(task) for task in tasks]
+    return [worker(task) for worker, task in trainings]
 
 
 @pytest.fixture(scope="module")
-def sharded(
-    extracted: Path,
-    sae_folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    tracking: StageRun,
-    preset: Pipeline,
-) -> dict[int, tuple[list[float], dict[str, torch.Tensor]]]:
-    """Losses and weights by ZeRO stage: 0 on one worker, 1 to 3 on two."""
+def trained(
+    extracted: Path, sae_folder: Path, tmp_path_factory: pytest.TempPathFactory, tracking: StageRun, preset: Pipeline
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Folder and result of each training; `rows` and `latents` are how two workers share an SAE's step."""
     # Workers cannot import this module by name.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    folders = {stage: tmp_path_factory.mktemp(f"zero{stage}") for stage in range(4)}
-    found = {}
+    root = tmp_path_factory.mktemp("trained")
+    nested = replace(
+        preset.sae,
+        architecture="matryoshka",
+        split="latents",
+        aux_k=8,
+        dead_after_rows=200,
+        text_epochs=1,
+        chat_epochs=1,
+    )
+    saes = {1: {"nested alone": nested}, 2: {"rows": preset.sae, "latents": nested}}
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for workers, stages in ((1, [0]), (2, [1, 2, 3])):
-        rewards = [replace(REWARD, zero_stage=stage) for stage in stages]
-        tasks = [
-            reward_task(extracted, sae_folder, folders[reward.zero_stage], tracking, preset, reward, workers)
-            for reward in rewards
-        ]
+        trainings: dict[str, tuple[Callable[[Any], Any], Any]] = {
+            name: (sae_worker, sae_task(extracted, root / name, tracking, sae, workers))
+            for name, sae in saes[workers].items()
+        }
+        for stage in stages:
+            reward, folder = replace(REWARD, zero_stage=stage), root / f"zero {stage}"
+            task = reward_task(extracted, sae_folder, folder, tracking, preset, reward, workers)
+            trainings[folder.name] = reward_worker, task
+        run = Run(out=extracted, num_workers=workers, cpus_per_worker=1)
         results = run_workers(
-            "zero", train_one_after_another, tasks, tasks[0].run, folders[stages[0]] / "run", CLUSTER, 1
+            "trained", one_after_another, list(trainings.values()), run, root / f"run{workers}", CLUSTER, 1
         )
-        for stage, result in zip(stages, results, strict=True):
-            losses = [entry["loss"] for entry in result["history"]]
-            found[stage] = losses, load_file(folders[stage] / "model.safetensors")
+        found |= {name: (root / name, result) for name, result in zip(trainings, results, strict=True)}
     return found
+
+
+def test_two_sae_workers_learn_what_one_learns(
+    sae_folder: Path, trained: dict[str, tuple[Path, dict[str, Any]]]
+) -> None:
+    one, two = load_sae(sae_folder)[0], load_sae(trained["rows"][0])[0]
+    for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_two_workers_that_split_a_dictionary_with_thresholds_learn_what_one_learns(
+    trained: dict[str, tuple[Path, dict[str, Any]]],
+) -> None:
+    (folder_one, result_one), (folder_two, result_two) = trained["nested alone"], trained["latents"]
+    one, two = load_sae(folder_one)[0].state_dict(), load_sae(folder_two)[0].state_dict()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=2e-4, msg=name)
+    assert two["threshold"].unique().numel() == 1
+    assert result_one["figures"]["fvu_chat"] == pytest.approx(result_two["figures"]["fvu_chat"], rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_trains_as_one_plain_process_does(
     stage: int,
-    sharded: dict[int, tuple[list[float], dict[str, torch.Tensor]]],
+    trained: dict[str, tuple[Path, dict[str, Any]]],
     reference: tuple[list[float], dict[str, torch.Tensor]],
 ) -> None:
     losses, weights = reference
-    found, trained = sharded[stage]
+    folder, result = trained[f"zero {stage}"]
+    found = [entry["loss"] for entry in result["history"]]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=0, atol=1e-5)
     frozen = {"sae.W_enc", "sae.b_enc", "sae.W_dec", "sae.b_dec", "model.embed_tokens.weight"}
-    for name, weight in trained.items():
+    after = load_file(folder / "model.safetensors")
+    for name, weight in after.items():
         if name in frozen:
             assert torch.equal(weight, weights[name]), name
         else:
             # Adam turns the rounding of a gradient near zero into a step of either sign, hence not tighter than the rate.
             torch.testing.assert_close(weight, weights[name], rtol=0, atol=2e-4, msg=name)
-    assert trained["score.weight"].abs().max() > 0
+    assert after["score.weight"].abs().max() > 0
 
 
 def test_a_worker_s_error_comes_back_as_itself(
