@@ -163,6 +163,27 @@ class Sae:
     """Share of each phase over which the rate falls to 0."""
     heldout_share: float = 0.05
     """Share of activations, by hash of the document, kept out of training to measure FVU."""
+    architecture: Literal["topk", "batch_topk", "matryoshka", "jumprelu"] = "topk"
+    """How active latents are chosen: k of each row, k a row on average over the batch (`matryoshka` trains nested
+    dictionaries besides), or by a learnt threshold of each latent."""
+    signed: bool = False
+    """TopK without the ReLU, as in the papers' own code: negative latents may be active."""
+    prefixes: tuple[int, ...] = ()
+    """Sizes of Matryoshka's nested dictionaries below d_sae; empty: d_sae / 16, / 8, / 4 and / 2 as far as they hold k."""
+    bandwidth: float = 0.1
+    """Width around a JumpReLU threshold within which a pre-activation moves it."""
+    l0_penalty: float = 1.0
+    """JumpReLU's loss grows by this times (active latents / k - 1)^2."""
+    b_dec_init: Literal["mean", "geometric_median"] = "mean"
+    """Centre of the activations that the decoder bias starts at."""
+    aux_k: int = 0
+    """Dead latents that reconstruct the error of each row, so that they come alive (AuxK); 0: none. Papers: d_in / 2."""
+    aux_coefficient: float = 1 / 32
+    """Weight of AuxK's reconstruction loss."""
+    dead_after_rows: int = 1_000_000
+    """Rows, over all workers, after which a latent that has not fired is dead."""
+    split: Literal["rows", "latents"] = field(default="rows", metadata=OPERATIONAL)
+    """How workers share a step: its rows, or the dictionary's latents where one worker cannot hold them all."""
 
     def __post_init__(self) -> None:
         _check_least(self, "sae.", d_sae=1, batch_size=1, text_epochs=0, chat_epochs=0, warmup_share=0, decay_share=0)
@@ -172,6 +193,13 @@ class Sae:
         _check(self, "sae.text_epochs", self.text_epochs + self.chat_epochs > 0, "above 0 where chat_epochs is 0")
         _check(self, "sae.warmup_share", self.warmup_share + self.decay_share <= 1, "at most 1 - decay_share")
         _check(self, "sae.heldout_share", 0 < self.heldout_share < 0.5, "between 0 and 0.5")
+        _check_least(self, "sae.", aux_k=0, dead_after_rows=1)
+        _check_rate(self, "sae.bandwidth")
+        _check_rate(self, "sae.l0_penalty", zero_allowed=True)
+        _check_rate(self, "sae.aux_coefficient", zero_allowed=True)
+        rising = list(self.prefixes) == sorted(set(self.prefixes)) and all(0 < p < self.d_sae for p in self.prefixes)
+        _check(self, "sae.prefixes", rising, f"rising sizes between 1 and {self.d_sae - 1}")
+        _check(self, "sae.signed", not self.signed or self.architecture == "topk", "off unless the architecture is topk")
 
 
 @dataclass(frozen=True, kw_only=True)

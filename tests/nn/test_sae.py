@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sarm.nn.sae import STANDARDISE_EPS, Codes, TopKSae, _TopKEncode, dense, standardise
+from sarm.nn.sae import STANDARDISE_EPS, Codes, TopKSae, _Encode, dense, geometric_median, standardise
 
 B, D, S, K = 7, 6, 24, 4
 
@@ -93,7 +93,7 @@ def test_gradcheck_of_the_encoder(shift):
     generator = torch.Generator().manual_seed(5)
     x, W_SD, b_S = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (10, 4), (10,)))
     inputs = [tensor.requires_grad_() for tensor in (x, W_SD, b_S + shift)]
-    assert torch.autograd.gradcheck(lambda x, W, b: _TopKEncode.apply(x, W, b, 3)[0], inputs)
+    assert torch.autograd.gradcheck(lambda x, W, b: _Encode.apply(x, W, b, TopKSae(4, 10, 3).activate)[0], inputs)
 
 
 @pytest.mark.parametrize("trained", ["x", "W_enc", "b_enc"])

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from sarm.config import Sae
 from sarm.nn.sae import Codes, TopKSae, standardise
-from sarm.train.sae import LatentCounts, Phase, measure, quality_metrics, train_sae
+from sarm.train.sae import Phase, train_sae
+from sarm.train.sae_learner import Learner
+from sarm.train.sae_quality import LatentCounts, measure, quality_metrics
 
 ROOT = Path(__file__).parents[2]
 D_IN, D_SAE, K = 16, 32, 2
@@ -87,18 +89,17 @@ def test_no_step_sees_a_held_out_row():
     assert torch.equal(first.W_dec, second.W_dec)
 
 
-def test_each_row_is_seen_once_an_epoch_and_progress_ends_at_1():
+def test_each_row_is_seen_once_an_epoch_and_progress_ends_at_1(monkeypatch):
     seen: list[Tensor] = []
     sae = fresh_sae()
-    forward = sae.forward
     logged = []
+    step = Learner.step
 
-    def watch(x):
-        if torch.is_grad_enabled():
-            seen.append(x.detach())
-        return forward(x)
+    def watch(self, x, lr):
+        seen.append(x.clone())
+        return step(self, x, lr)
 
-    sae.forward = watch
+    monkeypatch.setattr(Learner, "step", watch)
     rows = phase(epochs=3)
     train_sae(sae, rows, CONFIG, 0, lambda step, metrics: logged.append((step, metrics)))
     x = torch.cat(seen)
@@ -118,7 +119,9 @@ def test_the_log_has_what_mlflow_shows():
     step, metrics = logged[-1]
     # Two windows of 161 and 160 rows make 6 and 5 steps of at most 32.
     assert step == 2 * (6 + 5)
-    assert metrics.keys() == {"progress", "loss", "lr", "fvu", "l0", "alive_share", "dead_fraction"}
+    assert metrics.keys() == {
+        "progress", "loss", "lr", "fvu", "explained_variance", "cosine", "l0", "alive_share", "dead_fraction", "dead_by_clock"
+    }  # fmt: skip
     assert 0 < metrics["l0"] <= K
     json.dumps(metrics, allow_nan=False)
 

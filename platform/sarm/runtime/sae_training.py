@@ -17,7 +17,8 @@ from sarm.nn.sae import TopKSae, standardise
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.trainer import Progress, run_workers, worker_device
-from sarm.train.sae import LatentCounts, Phase, measure, train_sae
+from sarm.train.sae import Phase, train_sae
+from sarm.train.sae_quality import LatentCounts, measure
 
 _SAMPLE_ROWS = 16 * 1024
 
