@@ -7,8 +7,9 @@ who all walk the same batches and take every world-th row of each.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import psutil
@@ -35,12 +36,38 @@ class Cursor(NamedTuple):
     offset: int = 0
 
 
-class Batch(NamedTuple):
-    """One worker's rows of a step, in float32; the step's rows over all workers; and the place behind the step."""
+class Window(Protocol):
+    """Rows that are shuffled among each other: a tensor is one."""
 
-    x: Float[Tensor, "rows d_in"]
-    size: int
-    after: Cursor
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: Tensor) -> Tensor: ...
+
+
+class Rows(Protocol):
+    """Training rows in windows, from window `first` of the epoch on; which rows are where follows from (seed, epoch)."""
+
+    num_rows: int
+
+    def windows(self, seed: int, epoch: int, first: int = 0) -> Iterator[Window]: ...
+
+
+def batches(
+    rows: Rows, start: Cursor, epochs: int, batch_size: int
+) -> Iterator[tuple[Float[Tensor, "batch d_in"], Cursor]]:
+    """The batches from `start` to the end of the last epoch, each with the place behind it; no batch reaches across windows."""
+    place = start
+    while place.epoch < epochs:
+        for window in rows.windows(place.seed, place.epoch, place.window):
+            # Of its own, so that a window can be taken up without those before it.
+            generator = torch.Generator().manual_seed(place.seed + place.epoch + (place.window << 32))
+            order = torch.randperm(len(window), generator=generator)
+            while place.offset < len(order):
+                chosen = order[place.offset : place.offset + batch_size]
+                place = place._replace(offset=place.offset + len(chosen))
+                yield window[chosen], place
+            place = place._replace(window=place.window + 1, offset=0)
+        place = Cursor(place.seed, place.epoch + 1)
 
 
 class _Group(NamedTuple):
@@ -51,6 +78,20 @@ class _Group(NamedTuple):
     kept: Tensor
     num_kept: int
     start: int
+
+
+@dataclass(frozen=True)
+class _RowsOfGroups:
+    """16-bit rows, and where among them the training rows of a window's groups are; float32 once asked for."""
+
+    rows: Tensor
+    places: Tensor
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, places: Tensor) -> Tensor:
+        return self.rows.index_select(0, self.places[places].to(self.rows.device)).float()
 
 
 class ShuffledRows:
@@ -110,36 +151,24 @@ class ShuffledRows:
         """Rows left out because they cannot be standardised."""
         return sum(map(len, self.rejected.values()))
 
-    def batches(self, start: Cursor, epochs: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """The batches from `start` to the end of the last of `epochs`, `batch_size` rows each but for a window's last."""
-        epoch, number, offset = start.epoch, start.window, start.offset
-        windows = [(e, n) for e in range(epoch, epochs) for n in range(len(self._windows(start.seed, e)))]
-        windows = [place for place in windows if place >= (epoch, number)]
-        for (epoch, number), (rows, places) in zip(windows, self._ahead(start.seed, windows), strict=True):
-            order = torch.randperm(
-                len(places), generator=torch.Generator().manual_seed(_seed(start.seed, epoch, number))
-            )
-            for first in range(offset, len(order), batch_size):
-                chosen = places[order[first : first + batch_size]]
-                x = rows.index_select(0, chosen[rank::world].to(rows.device)).float()
-                after = Cursor(start.seed, epoch, number, first + len(chosen))
-                if after.offset == len(order):
-                    is_last = number + 1 == len(self._windows(start.seed, epoch))
-                    after = Cursor(start.seed, epoch + 1) if is_last else Cursor(start.seed, epoch, number + 1)
-                yield Batch(x, len(chosen), after)
-            offset = 0
-
-    def rows_before(self, place: Cursor) -> int:
-        """How many rows are used up at `place`."""
-        windows = self._windows(place.seed, place.epoch)[: place.window]
-        return place.epoch * self.num_rows + sum(g.num_kept for window in windows for g in window) + place.offset
+    def windows(self, seed: int, epoch: int, first: int = 0) -> Iterator[Window]:
+        """The windows of an epoch, each read while the one before it is trained on."""
+        with ThreadPoolExecutor(1) as reader:
+            coming = None
+            for groups in self._plan(seed, epoch)[first:]:
+                submitted = reader.submit(self._read, groups)
+                if coming is not None:
+                    yield coming.result()
+                coming = submitted
+            if coming is not None:
+                yield coming.result()
 
     def sample(self, seed: int, num_rows: int) -> Float[Tensor, "rows d_in"]:
-        """Some of the first window's rows in float32, neighbours beside each other, for initialising."""
-        rows, places = self._read(self._windows(seed, 0)[0])
-        return rows.index_select(0, places[:num_rows].to(rows.device)).float().cpu()
+        """Some of the first window's rows in stored order, for initialising."""
+        window = self._read(self._plan(seed, 0)[0])
+        return window[torch.arange(min(num_rows, len(window)))].cpu()
 
-    def _windows(self, seed: int, epoch: int) -> list[list[_Group]]:
+    def _plan(self, seed: int, epoch: int) -> list[list[_Group]]:
         """The row groups of each window of an epoch; in stored order where one window holds the whole store."""
         if self._store.num_rows <= self._window_rows:
             return [self._groups]
@@ -153,29 +182,16 @@ class ShuffledRows:
             size += self._groups[i].num_kept
         return windows
 
-    def _ahead(self, seed: int, places: list[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The windows' rows, each read while the one before it is trained on."""
-        with ThreadPoolExecutor(1) as reader:
-            coming = None
-            for epoch, number in places:
-                submitted = reader.submit(self._read, self._windows(seed, epoch)[number])
-                if coming is not None:
-                    yield coming.result()
-                coming = submitted
-            if coming is not None:
-                yield coming.result()
-
-    def _read(self, window: list[_Group]) -> tuple[Tensor, Tensor]:
-        """16-bit rows, and the places among them of the window's training rows in stored order."""
+    def _read(self, groups: list[_Group]) -> "_RowsOfGroups":
         if self._rows is not None:
-            return self._rows, torch.cat([torch.arange(g.start, g.start + g.num_kept) for g in window])
-        rows = torch.empty(sum(g.num_kept for g in window), self._store.d_in, dtype=self._store.torch_dtype)
+            return _RowsOfGroups(self._rows, torch.cat([torch.arange(g.start, g.start + g.num_kept) for g in groups]))
+        rows = torch.empty(sum(g.num_kept for g in groups), self._store.d_in, dtype=self._store.torch_dtype)
         first = 0
-        for group in window:
+        for group in groups:
             table = self._store.row_group(group.file, group.number, ["activation"])
             rows[first : first + group.num_kept] = vectors(table, self._store.metadata["dtype"])[group.kept]
             first += group.num_kept
-        return rows, torch.arange(len(rows))
+        return _RowsOfGroups(rows, torch.arange(len(rows)))
 
     def _is_heldout(self, table: pa.Table) -> Tensor:
         # With a salt: training prompts are those that the unsalted hash left over. A document's rows follow each other.
@@ -194,7 +210,3 @@ def free_memory(device: torch.device | str = "cpu") -> int:
         return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
     except (OSError, ValueError):
         return free
-
-
-def _seed(seed: int, epoch: int, window: int) -> int:
-    return seed + epoch + (window << 32)

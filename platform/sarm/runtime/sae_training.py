@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from sarm import schema
 from sarm.config import Run, Sae, UserError
-from sarm.data.activations import ActivationStore, ShuffledRows, vectors
+from sarm.data.activations import ActivationStore, vectors
 from sarm.data.artifacts import save_sae
+from sarm.data.shuffled_rows import ShuffledRows
 from sarm.nn.sae import TopKSae, standardise
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.tracking import StageRun
@@ -65,9 +66,7 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     }
     rows = {name: ShuffledRows(store, task.sae.heldout_share) for name, store in stores.items()}
     settings = {"text": (task.sae.text_epochs, task.sae.lr), "chat": (task.sae.chat_epochs, task.sae.chat_lr)}
-    samples = {
-        name: standardise(next(source.windows(task.run.seed, 0))[:_SAMPLE_ROWS]) for name, source in rows.items()
-    }
+    samples = {name: standardise(source.sample(task.run.seed, _SAMPLE_ROWS)) for name, source in rows.items()}
     names = list(rows)
     sae = TopKSae(stores[names[0]].d_in, task.sae.d_sae, task.sae.k)
     sae.initialise_(samples[names[0]], torch.Generator().manual_seed(task.run.seed))
