@@ -199,7 +199,9 @@ class Sae:
         _check_rate(self, "sae.aux_coefficient", zero_allowed=True)
         rising = list(self.prefixes) == sorted(set(self.prefixes)) and all(0 < p < self.d_sae for p in self.prefixes)
         _check(self, "sae.prefixes", rising, f"rising sizes between 1 and {self.d_sae - 1}")
-        _check(self, "sae.signed", not self.signed or self.architecture == "topk", "off unless the architecture is topk")
+        _check(
+            self, "sae.signed", not self.signed or self.architecture == "topk", "off unless the architecture is topk"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

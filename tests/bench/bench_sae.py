@@ -87,7 +87,10 @@ def memory() -> list[dict[str, float]]:
         run = run_step("sarm", "--m", str(m), "--steps", "1")
         owned = 4 * (2 * D * m + m + D) * 4 / 2**20
         found.append({"d_sae": m, "owned_mb": owned, "extra_mb": run["mb_peak"] - run["mb_before"] - owned})
-        print(f"d_sae {m}: {owned:.0f} MB of weights, gradients and moments, {found[-1]['extra_mb']:.0f} MB beside", flush=True)
+        print(
+            f"d_sae {m}: {owned:.0f} MB of weights, gradients and moments, {found[-1]['extra_mb']:.0f} MB beside",
+            flush=True,
+        )
     return found
 
 
@@ -123,7 +126,7 @@ def read_seconds() -> float:
         moments = []
         for number in range(num_files):
             ids = list(range(number * per_file, (number + 1) * per_file))
-            columns = {name: ids for name in ("row_id", "position", "token_id", "num_tokens")}
+            columns = dict.fromkeys(("row_id", "position", "token_id", "num_tokens"), ids)
             columns |= {"doc_id": [f"doc{i // 20}" for i in ids], "side": ["text"] * per_file}
             table = activation_table(columns, torch.randn(per_file, D), "float16", schema.activations(D, kind))
             write_activation_file(table, Path(folder) / f"part-{number:06}.parquet")

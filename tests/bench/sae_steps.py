@@ -95,7 +95,14 @@ def dictionary_learning(d: int, m: int, k: int, batch: int) -> Step:
     from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
 
     trainer = TopKTrainer(
-        steps=10**6, activation_dim=d, dict_size=m, k=k, layer=0, lm_name="none", dict_class=AutoEncoderTopK, device="cpu"
+        steps=10**6,
+        activation_dim=d,
+        dict_size=m,
+        k=k,
+        layer=0,
+        lm_name="none",
+        dict_class=AutoEncoderTopK,
+        device="cpu",
     )
     # Its step 0 fits a geometric median once.
     count = iter(range(1, 10**6))
@@ -109,7 +116,15 @@ def main() -> None:
     """Time one of `STEPS`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=STEPS)
-    for flag, default in (("d", 576), ("m", 9216), ("k", 27), ("batch", 4096), ("threads", 2), ("steps", 5), ("warm", 2)):
+    for flag, default in (
+        ("d", 576),
+        ("m", 9216),
+        ("k", 27),
+        ("batch", 4096),
+        ("threads", 2),
+        ("steps", 5),
+        ("warm", 2),
+    ):
         parser.add_argument(f"--{flag}", type=int, default=default)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sarm.nn.sae import STANDARDISE_EPS, Codes, TopKSae, _Encode, dense, geometric_median, standardise
+from sarm.nn.sae import STANDARDISE_EPS, Codes, TopKSae, _Encode, dense, standardise
 
 B, D, S, K = 7, 6, 24, 4
 

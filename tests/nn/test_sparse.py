@@ -230,7 +230,9 @@ def test_cpu_tensors_take_the_torch_backend():
     assert isinstance(backend_for(torch.device("cpu")), TorchBackend)
 
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton comes with CUDA builds of torch")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton comes with CUDA builds of torch"
+)
 
 
 @needs_triton

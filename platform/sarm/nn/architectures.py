@@ -64,7 +64,9 @@ class MatryoshkaSae(BatchTopKSae):
         # Each half of the next, as long as it can hold the active latents of a row.
         self.prefixes = tuple(prefixes) or tuple(d_sae >> n for n in (4, 3, 2, 1) if d_sae >> n >= max(1, k))
         if list(self.prefixes) != sorted(set(self.prefixes)) or any(not 0 < p < d_sae for p in self.prefixes):
-            raise ValueError(f"prefixes must rise and lie between 1 and d_sae - 1, got {self.prefixes}. Pass --sae.prefixes.")
+            raise ValueError(
+                f"prefixes must rise and lie between 1 and d_sae - 1, got {self.prefixes}. Pass --sae.prefixes."
+            )
 
 
 class JumpReluSae(ThresholdSae):

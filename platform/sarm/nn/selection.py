@@ -142,7 +142,9 @@ def is_among_largest(values_BK: Tensor, k: int, group: dist.ProcessGroup) -> Ten
     everyone = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, padded, group=group)
     places = torch.topk(torch.cat(everyone, dim=1), k, dim=1).indices
-    is_kept = torch.zeros(len(padded), k * len(everyone), dtype=torch.bool, device=padded.device).scatter_(1, places, True)
+    is_kept = torch.zeros(len(padded), k * len(everyone), dtype=torch.bool, device=padded.device).scatter_(
+        1, places, True
+    )
     first = dist.get_rank(group) * k
     return is_kept[:, first : first + values_BK.shape[1]]
 

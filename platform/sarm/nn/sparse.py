@@ -88,7 +88,12 @@ class Workspace:
     def chunk(self, num_rows: int, like: Tensor, num_latents: int) -> Tensor:
         """An uninitialised `num_rows` x `num_latents` tensor."""
         size = num_rows * num_latents
-        if self._kept is None or self._kept.numel() < size or self._kept.dtype != like.dtype or self._kept.device != like.device:
+        if (
+            self._kept is None
+            or self._kept.numel() < size
+            or self._kept.dtype != like.dtype
+            or self._kept.device != like.device
+        ):
             self._kept = like.new_empty(size)
         return self._kept[:size].view(num_rows, num_latents)
 
@@ -131,9 +136,7 @@ def reconstruct(sae: Sae, x_BD: Tensor, plan: Plan) -> Reconstruction:
     """Encode and decode rows with sparse gradients to all parameters (and to x, if asked for)."""
     threshold = sae.threshold if isinstance(sae, JumpReluSae) else None
     seen: list[Entries] = []
-    hat_GBD, l0 = _Autoencode.apply(
-        x_BD, sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec, threshold, plan, seen.append
-    )
+    hat_GBD, l0 = _Autoencode.apply(x_BD, sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec, threshold, plan, seen.append)
     num_nested = len(plan.prefixes) + 1
     x_hat_GBD = hat_GBD[:num_nested]
     if num_nested > 1:

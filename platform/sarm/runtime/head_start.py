@@ -13,7 +13,7 @@ from sarm.config import UserError
 from sarm.data.activations import ActivationStore
 from sarm.evaluate.probe import fit_probe
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
-from sarm.nn.sae import Codes, standardise
+from sarm.nn.sae import standardise
 from sarm.schema import hash_share, stable_int
 
 # Enough for a linear head; keeps the dense features of a large data set in memory.
@@ -51,9 +51,12 @@ def _features(model: SarmForSequenceClassification, h_ND: torch.Tensor) -> tuple
         x_ND = standardise(h_ND)
         if model.config.head == "scalar":
             return x_ND.numpy(), torch.arange(x_ND.shape[1])
-        codes = Codes(*(torch.cat(part) for part in zip(*(model.sae(x) for x in x_ND.split(1024)), strict=True)))
-    alive_A = codes.indices[codes.values > 0].unique()
-    # Latents of value 0 may be missing from alive_A: wherever searchsorted puts their 0, it adds nothing.
-    columns = torch.searchsorted(alive_A, codes.indices).clamp_max(len(alive_A) - 1)
-    features_NA = torch.zeros(len(x_ND), len(alive_A)).scatter_add_(1, columns, codes.values)
+        # As many active latents a row as its part of the rows needs, where the SAE has thresholds.
+        parts = [model.sae(x) for x in x_ND.split(1024)]
+    alive_A = torch.cat([codes.indices[codes.values != 0] for codes in parts]).unique()
+    features_NA = torch.zeros(len(x_ND), len(alive_A))
+    for codes, rows in zip(parts, features_NA.split(1024), strict=True):
+        # Latents of value 0 may be missing from alive_A: wherever searchsorted puts their 0, it adds nothing.
+        columns = torch.searchsorted(alive_A, codes.indices).clamp_max(len(alive_A) - 1)
+        rows.scatter_add_(1, columns, codes.values)
     return features_NA.numpy(), alive_A

@@ -15,6 +15,7 @@ from sarm.data.artifacts import load_sae, save_sarm
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import token_batches
+from sarm.nn.architectures import options_of
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.runtime.cluster import Cluster
@@ -114,6 +115,7 @@ def build_model(task: RewardTask, chat: ChatTokenizer) -> SarmForSequenceClassif
         layer=task.model.layer,
         d_sae=0 if sae is None else sae.d_sae,
         k=0 if sae is None else sae.k,
+        sae=None if sae is None else {"architecture": sae.architecture, **options_of(sae)},
         head="scalar" if sae is None else "sae",
         end_of_turn_id=chat.end_of_turn_id,
         provenance={

@@ -173,7 +173,9 @@ def shard_of(sae: Sae, rank: int, world: int) -> Sae:
     Raises UserError unless the dictionary divides evenly.
     """
     if sae.d_sae % world:
-        raise UserError(f"d_sae must be a multiple of the {world} workers that split it, got {sae.d_sae}. Pass --sae.d-sae.")
+        raise UserError(
+            f"d_sae must be a multiple of the {world} workers that split it, got {sae.d_sae}. Pass --sae.d-sae."
+        )
     shard = copy.deepcopy(sae)
     shard.d_sae = sae.d_sae // world
     mine = slice(rank * shard.d_sae, (rank + 1) * shard.d_sae)
