@@ -54,7 +54,14 @@ def test_a_state_comes_back_with_its_types_layouts_and_bits(states):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.bool, torch.int64, torch.uint8])
 def test_tensors_of_any_kind_and_size_come_back(dtype):
     shared = torch.arange(12).to(dtype)
-    state = [shared, shared[2:5], shared.view(3, 4).T, shared.view(2, 3, 2).permute(2, 0, 1), shared[:0], shared.sum().to(dtype)]
+    state = [
+        shared,
+        shared[2:5],
+        shared.view(3, 4).T,
+        shared.view(2, 3, 2).permute(2, 0, 1),
+        shared[:0],
+        shared.sum().to(dtype),
+    ]
     assert equal(join_state(*split_state(state)), state)
 
 
@@ -106,7 +113,9 @@ def test_nothing_saved_is_none_and_the_last_two_are_kept(states):
 def test_a_state_of_another_training_is_refused_by_the_name_of_what_differs(states):
     states.save(1, {"shared": state_of(1)})
     other = Checkpoints(states.folder, {**IDENTITY, "inputs": {"activations": "other"}})
-    with pytest.raises(UserError, match=r"made with inputs\.activations='abc', now asked for inputs\.activations='other'"):
+    with pytest.raises(
+        UserError, match=r"made with inputs\.activations='abc', now asked for inputs\.activations='other'"
+    ):
         other.latest()
     assert states.latest().step == 1, "and nothing is lost"
 
@@ -177,7 +186,9 @@ def damage(folder: Path, other: Path, chance: random.Random) -> str:
     """One random fault in the newest state; returns what it was."""
     path = chance.choice(sorted(folder.iterdir()))
     content = path.read_bytes()
-    kind = chance.choice(["flip", "flip", "flip", "truncate", "delete", "rename", "empty", "swap", "older", "append", "stray"])
+    kind = chance.choice(
+        ["flip", "flip", "flip", "truncate", "delete", "rename", "empty", "swap", "older", "append", "stray"]
+    )
     if kind == "flip":
         place = chance.randrange(len(content))
         path.write_bytes(content[:place] + bytes([content[place] ^ (1 << chance.randrange(8))]) + content[place + 1 :])
@@ -228,7 +239,9 @@ def test_with_no_whole_state_training_does_not_silently_start_over(states):
         states.save(step, {"shared": state_of(step)})
     for folder in states.folder.iterdir():
         (folder / "shared.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"no training state in .* is whole: .*shared\.safetensors has changed.*Delete the folder"):
+    with pytest.raises(
+        UserError, match=r"no training state in .* is whole: .*shared\.safetensors has changed.*Delete the folder"
+    ):
         states.latest()
 
 

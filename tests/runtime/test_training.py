@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sarm.config import Pipeline, Reward, Run, Sae
+from sarm.config import Pipeline, Reward, Run, Sae, identity
 from sarm.data.artifacts import load_sae
 from sarm.data.chat import load_chat_tokenizer
+from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import prompt_groups
 from sarm.data.models import model_folder
 from sarm.runtime.cluster import Cluster
@@ -32,7 +33,8 @@ def train_sae(extracted: Path, folder: Path, tracking: StageRun, sae: Sae, num_w
     folder.mkdir()
     run = Run(out=extracted, num_workers=num_workers, cpus_per_worker=1)
     chat, text = extracted / "activations" / "chat", extracted / "activations" / "text"
-    return train_sae_on_cluster(SaeTask(run, sae, text, chat, folder, tracking), CLUSTER)
+    states = Checkpoints(folder.with_name(f"{folder.name}_states"), {"sae": identity(sae)})
+    return train_sae_on_cluster(SaeTask(run, sae, text, chat, folder, tracking, states), CLUSTER)
 
 
 @pytest.fixture(scope="module")

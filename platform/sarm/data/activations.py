@@ -115,6 +115,13 @@ class ActivationStore:
         keys = zip(table["row_id"].to_pylist(), table["side"].to_pylist(), strict=True)
         return {key: row for row, key in enumerate(keys)}, x_ND
 
+    def usable_vectors(self) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """The vectors that can be standardised, in float32, row group after row group."""
+        for table in self.tables(["activation"]):
+            rows = vectors(table, self.metadata["dtype"])
+            is_bad = torch.stack(list(unusable_rows(rows).values())).any(0)
+            yield rows[~is_bad].float()
+
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Row group after row group in file order, checksums verified."""
         return (table for _, _, table in self.row_groups(columns))

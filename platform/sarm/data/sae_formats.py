@@ -19,12 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sarm.config import UserError
-from sarm.data.sae_weights import RESIDUAL, STANDARDISED, SaeWeights, with_input_bias, with_unit_decoder
+from sarm.data.sae_lens_layout import CONFIG, WEIGHTS, read_sae_lens, write_sae_lens, write_sae_lens_on_residuals
+from sarm.data.sae_weights import RESIDUAL, STANDARDISED, SaeWeights, with_input_bias
 
-# SAELens drops the metadata of files that do not name a version of its layout from 6 on.
-_SAE_LENS_LAYOUT = "6.0.0"
 _ORIGIN = "origin.json"
-_SAE_LENS_KINDS = ("topk", "jumprelu", "standard")
 
 
 class Format(NamedTuple):
@@ -84,76 +82,6 @@ def export_sae(weights: SaeWeights, folder: Path, format: str) -> None:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _read_sae_lens(folder: Path, k: int | None) -> SaeWeights:
-    config = json.loads((folder / "cfg.json").read_text())
-    tensors = load_file(folder / "sae_weights.safetensors")
-    kind, metadata = config["architecture"], config.get("metadata", {})
-    norm = config.get("normalize_activations", "none")
-    if kind not in _SAE_LENS_KINDS or norm in ("constant_norm_rescale", "covariance_whitening"):
-        raise UserError(
-            f"{folder} holds a {kind} SAE with normalize_activations {norm}. Supported are {', '.join(_SAE_LENS_KINDS)}, with none or layer_norm."
-        )
-    if config.get("reshape_activations", "none") != "none" or config.get("finetuning_scaling_factor"):
-        raise UserError(
-            f"{folder} holds an SAE of attention heads or with a finetuning scale, expected one of the residual stream."
-        )
-    b_enc = tensors["b_enc"]
-    if not config.get("apply_b_dec_to_input", True):
-        b_enc = with_input_bias(b_enc, tensors["b_dec"], tensors["W_enc"])
-    # ReLU is a threshold of 0 for every latent; and a ReLU stands before the threshold, so negative ones count as 0.
-    threshold = None if kind == "topk" else tensors.get("threshold", torch.zeros_like(b_enc)).clamp_min(0.0)
-    weights = SaeWeights(
-        tensors["W_enc"].float(),
-        b_enc,
-        tensors["W_dec"].float(),
-        tensors["b_dec"],
-        config["k"] if kind == "topk" else k or metadata.get("k"),
-        threshold,
-        input=STANDARDISED if norm == "layer_norm" else metadata.get("input", RESIDUAL),
-        metadata=metadata,
-    )
-    return with_unit_decoder(weights) if config.get("rescale_acts_by_decoder_norm") else weights
-
-
-def _write_sae_lens(weights: SaeWeights, folder: Path) -> None:
-    _refuse_signed(weights, "saelens")
-    kind = {"architecture": "topk", "k": weights.k, "rescale_acts_by_decoder_norm": False}
-    made_for = weights.metadata.get("activations", {})
-    origin = {}
-    if "layer" in made_for:
-        origin = {
-            "model_name": made_for.get("model"),
-            "hook_name": f"blocks.{made_for['layer'] - 1}.hook_resid_post",
-            "hf_hook_name": f"model.layers.{made_for['layer'] - 1}",
-        }
-    config = {
-        **(kind if weights.threshold is None else {"architecture": "jumprelu"}),
-        "d_in": weights.d_in,
-        "d_sae": weights.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        # Standardising per token is the reader's job (`sarm.nn.sae.standardise`), the same before training and scoring.
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {**origin, **weights.metadata, "sae_lens_version": _SAE_LENS_LAYOUT, "input": weights.input},
-    }
-    (folder / "cfg.json").write_text(json.dumps(config, indent=2))
-    save_file(weights.tensors(), folder / "sae_weights.safetensors")
-
-
-def _write_sae_lens_on_residuals(weights: SaeWeights, folder: Path) -> None:
-    """SAELens' files for raw residuals: its `layer_norm` standardises, with 1e-5 where `standardise` has 1e-6.
-
-    Codes differ from ours by a factor within 1 +- 9e-6 / std(h).
-    """
-    if weights.input != STANDARDISED:
-        raise UserError("the SAE takes raw residuals as it is. Pass --format saelens.")
-    _write_sae_lens(weights, folder)
-    path = folder / "cfg.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalize_activations": "layer_norm"}, indent=2))
 
 
 def _read_sparsify(folder: Path, k: int | None) -> SaeWeights:
@@ -352,7 +280,20 @@ def _refuse_threshold(weights: SaeWeights, name: str) -> None:
 
 def with_relu(weights: SaeWeights) -> SaeWeights:
     """A signed TopK SAE as its readers use it that drop latents of value 0 and below."""
-    return replace(weights, signed=False)
+    said = weights.metadata.get("sae")
+    return replace(
+        weights, signed=False, metadata=weights.metadata | ({"sae": {**said, "signed": False}} if said else {})
+    )
+
+
+def _with_relu_only(weights: SaeWeights, folder: Path) -> None:
+    _refuse_signed(weights, "saelens")
+    write_sae_lens(weights, folder)
+
+
+def _on_residuals(weights: SaeWeights, folder: Path) -> None:
+    _refuse_signed(weights, "saelens")
+    write_sae_lens_on_residuals(weights, folder)
 
 
 def _holds(*names: str) -> Callable[[Path], bool]:
@@ -360,8 +301,8 @@ def _holds(*names: str) -> Callable[[Path], bool]:
 
 
 FORMATS: dict[str, Format] = {
-    "saelens": Format(_holds("cfg.json", "sae_weights.safetensors"), _read_sae_lens, _write_sae_lens),
-    "saelens_residual": Format(lambda path: False, _read_sae_lens, _write_sae_lens_on_residuals),
+    "saelens": Format(_holds(CONFIG, WEIGHTS), read_sae_lens, _with_relu_only),
+    "saelens_residual": Format(lambda path: False, read_sae_lens, _on_residuals),
     "sparsify": Format(_holds("cfg.json", "sae.safetensors"), _read_sparsify, _write_sparsify),
     "dictionary_learning": Format(
         _holds("config.json", "ae.pt"), _read_dictionary_learning, _write_dictionary_learning

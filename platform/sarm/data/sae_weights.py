@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sarm.config import UserError
-from sarm.nn.sae import TopKSae
+from sarm.nn.architectures import build_sae, options_of
+from sarm.nn.sae import Sae, TopKSae
 
 STANDARDISED = "standardise(residual), float32"
 RESIDUAL = "residual"
@@ -76,7 +77,8 @@ class SaeWeights:
                 )
         if self.threshold is None and not (self.k is not None and 1 <= self.k <= d_sae):
             raise UserError(f"k must be between 1 and d_sae={d_sae}, {origin} gives k={self.k}. Pass --k.")
-        return replace(self, **tensors)
+        named: dict[str, Any] = dict(tensors)
+        return replace(self, **named)
 
     def without_input_bias(self) -> Float[Tensor, " d_sae"]:
         """The encoder bias of the same SAE written as x W_enc + b: b_enc - b_dec W_enc.
@@ -107,24 +109,34 @@ def with_unit_decoder(weights: SaeWeights) -> SaeWeights:
     )
 
 
-def weights_of(sae: TopKSae, metadata: dict[str, Any]) -> SaeWeights:
-    """The weights of an SAE in memory; `metadata` travels into the formats that have room for it."""
+def weights_of(sae: Sae, metadata: dict[str, Any]) -> SaeWeights:
+    """The weights of an SAE in memory; `metadata` travels with them, and how the SAE was trained under `sae`."""
+    state = sae.state_dict()
     return SaeWeights(
-        sae.W_enc.detach(),
-        sae.b_enc.detach(),
-        sae.W_dec.detach(),
-        sae.b_dec.detach(),
-        sae.k,
+        state["W_enc"],
+        state["b_enc"],
+        state["W_dec"],
+        state["b_dec"],
+        k=sae.k,
+        threshold=state.get("threshold"),
+        signed=isinstance(sae, TopKSae) and sae.signed,
         input=metadata.get("input", STANDARDISED),
-        metadata=metadata,
+        metadata={"sae": {"architecture": sae.architecture, "k": sae.k, **options_of(sae)}, **metadata},
     )
 
 
-def sae_of(weights: SaeWeights) -> TopKSae:
-    """The SAE with these weights."""
-    assert weights.k is not None
-    sae = TopKSae(weights.d_in, weights.d_sae, weights.k)
+def sae_of(weights: SaeWeights) -> Sae:
+    """The SAE with these weights: as it was trained if they say so, else TopK, or JumpReLU where there are thresholds."""
+    kind = (
+        {"architecture": "topk", "signed": weights.signed}
+        if weights.threshold is None
+        else {"architecture": "jumprelu"}
+    )
+    # A reader of thresholds has no use for k, which only training aims at.
+    kind = {"k": weights.k or 1, **(weights.metadata.get("sae") or kind)}
+    sae = build_sae(d_in=weights.d_in, d_sae=weights.d_sae, **kind)
+    state = sae.state_dict()
     with torch.no_grad():
         for name, tensor in weights.tensors().items():
-            sae.get_parameter(name).copy_(tensor)
+            state[name].copy_(tensor)
     return sae

@@ -114,7 +114,7 @@ class ShuffledRows:
         device: torch.device | str = "cpu",
     ):
         self._store, self._share, self._window_rows = store, heldout_share, window_rows
-        budget = free_memory(device) * _MEMORY_SHARE if memory_bytes is None else memory_bytes
+        budget = memory_for_rows(device) if memory_bytes is None else memory_bytes
         self.is_in_memory = store.num_rows * 2 * store.d_in <= budget
         self._rows: Tensor | None = None
         if self.is_in_memory:
@@ -198,6 +198,11 @@ class ShuffledRows:
         documents = table.column("doc_id").combine_chunks().dictionary_encode()
         shares = [hash_share(f"sae:{document}") < self._share for document in documents.dictionary.to_pylist()]
         return torch.tensor(shares, dtype=torch.bool)[torch.from_numpy(documents.indices.to_numpy().astype(np.int64))]
+
+
+def memory_for_rows(device: torch.device | str = "cpu", num_sharing: int = 1) -> int:
+    """Bytes of the device that each of `num_sharing` processes may fill with rows."""
+    return int(free_memory(device) * _MEMORY_SHARE / num_sharing)
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:

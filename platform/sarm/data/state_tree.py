@@ -29,7 +29,7 @@ def join_state(tensors: dict[str, Tensor], text: str) -> Any:
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         # Dimensions from the slowest to the fastest, so that a transposed matrix is stored as it lies in memory.
-        order = sorted(range(value.dim()), key=lambda d: -value.stride(d))
+        order = sorted(range(value.dim()), key=lambda d: value.stride()[d], reverse=True)
         tensors[path] = value.detach().permute(order).contiguous().cpu().clone()
         return {_TENSOR: path, "order": order}
     if isinstance(value, dict):

@@ -61,8 +61,10 @@ class SaeTraining:
         self._phase, self._configs, self._seed, self._device = phase, sae_configs, seed, device
         self._splits_latents = split == "latents" and self.learners[0].world > 1
 
-    def run(self, logs: Sequence[Log], max_steps: int | None = None) -> None:
-        """Train from `place` to the phase's end, or for `max_steps` steps.
+    def run(
+        self, logs: Sequence[Log], max_steps: int | None = None, after_step: Callable[[], None] = lambda: None
+    ) -> None:
+        """Train from `place` to the phase's end, or for `max_steps` steps; `after_step` is where a caller saves the state.
 
         `logs[i](step, metrics)` is called for SAE i on worker 0 every few seconds and at the end. Metrics include the quality on
         held-out rows, unless the dictionary is split: no worker then has all of it.
@@ -89,6 +91,7 @@ class SaeTraining:
                         metrics |= quality_metrics(measure(learner.sae, self._phase.heldout, self._device))
                     log(self.num_steps, metrics)
                 last_log = time.monotonic()
+            after_step()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the phase depends on, of this worker: loading it continues bit for bit.
