@@ -6,12 +6,16 @@ The flags of a job are the fields below (`--sae.k 27`), and their help texts are
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+
+from sarm.checks import UserError as UserError
+from sarm.checks import check as _check
+from sarm.checks import check_least as _check_least
+from sarm.checks import check_rate as _check_rate
 
 OPERATIONAL = {"operational": True}
 
@@ -20,29 +24,6 @@ Flat = tyro.conf.arg(name="")
 
 
 Job = TypeVar("Job")
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend: shown as one line, exit status 2."""
-
-
-def _check(section: object, flag: str, holds: bool, must_be: str) -> None:
-    if not holds:
-        name = flag.rpartition(".")[2]
-        got = getattr(section, name)
-        raise UserError(f"{name} must be {must_be}, got {got!r}. Pass --{flag.replace('_', '-')}.")
-
-
-def _check_least(section: object, flags: str, **least: int) -> None:
-    """Fields that must be unset or have at least the given value; `flags` is how their flags begin."""
-    for name, smallest in least.items():
-        value = getattr(section, name)
-        _check(section, flags + name, value is None or value >= smallest, f"at least {smallest}")
-
-
-def _check_rate(section: object, flag: str, *, zero_allowed: bool = False) -> None:
-    rate = getattr(section, flag.rpartition(".")[2])
-    _check(section, flag, math.isfinite(rate) and (rate > 0 or (zero_allowed and rate == 0)), "finite and above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +149,7 @@ class Sae:
     checkpoint_every_steps: int = field(default=0, metadata=OPERATIONAL)
     """Steps between two training states instead; 0: by time."""
     architecture: Literal["topk", "batch_topk", "matryoshka", "jumprelu"] = "topk"
-    """How active latents are chosen: k of each row, k a row on average over the batch (`matryoshka` trains nested
-    dictionaries besides), or by a learnt threshold of each latent."""
+    """k latents of each row; k a row on average over the batch, `matryoshka` in nested dictionaries; or learnt thresholds."""
     signed: bool = False
     """TopK without the ReLU, as in the papers' own code: negative latents may be active."""
     prefixes: tuple[int, ...] = ()

@@ -159,10 +159,10 @@ def test_a_config_that_describes_no_sae_is_refused(sae_folder, content):
         load_sae(sae_folder)
 
 
-def build(tiny_folder: Path, head: str = "sae") -> SarmForSequenceClassification:
+def build(tiny_folder: Path, head: str = "sae", architecture: str = "topk") -> SarmForSequenceClassification:
     backbone = load_backbone(str(tiny_folder), 1)
     generator = torch.Generator().manual_seed(3)
-    sae = TopKSae(64, D_SAE, K) if head == "sae" else None
+    sae = build_sae(architecture, 64, D_SAE, K) if head == "sae" else None
     if sae:
         sae.initialise_(torch.randn(50, 64, generator=generator), generator)
     config = SarmConfig(
@@ -170,6 +170,7 @@ def build(tiny_folder: Path, head: str = "sae") -> SarmForSequenceClassification
         layer=1,
         d_sae=D_SAE if sae else 0,
         k=K if sae else 0,
+        sae={"architecture": sae.architecture, **options_of(sae)} if sae else None,
         head=head,
         end_of_turn_id=1,
         provenance={"model": "tiny:llama"},
@@ -193,9 +194,12 @@ def sarm_folder(tiny_folder, tmp_path) -> Path:
 IDS = torch.tensor([[5, 9, 300, 2, 1], [7, 7, 12, 40, 1]])
 
 
-@pytest.mark.parametrize("head", ["sae", "scalar"])
-def test_a_reward_model_comes_back_bit_for_bit(tiny_folder, tmp_path, head):
-    model = build(tiny_folder, head)
+@pytest.mark.parametrize(
+    ("head", "architecture"),
+    [("sae", "topk"), ("sae", "batch_topk"), ("sae", "matryoshka"), ("sae", "jumprelu"), ("scalar", "topk")],
+)
+def test_a_reward_model_comes_back_bit_for_bit(tiny_folder, tmp_path, head, architecture):
+    model = build(tiny_folder, head, architecture)
     save_sarm(model, fresh_chat(tiny_folder), tmp_path)
     found = load_sarm(tmp_path)
     assert not found.training

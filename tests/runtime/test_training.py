@@ -54,6 +54,28 @@ def test_two_sae_workers_learn_what_one_learns(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4, msg=name)
 
 
+def test_two_workers_that_split_a_dictionary_with_thresholds_learn_what_one_learns(
+    extracted: Path, tmp_path: Path, tracking: StageRun, preset: Pipeline
+) -> None:
+    from dataclasses import replace
+
+    sae = replace(
+        preset.sae,
+        architecture="matryoshka",
+        split="latents",
+        aux_k=8,
+        dead_after_rows=200,
+        text_epochs=1,
+        chat_epochs=1,
+    )
+    results = [train_sae(extracted, tmp_path / str(num), tracking, sae, num) for num in (1, 2)]
+    one, two = (load_sae(tmp_path / str(num))[0].state_dict() for num in (1, 2))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=2e-4, msg=name)
+    assert two["threshold"].unique().numel() == 1
+    assert results[0]["figures"]["fvu_chat"] == pytest.approx(results[1]["figures"]["fvu_chat"], rel=1e-3)
+
+
 def reward_task(
     extracted: Path, sae: Path, folder: Path, tracking: StageRun, preset: Pipeline, reward: Reward, workers: int
 ) -> RewardTask:

@@ -205,3 +205,27 @@ def test_fvu_is_left_out_of_the_metrics_where_nothing_is_held_out():
     quality = measure(fresh_sae(), sparse_rows(1)[:0])
     assert quality.fvu is None
     assert quality_metrics(quality).keys() == {"l0", "alive_share", "dead_fraction"}
+
+
+def test_density_and_its_histogram_match_hand_numbers():
+    counts = LatentCounts(4)
+    fires = torch.zeros(100, 4)
+    fires[:, 0] = fires[:10, 1] = fires[:1, 2] = 1.0
+    counts.add(Codes(fires, torch.arange(4).expand(100, 4)))
+    torch.testing.assert_close(counts.density(), torch.tensor([1, 0.1, 0.01, 0]).double())
+    edges, latents = counts.density_histogram(decades=2, bins_per_decade=1)
+    assert edges == [-2, -1, 0]
+    assert latents == [1, 2], "1 in 100; 1 in 10 and always; the dead one in no bin"
+    assert sum(LatentCounts(4).density_histogram()[1]) == 0
+
+
+def test_metrics_are_of_one_definition():
+    sae, h = fresh_sae(), sparse_rows(50)
+    x = standardise(h)
+    x_hat = sae.decode(sae(x))
+    quality = measure(sae, h)
+    metrics = quality_metrics(quality)
+    assert metrics["explained_variance"] == pytest.approx(1 - metrics["fvu"])
+    assert metrics["fvu"] == pytest.approx(float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-5)
+    cosines = (x * x_hat).sum(1) / x.norm(dim=1) / x_hat.norm(dim=1)
+    assert metrics["cosine"] == pytest.approx(float(cosines.mean()), rel=1e-5)

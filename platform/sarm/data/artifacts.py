@@ -41,9 +41,9 @@ def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
     try:
         config = json.loads((folder / CONFIG).read_text())
         weights = load_file(folder / WEIGHTS)
-        kind = dict(
-            config.get("metadata", {}).get("sae") or {"architecture": config["architecture"], "k": config.get("k", 1)}
-        )
+        # A jumprelu SAE from elsewhere has no k, and none is needed unless it is trained on.
+        here = {"architecture": config["architecture"], "k": config["k"] if config["architecture"] == "topk" else 1}
+        kind = dict(config.get("metadata", {}).get("sae", here))
         architecture, k = kind.pop("architecture"), kind.pop("k")
         known = architecture in ARCHITECTURES
         sae = build_sae(architecture, config["d_in"], config["d_sae"], k, **kind) if known else None

@@ -3,6 +3,7 @@
 B batch, S d_sae, K active latents a row on average. Out of training all three keep the latents above `threshold` [d_sae].
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class MatryoshkaSae(BatchTopKSae):
 
     architecture = "matryoshka"
 
-    def __init__(self, d_in: int, d_sae: int, k: int, prefixes: tuple[int, ...] = ()):
+    def __init__(self, d_in: int, d_sae: int, k: int, prefixes: Sequence[int] = ()):
         super().__init__(d_in, d_sae, k)
         # Each half of the next, as long as it can hold the active latents of a row.
         self.prefixes = tuple(prefixes) or tuple(d_sae >> n for n in (4, 3, 2, 1) if d_sae >> n >= max(1, k))

@@ -27,6 +27,11 @@ class Entries(NamedTuple):
     is_on: Tensor
     is_edge: Tensor | None = None
 
+    def at(self, places: Tensor) -> "Entries":
+        """The entries at these places, or where this mask is true."""
+        edge = None if self.is_edge is None else self.is_edge[places]
+        return Entries(self.values[places], self.latents[places], self.rows[places], self.is_on[places], edge)
+
 
 @runtime_checkable
 class Rule(Protocol):
@@ -57,7 +62,7 @@ class TopKRule:
         values = values_BK if self._signed else values_BK.relu()
         rows = torch.arange(self._num_rows, device=values.device).repeat_interleave(values.shape[1])
         found = Entries(values.flatten(), latents_BK.flatten(), rows, is_on.flatten())
-        return found if is_mine is None else _only(found, is_mine.flatten())
+        return found if is_mine is None else found.at(is_mine.flatten())
 
 
 class BatchTopKRule:
@@ -158,7 +163,3 @@ def all_gather_uneven(values_N: Tensor, group: dist.ProcessGroup) -> Tensor:
     everyone = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(everyone, padded, group=group)
     return torch.cat([part[: int(size)] for part, size in zip(everyone, sizes, strict=True)])
-
-
-def _only(entries: Entries, mask_N: Tensor) -> Entries:
-    return Entries(*(None if part is None else part[mask_N] for part in entries))

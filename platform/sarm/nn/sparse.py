@@ -207,20 +207,20 @@ class _Autoencode(torch.autograd.Function):
 def _select(centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, plan: Plan) -> tuple[Entries, Entries | None]:
     """The rule's entries and AuxK's: the `aux_k` largest of the dead latents."""
     num_rows, num_latents = len(centred_BD), len(W_SD)
-    dead = plan.dead if plan.aux_k > 0 else None
-    aux_rule = TopKRule(num_rows, plan.aux_k, group=plan.latent_group) if dead is not None else None
+    dead = plan.dead
+    aux_rule = None if dead is None else TopKRule(num_rows, plan.aux_k, group=plan.latent_group)
     size = plan.workspace.rows(num_rows, num_latents)
     for rows in centred_BD.split(size):
         pre = torch.addmm(b_S, rows, W_SD.T, out=plan.workspace.chunk(len(rows), rows, num_latents))
         plan.rule.see(pre)
-        if aux_rule is not None:
+        if aux_rule is not None and dead is not None:
             aux_rule.see(pre.index_select(1, dead))
 
     def again(rows: Tensor) -> Tensor:
         return torch.addmm(b_S, centred_BD[rows], W_SD.T)
 
     aux = None
-    if aux_rule is not None:
+    if aux_rule is not None and dead is not None:
         aux = aux_rule.entries(again)
         aux = aux._replace(latents=dead[aux.latents])
     return plan.rule.entries(again), aux
@@ -235,15 +235,15 @@ def _bags(active: Entries, aux: Entries | None, num_rows: int, plan: Plan) -> tu
         bags = bags + num_rows * torch.bucketize(active.latents + plan.first_latent, ends, right=True)
         order = torch.argsort(bags, stable=True)
         bags = bags[order]
-        active = Entries(*(None if part is None else part[order] for part in active))
+        active = active.at(order)
     if aux is not None:
         bags = torch.cat([bags, aux.rows + num_groups * num_rows])
         num_groups += 1
         edge = None
         if active.is_edge is not None:
             edge = torch.cat([active.is_edge, torch.zeros_like(aux.is_on)])
-        both = (torch.cat(pair) for pair in zip(active[:4], aux[:4], strict=True))
-        active = Entries(*both, edge)
+        values, latents, rows, is_on = (torch.cat(pair) for pair in zip(active[:4], aux[:4], strict=True))
+        active = Entries(values, latents, rows, is_on, edge)
     offsets = _offsets(bags, num_groups * num_rows)
     return active, Bags(active.latents, active.rows, bags, offsets), num_groups
 

@@ -15,7 +15,7 @@ _MAX_BLOCK = 1024
 
 
 @triton.jit
-def _decode_kernel(out, weights, values, latents, offsets, num_bags, num_entries, d, BLOCK: tl.constexpr):
+def _decode_kernel(out, weights, values, latents, offsets, num_bags, num_entries, d, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     bag = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d
@@ -29,7 +29,7 @@ def _decode_kernel(out, weights, values, latents, offsets, num_bags, num_entries
 
 
 @triton.jit
-def _value_gradients_kernel(out, grad, weights, latents, bags, d, BLOCK: tl.constexpr):
+def _value_gradients_kernel(out, grad, weights, latents, bags, d, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     n = tl.program_id(0).to(tl.int64)
     latent = tl.load(latents + n)
     bag = tl.load(bags + n)
@@ -43,7 +43,7 @@ def _value_gradients_kernel(out, grad, weights, latents, bags, d, BLOCK: tl.cons
 
 
 @triton.jit
-def _weight_gradients_kernel(
+def _weight_gradients_kernel(  # type: ignore[no-untyped-def]
     grad_enc, grad_bias, grad_dec, x, grad, pre_grads, values, rows, bags, order, starts, d, BLOCK: tl.constexpr
 ):
     latent = tl.program_id(0).to(tl.int64)
