@@ -12,9 +12,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from sarm.config import Sae, UserError
+from sarm.data.shuffled_rows import Cursor
 from sarm.nn import sae as nn_sae
 from sarm.nn.architectures import BatchTopKSae, JumpReluSae, build_sae
-from sarm.data.shuffled_rows import Cursor
 from sarm.nn.sae import standardise
 from sarm.train.sae import Phase, SaeTraining
 from sarm.train.sae_learner import Learner, shard_of
