@@ -144,6 +144,8 @@ class Sae:
     """Share of each phase over which the rate falls to 0."""
     heldout_share: float = 0.05
     """Share of activations, by hash of the document, kept out of training to measure FVU."""
+    cross_entropy_texts: int = 0
+    """Texts of the corpus, at most, on which the whole language model is run with the SAE spliced in; 0: not measured."""
     checkpoint_every_seconds: float = field(default=300.0, metadata=OPERATIONAL)
     """Time between two training states on disk; a stopped job that is run again goes on from the last one."""
     checkpoint_every_steps: int = field(default=0, metadata=OPERATIONAL)
@@ -177,7 +179,7 @@ class Sae:
         _check(self, "sae.text_epochs", self.text_epochs + self.chat_epochs > 0, "above 0 where chat_epochs is 0")
         _check(self, "sae.warmup_share", self.warmup_share + self.decay_share <= 1, "at most 1 - decay_share")
         _check(self, "sae.heldout_share", 0 < self.heldout_share < 0.5, "between 0 and 0.5")
-        _check_least(self, "sae.", aux_k=0, dead_after_rows=1, checkpoint_every_steps=0)
+        _check_least(self, "sae.", aux_k=0, dead_after_rows=1, checkpoint_every_steps=0, cross_entropy_texts=0)
         _check_rate(self, "sae.checkpoint_every_seconds")
         _check_rate(self, "sae.bandwidth")
         _check_rate(self, "sae.l0_penalty", zero_allowed=True)

@@ -194,10 +194,16 @@ class ShuffledRows:
         return _RowsOfGroups(rows, torch.arange(len(rows)))
 
     def _is_heldout(self, table: pa.Table) -> Tensor:
-        # With a salt: training prompts are those that the unsalted hash left over. A document's rows follow each other.
+        # Once a document: its rows follow each other.
         documents = table.column("doc_id").combine_chunks().dictionary_encode()
-        shares = [hash_share(f"sae:{document}") < self._share for document in documents.dictionary.to_pylist()]
+        shares = [is_heldout(document, self._share) for document in documents.dictionary.to_pylist()]
         return torch.tensor(shares, dtype=torch.bool)[torch.from_numpy(documents.indices.to_numpy().astype(np.int64))]
+
+
+def is_heldout(doc_id: str, share: float) -> bool:
+    """Whether a document's rows are kept out of the SAE's training."""
+    # With a salt: training prompts are those that the unsalted hash left over.
+    return hash_share(f"sae:{doc_id}") < share
 
 
 def memory_for_rows(device: torch.device | str = "cpu", num_sharing: int = 1) -> int:

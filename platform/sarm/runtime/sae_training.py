@@ -20,6 +20,7 @@ from sarm.data.shuffled_rows import ShuffledRows, memory_for_rows
 from sarm.nn.architectures import build_sae
 from sarm.nn.sae import Sae, standardise
 from sarm.runtime.cluster import Cluster
+from sarm.runtime.sae_cross_entropy import cross_entropy_figures
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.trainer import Progress, run_workers, worker_device, workers_on_device
 from sarm.runtime.training_states import WorkerStates
@@ -41,6 +42,7 @@ class SaeTask:
     folder: Path
     tracking: StageRun
     states: Checkpoints
+    corpus: Path | None = None
 
 
 def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
@@ -131,6 +133,9 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     figures["dead_share"] = float((fired == 0).double().mean())
     if "chat" in counts:
         figures["alive_at_reward"] = counts["chat"].alive_share()
+    if task.corpus is not None and task.sae.cross_entropy_texts:
+        metadata, share = stores[names[0]].metadata, task.sae.heldout_share
+        figures |= cross_entropy_figures(sae, task.corpus, metadata, task.sae.cross_entropy_texts, share, device)
     save_sae(sae, task.folder, {"activations": stores[names[0]].metadata, "phases": names})
     histograms = {
         name: dict(zip(("log10_density", "latents"), c.density_histogram(), strict=True)) for name, c in counts.items()

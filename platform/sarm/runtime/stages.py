@@ -86,7 +86,16 @@ def train_sae(session: Session, sae: Sae) -> None:
         from sarm.runtime import sae_training
 
         sae_training.check_activations(sae, {name: ActivationStore(path) for name, path in used.items()})
-        task = sae_training.SaeTask(session.run, sae, used.get("text"), used.get("chat"), folder.folder, child, states)
+        task = sae_training.SaeTask(
+            session.run,
+            sae,
+            used.get("text"),
+            used.get("chat"),
+            folder.folder,
+            child,
+            states,
+            folders.corpus if "text" in used else None,
+        )
         result = sae_training.train_on_cluster(task, session.cluster)
         (folder.folder / "history.json").write_text(json.dumps(result["history"]))
         child.log_figure(sae_curves(result["history"]), "sae_curves.png")
