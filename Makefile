@@ -9,10 +9,10 @@ BENCH ?= $(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py))
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint types bench ui lock clean
+.PHONY: help demo test lint types bench test-formats ui lock clean
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "error: $(PYTHON) is missing. Install Python 3.11, or pass make PYTHON=/path/to/python3.11."; exit 2; }
@@ -42,6 +42,9 @@ types: $(VENV)/.ready  ## types
 
 bench: .venv-bench/.ready  ## speed and memory beside other libraries: all, or one by BENCH=sae
 	@set -e; for name in $(BENCH); do .venv-bench/bin/python tests/bench/bench_$$name.py; done
+
+test-formats: $(VENV)/.ready .venv-bench/.ready  ## SAE files, exchanged with the libraries whose formats they are
+	$(BIN)/python -m pytest tests/formats tests/data/test_sae_formats.py
 
 ui: $(VENV)/.ready  ## MLflow on this machine's runs: http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri "$(MLFLOW_URI)" --host 127.0.0.1 --port $(UI_PORT)

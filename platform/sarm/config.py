@@ -144,6 +144,12 @@ class Sae:
     """Share of each phase over which the rate falls to 0."""
     heldout_share: float = 0.05
     """Share of activations, by hash of the document, kept out of training to measure FVU."""
+    cross_entropy_texts: int = 0
+    """Texts of the corpus, at most, on which the whole language model is run with the SAE spliced in; 0: not measured."""
+    checkpoint_every_seconds: float = field(default=300.0, metadata=OPERATIONAL)
+    """Time between two training states on disk; a stopped job that is run again goes on from the last one."""
+    checkpoint_every_steps: int = field(default=0, metadata=OPERATIONAL)
+    """Steps between two training states instead; 0: by time."""
     architecture: Literal["topk", "batch_topk", "matryoshka", "jumprelu"] = "topk"
     """k latents of each row; k a row on average over the batch, `matryoshka` in nested dictionaries; or learnt thresholds."""
     signed: bool = False
@@ -173,7 +179,8 @@ class Sae:
         _check(self, "sae.text_epochs", self.text_epochs + self.chat_epochs > 0, "above 0 where chat_epochs is 0")
         _check(self, "sae.warmup_share", self.warmup_share + self.decay_share <= 1, "at most 1 - decay_share")
         _check(self, "sae.heldout_share", 0 < self.heldout_share < 0.5, "between 0 and 0.5")
-        _check_least(self, "sae.", aux_k=0, dead_after_rows=1)
+        _check_least(self, "sae.", aux_k=0, dead_after_rows=1, checkpoint_every_steps=0, cross_entropy_texts=0)
+        _check_rate(self, "sae.checkpoint_every_seconds")
         _check_rate(self, "sae.bandwidth")
         _check_rate(self, "sae.l0_penalty", zero_allowed=True)
         _check_rate(self, "sae.aux_coefficient", zero_allowed=True)
@@ -262,6 +269,37 @@ class TrainSae:
 
     run: Annotated[Run, Flat] = Run()
     sae: Sae = Sae()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSae:
+    """Write an SAE in another library's format, or read one of theirs."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder or .pt file that holds the SAE."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """Folder to write; new or empty."""
+    format: Literal["saelens", "saelens_residual", "sparsify", "dictionary_learning", "pt", "sarm"] = "saelens"
+    """What to write. `saelens_residual` lets SAELens standardise; `sarm` is a finished SAE stage for the next job."""
+    from_format: Literal["auto", "saelens", "sparsify", "dictionary_learning", "pt"] = "auto"
+    """What to read; `auto` goes by the names of the files."""
+    k: int | None = None
+    """Active latents, for files that do not say it (the papers' .pt)."""
+    model: str = ""
+    """Language model whose activations the SAE is for, where the file does not say it."""
+    layer: int | None = None
+    """Blocks that are kept of it: `hidden_states[layer]`, one more than the number of the block that is hooked."""
+    relu: bool = False
+    """Drop negative latents of a signed TopK SAE, for formats that have a ReLU."""
+    standardised: bool = False
+    """The SAE was trained on standardised rows, though its file does not say so."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+    def __post_init__(self) -> None:
+        for name in ("source", "target"):
+            object.__setattr__(self, name, getattr(self, name).expanduser().absolute())
+        _check_least(self, "", k=1, layer=1)
 
 
 @dataclass(frozen=True, kw_only=True)

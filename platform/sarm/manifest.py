@@ -168,7 +168,7 @@ def refuse_other_config(folder: Path, schema: str, config: dict[str, Any]) -> di
         )
     else:
         return None
-    if difference := _first_difference(found.get("config"), json.loads(json.dumps(config))):
+    if difference := first_difference(found.get("config"), json.loads(json.dumps(config))):
         raise UserError(
             f"{folder} was made with {difference}. Pass another --out, or delete the folder to make it again."
         )
@@ -201,10 +201,11 @@ def git_commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
-def _first_difference(old: Any, new: Any, name: str = "") -> str:
+def first_difference(old: Any, new: Any, name: str = "") -> str:
+    """The first setting that differs between two nested configs, with both values; empty if none does."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            if found := _first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
+            if found := first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
                 return found
         return ""
     return "" if old == new else f"{name}={old!r}, now asked for {name}={new!r}"

@@ -109,12 +109,12 @@ def read_seconds() -> float:
     from sarm.data.activations import (
         ACTIVATIONS,
         ActivationStore,
-        ShuffledRows,
         activation_table,
         file_moments,
         statistics_of,
         write_activation_file,
     )
+    from sarm.data.shuffled_rows import ShuffledRows
     from sarm.manifest import StageFolder
 
     torch.set_num_threads(THREADS)
@@ -132,7 +132,7 @@ def read_seconds() -> float:
             write_activation_file(table, Path(folder) / f"part-{number:06}.parquet")
             moments.append(file_moments(table, "float16"))
         stage.finish({"rows": per_file * num_files, "activations": kind, "statistics": statistics_of(moments)})
-        rows = ShuffledRows(ActivationStore(Path(folder)), 0.01, window_rows=4 * per_file)
+        rows = ShuffledRows(ActivationStore(Path(folder)), 0.01, window_rows=4 * per_file, memory_bytes=0)
         for epoch in range(2):
             start = time.perf_counter()
             for window in rows.windows(0, epoch):

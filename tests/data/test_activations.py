@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,54 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.data.activation_stores import D_IN, numbered, table_of, write_store
 
-from sarm import schema
 from sarm.config import UserError
 from sarm.data.activations import (
-    ACTIVATIONS,
     ActivationStore,
-    ShuffledRows,
-    activation_table,
     file_moments,
     statistics_of,
     vectors,
     write_activation_file,
 )
-from sarm.manifest import StageFolder
-from sarm.schema import hash_share
-
-D_IN = 6
-METADATA = {"dtype": "float16", "layer": 1, "model": "tiny:llama"}
-
-
-def table_of(x: torch.Tensor, first_row: int = 0, dtype: str = "float16", **metadata) -> pa.Table:
-    """Rows numbered from `first_row`, three to a document."""
-    numbers = range(first_row, first_row + len(x))
-    columns = {
-        "row_id": list(numbers),
-        "doc_id": [f"doc{n // 3}" for n in numbers],
-        "side": ["text"] * len(x),
-        "position": list(numbers),
-        "token_id": [5] * len(x),
-        "num_tokens": [9] * len(x),
-    }
-    return activation_table(columns, x, dtype, schema.activations(x.shape[1], {**METADATA, "dtype": dtype, **metadata}))
-
-
-def write_store(folder: Path, parts: list[pa.Table], finish: bool = True) -> Path:
-    stage = StageFolder(folder, ACTIVATIONS, {})
-    stage.claim()
-    for number, part in enumerate(parts):
-        write_activation_file(part, folder / f"part-{number:06}.parquet")
-    if finish:
-        kind = json.loads(parts[0].schema.metadata[b"sarm"])
-        stage.finish({"rows": sum(map(len, parts)), "activations": kind})
-    return folder
-
-
-def numbered(first: int, num: int) -> torch.Tensor:
-    """Vectors that all differ and are exact in 16 bits."""
-    return torch.arange(first, first + num).float()[:, None] * 0.5 + torch.arange(D_IN).float() * 64
 
 
 @pytest.fixture
@@ -166,63 +127,6 @@ def test_a_file_that_breaks_off_is_noticed_on_opening(store):
         ActivationStore(store.folder)
 
 
-SHARE = 0.3
-HELDOUT = [n for n in range(50) if hash_share(f"sae:doc{n // 3}") < SHARE]
-KEPT = [n for n in range(50) if n not in HELDOUT]
-
-
-def row_numbers(x: torch.Tensor) -> list[int]:
-    return (x[:, 0] * 2).int().tolist()
-
-
-@pytest.mark.parametrize("window_rows", [1000, 50, 49, 20, 1])
-def test_held_out_documents_are_left_out_of_training_whole(store, window_rows):
-    assert HELDOUT
-    rows = ShuffledRows(store, SHARE, window_rows)
-    trained = row_numbers(torch.cat(list(rows.windows(seed=0, epoch=0))))
-    assert sorted(trained) == KEPT
-    assert row_numbers(rows.heldout) == HELDOUT
-    assert rows.num_rows == len(KEPT)
-
-
-def test_no_more_held_out_rows_than_asked_for_are_kept(store):
-    rows = ShuffledRows(store, SHARE, max_heldout=4)
-    assert row_numbers(rows.heldout) == HELDOUT[:4]
-    assert rows.num_rows == len(KEPT), "the others are still not trained on"
-
-
-@pytest.mark.parametrize("window_rows", [1000, 20])
-def test_a_store_whose_every_document_is_held_out_is_refused(store, window_rows):
-    with pytest.raises(UserError, match=r"all activations of .* are held out.*Add sources"):
-        ShuffledRows(store, 1.0, window_rows)
-
-
-@pytest.mark.parametrize("window_rows", [1000, 20])
-def test_the_same_seed_and_epoch_give_the_same_windows(store, window_rows):
-    first, second = (list(ShuffledRows(store, SHARE, window_rows).windows(seed=3, epoch=1)) for _ in range(2))
-    assert len(first) == len(second)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_another_epoch_or_seed_reads_the_files_in_another_order(store):
-    rows = ShuffledRows(store, SHARE, window_rows=20)
-    orders = [
-        row_numbers(torch.cat(list(rows.windows(seed, epoch)))) for seed, epoch in ((0, 0), (0, 1), (0, 2), (1, 0))
-    ]
-    assert len({tuple(order) for order in orders}) > 2
-    assert len({tuple(sorted(order)) for order in orders}) == 1
-
-
-def test_windows_hold_several_files_and_are_never_empty(store, tmp_path):
-    windows = list(ShuffledRows(store, SHARE, window_rows=15).windows(0, 0))
-    assert 1 < len(windows) < 5
-    heldout_only = next(n for n in range(200) if hash_share(f"sae:doc{n}") < SHARE) * 3
-    parts = [table_of(numbered(heldout_only, 3), heldout_only), table_of(numbered(0, 30), 0)]
-    rows = ShuffledRows(ActivationStore(write_store(tmp_path / "b", parts)), SHARE, window_rows=10)
-    for epoch in range(8):
-        assert all(len(window) > 0 for window in rows.windows(0, epoch))
-
-
 def test_statistics_over_files_equal_those_over_all_rows():
     x = torch.randn(70, D_IN, generator=torch.Generator().manual_seed(1)) * 3 + 5
     parts = [table_of(part) for part in x.split([1, 40, 29])]
@@ -238,3 +142,15 @@ def test_statistics_over_files_equal_those_over_all_rows():
 def test_statistics_of_equal_rows_have_no_deviation():
     found = statistics_of([file_moments(table_of(torch.full((5, D_IN), 0.1)), "float16")])
     np.testing.assert_allclose(found["std"], 0.0, atol=1e-8)
+
+
+def test_vectors_of_another_width_than_the_file_says_are_refused(tmp_path):
+    folder = write_store(tmp_path / "a", [table_of(numbered(0, 3))])
+    wide = table_of(torch.cat([numbered(0, 3), numbered(0, 3)], 1)).replace_schema_metadata(
+        table_of(numbered(0, 3)).schema.metadata
+    )
+    write_activation_file(wide, folder / "part-000000.parquet")
+    with pytest.raises(
+        UserError, match=r"part-000000\.parquet holds fixed_size_binary\[24\] values, expected 12 bytes for d_in 6"
+    ):
+        ActivationStore(folder)

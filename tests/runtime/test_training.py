@@ -1,6 +1,9 @@
 """Real Ray Train workers with real DeepSpeed engines, compared with one plain process."""
 
 import copy
+import os
+import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +15,10 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from sarm.config import Pipeline, Reward, Run, Sae
+from sarm.config import Pipeline, Reward, Run, Sae, identity
 from sarm.data.artifacts import load_sae
 from sarm.data.chat import load_chat_tokenizer
+from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import prompt_groups
 from sarm.data.models import model_folder
 from sarm.runtime.cluster import Cluster
@@ -25,6 +29,7 @@ from sarm.runtime.sae_training import train_on_cluster as train_sae_on_cluster
 from sarm.runtime.tracking import StageRun, Tracker
 from sarm.runtime.trainer import run_workers
 from sarm.train.reward import LocalEngine, parameter_groups, train_reward
+from sarm.train.sae import SaeTraining
 
 CLUSTER = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)
 
@@ -38,7 +43,8 @@ def sae_task(extracted: Path, folder: Path, tracking: StageRun, sae: Sae, worker
     folder.mkdir()
     run = Run(out=extracted, num_workers=workers, cpus_per_worker=1)
     chat, text = extracted / "activations" / "chat", extracted / "activations" / "text"
-    return SaeTask(run, sae, text, chat, folder, tracking)
+    states = Checkpoints(folder.with_name(f"{folder.name}_states"), {"sae": identity(sae)})
+    return SaeTask(run, sae, text, chat, folder, tracking, states)
 
 
 def reward_task(
@@ -52,11 +58,53 @@ def reward_task(
 
 
 @pytest.fixture(scope="module")
-def sae_folder(extracted: Path, tmp_path_factory: pytest.TempPathFactory, tracking: StageRun, preset: Pipeline) -> Path:
+def undisturbed(
+    extracted: Path, tmp_path_factory: pytest.TempPathFactory, tracking: StageRun, preset: Pipeline
+) -> tuple[Path, dict[str, Any]]:
+    """Folder and result of an SAE trained by one worker."""
     folder = tmp_path_factory.mktemp("sae") / "one"
     result = train_sae_on_cluster(sae_task(extracted, folder, tracking, preset.sae, 1), CLUSTER)
     assert result["figures"]["fvu_chat"] < 1
-    return folder
+    return folder, result
+
+
+@pytest.fixture(scope="module")
+def sae_folder(undisturbed: tuple[Path, dict[str, Any]]) -> Path:
+    return undisturbed[0]
+
+
+def worker_that_is_killed(task: SaeTask) -> None:
+    """`sae_worker` whose process gets SIGKILL in the second phase, five steps after it saved, as if its machine had gone."""
+    run = SaeTraining.run
+
+    def run_until_killed(self, logs, max_steps=None, after_step=lambda: None):
+        def after():
+            after_step()
+            if self._phase.name == "chat" and self.place.epoch >= 2 and self.num_steps % SAVE_EVERY == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run(self, logs, max_steps, after)
+
+    SaeTraining.run = run_until_killed  # type: ignore[method-assign]
+    sae_worker(task)
+
+
+SAVE_EVERY = 8
+
+
+@pytest.fixture(scope="module")
+def killed(extracted: Path, tmp_path_factory: pytest.TempPathFactory, tracking: StageRun, preset: Pipeline) -> Path:
+    """What a training whose only worker was killed had saved."""
+    # Workers cannot import this module by name.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    folder = tmp_path_factory.mktemp("killed") / "one"
+    task = sae_task(extracted, folder, tracking, replace(preset.sae, checkpoint_every_steps=SAVE_EVERY), 1)
+    with pytest.raises(Exception, match="worker"):
+        run_workers("sae", worker_that_is_killed, task, task.run, folder, CLUSTER, 1)
+    assert not (folder / "cfg.json").exists()
+    states = folder.with_name("one_states")
+    assert len(list(states.glob("step-*"))) == 2
+    return states
 
 
 REWARD = Reward(lr=1e-3, head_lr=1e-2, epochs=1, batch_pairs=16, batch_tokens=512)
@@ -84,11 +132,14 @@ def one_after_another(trainings: list[tuple[Callable[[Any], Any], Any]]) -> list
 
 @pytest.fixture(scope="module")
 def trained(
-    extracted: Path, sae_folder: Path, tmp_path_factory: pytest.TempPathFactory, tracking: StageRun, preset: Pipeline
+    extracted: Path,
+    sae_folder: Path,
+    killed: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tracking: StageRun,
+    preset: Pipeline,
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Folder and result of each training; `rows` and `latents` are how two workers share an SAE's step."""
-    # Workers cannot import this module by name.
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     root = tmp_path_factory.mktemp("trained")
     nested = replace(
         preset.sae,
@@ -99,7 +150,12 @@ def trained(
         text_epochs=1,
         chat_epochs=1,
     )
-    saes = {1: {"nested alone": nested}, 2: {"rows": preset.sae, "latents": nested}}
+    saes = {
+        1: {"nested alone": nested, "killed, again on 1": preset.sae},
+        2: {"rows": preset.sae, "latents": nested, "killed, again on 2": preset.sae},
+    }
+    for workers in saes:
+        shutil.copytree(killed, root / f"killed, again on {workers}_states")
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for workers, stages in ((1, [0]), (2, [1, 2, 3])):
         trainings: dict[str, tuple[Callable[[Any], Any], Any]] = {
@@ -135,6 +191,20 @@ def test_two_workers_that_split_a_dictionary_with_thresholds_learn_what_one_lear
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=2e-4, msg=name)
     assert two["threshold"].unique().numel() == 1
     assert result_one["figures"]["fvu_chat"] == pytest.approx(result_two["figures"]["fvu_chat"], rel=1e-3)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_sae_training_that_is_run_again_ends_as_if_it_had_not_been(
+    workers: int, undisturbed: tuple[Path, dict[str, Any]], trained: dict[str, tuple[Path, dict[str, Any]]]
+) -> None:
+    (folder, wanted), (folder_again, result) = undisturbed, trained[f"killed, again on {workers}"]
+    whole, again = load_sae(folder)[0], load_sae(folder_again)[0]
+    tolerance = 0 if workers == 1 else 1e-6
+    for name, weight in whole.named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), weight, rtol=0, atol=tolerance, msg=name)
+    last, wanted_last = result["history"]["chat"][-1], wanted["history"]["chat"][-1]
+    assert last["step"] == wanted_last["step"]
+    assert last["loss"] == pytest.approx(wanted_last["loss"], rel=0, abs=tolerance)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

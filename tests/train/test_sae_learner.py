@@ -12,10 +12,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from sarm.config import Sae, UserError
+from sarm.data.shuffled_rows import Cursor
 from sarm.nn import sae as nn_sae
 from sarm.nn.architectures import BatchTopKSae, JumpReluSae, build_sae
 from sarm.nn.sae import standardise
-from sarm.train.sae import Phase, Position, SaeTraining
+from sarm.train.sae import Phase, SaeTraining
 from sarm.train.sae_learner import Learner, shard_of
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +44,8 @@ class Windows:
 
     num_rows = 100
 
-    def windows(self, seed: int, epoch: int):
-        yield from rows(3, 100).chunk(3)
+    def windows(self, seed: int, epoch: int, first: int = 0):
+        yield from rows(3, 100).chunk(3)[first:]
 
 
 def phase(epochs: int = 2) -> Phase:
@@ -169,7 +170,7 @@ def test_a_training_that_is_stopped_anywhere_and_continued_is_bit_equal(architec
     second = start()
     second.load_state_dict(state_after(first))
     assert second.num_steps == stop
-    assert second.position == first.position
+    assert second.place == first.place
     second.run([log, log])
     assert whole.num_steps == 2 * (3 + 3 + 2), "windows of 34, 34 and 32 rows"
     assert equal(second.state_dict(), whole.state_dict())
@@ -200,12 +201,12 @@ def test_saes_that_share_a_batch_need_one_batch_size():
         SaeTraining([fresh(c) for c in kinds], phase(), kinds, 0)
 
 
-def test_a_position_is_that_of_the_next_step():
+def test_a_place_is_that_of_the_next_step():
     config = config_of("topk")
     training = SaeTraining([fresh(config)], phase(), [config], 0)
-    assert training.position == Position(0, 0)
+    assert training.place == Cursor(0)
     training.run([lambda step, metrics: None], max_steps=10)
-    assert training.position == Position(1, 2), "eight steps an epoch"
+    assert training.place == Cursor(0, epoch=1, window=0, offset=32), "eight steps an epoch"
 
 
 def test_a_dictionary_that_does_not_divide_is_refused():

@@ -26,8 +26,8 @@ class MemoryRows:
     def __init__(self, x: Tensor, num_windows: int = 2):
         self.num_rows, self._x, self._num_windows = len(x), x, num_windows
 
-    def windows(self, seed, epoch):
-        yield from self._x.chunk(self._num_windows)
+    def windows(self, seed, epoch, first=0):
+        yield from self._x.chunk(self._num_windows)[first:]
 
 
 def sparse_rows(num: int, seed: int = 0) -> Tensor:

@@ -12,12 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sarm.config import UserError
 from sarm.manifest import read_manifest
-from sarm.schema import hash_share
 
 ACTIVATIONS = "activations/v1"
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,6 +46,14 @@ def vectors(table: pa.Table, dtype: str) -> Float[Tensor, "rows d_in"]:
     return torch.from_numpy(flat.reshape(len(column), width).copy()).view(_DTYPES[dtype])
 
 
+def unusable_rows(vectors_ND: Float[Tensor, "rows d_in"]) -> dict[str, Bool[Tensor, " rows"]]:
+    """Which rows cannot be standardised, by reason: `not finite` (NaN or infinite) and `constant` (no variance; zero rows too)."""
+    x = vectors_ND.float()
+    lowest, highest = x.amin(1), x.amax(1)
+    is_finite = lowest.isfinite() & highest.isfinite()
+    return {"not finite": ~is_finite, "constant": is_finite & (lowest == highest)}
+
+
 def write_activation_file(table: pa.Table, file: Any) -> None:
     """Uncompressed, without dictionaries, with page checksums: random bits do not compress, and a flipped one must be noticed."""
     pq.write_table(
@@ -74,15 +81,22 @@ class ActivationStore:
             raise UserError(f"{folder} holds no activations. Extract them from a corpus with sentences in it.")
         self.metadata: dict[str, Any] = self.manifest.counts["activations"]
         self.d_in: int = self.metadata["d_in"]
+        self.torch_dtype = _DTYPES[self.metadata["dtype"]]
         self.num_rows: int = self.manifest.counts["rows"]
         for path in self.files:
             try:
-                found = json.loads((pq.read_schema(path).metadata or {}).get(b"sarm", b"{}"))
+                parquet_schema = pq.read_schema(path)
+                found = json.loads((parquet_schema.metadata or {}).get(b"sarm", b"{}"))
             except (OSError, pa.ArrowException) as error:
                 raise self._damaged(path, error) from error
             if found != self.metadata:
                 raise UserError(
                     f"{path} holds activations of {found}, expected {self.metadata}. Delete {folder} and extract again."
+                )
+            stored = parquet_schema.field("activation").type
+            if stored != pa.binary(2 * self.d_in):
+                raise UserError(
+                    f"{path} holds {stored} values, expected {2 * self.d_in} bytes for d_in {self.d_in}. Delete {folder} and extract again."
                 )
 
     def read(
@@ -101,70 +115,37 @@ class ActivationStore:
         keys = zip(table["row_id"].to_pylist(), table["side"].to_pylist(), strict=True)
         return {key: row for row, key in enumerate(keys)}, x_ND
 
-    def tables(self, columns: Sequence[str], files: Sequence[Path] | None = None) -> Iterator[pa.Table]:
-        """Row group after row group of the given files (all of them by default), checksums verified."""
-        for path in self.files if files is None else files:
+    def usable_vectors(self) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """The vectors that can be standardised, in float32, row group after row group."""
+        for table in self.tables(["activation"]):
+            rows = vectors(table, self.metadata["dtype"])
+            is_bad = torch.stack(list(unusable_rows(rows).values())).any(0)
+            yield rows[~is_bad].float()
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Row group after row group in file order, checksums verified."""
+        return (table for _, _, table in self.row_groups(columns))
+
+    def row_groups(self, columns: Sequence[str]) -> Iterator[tuple[Path, int, pa.Table]]:
+        """File, number in the file and rows of each row group in file order, checksums verified."""
+        for path in self.files:
             try:
                 with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                    for group in range(file.num_row_groups):
-                        yield file.read_row_group(group, columns=list(columns))
+                    for number in range(file.num_row_groups):
+                        yield path, number, file.read_row_group(number, columns=list(columns))
             except (OSError, pa.ArrowException) as error:
                 raise self._damaged(path, error) from error
 
+    def row_group(self, path: Path, number: int, columns: Sequence[str]) -> pa.Table:
+        """One row group of a file, checksums verified."""
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                return file.read_row_group(number, columns=list(columns))
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(path, error) from error
+
     def _damaged(self, path: Path, error: Exception) -> UserError:
         return UserError(f"{path} is damaged: {error}. Delete {self.folder} and extract again.")
-
-
-class ShuffledRows:
-    """Rows of a store in windows of about `window_rows`: files in random order, each window held in memory to be shuffled.
-
-    Rows whose document hashes below `heldout_share` are left out; they are in `heldout` (at most `max_heldout` of them). A
-    store of one window is read once and stays in memory.
-    """
-
-    def __init__(
-        self, store: ActivationStore, heldout_share: float, window_rows: int = 1_000_000, max_heldout: int = 16_384
-    ):
-        self._store, self._share, self._window_rows = store, heldout_share, window_rows
-        self._cached: Tensor | None = None
-        kept, heldout, num_heldout = [], [], 0
-        for table in store.tables(["doc_id", "activation"]):
-            is_heldout = self._heldout_mask(table)
-            rows = vectors(table, store.metadata["dtype"])
-            num_heldout += int(is_heldout.sum())
-            heldout.append(rows[is_heldout])
-            if store.num_rows <= window_rows:
-                kept.append(rows[~is_heldout])
-        self.num_rows = store.num_rows - num_heldout
-        if self.num_rows == 0:
-            raise UserError(
-                f"all activations of {store.folder} are held out: they come from too few documents. Add sources."
-            )
-        self.heldout = torch.cat(heldout)[:max_heldout].float()
-        if store.num_rows <= window_rows:
-            self._cached = torch.cat(kept).float()
-
-    def windows(self, seed: int, epoch: int) -> Iterator[Tensor]:
-        """Residual vectors in float32, the same windows for the same (seed, epoch)."""
-        if self._cached is not None:
-            yield self._cached
-            return
-        order = np.random.default_rng([seed, epoch]).permutation(len(self._store.files))
-        waiting: list[Tensor] = []
-        for table in self._store.tables(["doc_id", "activation"], [self._store.files[i] for i in order]):
-            waiting.append(vectors(table, self._store.metadata["dtype"])[~self._heldout_mask(table)])
-            if sum(map(len, waiting)) >= self._window_rows:
-                yield torch.cat(waiting).float()
-                waiting = []
-        # All that is left may be held out, and a step without rows has no loss.
-        if any(map(len, waiting)):
-            yield torch.cat(waiting).float()
-
-    def _heldout_mask(self, table: pa.Table) -> Tensor:
-        # With a salt: training prompts are those that the unsalted hash left over.
-        return torch.tensor(
-            [hash_share(f"sae:{doc}") < self._share for doc in table.column("doc_id").to_pylist()], dtype=torch.bool
-        )
 
 
 def file_moments(table: pa.Table, dtype: str) -> dict[str, Any]:

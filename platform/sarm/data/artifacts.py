@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sarm.config import UserError
 from sarm.data.chat import ChatTokenizer
-from sarm.nn.architectures import ARCHITECTURES, build_sae, options_of
+from sarm.data.sae_lens_layout import CONFIG, WEIGHTS, write_sae_lens
+from sarm.data.sae_weights import weights_of
+from sarm.nn.architectures import ARCHITECTURES, build_sae
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.sae import Sae, TopKSae
+from sarm.nn.sae import Sae
 
 SAE = "sae/v1"
 SARM = "sarm/v1"
-_SAE_WEIGHTS = "sae_weights.safetensors"
-# SAELens drops the metadata of files that do not name a version of its layout from 6 on.
-_SAE_LENS_LAYOUT = "6.0.0"
 
 
 def save_sae(sae: Sae, folder: Path, metadata: dict[str, Any]) -> None:
@@ -31,28 +30,7 @@ def save_sae(sae: Sae, folder: Path, metadata: dict[str, Any]) -> None:
 
     Architectures with thresholds are SAELens' jumprelu, which is what they are out of training; `metadata.sae` says how they train.
     """
-    is_topk = isinstance(sae, TopKSae)
-    config = {
-        "architecture": "topk" if is_topk else "jumprelu",
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        **({"k": sae.k} if is_topk else {}),
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        # Standardising per token is the reader's job (`sarm.nn.sae.standardise`), the same before training and scoring.
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        **({"rescale_acts_by_decoder_norm": False} if is_topk else {}),
-        "metadata": {
-            "sae_lens_version": _SAE_LENS_LAYOUT,
-            "input": "standardise(residual), float32",
-            "sae": {"architecture": sae.architecture, "k": sae.k, **options_of(sae)},
-            **metadata,
-        },
-    }
-    (folder / "cfg.json").write_text(json.dumps(config, indent=2))
-    save_file({name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}, folder / _SAE_WEIGHTS)
+    write_sae_lens(weights_of(sae, metadata), folder)
 
 
 def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
@@ -61,8 +39,8 @@ def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
     Raises UserError if files are missing or torn, or the weights are of another shape than `cfg.json` says.
     """
     try:
-        config = json.loads((folder / "cfg.json").read_text())
-        weights = load_file(folder / _SAE_WEIGHTS)
+        config = json.loads((folder / CONFIG).read_text())
+        weights = load_file(folder / WEIGHTS)
         # A jumprelu SAE from elsewhere has no k, and none is needed unless it is trained on.
         here = {"architecture": config["architecture"], "k": config["k"] if config["architecture"] == "topk" else 1}
         kind = dict(config.get("metadata", {}).get("sae", here))
@@ -76,7 +54,7 @@ def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
-        raise UserError(f"{folder / _SAE_WEIGHTS} holds shapes {found}, cfg.json says {expected}.")
+        raise UserError(f"{folder / WEIGHTS} holds shapes {found}, cfg.json says {expected}.")
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
             tensor.copy_(weights[name])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 # Families whose block forward was checked against `hidden_states[layer]`; gemma3 with vision keeps its text part elsewhere.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -84,6 +84,19 @@ def load_backbone(
             f"{name} lacks {len(missing)} weights of the first {layer} blocks, e.g. {missing[0]}. The download may be incomplete."
         )
     return without_final_norm(model)
+
+
+def load_language_model(
+    name: str, layer: int, dtype: torch.dtype = torch.float32, *, revision: str = "main", gguf_file: str = ""
+) -> PreTrainedModel:
+    """The whole model with its LM head, to see what changes in its predictions when block `layer` is tampered with.
+
+    Raises ValueError as `read_config` does.
+    """
+    read_config(name, layer, revision=revision, gguf_file=gguf_file)
+    safe = {} if gguf_file else {"use_safetensors": True}
+    with _quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **_source(revision, gguf_file), **safe)
 
 
 def without_final_norm(model: PreTrainedModel) -> PreTrainedModel:

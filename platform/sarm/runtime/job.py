@@ -27,13 +27,29 @@ def run_job(
     Exits with status 2 and one line for a user's mistake, 130 for an interrupt, and leaves other errors to Python.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    try:
+
+    def body() -> None:
         config = parse(config_type, description, arguments)
         if config.run.dry_run:
             print(describe(config))
             return
         job(config)
+
+    _answering(body, "--debug" in arguments)
+
+
+def run_command(
+    config_type: type, job: Callable[[Any], None], description: str, arguments: Sequence[str] | None = None
+) -> None:
+    """`run_job` for a job that no preset describes: all of its arguments are flags and positions of `config_type`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _answering(lambda: job(_from_flags(config_type, arguments, description=description)), "--debug" in arguments)
+
+
+def _answering(body: Callable[[], None], debug: bool) -> None:
+    """Run, and turn a user's mistake and an interrupt into one line and an exit status."""
+    try:
+        body()
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -63,16 +79,20 @@ def parse(config_type: type, description: str, arguments: Sequence[str]) -> Any:
             f"the first argument is a preset ({', '.join(PRESETS)}), got {name or 'nothing'}{hint} Try {script} --help."
         )
     summary, preset = PRESETS[name]
+    return _from_flags(
+        config_type,
+        flags,
+        default=preset.part(config_type),
+        prog=f"{script} {name}",
+        description=f"{description.strip().splitlines()[0]} Preset {name}: {summary}.",
+    )
+
+
+def _from_flags(config_type: type, flags: Sequence[str], **options: Any) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                config_type,
-                default=preset.part(config_type),
-                args=flags,
-                prog=f"{script} {name}",
-                description=f"{description.strip().splitlines()[0]} Preset {name}: {summary}.",
-            )
+            return tyro.cli(config_type, args=flags, **options)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

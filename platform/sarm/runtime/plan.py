@@ -27,6 +27,7 @@ class Folders:
     chat_activations = property(lambda self: self.out / "activations" / "chat")
     heldout_activations = property(lambda self: self.out / "activations" / "heldout")
     sae = property(lambda self: self.out / "sae")
+    sae_states = property(lambda self: self.out / "training" / "sae")
     sarm = property(lambda self: self.out / "sarm")
     scalar_head = property(lambda self: self.out / "scalar_head")
     evaluation = property(lambda self: self.out / "evaluation")

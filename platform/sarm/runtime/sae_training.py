@@ -13,13 +13,17 @@ import torch.distributed as dist
 from sarm import config as configs
 from sarm import schema
 from sarm.config import Run, UserError
-from sarm.data.activations import ActivationStore, ShuffledRows, vectors
+from sarm.data.activations import ActivationStore
 from sarm.data.artifacts import save_sae
+from sarm.data.checkpoints import Checkpoint, Checkpoints
+from sarm.data.shuffled_rows import ShuffledRows, memory_for_rows
 from sarm.nn.architectures import BatchTopKSae, build_sae
 from sarm.nn.sae import Sae, standardise
 from sarm.runtime.cluster import Cluster
+from sarm.runtime.sae_cross_entropy import cross_entropy_figures
 from sarm.runtime.tracking import StageRun
-from sarm.runtime.trainer import Progress, run_workers, worker_device
+from sarm.runtime.trainer import Progress, run_workers, worker_device, workers_on_device
+from sarm.runtime.training_states import WorkerStates
 from sarm.train.sae import Phase, SaeTraining
 from sarm.train.sae_quality import LatentCounts, measure
 
@@ -37,10 +41,15 @@ class SaeTask:
     chat: Path | None
     folder: Path
     tracking: StageRun
+    states: Checkpoints
+    corpus: Path | None = None
 
 
 def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
-    """Train on the cluster's workers and leave the SAE in `task.folder`; returns its figures and history."""
+    """Train on the cluster's workers and leave the SAE in `task.folder`; returns its figures and history.
+
+    Goes on from the newest of `task.states` if there is one.
+    """
     threads = cluster.cpus_each(task.run, task.run.num_workers)
     return run_workers("sae", sae_worker, task, task.run, task.folder, cluster, threads)
 
@@ -55,31 +64,37 @@ def check_activations(sae: configs.Sae, stores: dict[str, ActivationStore]) -> N
                 f"{name} activations are of {kind}, {first[0]} activations of {first[1]}. Extract both with one --model."
             )
     for name, store in stores.items():
-        if store.num_rows < 32:
+        needed = max(32, sae.batch_size)
+        if store.num_rows < needed:
             raise UserError(
-                f"the {name} phase has {store.num_rows} activations, at least 32 are needed. Add sources, or pass --sae.{name}-epochs 0."
+                f"the {name} phase has {store.num_rows} activations, at least {needed} are needed (one batch). Add sources, or pass a smaller --sae.batch-size or --sae.{name}-epochs 0."
             )
 
 
 def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     """One Ray Train worker: both phases, then the latents' statistics; rank 0 writes the folder and returns the figures."""
     device, rank = worker_device(), dist.get_rank() if dist.is_initialized() else 0
+    states = WorkerStates(task.states, task.sae.checkpoint_every_steps, task.sae.checkpoint_every_seconds)
+    found = states.latest()
     stores = {
         name: ActivationStore(path) for name, path in (("text", task.text), ("chat", task.chat)) if path is not None
     }
-    rows = {name: ShuffledRows(store, task.sae.heldout_share) for name, store in stores.items()}
+    rows = {name: _training_rows(store, task.sae, device) for name, store in stores.items()}
     settings = {"text": (task.sae.text_epochs, task.sae.lr), "chat": (task.sae.chat_epochs, task.sae.chat_lr)}
-    samples = {
-        name: standardise(next(source.windows(task.run.seed, 0))[:_SAMPLE_ROWS]) for name, source in rows.items()
-    }
+    samples = {name: standardise(source.sample(task.run.seed, _SAMPLE_ROWS)) for name, source in rows.items()}
     names = list(rows)
     sae = build_sae(d_in=stores[names[0]].d_in, **{name: getattr(task.sae, name) for name in _OF_THE_SAE})
-    sae.initialise_(samples[names[0]], torch.Generator().manual_seed(task.run.seed), task.sae.b_dec_init)
-    history: dict[str, Any] = {}
-    figures: dict[str, Any] = {}
+    saved: Any = None if found is None else _shared_state(found, task.sae, states.world)
+    history: dict[str, Any] = {} if saved is None else saved["history"]
+    figures: dict[str, Any] = {} if saved is None else saved["figures"]
     first_step = 0
+    if saved is None:
+        sae.initialise_(samples[names[0]], torch.Generator().manual_seed(task.run.seed), task.sae.b_dec_init)
     for number, name in enumerate(names):
-        if number > 0:
+        if saved is not None and number < saved["phase"]:
+            continue
+        is_resumed = saved is not None and number == saved["phase"]
+        if number > 0 and not is_resumed:
             unused = int(_fired(sae, samples[names[number - 1]].to(device)).argmin())
             sae.absorb_shift_(samples[name].to(device), unused)
             if isinstance(sae, BatchTopKSae):
@@ -89,9 +104,28 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         progress = Progress(f"sae_{name}", task.tracking, ("loss", "fvu", "alive_share"))
         phase = Phase(name, rows[name], rows[name].heldout, epochs, lr)
         training = SaeTraining([sae], phase, [task.sae], task.run.seed + number, device, first_step, task.sae.split)
-        training.run([progress])
+        if found is not None and is_resumed:
+            training.load_state_dict(states.own_state(found) if task.sae.split == "latents" else saved["training"])
+            progress.history = history[name]
+            if rank == 0:
+                print(f"sae_{name} goes on after step {training.num_steps}", flush=True)
+        history[name] = progress.history
+
+        def save_if_due(training: SaeTraining = training, number: int = number) -> None:
+            if states.is_due(training.num_steps):
+                state, is_own = training.state_dict(), task.sae.split == "latents"
+                shared = {
+                    "phase": number,
+                    "history": history,
+                    "figures": figures,
+                    "split": [task.sae.split, states.world],
+                }
+                shared["training"] = None if is_own else state
+                states.save(training.num_steps, shared, state if is_own else None)
+
+        training.run([progress], after_step=save_if_due)
         sae = training.learners[0].whole()
-        history[name], first_step = progress.history, training.num_steps
+        first_step = training.num_steps
         figures[f"fvu_{name}_after_its_phase"] = measure(sae, rows[name].heldout, device).fvu
     if rank != 0:
         return None
@@ -102,6 +136,9 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     figures["dead_share"] = float((fired == 0).double().mean())
     if "chat" in counts:
         figures["alive_at_reward"] = counts["chat"].alive_share()
+    if task.corpus is not None and task.sae.cross_entropy_texts:
+        metadata, share = stores[names[0]].metadata, task.sae.heldout_share
+        figures |= cross_entropy_figures(sae, task.corpus, metadata, task.sae.cross_entropy_texts, share, device)
     save_sae(sae, task.folder, {"activations": stores[names[0]].metadata, "phases": names})
     histograms = {
         name: dict(zip(("log10_density", "latents"), c.density_histogram(), strict=True)) for name, c in counts.items()
@@ -110,7 +147,29 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     pq.write_table(
         _latent_stats(counts, task.sae.d_sae), task.folder / "latent_stats.parquet", write_page_checksum=True
     )
-    return {"figures": figures, "history": history}
+    rejected = {name: source.rejected for name, source in rows.items() if source.rejected}
+    return {"figures": figures, "history": history, "rejected": rejected}
+
+
+def _shared_state(found: Checkpoint, sae: configs.Sae, world: int) -> Any:
+    saved = found.read("shared")
+    split, num_workers = saved["split"]
+    if "latents" in (split, sae.split) and (split, num_workers) != (sae.split, world):
+        raise UserError(
+            f"the training state in {found.folder} is split by {split} over {num_workers} workers, asked for {sae.split} over {world}. Pass --sae.split {split} --num-workers {num_workers}, or delete it to start over."
+        )
+    return saved
+
+
+def _training_rows(store: ActivationStore, sae: configs.Sae, device: torch.device) -> ShuffledRows:
+    rows = ShuffledRows(
+        store, sae.heldout_share, memory_bytes=memory_for_rows(device, workers_on_device(device)), device=device
+    )
+    if rows.num_rows < sae.batch_size:
+        raise UserError(
+            f"{store.folder} has {rows.num_rows} rows to train on ({rows.num_rejected} are constant, NaN or infinite), fewer than a batch of {sae.batch_size}. Add sources, or pass a smaller --sae.batch-size."
+        )
+    return rows
 
 
 def _fired(sae: Sae, x_ND: torch.Tensor) -> torch.Tensor:
@@ -124,8 +183,8 @@ def _fired(sae: Sae, x_ND: torch.Tensor) -> torch.Tensor:
 def _count_latents(sae: Sae, store: ActivationStore, device: torch.device) -> LatentCounts:
     counts = LatentCounts(sae.d_sae)
     with torch.no_grad():
-        for table in store.tables(["activation"]):
-            counts.add(sae(standardise(vectors(table, store.metadata["dtype"]).float().to(device))))
+        for h_ND in store.usable_vectors():
+            counts.add(sae(standardise(h_ND.to(device))))
     return counts
 
 

@@ -18,6 +18,7 @@ from sarm.data import pair_sources, text_sources
 from sarm.data.activations import ACTIVATIONS, ActivationStore, statistics_of
 from sarm.data.artifacts import SAE, SARM
 from sarm.data.chat import ChatTokenizer
+from sarm.data.checkpoints import Checkpoints
 from sarm.data.models import check_model, model_folder
 from sarm.data.prepare import prepare_corpus, prepare_pairs
 from sarm.manifest import Manifest, StageFolder, read_manifest
@@ -78,20 +79,37 @@ def train_sae(session: Session, sae: Sae) -> None:
     used = {name: sources[name] for name in sources if epochs[name] > 0}
     inputs = {f"activations/{name}": (path, ACTIVATIONS) for name, path in used.items()}
     folder = StageFolder(folders.sae, SAE, plan.sae_settings(sae, session.run.seed), inputs)
+    states = Checkpoints(folders.sae_states, {"config": folder.config, "inputs": folder.inputs})
 
     def body(child: StageRun) -> Mapping[str, Any]:
         from sarm.interpret.figures import sae_curves
         from sarm.runtime import sae_training
 
         sae_training.check_activations(sae, {name: ActivationStore(path) for name, path in used.items()})
-        task = sae_training.SaeTask(session.run, sae, used.get("text"), used.get("chat"), folder.folder, child)
+        task = sae_training.SaeTask(
+            session.run,
+            sae,
+            used.get("text"),
+            used.get("chat"),
+            folder.folder,
+            child,
+            states,
+            folders.corpus if "text" in used else None,
+        )
         result = sae_training.train_on_cluster(task, session.cluster)
         (folder.folder / "history.json").write_text(json.dumps(result["history"]))
         child.log_figure(sae_curves(result["history"]), "sae_curves.png")
         child.log_artifact(folder.folder / "cfg.json")
-        return {"figures": result["figures"]}
+        if result["rejected"]:
+            (folder.folder / "rejected_rows.json").write_text(json.dumps(result["rejected"]))
+            child.log_artifact(folder.folder / "rejected_rows.json")
+        rejected = {
+            name: {reason: len(ids) for reason, ids in kinds.items()} for name, kinds in result["rejected"].items()
+        }
+        return {"figures": result["figures"], "rejected": rejected}
 
     session.stage("train SAE", folder, body)
+    states.delete()
 
 
 def train_sarm(session: Session, model: Model, reward: Reward) -> None:

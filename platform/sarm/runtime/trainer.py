@@ -63,6 +63,11 @@ def worker_device() -> torch.device:
     return ray.train.torch.get_device()
 
 
+def workers_on_device(device: torch.device) -> int:
+    """How many workers share this one's device: all of the machine where it is the CPU."""
+    return 1 if device.type == "cuda" else ray.train.get_context().get_local_world_size()
+
+
 class Progress:
     """Prints a line now and then and logs every step's metrics to MLflow."""
 

@@ -5,15 +5,16 @@ many there are. Several SAEs (widths, k, seeds) can learn from one read of the r
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sarm import config as configs
+from sarm.data.shuffled_rows import Cursor, Rows, batches
 from sarm.nn.sae import Sae, standardise
 from sarm.train.sae_learner import Learner, Split
 from sarm.train.sae_quality import measure, quality_metrics
@@ -21,14 +22,6 @@ from sarm.train.schedule import trapezoid
 
 Log = Callable[[int, dict[str, float]], None]
 _LOG_EVERY_SECONDS = 2.0
-
-
-class Rows(Protocol):
-    """Where a phase's training rows come from: windows of residual vectors in an order that (seed, epoch) decides."""
-
-    num_rows: int
-
-    def windows(self, seed: int, epoch: int) -> Iterator[Float[Tensor, "rows d_in"]]: ...
 
 
 @dataclass(frozen=True)
@@ -40,13 +33,6 @@ class Phase:
     heldout: Float[Tensor, "rows d_in"]
     epochs: int
     lr: float
-
-
-class Position(NamedTuple):
-    """Where in a phase training stands: the next step is number `step` of epoch `epoch`."""
-
-    epoch: int
-    step: int
 
 
 class SaeTraining:
@@ -71,19 +57,22 @@ class SaeTraining:
                 f"SAEs that share a batch need one batch_size, got {sorted(sizes)}. Pass --sae.batch-size."
             )
         self.learners = [Learner(sae, config, device, split) for sae, config in zip(saes, sae_configs, strict=True)]
-        self.position, self.num_steps, self.num_seen = Position(0, 0), first_step, 0
+        self.place, self.num_steps, self.num_seen = Cursor(seed), first_step, 0
         self._phase, self._configs, self._seed, self._device = phase, sae_configs, seed, device
         self._splits_latents = split == "latents" and self.learners[0].world > 1
 
-    def run(self, logs: Sequence[Log], max_steps: int | None = None) -> None:
-        """Train from `position` to the phase's end, or for `max_steps` steps.
+    def run(
+        self, logs: Sequence[Log], max_steps: int | None = None, after_step: Callable[[], None] = lambda: None
+    ) -> None:
+        """Train from `place` to the phase's end, or for `max_steps` steps; `after_step` is where a caller saves the state.
 
         `logs[i](step, metrics)` is called for SAE i on worker 0 every few seconds and at the end. Metrics include the quality on
         held-out rows, unless the dictionary is split: no worker then has all of it.
         """
         last_log, total = 0.0, self._phase.epochs * self._phase.rows.num_rows
         last_step = None if max_steps is None else self.num_steps + max_steps
-        for x_BD, after in self._batches():
+        rows = batches(self._phase.rows, self.place, self._phase.epochs, self._configs[0].batch_size)
+        for x_BD, after in rows:
             if self.num_steps == last_step:
                 return
             size = len(x_BD)
@@ -92,7 +81,7 @@ class SaeTraining:
             share = (self.num_seen + size / 2) / total
             rates = [self._phase.lr * trapezoid(share, c.warmup_share, c.decay_share) for c in self._configs]
             losses = [learner.step(x_BD, lr) for learner, lr in zip(self.learners, rates, strict=True)]
-            self.position, self.num_steps, self.num_seen = after, self.num_steps + 1, self.num_seen + size
+            self.place, self.num_steps, self.num_seen = after, self.num_steps + 1, self.num_seen + size
             is_last = self.num_seen == total or self.num_steps == last_step
             if self.learners[0].rank == 0 and (is_last or time.monotonic() - last_log > _LOG_EVERY_SECONDS):
                 for learner, log, loss, lr in zip(self.learners, logs, losses, rates, strict=True):
@@ -102,16 +91,17 @@ class SaeTraining:
                         metrics |= quality_metrics(measure(learner.sae, self._phase.heldout, self._device))
                     log(self.num_steps, metrics)
                 last_log = time.monotonic()
+            after_step()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the phase depends on, of this worker: loading it continues bit for bit.
 
-        The order of rows is a function of (seed, epoch), so the seed and the position stand for the random generator's state.
+        The order of rows is a function of (seed, epoch), so the place stands for the random generator's state.
         """
         return {
             "phase": self._phase.name,
             "seed": self._seed,
-            "position": tuple(self.position),
+            "place": list(self.place),
             "num_steps": self.num_steps,
             "num_seen": self.num_seen,
             "learners": [learner.state_dict() for learner in self.learners],
@@ -125,20 +115,8 @@ class SaeTraining:
             raise ValueError(f"the training state is of (phase, seed, SAEs) {found}, this training is {wanted}.")
         for learner, part in zip(self.learners, state["learners"], strict=True):
             learner.load_state_dict(part)
-        self.position = Position(*state["position"])
+        self.place = Cursor(*state["place"])
         self.num_steps, self.num_seen = state["num_steps"], state["num_seen"]
-
-    def _batches(self) -> Iterator[tuple[Tensor, Position]]:
-        """The batches from `position` on, each with the position after it."""
-        start, batch_size = self.position, self._configs[0].batch_size
-        for epoch in range(start.epoch, self._phase.epochs):
-            generator = torch.Generator().manual_seed(self._seed + epoch)
-            step = 0
-            for window in self._phase.rows.windows(self._seed, epoch):
-                for chosen in torch.randperm(len(window), generator=generator).split(batch_size):
-                    step += 1
-                    if epoch > start.epoch or step > start.step:
-                        yield window[chosen], Position(epoch, step)
 
 
 def train_sae(

@@ -1,0 +1,18 @@
+"""An SAE of this platform, SAELens, sparsify, dictionary_learning or the papers -> any other of these formats.
+
+python jobs/convert_sae.py outputs/demo/sae exported --format saelens
+python jobs/convert_sae.py sae.pt outputs/demo/sae --format sarm --k 192 --model meta-llama/Llama-3.1-8B-Instruct --layer 16
+"""
+
+from sarm.config import ConvertSae
+from sarm.runtime.job import run_command
+
+
+def main(config: ConvertSae) -> None:
+    from sarm.runtime.convert import convert_sae
+
+    convert_sae(config)
+
+
+if __name__ == "__main__":
+    run_command(ConvertSae, main, __doc__ or "")
