@@ -71,10 +71,15 @@ def compare(
 
 
 def is_right(row: ScoredRow) -> bool:
-    """Whether a row counts as right where right and wrong is all there is: every correct completion above every wrong one."""
+    """Whether a row counts as right where right and wrong is all there is.
+
+    One correct completion: it alone scores highest. Ties: every correct one scores above every wrong one. Otherwise
+    (RM-Bench): more than half of the comparisons of a correct with a wrong completion are won.
+    """
     if row.subset != TIES and row.num_correct == 1:
         return best_of_n_credit(row.scores) == 1.0
-    return bool(row.scores[: row.num_correct].min() > row.scores[row.num_correct :].max())
+    won = row.scores[: row.num_correct, None] > row.scores[None, row.num_correct :]
+    return bool(won.all() if row.subset == TIES else won.mean() > 0.5)
 
 
 def _subsets(pairs: Sequence[tuple[ScoredRow, ScoredRow]]) -> dict[str, Any]:

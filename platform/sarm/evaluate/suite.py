@@ -42,7 +42,9 @@ def measure(items: pa.Table, resamples: int, seed: int) -> Measures:
 def _measure(name: str, items: pa.Table, probes: Sequence[str], resamples: int, seed: int) -> Measures:
     benchmark, rows = BENCHMARKS[name], scored_rows(items, name)
     plain = items.filter(pc.and_(pc.equal(items["benchmark"], name), pc.equal(items["variant"], "")))
-    rows, unscored = _with_partners(rows), _unscored(plain)
+    if name == "reward_bench_2":
+        rows = _with_partners(rows)
+    unscored = _unscored(plain)
     found: Measures = {
         "num_rows": len(rows),
         "num_clusters": len({row.cluster for row in rows}),

@@ -27,9 +27,20 @@ def run_job(
     Exits with status 2 and one line for a user's mistake, 130 for an interrupt, and leaves other errors to Python.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _guarded(lambda: parse(config_type, description, arguments), job, arguments)
+
+
+def run_command(config_type: type, job: Callable[[Any], None], description: str) -> None:
+    """`run_job` for a job without presets: every setting is a flag."""
+    arguments = sys.argv[1:]
+    script = f"python {os.path.relpath(sys.argv[0])}"
+    _guarded(lambda: _parse_flags(config_type, arguments, script, description.strip()), job, arguments)
+
+
+def _guarded(parsed: Callable[[], Any], job: Callable[[Any], None], arguments: Sequence[str]) -> None:
     debug = "--debug" in arguments
     try:
-        config = parse(config_type, description, arguments)
+        config = parsed()
         if config.run.dry_run:
             print(describe(config))
             return
@@ -63,16 +74,15 @@ def parse(config_type: type, description: str, arguments: Sequence[str]) -> Any:
             f"the first argument is a preset ({', '.join(PRESETS)}), got {name or 'nothing'}{hint} Try {script} --help."
         )
     summary, preset = PRESETS[name]
+    about = f"{description.strip().splitlines()[0]} Preset {name}: {summary}."
+    return _parse_flags(config_type, flags, f"{script} {name}", about, default=preset.part(config_type))
+
+
+def _parse_flags(config_type: type, flags: Sequence[str], prog: str, description: str, **default: Any) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                config_type,
-                default=preset.part(config_type),
-                args=flags,
-                prog=f"{script} {name}",
-                description=f"{description.strip().splitlines()[0]} Preset {name}: {summary}.",
-            )
+            return tyro.cli(config_type, args=flags, prog=prog, description=description, **default)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
