@@ -170,8 +170,23 @@ print("loaded:", sorted({HEAVY!r} & set(sys.modules)))
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["tiny", "--help"], ["tiny", "--dry-run"]], ids=" ".join)
-@pytest.mark.parametrize("job", SCRIPTS, ids=lambda path: path.stem)
+WITH_PRESETS = [job for job in SCRIPTS if job.stem != "compare"]
+ANSWERS = [
+    *(
+        (job, arguments)
+        for job in WITH_PRESETS
+        for arguments in (["--help"], ["tiny", "--help"], ["tiny", "--dry-run"])
+    ),
+    (ROOT / "jobs" / "compare.py", ["--help"]),
+    (ROOT / "jobs" / "compare.py", ["a", "b", "--dry-run"]),
+    (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),
+    (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--benchmarks", "rm_bench", "--dry-run"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments"), ANSWERS, ids=lambda value: value.stem if isinstance(value, Path) else " ".join(value)
+)
 def test_a_job_explains_itself_without_loading_anything_heavy(job, arguments):
     assert run_python(RUN_AND_LIST, job, *arguments).endswith("loaded: []\n")
 

@@ -46,6 +46,8 @@ class Benchmarking:
     def __post_init__(self) -> None:
         if unknown := [probe for probe in self.probes if probe not in PROBES]:
             raise UserError(f"unknown probe {unknown[0]}, known are {', '.join(PROBES)}. Pass --probes.")
+        if not self.benchmarks:
+            raise UserError("there is no benchmark. Pass --benchmarks NAME=SOURCE ...")
         names = [text.partition("=")[0] for text in self.benchmarks]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise UserError(f"{repeated[0]} is named twice. Pass each of --benchmarks once; a source may be a glob.")

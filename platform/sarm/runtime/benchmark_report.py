@@ -5,7 +5,7 @@ from typing import Any
 
 from sarm.runtime.pages import Dots, Page, Section, share, span
 
-_TITLES = {
+TITLES = {
     "reward_bench_2": "RewardBench 2",
     "rm_bench": "RM-Bench",
     "reward_bench": "RewardBench",
@@ -20,7 +20,7 @@ def build_page(content: Mapping[str, Any]) -> Page:
     sections: list[Section] = []
     notes = list(content["notes"])
     for name, one in content["benchmarks"].items():
-        sections += _benchmark(_TITLES.get(name, name), one)
+        sections += _benchmark(TITLES.get(name, name), one)
     bad = [row for one in content["benchmarks"].values() for row in (*one["left_out"], *one["unscored"])]
     if bad:
         shown = bad[:_BAD_ROWS_SHOWN]

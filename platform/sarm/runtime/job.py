@@ -107,6 +107,9 @@ def describe(config: Any) -> str:
     run: Run = config.run
     lines = [as_json(config), "", f"writes to    {run.out}"]
     model, sae, reward = (getattr(config, name, None) for name in ("model", "sae", "reward"))
+    if isinstance(model, str):
+        # A reward model that is there already, named by `jobs/evaluate.py --model`.
+        return "\n".join([*lines, f"model        {model}"])
     if model is not None:
         lines.append(f"model        {model.name}, first {model.layer} blocks")
     if sae is not None:
