@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 MLFLOW_URI ?= sqlite:///$(CURDIR)/outputs/mlflow.db
 UI_PORT ?= 5000
+BENCH ?= $(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py))
 
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint types ui lock clean
+.PHONY: help demo test lint types bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -25,7 +26,7 @@ demo: $(VENV)/.ready  ## the whole chain on a real model and real preferences, o
 	$(BIN)/python jobs/pipeline.py demo
 
 test: $(VENV)/.ready lint types  ## everything that checks the project
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.ready  ## style
 	$(BIN)/ruff check .
@@ -33,6 +34,14 @@ lint: $(VENV)/.ready  ## style
 
 types: $(VENV)/.ready  ## types
 	$(BIN)/mypy
+
+.venv-bench/.ready: tests/bench/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --progress-bar on --no-deps -r tests/bench/requirements.txt
+	@touch $@
+
+bench: .venv-bench/.ready  ## speed and memory beside other libraries: all, or one by BENCH=sae
+	@set -e; for name in $(BENCH); do .venv-bench/bin/python tests/bench/bench_$$name.py; done
 
 ui: $(VENV)/.ready  ## MLflow on this machine's runs: http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri "$(MLFLOW_URI)" --host 127.0.0.1 --port $(UI_PORT)

@@ -1,6 +1,9 @@
 """What all tests share: a tiny model, its tokenizer, and shape annotations of `sarm.nn` that are checked while tests run."""
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -19,6 +22,23 @@ from sarm.data.tiny_source import tiny_model  # noqa: E402
 # No deadline: a loaded machine is not a bug. The same examples every time: a failure can be repeated.
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
+
+
+# Folders and files whose tests share a cluster or a finished run.
+_SHARED = {"runtime": "cluster", "test_jobs": "chain", "test_submit": "chain"}
+
+
+# Before xdist reads the marks.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes, what shares fixtures stays in one of them; what takes minutes comes first, so that they end together."""
+
+    def group(item: pytest.Item) -> str:
+        return _SHARED.get(item.path.parent.name) or _SHARED.get(item.path.stem) or str(item.path)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: group(item) not in _SHARED.values())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,3 +60,29 @@ def tiny_folder() -> Path:
 def tiny_chat(tiny_folder: Path) -> ChatTokenizer:
     """The tokenizer of `tiny_folder`."""
     return load_chat_tokenizer(Model(name="tiny:llama", layer=1, max_length=128), tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def run_job() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a job's script as a user does: (name, *arguments)."""
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+        script = Path(__file__).parent.parent / "jobs" / f"{name}.py"
+        command = [sys.executable, str(script), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, run_job: Callable[..., subprocess.CompletedProcess[str]]
+) -> Path:
+    """The whole tiny chain in one job."""
+    out = tmp_path_factory.mktemp("outputs") / "tiny"
+    done = run_job("pipeline", "tiny", "--out", out)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "held-out accuracy" in done.stdout
+    assert str(out / "report.html") in done.stdout.replace("\n", "")
+    return out

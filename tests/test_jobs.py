@@ -1,16 +1,15 @@
 """Jobs as a user runs them: processes with a command line, an exit status, and files left behind."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+RunJob = Callable[..., subprocess.CompletedProcess[str]]
 FIGURES = {
     "heldout_accuracy",
     "heldout_accuracy_ci95",
@@ -21,23 +20,6 @@ FIGURES = {
     "stage_seconds",
     "peak_rss_gb",
 }
-
-
-def run_job(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole tiny chain in one job."""
-    out = tmp_path_factory.mktemp("outputs") / "tiny"
-    done = run_job("pipeline", "tiny", "--out", out)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "held-out accuracy" in done.stdout
-    assert str(out / "report.html") in done.stdout.replace("\n", "")
-    return out
 
 
 def test_the_report_has_the_figures_that_a_reader_needs(finished: Path) -> None:
@@ -108,7 +90,7 @@ def test_mlflow_has_a_parent_with_a_child_per_stage(finished: Path) -> None:
     }
 
 
-def test_asking_again_is_a_no_op_and_keeps_every_byte(finished: Path) -> None:
+def test_asking_again_is_a_no_op_and_keeps_every_byte(finished: Path, run_job: RunJob) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("manifest.json")}
     done = run_job("pipeline", "tiny", "--out", finished)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -117,7 +99,7 @@ def test_asking_again_is_a_no_op_and_keeps_every_byte(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["prepare_data", "extract_activations", "train_sae", "train_sarm", "evaluate"])
-def test_each_job_alone_finds_its_stage_done(job: str, finished: Path) -> None:
+def test_each_job_alone_finds_its_stage_done(job: str, finished: Path, run_job: RunJob) -> None:
     done = run_job(job, "tiny", "--out", finished)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "already done" in done.stdout
@@ -154,7 +136,9 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_a_wrong_command_is_one_line_with_status_2_and_leaves_nothing(case: str, tmp_path: Path) -> None:
+def test_a_wrong_command_is_one_line_with_status_2_and_leaves_nothing(
+    case: str, tmp_path: Path, run_job: RunJob
+) -> None:
     job, arguments, words = BAD_FLAGS[case]
     started = time.monotonic()
     refused(run_job(job, *arguments, *(["--out", tmp_path / "out"] if arguments else [])), *words)
@@ -168,13 +152,13 @@ def jsonl(path: Path, rows: list[object]) -> Path:
     return path
 
 
-def test_a_file_without_rejected_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_rejected_is_refused(tmp_path: Path, run_job: RunJob) -> None:
     file = jsonl(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "c"}])
     refused(run_job("prepare_data", "tiny", "--out", tmp_path / "out", "--data.pairs", file), "pairs.jsonl", "rejected")
     assert not (tmp_path / "out").exists()
 
 
-def test_unusable_rows_are_counted_by_reason_and_the_rest_is_kept(tmp_path: Path) -> None:
+def test_unusable_rows_are_counted_by_reason_and_the_rest_is_kept(tmp_path: Path, run_job: RunJob) -> None:
     good = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
     bad = [{"prompt": "p", "chosen": "same", "rejected": "same"}, {"prompt": "p", "chosen": "only"}]
     pairs = jsonl(tmp_path / "pairs.jsonl", [*good, *bad])
@@ -190,23 +174,23 @@ def test_unusable_rows_are_counted_by_reason_and_the_rest_is_kept(tmp_path: Path
     assert of_texts["rejected"] == {"invalid_utf8": 1, "empty": 1, "bad_json": 1}
 
 
-def test_an_empty_corpus_is_refused(tmp_path: Path) -> None:
+def test_an_empty_corpus_is_refused(tmp_path: Path, run_job: RunJob) -> None:
     texts = jsonl(tmp_path / "texts.jsonl", [{"text": ""}])
     refused(run_job("prepare_data", "tiny", "--out", tmp_path / "out", "--data.texts", texts), "texts.jsonl")
 
 
-def test_other_settings_do_not_touch_a_finished_folder(finished: Path) -> None:
+def test_other_settings_do_not_touch_a_finished_folder(finished: Path, run_job: RunJob) -> None:
     refused(run_job("pipeline", "tiny", "--out", finished, "--sae.k", "9"), "sae", "k=8", "k=9", "--out")
 
 
-def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
+def test_a_foreign_folder_is_refused(tmp_path: Path, run_job: RunJob) -> None:
     (tmp_path / "out" / "pairs").mkdir(parents=True)
     (tmp_path / "out" / "pairs" / "thesis.txt").write_text("mine")
     refused(run_job("pipeline", "tiny", "--out", tmp_path / "out"), "pairs", "claimed")
     assert (tmp_path / "out" / "pairs" / "thesis.txt").read_text() == "mine"
 
 
-def test_an_sae_of_another_shape_is_refused(finished: Path, tmp_path: Path) -> None:
+def test_an_sae_of_another_shape_is_refused(finished: Path, tmp_path: Path, run_job: RunJob) -> None:
     import shutil
 
     out = tmp_path / "copy"
@@ -220,7 +204,7 @@ def test_an_sae_of_another_shape_is_refused(finished: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("preset", ["demo", "sarm-1b", "sarm-2b", "sarm-4b", "safer-1b", "safer-3b"])
-def test_every_preset_resolves_without_a_network(preset: str) -> None:
+def test_every_preset_resolves_without_a_network(preset: str, run_job: RunJob) -> None:
     done = run_job("pipeline", preset, "--dry-run")
     assert done.returncode == 0
     assert '"d_sae"' in done.stdout

@@ -1,6 +1,7 @@
-"""The tiny chain through `ray job submit`, from a working directory, on a cluster started for it."""
+"""Jobs through `ray job submit`, from a working directory, on a cluster started for it."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 RAY = str(Path(sys.executable).parent / "ray")
@@ -92,10 +95,18 @@ def test_driver_and_workers_import_the_package_that_travelled(cluster: str, tmp_
     assert line.count("working_dir_files") == 2, line
 
 
-def test_the_chain_runs_as_a_submitted_job(cluster: str, tmp_path: Path) -> None:
+def test_a_submitted_job_trains_on_the_cluster(cluster: str, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "submitted"
-    done = submit(cluster, sys.executable, "jobs/pipeline.py", "tiny", "--out", str(out), "--cpus-per-worker", "1")
+    shutil.copytree(finished, out)
+    for stage in ("sarm", "evaluation"):
+        shutil.rmtree(out / stage)
+    done = submit(
+        cluster, sys.executable, "jobs/train_sarm.py", "tiny", "--out", str(out), "--cpus-per-worker", "1",
+        "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db",
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "succeeded" in done.stdout
-    assert (out / "report.html").is_file()
-    assert (out / "sarm" / "model.safetensors").is_file()
+    weights = "model.safetensors"
+    alone, submitted = (load_file(folder / "sarm" / weights) for folder in (finished, out))
+    assert alone.keys() == submitted.keys()
+    assert all(torch.equal(alone[name], submitted[name]) for name in alone), "the same seed, the same weights"

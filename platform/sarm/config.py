@@ -6,12 +6,16 @@ The flags of a job are the fields below (`--sae.k 27`), and their help texts are
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+
+from sarm.checks import UserError as UserError
+from sarm.checks import check as _check
+from sarm.checks import check_least as _check_least
+from sarm.checks import check_rate as _check_rate
 
 OPERATIONAL = {"operational": True}
 
@@ -20,29 +24,6 @@ Flat = tyro.conf.arg(name="")
 
 
 Job = TypeVar("Job")
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend: shown as one line, exit status 2."""
-
-
-def _check(section: object, flag: str, holds: bool, must_be: str) -> None:
-    if not holds:
-        name = flag.rpartition(".")[2]
-        got = getattr(section, name)
-        raise UserError(f"{name} must be {must_be}, got {got!r}. Pass --{flag.replace('_', '-')}.")
-
-
-def _check_least(section: object, flags: str, **least: int) -> None:
-    """Fields that must be unset or have at least the given value; `flags` is how their flags begin."""
-    for name, smallest in least.items():
-        value = getattr(section, name)
-        _check(section, flags + name, value is None or value >= smallest, f"at least {smallest}")
-
-
-def _check_rate(section: object, flag: str, *, zero_allowed: bool = False) -> None:
-    rate = getattr(section, flag.rpartition(".")[2])
-    _check(section, flag, math.isfinite(rate) and (rate > 0 or (zero_allowed and rate == 0)), "finite and above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +144,26 @@ class Sae:
     """Share of each phase over which the rate falls to 0."""
     heldout_share: float = 0.05
     """Share of activations, by hash of the document, kept out of training to measure FVU."""
+    architecture: Literal["topk", "batch_topk", "matryoshka", "jumprelu"] = "topk"
+    """k latents of each row; k a row on average over the batch, `matryoshka` in nested dictionaries; or learnt thresholds."""
+    signed: bool = False
+    """TopK without the ReLU, as in the papers' own code: negative latents may be active."""
+    prefixes: tuple[int, ...] = ()
+    """Sizes of Matryoshka's nested dictionaries below d_sae; empty: d_sae / 16, / 8, / 4 and / 2 as far as they hold k."""
+    bandwidth: float = 0.1
+    """Width around a JumpReLU threshold within which a pre-activation moves it."""
+    l0_penalty: float = 1.0
+    """JumpReLU's loss grows by this times (active latents / k - 1)^2."""
+    b_dec_init: Literal["mean", "geometric_median"] = "mean"
+    """Centre of the activations that the decoder bias starts at."""
+    aux_k: int = 0
+    """Dead latents that reconstruct the error of each row, so that they come alive (AuxK); 0: none. Papers: d_in / 2."""
+    aux_coefficient: float = 1 / 32
+    """Weight of AuxK's reconstruction loss."""
+    dead_after_rows: int = 1_000_000
+    """Rows, over all workers, after which a latent that has not fired is dead."""
+    split: Literal["rows", "latents"] = field(default="rows", metadata=OPERATIONAL)
+    """How workers share a step: its rows, or the dictionary's latents where one worker cannot hold them all."""
 
     def __post_init__(self) -> None:
         _check_least(self, "sae.", d_sae=1, batch_size=1, text_epochs=0, chat_epochs=0, warmup_share=0, decay_share=0)
@@ -172,6 +173,15 @@ class Sae:
         _check(self, "sae.text_epochs", self.text_epochs + self.chat_epochs > 0, "above 0 where chat_epochs is 0")
         _check(self, "sae.warmup_share", self.warmup_share + self.decay_share <= 1, "at most 1 - decay_share")
         _check(self, "sae.heldout_share", 0 < self.heldout_share < 0.5, "between 0 and 0.5")
+        _check_least(self, "sae.", aux_k=0, dead_after_rows=1)
+        _check_rate(self, "sae.bandwidth")
+        _check_rate(self, "sae.l0_penalty", zero_allowed=True)
+        _check_rate(self, "sae.aux_coefficient", zero_allowed=True)
+        rising = list(self.prefixes) == sorted(set(self.prefixes)) and all(0 < p < self.d_sae for p in self.prefixes)
+        _check(self, "sae.prefixes", rising, f"rising sizes between 1 and {self.d_sae - 1}")
+        _check(
+            self, "sae.signed", not self.signed or self.architecture == "topk", "off unless the architecture is topk"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +192,8 @@ class Reward:
     """AdamW's peak learning rate for the backbone's blocks."""
     head_lr: float = 1e-3
     """AdamW's peak learning rate for the linear head."""
-    head_init: Literal["zero", "logistic"] = "zero"
-    """Where the head starts: at zero as in the papers, or at a logistic fit to the frozen features of the training pairs."""
+    head_init: Literal["zero", "probe"] = "zero"
+    """Where the head starts: at zero as in the papers, or at a logistic probe of the training pairs' frozen activations, read through the decoder."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the blocks; the head has none."""
     epochs: int = 1

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from sarm.config import Model, UserError
 from sarm.data.artifacts import load_sae, load_sarm, save_sae, save_sarm
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.nn.architectures import build_sae, options_of
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import TopKSae
@@ -41,6 +42,37 @@ def test_an_sae_comes_back_bit_for_bit(sae, sae_folder):
     assert metadata["activations"] == {"layer": 1}
     x = torch.randn(5, D_IN)
     assert torch.equal(found(x).indices, sae(x).indices)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("topk", {"signed": True}),
+        ("batch_topk", {}),
+        ("matryoshka", {"prefixes": (6, 12)}),
+        ("jumprelu", {"bandwidth": 0.3}),
+    ],
+)
+def test_every_architecture_comes_back_with_its_options_and_thresholds(architecture, options, tmp_path):
+    sae = build_sae(architecture, D_IN, D_SAE, K, **options)
+    sample = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(1))
+    sae.initialise_(sample, torch.Generator().manual_seed(2))
+    save_sae(sae, tmp_path, {})
+    found, _ = load_sae(tmp_path)
+    assert type(found) is type(sae)
+    assert options_of(found) == options_of(sae)
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+    x = sample * 1.7
+    assert torch.equal(found.decode(found(x)), sae.decode(sae(x)))
+    # Readers of SAELens' layout know those with thresholds as jumprelu: pre * (pre > threshold).
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["architecture"] == ("topk" if architecture == "topk" else "jumprelu")
+    if architecture != "topk":
+        w = load_file(tmp_path / "sae_weights.safetensors")
+        pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+        z = pre * (pre > w["threshold"])
+        torch.testing.assert_close(z @ w["W_dec"] + w["b_dec"], sae.decode(sae(x)).detach(), rtol=0, atol=1e-5)
 
 
 def test_the_weights_are_named_and_shaped_as_documented(sae_folder):
@@ -115,8 +147,8 @@ def test_missing_and_surplus_weights_are_refused(sae_folder):
 
 def test_an_sae_of_another_architecture_is_refused(sae_folder):
     config = json.loads((sae_folder / "cfg.json").read_text())
-    (sae_folder / "cfg.json").write_text(json.dumps({**config, "architecture": "jumprelu"}))
-    with pytest.raises(UserError, match="holds a jumprelu SAE, expected topk"):
+    (sae_folder / "cfg.json").write_text(json.dumps({**config, "architecture": "gated", "metadata": {}}))
+    with pytest.raises(UserError, match="holds a gated SAE, expected one of topk, batch_topk, matryoshka, jumprelu"):
         load_sae(sae_folder)
 
 
@@ -127,10 +159,10 @@ def test_a_config_that_describes_no_sae_is_refused(sae_folder, content):
         load_sae(sae_folder)
 
 
-def build(tiny_folder: Path, head: str = "sae") -> SarmForSequenceClassification:
+def build(tiny_folder: Path, head: str = "sae", architecture: str = "topk") -> SarmForSequenceClassification:
     backbone = load_backbone(str(tiny_folder), 1)
     generator = torch.Generator().manual_seed(3)
-    sae = TopKSae(64, D_SAE, K) if head == "sae" else None
+    sae = build_sae(architecture, 64, D_SAE, K) if head == "sae" else None
     if sae:
         sae.initialise_(torch.randn(50, 64, generator=generator), generator)
     config = SarmConfig(
@@ -138,6 +170,7 @@ def build(tiny_folder: Path, head: str = "sae") -> SarmForSequenceClassification
         layer=1,
         d_sae=D_SAE if sae else 0,
         k=K if sae else 0,
+        sae={"architecture": sae.architecture, **options_of(sae)} if sae else None,
         head=head,
         end_of_turn_id=1,
         provenance={"model": "tiny:llama"},
@@ -161,9 +194,12 @@ def sarm_folder(tiny_folder, tmp_path) -> Path:
 IDS = torch.tensor([[5, 9, 300, 2, 1], [7, 7, 12, 40, 1]])
 
 
-@pytest.mark.parametrize("head", ["sae", "scalar"])
-def test_a_reward_model_comes_back_bit_for_bit(tiny_folder, tmp_path, head):
-    model = build(tiny_folder, head)
+@pytest.mark.parametrize(
+    ("head", "architecture"),
+    [("sae", "topk"), ("sae", "batch_topk"), ("sae", "matryoshka"), ("sae", "jumprelu"), ("scalar", "topk")],
+)
+def test_a_reward_model_comes_back_bit_for_bit(tiny_folder, tmp_path, head, architecture):
+    model = build(tiny_folder, head, architecture)
     save_sarm(model, fresh_chat(tiny_folder), tmp_path)
     found = load_sarm(tmp_path)
     assert not found.training
@@ -192,7 +228,9 @@ def test_the_folder_has_its_own_tokenizer_that_truncates_at_the_beginning(tiny_f
 
 
 def test_the_folder_carries_the_code_that_it_needs_and_says_so(sarm_folder):
-    assert {path.name for path in sarm_folder.glob("*.py")} == {"modeling_sarm.py", "backbone.py", "sae.py"}
+    assert {path.name for path in sarm_folder.glob("*.py")} == {
+        "modeling_sarm.py", "backbone.py", "architectures.py", "sae.py"
+    }  # fmt: skip
     assert json.loads((sarm_folder / "config.json").read_text())["auto_map"].keys() == {
         "AutoConfig",
         "AutoModelForSequenceClassification",

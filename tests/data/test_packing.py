@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sarm.data.packing import Row, answer_rows, collate, padded_tokens, text_row, token_batches
+from sarm.nn.backbone import SEGMENTS_PER_BLOCK
 
 # Few tokens, so that answers often begin alike.
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)
@@ -17,8 +18,9 @@ prompted = st.builds(
 
 
 def as_the_model_sees_it(row: Row, column: int) -> tuple[list[int], list[int]]:
-    """(tokens, positions) that the token at `column` sees: its own segment and segment 0, up to itself."""
-    seen = [i for i in range(column + 1) if row.segments[i] in (0, row.segments[column])]
+    """(tokens, positions) that the token at `column` sees: its own segment and its block's first, up to itself."""
+    own = row.segments[column]
+    seen = [i for i in range(column + 1) if row.segments[i] in (own - own % SEGMENTS_PER_BLOCK, own)]
     return [row.ids[i] for i in seen], [row.positions[i] for i in seen]
 
 
@@ -99,12 +101,21 @@ def test_batches_hold_every_row_once_with_its_padding_marked(rows, batch_tokens)
     for batch in batches:
         for (key, column), row, place in zip(batch.keys, batch.rows.tolist(), batch.columns.tolist(), strict=True):
             length = lengths[key]
-            assert place == column == length - 1
-            assert batch.input_ids[row].tolist() == [*range(100, 100 + length)] + [0] * (
-                batch.input_ids.shape[1] - length
+            assert column == length - 1
+            packed = Row(
+                batch.input_ids[row].tolist(), batch.segment_ids[row].tolist(), batch.position_ids[row].tolist(), []
             )
-            assert (batch.segment_ids[row] >= 0).tolist() == [i < length for i in range(batch.input_ids.shape[1])]
-            assert batch.position_ids[row, :length].tolist() == list(range(length))
+            assert as_the_model_sees_it(packed, place) == ([*range(100, 100 + length)], [*range(length)])
+        assert int((batch.segment_ids >= 0).sum()) == sum(lengths[key] for key, _ in batch.keys)
+
+
+def test_short_rows_stand_behind_one_another_in_the_room_of_the_longest():
+    rows = [text_row(name, range(n), [n - 1]) for name, n in (("a", 3), ("b", 6), ("c", 2), ("d", 1))]
+    batch = collate(rows, pad_id=9)
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 0]]
+    block = SEGMENTS_PER_BLOCK
+    assert batch.segment_ids.tolist() == [[0] * 6, [0, 0, 0, block, block, 2 * block]]
+    assert padded_tokens(rows) == 12
 
 
 @given(rows=text_rows)

@@ -84,13 +84,14 @@ def test_several_answers_in_one_row_equal_one_by_one(family, layer, family_folde
     model = load_backbone(str(family_folder(family)), layer)
     prompt = random_ids(4, 7).tolist()
     answers = {n: prompt + random_ids(5 + n, 3 + 2 * n).tolist() for n in range(4)}
-    other = {9: random_ids(20, 30).tolist()}
-    rows = answer_rows(list(answers.items()), 64) + answer_rows(list(other.items()), 64)
-    assert len(rows) == 2, "the answers share a row, and another row makes padding"
-    batch = collate(rows, pad_id=2)
+    other = {9: random_ids(20, 15).tolist(), 10: random_ids(21, 12).tolist()}
+    rows = answer_rows(list(answers.items()), 64)
+    assert len(rows) == 1, "the answers share a row"
+    batch = collate([*rows, *(row for one in other.items() for row in answer_rows([one], 64))], pad_id=2)
+    assert len(batch.input_ids) == 2, "two prompts share the other one"
     with torch.no_grad():
         hidden = residual_stream(model, batch.input_ids, batch.position_ids, batch.segment_ids)
-    assert sorted(batch.keys) == [0, 1, 2, 3, 9]
+    assert sorted(batch.keys) == [0, 1, 2, 3, 9, 10]
     for key, row, column in zip(batch.keys, batch.rows, batch.columns, strict=True):
         wanted = residual_alone(model, torch.tensor([(answers | other)[key]]))[0, -1]
         torch.testing.assert_close(hidden[row, column], wanted, rtol=1e-5, atol=1e-5)

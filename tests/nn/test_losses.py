@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm.nn.losses import VarianceUnexplained, bradley_terry
+from sarm.nn.losses import VarianceUnexplained, bradley_terry, cosine, reward_fidelity
 
 
 def fvu_of(x, x_hat, cuts=()):
@@ -88,3 +88,24 @@ def test_bradley_terry_computes_in_float32_or_wider():
 def test_gradcheck_of_bradley_terry():
     margins = torch.tensor([-3.0, -0.1, 0.0, 2.5], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(bradley_terry, [margins])
+
+
+def test_cosine_matches_hand_numbers():
+    x = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]])
+    x_hat = torch.tensor([[4.0, 3.0], [-2.0, 0.0], [1.0, 1.0]])
+    torch.testing.assert_close(cosine(x_hat, x), torch.tensor([24 / 25, -1.0, 0.0]))
+
+
+def test_reward_fidelity_matches_hand_numbers():
+    # Rewards 0, 2, 4 become 0, 3, 4: an error of 1 over a spread of 8.
+    x = torch.tensor([[0.0, 5.0], [1.0, 6.0], [2.0, 7.0]])
+    x_hat = torch.tensor([[0.0, 0.0], [1.5, 0.0], [2.0, 0.0]])
+    assert reward_fidelity(x, x_hat, torch.tensor([2.0, 0.0])) == pytest.approx(1 - 1 / 8)
+    assert reward_fidelity(x, x, torch.tensor([2.0, 1.0])) == 1
+    assert reward_fidelity(x, -x, torch.tensor([2.0, 0.0])) < 0, "an error larger than the spread"
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_rewards_without_a_spread_have_no_fidelity(rows):
+    x = torch.ones(rows, 2)
+    assert reward_fidelity(x, x + 1, torch.tensor([1.0, 1.0])) is None

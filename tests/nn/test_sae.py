@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sarm.nn.sae import STANDARDISE_EPS, Codes, TopKSae, _TopKEncode, dense, standardise
+from sarm.nn.sae import STANDARDISE_EPS, Codes, TopKSae, _Encode, dense, geometric_median, standardise
 
 B, D, S, K = 7, 6, 24, 4
 
@@ -93,7 +93,7 @@ def test_gradcheck_of_the_encoder(shift):
     generator = torch.Generator().manual_seed(5)
     x, W_SD, b_S = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (10, 4), (10,)))
     inputs = [tensor.requires_grad_() for tensor in (x, W_SD, b_S + shift)]
-    assert torch.autograd.gradcheck(lambda x, W, b: _TopKEncode.apply(x, W, b, 3)[0], inputs)
+    assert torch.autograd.gradcheck(lambda x, W, b: _Encode.apply(x, W, b, TopKSae(4, 10, 3).activate)[0], inputs)
 
 
 @pytest.mark.parametrize("trained", ["x", "W_enc", "b_enc"])
@@ -330,3 +330,33 @@ def test_absorbing_changes_no_decoder_row_but_one():
     changed = (before.W_dec != after.W_dec).any(1)
     assert changed.nonzero().flatten().tolist() == [LATENT]
     assert torch.equal(before.b_dec, after.b_dec)
+
+
+def test_the_geometric_median_has_the_least_sum_of_distances_and_shrugs_off_an_outlier():
+    x = torch.cat([rows(11, 40), rows(12, 1) + 1000.0]).float()
+    median = geometric_median(x, steps=200)
+
+    def distances(point):
+        return (x - point).norm(dim=1).sum()
+
+    for direction in rows(13, 20).float():
+        assert distances(median) <= distances(median + 0.01 * direction) + 1e-3
+    assert median.norm() < 1 < x.mean(0).norm()
+
+
+def test_b_dec_starts_at_the_centre_that_is_asked_for():
+    sample = torch.cat([rows(11, 40), rows(12, 1) + 100.0]).float()
+    for name, centre in (("mean", sample.mean(0)), ("geometric_median", geometric_median(sample))):
+        sae = TopKSae(D, S, K)
+        sae.initialise_(sample, torch.Generator().manual_seed(0), name)
+        torch.testing.assert_close(sae.b_dec.data, centre)
+
+
+def test_signed_topk_keeps_negative_latents_where_fewer_than_k_are_positive():
+    signed = TopKSae(D, S, K, signed=True)
+    signed.load_state_dict(random_sae().state_dict())
+    signed.double().b_enc.data.sub_(1e3)
+    codes = signed(rows())
+    pre = (rows() - signed.b_dec) @ signed.W_enc + signed.b_enc
+    assert (codes.values < 0).all()
+    torch.testing.assert_close(codes.values, pre.topk(K).values, rtol=0, atol=0)

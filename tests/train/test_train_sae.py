@@ -11,7 +11,9 @@ from torch import Tensor
 
 from sarm.config import Sae
 from sarm.nn.sae import Codes, TopKSae, standardise
-from sarm.train.sae import LatentCounts, Phase, measure, quality_metrics, train_sae
+from sarm.train.sae import Phase, train_sae
+from sarm.train.sae_learner import Learner
+from sarm.train.sae_quality import LatentCounts, measure, quality_metrics
 
 ROOT = Path(__file__).parents[2]
 D_IN, D_SAE, K = 16, 32, 2
@@ -87,18 +89,17 @@ def test_no_step_sees_a_held_out_row():
     assert torch.equal(first.W_dec, second.W_dec)
 
 
-def test_each_row_is_seen_once_an_epoch_and_progress_ends_at_1():
+def test_each_row_is_seen_once_an_epoch_and_progress_ends_at_1(monkeypatch):
     seen: list[Tensor] = []
     sae = fresh_sae()
-    forward = sae.forward
     logged = []
+    step = Learner.step
 
-    def watch(x):
-        if torch.is_grad_enabled():
-            seen.append(x.detach())
-        return forward(x)
+    def watch(self, x, lr):
+        seen.append(x.clone())
+        return step(self, x, lr)
 
-    sae.forward = watch
+    monkeypatch.setattr(Learner, "step", watch)
     rows = phase(epochs=3)
     train_sae(sae, rows, CONFIG, 0, lambda step, metrics: logged.append((step, metrics)))
     x = torch.cat(seen)
@@ -118,7 +119,9 @@ def test_the_log_has_what_mlflow_shows():
     step, metrics = logged[-1]
     # Two windows of 161 and 160 rows make 6 and 5 steps of at most 32.
     assert step == 2 * (6 + 5)
-    assert metrics.keys() == {"progress", "loss", "lr", "fvu", "l0", "alive_share", "dead_fraction"}
+    assert metrics.keys() == {
+        "progress", "loss", "lr", "fvu", "explained_variance", "cosine", "l0", "alive_share", "dead_fraction", "dead_by_clock"
+    }  # fmt: skip
     assert 0 < metrics["l0"] <= K
     json.dumps(metrics, allow_nan=False)
 
@@ -202,3 +205,27 @@ def test_fvu_is_left_out_of_the_metrics_where_nothing_is_held_out():
     quality = measure(fresh_sae(), sparse_rows(1)[:0])
     assert quality.fvu is None
     assert quality_metrics(quality).keys() == {"l0", "alive_share", "dead_fraction"}
+
+
+def test_density_and_its_histogram_match_hand_numbers():
+    counts = LatentCounts(4)
+    fires = torch.zeros(100, 4)
+    fires[:, 0] = fires[:10, 1] = fires[:1, 2] = 1.0
+    counts.add(Codes(fires, torch.arange(4).expand(100, 4)))
+    torch.testing.assert_close(counts.density(), torch.tensor([1, 0.1, 0.01, 0]).double())
+    edges, latents = counts.density_histogram(decades=2, bins_per_decade=1)
+    assert edges == [-2, -1, 0]
+    assert latents == [1, 2], "1 in 100; 1 in 10 and always; the dead one in no bin"
+    assert sum(LatentCounts(4).density_histogram()[1]) == 0
+
+
+def test_metrics_are_of_one_definition():
+    sae, h = fresh_sae(), sparse_rows(50)
+    x = standardise(h)
+    x_hat = sae.decode(sae(x))
+    quality = measure(sae, h)
+    metrics = quality_metrics(quality)
+    assert metrics["explained_variance"] == pytest.approx(1 - metrics["fvu"])
+    assert metrics["fvu"] == pytest.approx(float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-5)
+    cosines = (x * x_hat).sum(1) / x.norm(dim=1) / x_hat.norm(dim=1)
+    assert metrics["cosine"] == pytest.approx(float(cosines.mean()), rel=1e-5)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from sarm.config import UserError
 from sarm.data.chat import ChatTokenizer
+from sarm.nn.architectures import ARCHITECTURES, build_sae, options_of
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.sae import TopKSae
+from sarm.nn.sae import Sae, TopKSae
 
 SAE = "sae/v1"
 SARM = "sarm/v1"
@@ -25,27 +26,36 @@ _SAE_WEIGHTS = "sae_weights.safetensors"
 _SAE_LENS_LAYOUT = "6.0.0"
 
 
-def save_sae(sae: TopKSae, folder: Path, metadata: dict[str, Any]) -> None:
-    """Write the SAE; `metadata` (model, layer, standardising, ...) goes into `cfg.json`."""
+def save_sae(sae: Sae, folder: Path, metadata: dict[str, Any]) -> None:
+    """Write the SAE; `metadata` (model, layer, standardising, ...) goes into `cfg.json`.
+
+    Architectures with thresholds are SAELens' jumprelu, which is what they are out of training; `metadata.sae` says how they train.
+    """
+    is_topk = isinstance(sae, TopKSae)
     config = {
-        "architecture": "topk",
+        "architecture": "topk" if is_topk else "jumprelu",
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
-        "k": sae.k,
+        **({"k": sae.k} if is_topk else {}),
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
         # Standardising per token is the reader's job (`sarm.nn.sae.standardise`), the same before training and scoring.
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,
-        "metadata": {"sae_lens_version": _SAE_LENS_LAYOUT, "input": "standardise(residual), float32", **metadata},
+        **({"rescale_acts_by_decoder_norm": False} if is_topk else {}),
+        "metadata": {
+            "sae_lens_version": _SAE_LENS_LAYOUT,
+            "input": "standardise(residual), float32",
+            "sae": {"architecture": sae.architecture, "k": sae.k, **options_of(sae)},
+            **metadata,
+        },
     }
     (folder / "cfg.json").write_text(json.dumps(config, indent=2))
-    save_file({name: p.detach().cpu().contiguous() for name, p in sae.named_parameters()}, folder / _SAE_WEIGHTS)
+    save_file({name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}, folder / _SAE_WEIGHTS)
 
 
-def load_sae(folder: Path) -> tuple[TopKSae, dict[str, Any]]:
+def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
     """The SAE of a folder and its metadata.
 
     Raises UserError if files are missing or torn, or the weights are of another shape than `cfg.json` says.
@@ -53,18 +63,23 @@ def load_sae(folder: Path) -> tuple[TopKSae, dict[str, Any]]:
     try:
         config = json.loads((folder / "cfg.json").read_text())
         weights = load_file(folder / _SAE_WEIGHTS)
-        sae = TopKSae(config["d_in"], config["d_sae"], config["k"]) if config["architecture"] == "topk" else None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        # A jumprelu SAE from elsewhere has no k, and none is needed unless it is trained on.
+        here = {"architecture": config["architecture"], "k": config["k"] if config["architecture"] == "topk" else 1}
+        kind = dict(config.get("metadata", {}).get("sae", here))
+        architecture, k = kind.pop("architecture"), kind.pop("k")
+        known = architecture in ARCHITECTURES
+        sae = build_sae(architecture, config["d_in"], config["d_sae"], k, **kind) if known else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} is not a readable SAE: {error}. Train it again, or pass another --out.") from error
     if sae is None:
-        raise UserError(f"{folder} holds a {config['architecture']} SAE, expected topk.")
-    expected = {name: tuple(p.shape) for name, p in sae.named_parameters()}
+        raise UserError(f"{folder} holds a {architecture} SAE, expected one of {', '.join(ARCHITECTURES)}.")
+    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         raise UserError(f"{folder / _SAE_WEIGHTS} holds shapes {found}, cfg.json says {expected}.")
     with torch.no_grad():
-        for name, parameter in sae.named_parameters():
-            parameter.copy_(weights[name])
+        for name, tensor in sae.state_dict().items():
+            tensor.copy_(weights[name])
     return sae, config.get("metadata", {})
 
 
@@ -81,7 +96,7 @@ def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder:
     chat.tokenizer.truncation_side = chat.tokenizer.init_kwargs["truncation_side"] = "left"
     chat.tokenizer.model_max_length = chat.max_length
     chat.tokenizer.save_pretrained(folder)
-    for name in ("modeling_sarm.py", "backbone.py", "sae.py"):
+    for name in ("modeling_sarm.py", "backbone.py", "architectures.py", "sae.py"):
         shutil.copyfile(code / name, folder / name)
 
 

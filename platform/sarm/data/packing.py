@@ -1,7 +1,8 @@
 """Rows of tokens for one forward pass. Answers to one prompt share a row: the prompt once, then each answer.
 
 Segment 0 is the shared prompt, 1, 2, ... the answers, -1 padding; positions restart after the prompt at every answer, so a
-packed answer is computed as if it stood alone (`sarm.nn.backbone`). Rows are padded on the right to the longest of their batch.
+packed answer is computed as if it stood alone (`sarm.nn.backbone`). Short rows of a batch stand behind one another in the room
+that its longest row sets, each in a block of segments of its own; what is then left is padded on the right.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -9,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sarm.nn.backbone import SEGMENTS_PER_BLOCK
 
 
 class Row(NamedTuple):
@@ -81,25 +84,55 @@ def token_batches(rows: Iterable[Row], batch_tokens: int, pad_id: int) -> list[T
 
 def padded_tokens(rows: Sequence[Row]) -> int:
     """Tokens of a batch of these rows, padding included."""
-    return len(rows) * max((len(row.ids) for row in rows), default=0)
+    return len(_bins(rows)) * max((len(row.ids) for row in rows), default=0)
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> TokenBatch:
-    """One batch of these rows."""
+    """One batch of these rows, as wide as the longest of them."""
     length = max(len(row.ids) for row in rows)
+    joined = [_joined(members) for members in _bins(rows)]
 
     def padded(lists: list[list[int]], value: int) -> Tensor:
         return torch.tensor([items + [value] * (length - len(items)) for items in lists])
 
-    taken = [(key, index, column) for index, row in enumerate(rows) for key, column in row.taken]
+    taken = [(key, index, column) for index, row in enumerate(joined) for key, column in row.taken]
     return TokenBatch(
-        input_ids=padded([row.ids for row in rows], pad_id),
-        position_ids=padded([row.positions for row in rows], 0),
-        segment_ids=padded([row.segments for row in rows], -1),
+        input_ids=padded([row.ids for row in joined], pad_id),
+        position_ids=padded([row.positions for row in joined], 0),
+        segment_ids=padded([row.segments for row in joined], -1),
         rows=torch.tensor([row for _, row, _ in taken], dtype=torch.long),
         columns=torch.tensor([column for _, _, column in taken], dtype=torch.long),
         keys=[key for key, _, _ in taken],
     )
+
+
+def _bins(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows, longest first, each behind the first others that leave it room within the longest row's length."""
+    ordered = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+    bins: list[list[Row]] = []
+    room: list[int] = []
+    for row in ordered:
+        place = next((i for i, free in enumerate(room) if free >= len(row.ids)), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(len(ordered[0].ids))
+        bins[place].append(row)
+        room[place] -= len(row.ids)
+    return bins
+
+
+def _joined(members: Sequence[Row]) -> Row:
+    """The rows behind one another, blind to each other."""
+    ids: list[int] = []
+    segments: list[int] = []
+    positions: list[int] = []
+    taken: list[tuple[Hashable, int]] = []
+    for block, row in enumerate(members):
+        taken += [(key, len(ids) + column) for key, column in row.taken]
+        segments += [block * SEGMENTS_PER_BLOCK + segment for segment in row.segments]
+        ids += row.ids
+        positions += row.positions
+    return Row(ids, segments, positions, taken)
 
 
 def _shared_row(members: Sequence[tuple[Hashable, Sequence[int]]], shared: int) -> Row:

@@ -2,7 +2,8 @@
 
 B rows, L columns. Several answers to one prompt may share a row: segment 0 is the shared prompt, segments 1, 2, ... the
 answers, -1 padding. A token sees its own segment and segment 0 up to itself, and positions restart at each answer, so
-every answer is computed as if it stood alone after the prompt.
+every answer is computed as if it stood alone after the prompt. Several prompts may share a row too: the b-th has its
+segments in the block from b * SEGMENTS_PER_BLOCK on, which begins with its shared prompt.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 # Families whose block forward was checked against `hidden_states[layer]`; gemma3 with vision keeps its text part elsewhere.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+# More answers to one prompt than that do not fit a row.
+SEGMENTS_PER_BLOCK = 1 << 16
 # These take one mask per kind of layer; the others take one mask.
 _MASK_PER_LAYER_KIND = ("qwen2", "qwen3", "gemma2", "gemma3_text")
 
@@ -119,7 +122,8 @@ def _visible(positions: Tensor, segments: Tensor, window: int | None) -> Tensor:
     length = segments.shape[1]
     order = torch.arange(length, device=segments.device)
     same = segments[:, :, None] == segments[:, None, :]
-    visible = (order[:, None] >= order[None, :]) & (same | (segments[:, None, :] == 0))
+    shared_prompt = segments - segments % SEGMENTS_PER_BLOCK
+    visible = (order[:, None] >= order[None, :]) & (same | (shared_prompt[:, :, None] == segments[:, None, :]))
     if window is not None:
         visible = visible & (positions[:, :, None] - positions[:, None, :] < window)
     return visible

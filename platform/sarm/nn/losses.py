@@ -16,6 +16,26 @@ def bradley_terry(margins: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
     return F.softplus(-(margins if margins.dtype == torch.float64 else margins.float()))
 
 
+def cosine(x_hat: Float[Tensor, "batch d_in"], x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " batch"]:
+    """Cosine of the angle between each row and its reconstruction; 0 where one of them is zero."""
+    return F.cosine_similarity(x_hat, x, dim=-1, eps=1e-12)
+
+
+def reward_fidelity(
+    x: Float[Tensor, "rows d_in"], x_hat: Float[Tensor, "rows d_in"], weight_D: Float[Tensor, " d_in"]
+) -> float | None:
+    """Share of the variance of a linear reward x . weight that is kept when x is replaced by x_hat.
+
+    1 - sum((x_hat - x) . weight)^2 / sum(x . weight - mean)^2 in float64: 1 if no reward changes, below 0 if the change is larger
+    than the rewards' spread; None without two different rewards.
+    """
+    weight_D = weight_D.double()
+    reward_N = x.double() @ weight_D
+    changed = ((x_hat - x).double() @ weight_D).square().sum()
+    variance = (reward_N - reward_N.mean()).square().sum() if len(reward_N) else reward_N.new_zeros(())
+    return float(1 - changed / variance) if variance > 1e-12 * reward_N.square().sum() else None
+
+
 class VarianceUnexplained:
     """FVU over a data set as one ratio of sums in float64; a mean of batch ratios would depend on the batch size."""
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .architectures import build_sae
 from .backbone import residual_stream, without_final_norm
-from .sae import Codes, TopKSae, standardise
+from .sae import Codes, Sae, standardise
 
 
 class SarmConfig(PretrainedConfig):
@@ -29,6 +30,7 @@ class SarmConfig(PretrainedConfig):
         layer: int = 0,
         d_sae: int = 0,
         k: int = 0,
+        sae: dict[str, Any] | None = None,
         head: str = "sae",
         end_of_turn_id: int | None = None,
         reward_mean: float = 0.0,
@@ -37,6 +39,8 @@ class SarmConfig(PretrainedConfig):
         **kwargs: Any,
     ):
         self.backbone, self.layer, self.d_sae, self.k, self.head = backbone or {}, layer, d_sae, k, head
+        # Architecture and options of the SAE (`architectures.options_of`).
+        self.sae = sae or {"architecture": "topk"}
         self.end_of_turn_id, self.reward_mean, self.reward_std = end_of_turn_id, reward_mean, reward_std
         self.provenance = provenance or {}
         kwargs["num_labels"] = 1
@@ -72,13 +76,13 @@ class SarmForSequenceClassification(PreTrainedModel):
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["sae", "score"]  # noqa: RUF012
 
-    def __init__(self, config: SarmConfig, backbone: PreTrainedModel | None = None, sae: TopKSae | None = None):
+    def __init__(self, config: SarmConfig, backbone: PreTrainedModel | None = None, sae: Sae | None = None):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = backbone if backbone is not None else _empty_backbone(config)
         d_in = self.model.config.hidden_size
         if config.head == "sae":
-            self.sae = sae if sae is not None else TopKSae(d_in, config.d_sae, config.k)
+            self.sae = sae if sae is not None else build_sae(d_in=d_in, d_sae=config.d_sae, k=config.k, **config.sae)
             # DeepSpeed broadcasts parameters as bytes, which a transposed one is not.
             self.sae.W_enc.data = self.sae.W_enc.data.contiguous()
             self.score: SparseLinear | nn.Linear = SparseLinear(config.d_sae)

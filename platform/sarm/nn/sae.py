@@ -1,11 +1,12 @@
-"""TopK sparse autoencoder on standardised activations.
+"""Sparse autoencoders on standardised activations: what all share, and TopK.
 
 B batch, D d_in, S d_sae, K active latents.
 x = (h - mean h) / (std h + 1e-6) per token;  pre = (x - b_dec) W_enc + b_enc;  z = relu(TopK(pre));  x_hat = z W_dec + b_dec.
 The K active latents of a row are kept as `Codes`, never as a B x S tensor, so the backward pass costs 4K/S of a dense one.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,55 +30,61 @@ def standardise(h: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
     return (h - mean) / (std + STANDARDISE_EPS)
 
 
-class _TopKEncode(torch.autograd.Function):
-    """relu(TopK(x_BD W_SD^T + b_S)) whose backward touches only the K active rows of W_SD.
+# What an architecture makes of pre-activations: values, their latents, and where the gradient passes; all [batch, width].
+Activation = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
-    The gradient of W_SD is that of an embedding bag with rows x and weights dL/dz, one threaded call without a B x K x D tensor.
-    """
+
+class _Encode(torch.autograd.Function):
+    """activate(x_BD W_SD^T + b_S) whose backward touches only the active rows of W_SD."""
 
     @staticmethod
-    def forward(ctx: Any, x_BD: Tensor, W_SD: Tensor, b_S: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        pre_BS = torch.addmm(b_S, x_BD, W_SD.T)
-        top_BK, indices_BK = torch.topk(pre_BS, k, dim=-1)
-        values_BK = top_BK.relu()
-        ctx.save_for_backward(x_BD, W_SD, values_BK, indices_BK)
+    def forward(ctx: Any, x_BD: Tensor, W_SD: Tensor, b_S: Tensor, activate: Activation) -> tuple[Tensor, Tensor]:
+        values_BK, indices_BK, is_on_BK = activate(torch.addmm(b_S, x_BD, W_SD.T))
+        ctx.save_for_backward(x_BD, W_SD, indices_BK, is_on_BK)
         ctx.mark_non_differentiable(indices_BK)
         return values_BK, indices_BK
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BD, W_SD, values_BK, indices_BK = ctx.saved_tensors
-        # Latents of value 0 are off: relu's gradient is 0 there, also when fewer than K pre-activations are positive.
-        grad_BK = grads[0] * (values_BK > 0)
+        x_BD, W_SD, indices_BK, is_on_BK = ctx.saved_tensors
+        grad_BK = grads[0] * is_on_BK
         need_x, need_W, need_b, _ = ctx.needs_input_grad
         # Only a reward model asks for it, with one row a response: gathering B x K x D is cheaper than copying a strided W.
         grad_x = torch.bmm(grad_BK[:, None], W_SD[indices_BK])[:, 0] if need_x else None
-        grad_W = _bag_weight_gradient(x_BD, indices_BK, grad_BK, W_SD.shape[0]) if need_W else None
-        grad_b = None
-        if need_b:
-            grad_b = torch.zeros(W_SD.shape[0], dtype=grad_BK.dtype, device=grad_BK.device)
-            grad_b.index_add_(0, indices_BK.flatten(), grad_BK.flatten())
+        latents_N, weights_N = indices_BK.flatten(), grad_BK.flatten()
+        grad_W = None
+        if need_W:
+            bags_N = torch.arange(len(x_BD), device=x_BD.device).repeat_interleave(indices_BK.shape[1])
+            grad_W = bag_weight_gradient(x_BD, latents_N, bags_N, weights_N, W_SD.shape[0])
+        grad_b = weights_N.new_zeros(W_SD.shape[0]).index_add_(0, latents_N, weights_N) if need_b else None
         return grad_x, grad_W, grad_b, None
 
 
-def _bag_weight_gradient(rows_BD: Tensor, indices_BK: Tensor, weights_BK: Tensor, num_rows: int) -> Tensor:
-    """sum over (b, k) of weights[b, k] * rows[b] into row indices[b, k]: the weight gradient of `embedding_bag`."""
-    with torch.enable_grad():
-        table = (
-            torch.zeros(1, device=rows_BD.device, dtype=rows_BD.dtype)
-            .expand(num_rows, rows_BD.shape[1])
-            .requires_grad_()
-        )
-        bags = F.embedding_bag(indices_BK, table, per_sample_weights=weights_BK.detach(), mode="sum")
-    (gradient,) = torch.autograd.grad(bags, table, rows_BD)
-    return gradient
+def bag_weight_gradient(
+    rows_GD: Float[Tensor, "bags d_in"],
+    latents_N: Int[Tensor, " entries"],
+    bags_N: Int[Tensor, " entries"],
+    weights_N: Float[Tensor, " entries"],
+    num_latents: int,
+) -> Float[Tensor, "latents d_in"]:
+    """Sum over entries n of weights[n] * rows[bags[n]] into row latents[n]: the weight gradient of an embedding bag.
+
+    One threaded call without an entries x d_in tensor.
+    """
+    none = latents_N.new_empty(0)
+    return torch.ops.aten._embedding_bag_dense_backward(
+        rows_GD.contiguous(), latents_N, bags_N, none, none, num_latents, False, 0, weights_N, -1
+    )
 
 
-class TopKSae(nn.Module):
-    """Parameters as SAELens names and shapes them: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec; always float32.
+class Sae(nn.Module):
+    """What all architectures share; they differ in `activate`.
 
+    Parameters as SAELens names and shapes them: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec; always float32.
     Calling it encodes: standardised rows in, `Codes` out.
     """
+
+    architecture: ClassVar[str]
 
     def __init__(self, d_in: int, d_sae: int, k: int):
         super().__init__()
@@ -91,27 +98,41 @@ class TopKSae(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=torch.float32))
 
     @torch.no_grad()
-    def initialise_(self, sample_ND: Float[Tensor, "rows d_in"], generator: torch.Generator) -> None:
-        """Random unit decoder rows, encoder its transpose, b_dec the mean of a sample, so training starts mean-centred.
+    def initialise_(
+        self, sample_ND: Float[Tensor, "rows d_in"], generator: torch.Generator, b_dec: str = "mean"
+    ) -> None:
+        """Random unit decoder rows, encoder its transpose, b_dec the centre of a sample, so training starts mean-centred.
+
+        `b_dec` is "mean" or "geometric_median" (which outlying rows move less).
 
         The encoder is scaled so that the first reconstructions fit their inputs best in the sense of least squares.
         """
-        self.b_dec.copy_(sample_ND.float().mean(0))
+        sample_ND = sample_ND.float()
+        self.b_dec.copy_(sample_ND.mean(0) if b_dec == "mean" else geometric_median(sample_ND))
         self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
         self.normalise_decoder_()
         self.W_enc.copy_(self.W_dec.T)
         self.b_enc.zero_()
-        x_ND = sample_ND[:1024].float()
+        x_ND = sample_ND[:1024]
+        self.calibrate_(x_ND)
         centred, reconstructed = x_ND - self.b_dec, self.decode(self(x_ND)) - self.b_dec
         self.W_enc.mul_((centred * reconstructed).sum() / reconstructed.square().sum().clamp_min(1e-12))
+        self.calibrate_(x_ND)
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         """Encode standardised rows."""
         # Autocast and 16-bit weights would leave latents tied at the k-th value (SARM, implementation notes).
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.W_enc.dtype)
-            values, indices = _TopKEncode.apply(x - self.b_dec, self.W_enc.T, self.b_enc, self.k)
+            values, indices = _Encode.apply(x - self.b_dec, self.W_enc.T, self.b_enc, self.activate)
         return Codes(values, indices)
+
+    def activate(self, pre_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values and indices of each row's active latents, by descending value, and where the gradient passes."""
+        raise NotImplementedError
+
+    def calibrate_(self, x_ND: Float[Tensor, "rows d_in"]) -> None:
+        """Fit what the architecture has beside the four parameters to a sample, under the initial encoder."""
 
     def decode(self, codes: Codes) -> Float[Tensor, "batch d_in"]:
         """x_hat of the codes."""
@@ -141,8 +162,36 @@ class TopKSae(nn.Module):
     def remove_parallel_gradient_(self) -> None:
         """Take out of the decoder's gradient what would only change row norms, since normalising undoes it but Adam's moments keep it."""
         if self.W_dec.grad is not None:
-            along_S1 = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
-            self.W_dec.grad.addcmul_(along_S1, self.W_dec, value=-1.0)
+            # Some rows at a time: the product would else be another tensor of the decoder's size.
+            for gradient, rows in zip(self.W_dec.grad.split(1024), self.W_dec.split(1024), strict=True):
+                gradient.addcmul_((gradient * rows).sum(dim=1, keepdim=True), rows, value=-1.0)
+
+
+class TopKSae(Sae):
+    """z = relu(TopK(pre)); with `signed`, z = TopK(pre), as in the papers' own code, where negative latents may survive."""
+
+    architecture = "topk"
+
+    def __init__(self, d_in: int, d_sae: int, k: int, signed: bool = False):
+        super().__init__(d_in, d_sae, k)
+        self.signed = signed
+
+    def activate(self, pre_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        top_BK, indices_BK = torch.topk(pre_BS, self.k, dim=-1)
+        if self.signed:
+            return top_BK, indices_BK, torch.ones_like(top_BK, dtype=torch.bool)
+        # Latents of value 0 are off: relu's gradient is 0 there, also when fewer than K pre-activations are positive.
+        return top_BK.relu(), indices_BK, top_BK > 0
+
+
+def geometric_median(x_ND: Float[Tensor, "rows d_in"], steps: int = 32) -> Float[Tensor, " d_in"]:
+    """The point with the least sum of distances to the rows, by Weiszfeld's iteration from their mean."""
+    x_ND = x_ND.double()
+    median_D = x_ND.mean(0)
+    for _ in range(steps):
+        weights_N = (x_ND - median_D).norm(dim=1).clamp_min(1e-9).reciprocal()
+        median_D = weights_N @ x_ND / weights_N.sum()
+    return median_D.float()
 
 
 def dense(codes: Codes, d_sae: int) -> Float[Tensor, "batch d_sae"]:

@@ -218,5 +218,5 @@ def _with_sink_columns(table_schema: pa.Schema) -> pa.Schema:
 def _active(output: Any, i: int) -> dict[str, Any]:
     if output.latent_values is None:
         return {"latents": [], "values": []}
-    on = output.latent_values[i] > 0
+    on = output.latent_values[i] != 0
     return {"latents": output.latent_indices[i][on].tolist(), "values": output.latent_values[i][on].tolist()}

@@ -27,7 +27,7 @@ from sarm.runtime.extraction import run_over
 from sarm.runtime.reward_training import load_pairs
 from sarm.runtime.session import Session, say
 from sarm.runtime.tracking import StageRun
-from sarm.train.sae import measure
+from sarm.train.sae_quality import measure
 
 
 def evaluate(

@@ -1,6 +1,6 @@
-"""Starting a reward head at a logistic fit to frozen features instead of at zero.
+"""Starting a reward head at what a linear probe reads from the frozen activations, instead of at zero.
 
-The blocks then begin to learn from a reward that already ranks, instead of from a head that is still growing. N responses, A alive features.
+The blocks then begin to learn from a reward that already ranks, instead of from a head that is still growing. N responses, D d_in.
 """
 
 from pathlib import Path
@@ -13,15 +13,18 @@ from sarm.config import UserError
 from sarm.data.activations import ActivationStore
 from sarm.evaluate.probe import fit_probe
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
-from sarm.nn.sae import Codes, standardise
+from sarm.nn.sae import standardise
 from sarm.schema import hash_share, stable_int
 
-# Enough for a linear head; keeps the dense features of a large data set in memory.
+# Enough for a linear head; keeps the activations of a large data set in memory.
 _MAX_PAIRS = 20_000
 
 
 def start_head_(model: SarmForSequenceClassification, activations: Path, pairs: pa.Table, seed: int) -> None:
-    """Set the head to the logistic fit on the stored activations of these pairs; latents that never fire there keep weight 0.
+    """Set the head to the logistic probe w_D on the stored activations of these pairs.
+
+    A latent starts at W_dec w_D, what its direction adds to the probe's reward, so that the first reward is the probe's reading of
+    x_hat. (A fit on the codes themselves has more coefficients than the pairs can hold, and ranked unseen prompts worse.)
 
     Raises UserError if the activations are not those of the pairs.
     """
@@ -36,24 +39,8 @@ def start_head_(model: SarmForSequenceClassification, activations: Path, pairs: 
         raise UserError(
             f"{activations} holds no activation of these pairs. Extract them again, or pass --reward.head-init zero."
         )
-    features_NA, alive_A = _features(model, h_ND)
-    chosen, rejected = ([sides[i][side] for i in usable] for side in (0, 1))
+    chosen_ND, rejected_ND = (standardise(h_ND[[sides[i][side] for i in usable]]).numpy() for side in (0, 1))
     prompts = np.array([rows[i]["prompt_id"] for i in usable])
-    probe = fit_probe(features_NA[chosen], features_NA[rejected], prompts, seed)
+    w_D = torch.from_numpy(fit_probe(chosen_ND, rejected_ND, prompts, seed).weight)
     with torch.no_grad():
-        model.score.weight.zero_()
-        model.score.weight[0, alive_A] = torch.from_numpy(probe.weight)
-
-
-def _features(model: SarmForSequenceClassification, h_ND: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
-    """What the head multiplies, for the A features that are ever non-zero: N x A values, and which features they are."""
-    with torch.no_grad():
-        x_ND = standardise(h_ND)
-        if model.config.head == "scalar":
-            return x_ND.numpy(), torch.arange(x_ND.shape[1])
-        codes = Codes(*(torch.cat(part) for part in zip(*(model.sae(x) for x in x_ND.split(1024)), strict=True)))
-    alive_A = codes.indices[codes.values > 0].unique()
-    # Latents of value 0 may be missing from alive_A: wherever searchsorted puts their 0, it adds nothing.
-    columns = torch.searchsorted(alive_A, codes.indices).clamp_max(len(alive_A) - 1)
-    features_NA = torch.zeros(len(x_ND), len(alive_A)).scatter_add_(1, columns, codes.values)
-    return features_NA.numpy(), alive_A
+        model.score.weight[0] = w_D if model.config.head == "scalar" else model.sae.W_dec @ w_D

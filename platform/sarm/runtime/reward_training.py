@@ -15,6 +15,7 @@ from sarm.data.artifacts import load_sae, save_sarm
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import token_batches
+from sarm.nn.architectures import options_of
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.runtime.cluster import Cluster
@@ -24,10 +25,13 @@ from sarm.runtime.trainer import Progress, run_workers, worker_device
 from sarm.runtime.zero import ZeroEngine
 from sarm.train.reward import parameter_groups, train_reward
 
+# Prompts, and responses of each, that the reward's moments are taken over.
+_MOMENT_PROMPTS, _MOMENT_RESPONSES = 16, 4
+
 
 @dataclass(frozen=True)
 class RewardTask:
-    """What a worker needs to know; picklable. `sae` None trains the scalar head; the head starts at a fit to `head_start`, else at 0."""
+    """What a worker needs to know; picklable. `sae` None trains the scalar head; the head starts at a probe of `head_start`, else at 0."""
 
     run: Run
     model: Model
@@ -114,6 +118,7 @@ def build_model(task: RewardTask, chat: ChatTokenizer) -> SarmForSequenceClassif
         layer=task.model.layer,
         d_sae=0 if sae is None else sae.d_sae,
         k=0 if sae is None else sae.k,
+        sae=None if sae is None else {"architecture": sae.architecture, **options_of(sae)},
         head="scalar" if sae is None else "sae",
         end_of_turn_id=chat.end_of_turn_id,
         provenance={
@@ -137,7 +142,8 @@ def reward_moments(
     device: torch.device,
 ) -> tuple[float, float]:
     """Mean and standard deviation of the reward over a sample of training responses, for users who want a unit scale."""
-    rows = [row for group in groups[:32] for row in group.rows(row_tokens)]
+    sample = groups[:: max(1, len(groups) // _MOMENT_PROMPTS)]
+    rows = [row for group in sample for row in group._replace(tokens=group.tokens[:_MOMENT_RESPONSES]).rows(row_tokens)]
     rewards = []
     with torch.inference_mode():
         for batch in token_batches(rows, batch_tokens, pad_id):

@@ -1,5 +1,6 @@
 """SAE training on Ray Train: what each worker runs, and the trainer that starts them."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,21 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from sarm import config as configs
 from sarm import schema
-from sarm.config import Run, Sae, UserError
+from sarm.config import Run, UserError
 from sarm.data.activations import ActivationStore, ShuffledRows, vectors
 from sarm.data.artifacts import save_sae
-from sarm.nn.sae import TopKSae, standardise
+from sarm.nn.architectures import build_sae
+from sarm.nn.sae import Sae, standardise
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.trainer import Progress, run_workers, worker_device
-from sarm.train.sae import LatentCounts, Phase, measure, train_sae
+from sarm.train.sae import Phase, SaeTraining
+from sarm.train.sae_quality import LatentCounts, measure
 
 _SAMPLE_ROWS = 16 * 1024
+_OF_THE_SAE = ("architecture", "d_sae", "k", "signed", "prefixes", "bandwidth", "l0_penalty")
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class SaeTask:
     """What a worker needs to know; picklable. A phase whose folder is None is left out."""
 
     run: Run
-    sae: Sae
+    sae: configs.Sae
     text: Path | None
     chat: Path | None
     folder: Path
@@ -40,7 +45,7 @@ def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
     return run_workers("sae", sae_worker, task, task.run, task.folder, cluster, threads)
 
 
-def check_activations(sae: Sae, stores: dict[str, ActivationStore]) -> None:
+def check_activations(sae: configs.Sae, stores: dict[str, ActivationStore]) -> None:
     """Raise UserError unless the folders hold activations of one model and layer, with enough rows to train and measure on."""
     kinds = {name: {k: v for k, v in store.metadata.items() if k != "dtype"} for name, store in stores.items()}
     first, *others = kinds.items()
@@ -68,8 +73,8 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         name: standardise(next(source.windows(task.run.seed, 0))[:_SAMPLE_ROWS]) for name, source in rows.items()
     }
     names = list(rows)
-    sae = TopKSae(stores[names[0]].d_in, task.sae.d_sae, task.sae.k)
-    sae.initialise_(samples[names[0]], torch.Generator().manual_seed(task.run.seed))
+    sae = build_sae(d_in=stores[names[0]].d_in, **{name: getattr(task.sae, name) for name in _OF_THE_SAE})
+    sae.initialise_(samples[names[0]], torch.Generator().manual_seed(task.run.seed), task.sae.b_dec_init)
     history: dict[str, Any] = {}
     figures: dict[str, Any] = {}
     first_step = 0
@@ -79,17 +84,11 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
             sae.absorb_shift_(samples[name].to(device), unused)
         epochs, lr = settings[name]
         progress = Progress(f"sae_{name}", task.tracking, ("loss", "fvu", "alive_share"))
-        train_sae(
-            sae,
-            Phase(name, rows[name], rows[name].heldout, epochs, lr),
-            task.sae,
-            task.run.seed + number,
-            progress,
-            device,
-            first_step,
-        )
-        history[name] = progress.history
-        first_step = int(progress.history[-1]["step"]) if progress.history else 0
+        phase = Phase(name, rows[name], rows[name].heldout, epochs, lr)
+        training = SaeTraining([sae], phase, [task.sae], task.run.seed + number, device, first_step, task.sae.split)
+        training.run([progress])
+        sae = training.learners[0].whole()
+        history[name], first_step = progress.history, training.num_steps
         figures[f"fvu_{name}_after_its_phase"] = measure(sae, rows[name].heldout, device).fvu
     if rank != 0:
         return None
@@ -101,13 +100,17 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     if "chat" in counts:
         figures["alive_at_reward"] = counts["chat"].alive_share()
     save_sae(sae, task.folder, {"activations": stores[names[0]].metadata, "phases": names})
+    histograms = {
+        name: dict(zip(("log10_density", "latents"), c.density_histogram(), strict=True)) for name, c in counts.items()
+    }
+    (task.folder / "density.json").write_text(json.dumps(histograms))
     pq.write_table(
         _latent_stats(counts, task.sae.d_sae), task.folder / "latent_stats.parquet", write_page_checksum=True
     )
     return {"figures": figures, "history": history}
 
 
-def _fired(sae: TopKSae, x_ND: torch.Tensor) -> torch.Tensor:
+def _fired(sae: Sae, x_ND: torch.Tensor) -> torch.Tensor:
     counts = LatentCounts(sae.d_sae)
     with torch.no_grad():
         for part in x_ND.split(4096):
@@ -115,7 +118,7 @@ def _fired(sae: TopKSae, x_ND: torch.Tensor) -> torch.Tensor:
     return counts.fired
 
 
-def _count_latents(sae: TopKSae, store: ActivationStore, device: torch.device) -> LatentCounts:
+def _count_latents(sae: Sae, store: ActivationStore, device: torch.device) -> LatentCounts:
     counts = LatentCounts(sae.d_sae)
     with torch.no_grad():
         for table in store.tables(["activation"]):

@@ -102,7 +102,7 @@ def train_sarm(session: Session, model: Model, reward: Reward) -> None:
     folders = session.folders
     read_manifest(folders.sae, SAE)
     reward_training.check_sae(folders.sae, model)
-    head_start = folders.chat_activations if reward.head_init == "logistic" else None
+    head_start = folders.chat_activations if reward.head_init == "probe" else None
     inputs = {PAIRS: (folders.pairs, PAIRS)} | ({"activations/chat": (head_start, ACTIVATIONS)} if head_start else {})
     heads: list[tuple[str, Path, Path | None]] = [("train SARM", folders.sarm, folders.sae)]
     if reward.scalar_baseline:

@@ -1,22 +1,22 @@
-"""Training loop of the TopK SAE over phases of activations (sentence ends, then chat ends); plain torch, any number of ranks.
+"""Training loop of SAEs over phases of activations (sentence ends, then chat ends); plain torch, any number of workers.
 
-N rows, B rows of a step over all ranks, D d_in, S d_sae. All ranks draw the same order and take every world-th row of a step,
-so what a step sees does not depend on how many ranks there are.
+N rows, B rows of a step over all workers, D d_in. All workers draw the same order, so what a step sees does not depend on how
+many there are. Several SAEs (widths, k, seeds) can learn from one read of the rows.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from sarm.config import Sae
-from sarm.nn.losses import VarianceUnexplained, reconstruction_loss
-from sarm.nn.sae import Codes, TopKSae, standardise
+from sarm import config as configs
+from sarm.nn.sae import Sae, standardise
+from sarm.train.sae_learner import Learner, Split
+from sarm.train.sae_quality import measure, quality_metrics
 from sarm.train.schedule import trapezoid
 
 Log = Callable[[int, dict[str, float]], None]
@@ -42,120 +42,113 @@ class Phase:
     lr: float
 
 
-@dataclass
-class LatentCounts:
-    """How often and how strongly each latent fires over the rows added."""
+class Position(NamedTuple):
+    """Where in a phase training stands: the next step is number `step` of epoch `epoch`."""
 
-    d_sae: int
-    num_rows: int = 0
-    fired: Tensor = field(init=False)
-    total: Tensor = field(init=False)
-    peak: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.fired = torch.zeros(self.d_sae, dtype=torch.int64)
-        self.total = torch.zeros(self.d_sae, dtype=torch.float64)
-        self.peak = torch.zeros(self.d_sae, dtype=torch.float32)
-
-    def add(self, codes: Codes) -> None:
-        values, indices = codes.values.detach().cpu().flatten(), codes.indices.cpu().flatten()
-        self.num_rows += codes.values.shape[0]
-        self.fired.index_add_(0, indices, (values > 0).long())
-        self.total.index_add_(0, indices, values.double())
-        self.peak.scatter_reduce_(0, indices, values.float(), "amax")
-
-    def alive_share(self) -> float:
-        """Share of latents that fired at least once."""
-        return float((self.fired > 0).double().mean())
-
-    def l0(self) -> float:
-        """Mean number of latents that fire on a row."""
-        return float(self.fired.sum()) / max(1, self.num_rows)
+    epoch: int
+    step: int
 
 
-class Measured(NamedTuple):
-    """Quality on held-out rows."""
+class SaeTraining:
+    """SAEs going through one phase together: one batch at a time, read and standardised once, a step of every SAE on it.
 
-    fvu: float | None
-    counts: LatentCounts
+    The configs must agree in `batch_size`. `first_step` is the number of steps before the phase, for the log.
+    """
 
+    def __init__(
+        self,
+        saes: Sequence[Sae],
+        phase: Phase,
+        sae_configs: Sequence[configs.Sae],
+        seed: int,
+        device: torch.device | str = "cpu",
+        first_step: int = 0,
+        split: Split = "rows",
+    ):
+        sizes = {config.batch_size for config in sae_configs}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"SAEs that share a batch need one batch_size, got {sorted(sizes)}. Pass --sae.batch-size."
+            )
+        self.learners = [Learner(sae, config, device, split) for sae, config in zip(saes, sae_configs, strict=True)]
+        self.position, self.num_steps, self.num_seen = Position(0, 0), first_step, 0
+        self._phase, self._configs, self._seed, self._device = phase, sae_configs, seed, device
+        self._splits_latents = split == "latents" and self.learners[0].world > 1
 
-class _RowLosses(nn.Module):
-    """The reconstruction losses as one module, so that gradients of all ranks can be averaged around it."""
+    def run(self, logs: Sequence[Log], max_steps: int | None = None) -> None:
+        """Train from `position` to the phase's end, or for `max_steps` steps.
 
-    def __init__(self, sae: TopKSae):
-        super().__init__()
-        self.sae = sae
+        `logs[i](step, metrics)` is called for SAE i on worker 0 every few seconds and at the end. Metrics include the quality on
+        held-out rows, unless the dictionary is split: no worker then has all of it.
+        """
+        last_log, total = 0.0, self._phase.epochs * self._phase.rows.num_rows
+        last_step = None if max_steps is None else self.num_steps + max_steps
+        for x_BD, after in self._batches():
+            if self.num_steps == last_step:
+                return
+            size = len(x_BD)
+            x_BD = standardise(x_BD.to(self._device))
+            # The rate is that of the step's middle, so that neither the first nor the last step is wasted at 0.
+            share = (self.num_seen + size / 2) / total
+            rates = [self._phase.lr * trapezoid(share, c.warmup_share, c.decay_share) for c in self._configs]
+            losses = [learner.step(x_BD, lr) for learner, lr in zip(self.learners, rates, strict=True)]
+            self.position, self.num_steps, self.num_seen = after, self.num_steps + 1, self.num_seen + size
+            is_last = self.num_seen == total or self.num_steps == last_step
+            if self.learners[0].rank == 0 and (is_last or time.monotonic() - last_log > _LOG_EVERY_SECONDS):
+                for learner, log, loss, lr in zip(self.learners, logs, losses, rates, strict=True):
+                    metrics = {"progress": self.num_seen / total, "loss": float(loss), "lr": lr}
+                    metrics["dead_by_clock"] = learner.dead_share()
+                    if not self._splits_latents:
+                        metrics |= quality_metrics(measure(learner.sae, self._phase.heldout, self._device))
+                    log(self.num_steps, metrics)
+                last_log = time.monotonic()
 
-    def forward(self, x_BD: Tensor) -> Tensor:
-        return reconstruction_loss(self.sae.decode(self.sae(x_BD)), x_BD)
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the phase depends on, of this worker: loading it continues bit for bit.
+
+        The order of rows is a function of (seed, epoch), so the seed and the position stand for the random generator's state.
+        """
+        return {
+            "phase": self._phase.name,
+            "seed": self._seed,
+            "position": tuple(self.position),
+            "num_steps": self.num_steps,
+            "num_seen": self.num_seen,
+            "learners": [learner.state_dict() for learner in self.learners],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; raises ValueError if that was another phase, seed or number of SAEs."""
+        found = (state["phase"], state["seed"], len(state["learners"]))
+        wanted = (self._phase.name, self._seed, len(self.learners))
+        if found != wanted:
+            raise ValueError(f"the training state is of (phase, seed, SAEs) {found}, this training is {wanted}.")
+        for learner, part in zip(self.learners, state["learners"], strict=True):
+            learner.load_state_dict(part)
+        self.position = Position(*state["position"])
+        self.num_steps, self.num_seen = state["num_steps"], state["num_seen"]
+
+    def _batches(self) -> Iterator[tuple[Tensor, Position]]:
+        """The batches from `position` on, each with the position after it."""
+        start, batch_size = self.position, self._configs[0].batch_size
+        for epoch in range(start.epoch, self._phase.epochs):
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            step = 0
+            for window in self._phase.rows.windows(self._seed, epoch):
+                for chosen in torch.randperm(len(window), generator=generator).split(batch_size):
+                    step += 1
+                    if epoch > start.epoch or step > start.step:
+                        yield window[chosen], Position(epoch, step)
 
 
 def train_sae(
-    sae: TopKSae,
+    sae: Sae,
     phase: Phase,
-    config: Sae,
+    config: configs.Sae,
     seed: int,
     log: Log,
     device: torch.device | str = "cpu",
     first_step: int = 0,
 ) -> None:
-    """Train in place through one phase: Adam, unit-norm decoder rows with the parallel gradient removed, warm-up and decay.
-
-    `log(step, metrics)` is called on rank 0 every few seconds and at the end, with quality on the phase's held-out rows.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    sae.to(device)
-    losses: nn.Module = _RowLosses(sae)
-    if world > 1:
-        losses = nn.parallel.DistributedDataParallel(losses)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=phase.lr, fused=True)
-    seen, total, step, last_log = 0, phase.epochs * phase.rows.num_rows, first_step, 0.0
-    for x_BD in _batches(phase, config.batch_size, seed):
-        size = x_BD.shape[0]
-        # The rate is that of the step's middle, so that neither the first nor the last step is wasted at 0.
-        lr = phase.lr * trapezoid((seen + size / 2) / total, config.warmup_share, config.decay_share)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # Gradients are averaged over ranks, so each contributes its sum over the step's size.
-        loss = losses(standardise(x_BD[rank::world].to(device))).sum() * world / size
-        loss.backward()
-        sae.remove_parallel_gradient_()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        sae.normalise_decoder_()
-        step, seen = step + 1, seen + size
-        if rank == 0 and ((now := time.monotonic()) - last_log > _LOG_EVERY_SECONDS or seen == total):
-            last_log = now
-            quality = measure(sae, phase.heldout, device)
-            log(step, {"progress": seen / total, "loss": float(loss.detach()), "lr": lr, **quality_metrics(quality)})
-
-
-def measure(
-    sae: TopKSae, h_ND: Float[Tensor, "rows d_in"], device: torch.device | str = "cpu", chunk: int = 4096
-) -> Measured:
-    """FVU and firing counts on residual vectors."""
-    unexplained, counts = VarianceUnexplained(sae.d_in), LatentCounts(sae.d_sae)
-    with torch.no_grad():
-        for part in h_ND.split(chunk):
-            x = standardise(part.to(device))
-            codes = sae(x)
-            unexplained.add(x, sae.decode(codes))
-            counts.add(codes)
-    return Measured(unexplained.value(), counts)
-
-
-def quality_metrics(quality: Measured) -> dict[str, float]:
-    """The measured quality under the names that MLflow shows."""
-    fvu = {} if quality.fvu is None else {"fvu": quality.fvu}
-    alive = quality.counts.alive_share()
-    return {**fvu, "l0": quality.counts.l0(), "alive_share": alive, "dead_fraction": 1 - alive}
-
-
-def _batches(phase: Phase, batch_size: int, seed: int) -> Iterator[Tensor]:
-    for epoch in range(phase.epochs):
-        generator = torch.Generator().manual_seed(seed + epoch)
-        for window in phase.rows.windows(seed, epoch):
-            order = torch.randperm(len(window), generator=generator)
-            for chosen in order.split(batch_size):
-                yield window[chosen]
+    """Train one SAE in place through one phase."""
+    SaeTraining([sae], phase, [config], seed, device, first_step).run([log])

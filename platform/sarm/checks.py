@@ -1,0 +1,28 @@
+"""Checks of a user's settings, and the error that says in one line what to mend."""
+
+import math
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: shown as one line, exit status 2."""
+
+
+def check(section: object, flag: str, holds: bool, must_be: str) -> None:
+    """Raise UserError unless the condition holds; `flag` ends in the name of the field that it is about."""
+    if not holds:
+        name = flag.rpartition(".")[2]
+        got = getattr(section, name)
+        raise UserError(f"{name} must be {must_be}, got {got!r}. Pass --{flag.replace('_', '-')}.")
+
+
+def check_least(section: object, flags: str, **least: int) -> None:
+    """Fields that must be unset or have at least the given value; `flags` is how their flags begin."""
+    for name, smallest in least.items():
+        value = getattr(section, name)
+        check(section, flags + name, value is None or value >= smallest, f"at least {smallest}")
+
+
+def check_rate(section: object, flag: str, *, zero_allowed: bool = False) -> None:
+    """A field that must be a finite number above 0 (or at least 0)."""
+    rate = getattr(section, flag.rpartition(".")[2])
+    check(section, flag, math.isfinite(rate) and (rate > 0 or (zero_allowed and rate == 0)), "finite and above 0")

@@ -1,0 +1,165 @@
+"""Which latents are active in a training step, decided from pre-activations that are seen one chunk of rows at a time.
+
+B rows, S latents (of this worker, where the dictionary is split), K active latents a row, N entries: one for each active latent
+of each row. A rule never keeps a B x S tensor; what it keeps does not grow with S.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Pre-activations of some rows, by their numbers: for the few rows that a rule has to look at again.
+PreActs = Callable[[Tensor], Tensor]
+
+
+class Entries(NamedTuple):
+    """Active latents, row after row.
+
+    `is_on` says where the gradient passes to the pre-activation, `is_edge` where it passes to the latent's threshold.
+    """
+
+    values: Tensor
+    latents: Tensor
+    rows: Tensor
+    is_on: Tensor
+    is_edge: Tensor | None = None
+
+    def at(self, places: Tensor) -> "Entries":
+        """The entries at these places, or where this mask is true."""
+        edge = None if self.is_edge is None else self.is_edge[places]
+        return Entries(self.values[places], self.latents[places], self.rows[places], self.is_on[places], edge)
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """One step's selection: `see` every chunk in order, then `entries`."""
+
+    def see(self, pre_CS: Tensor) -> None: ...
+
+    def entries(self, pre_acts: PreActs) -> Entries: ...
+
+
+class TopKRule:
+    """The K largest of each row, ReLU'd unless `signed`; among all workers' latents where `group` splits the dictionary."""
+
+    def __init__(self, num_rows: int, k: int, signed: bool = False, group: dist.ProcessGroup | None = None):
+        self._num_rows, self._k, self._signed, self._group = num_rows, k, signed, group
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def see(self, pre_CS: Tensor) -> None:
+        top = torch.topk(pre_CS, min(self._k, pre_CS.shape[1]), dim=1)
+        self._seen.append((top.values, top.indices))
+
+    def entries(self, pre_acts: PreActs) -> Entries:
+        values_BK, latents_BK = (torch.cat(part) for part in zip(*self._seen, strict=True))
+        is_mine = None
+        if self._group is not None:
+            is_mine = is_among_largest(values_BK, self._k, self._group)
+        is_on = torch.ones_like(values_BK, dtype=torch.bool) if self._signed else values_BK > 0
+        values = values_BK if self._signed else values_BK.relu()
+        rows = torch.arange(self._num_rows, device=values.device).repeat_interleave(values.shape[1])
+        found = Entries(values.flatten(), latents_BK.flatten(), rows, is_on.flatten())
+        return found if is_mine is None else found.at(is_mine.flatten())
+
+
+class BatchTopKRule:
+    """The K * B largest positive of the whole batch (BatchTopK, Bussmann et al. 2024, section 3), exactly.
+
+    `group` is the workers over which the batch's rows or the dictionary's latents are dealt; `num_rows` is the whole batch's.
+    After `entries`, `threshold` is the smallest value that was kept, or None if no latent is positive.
+    """
+
+    def __init__(self, num_rows: int, k: int, group: dist.ProcessGroup | None = None):
+        self._k, self._total, self._group = k, num_rows * k, group
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._num_latents = 0
+        self.threshold: float | None = None
+
+    def see(self, pre_CS: Tensor) -> None:
+        self._num_latents = pre_CS.shape[1]
+        # Few rows have more than four times the average; those are looked at again.
+        top = torch.topk(pre_CS, min(4 * self._k, self._num_latents), dim=1)
+        self._seen.append((top.values, top.indices))
+
+    def entries(self, pre_acts: PreActs) -> Entries:
+        values_BW, latents_BW = (torch.cat(part) for part in zip(*self._seen, strict=True))
+        rows_BW = torch.arange(len(values_BW), device=values_BW.device)[:, None].expand_as(values_BW)
+        lowest = self._lowest_kept(values_BW.flatten())
+        cut_off = (values_BW[:, -1] > lowest) & (values_BW.shape[1] < self._num_latents)
+        rows = cut_off.nonzero().flatten()
+        keep_BW = (values_BW >= lowest) & (values_BW > 0) & ~cut_off[:, None]
+        parts = [(values_BW[keep_BW], latents_BW[keep_BW], rows_BW[keep_BW])]
+        for some in rows.split(64):
+            pre_RS = pre_acts(some)
+            row, latent = ((pre_RS >= lowest) & (pre_RS > 0)).nonzero(as_tuple=True)
+            parts.append((pre_RS[row, latent], latent, some[row]))
+        values, latents, owners = (torch.cat(part) for part in zip(*parts, strict=True))
+        lowest = self._lowest_kept(values)
+        order = torch.argsort(owners, stable=True)
+        order = order[values[order] >= lowest]
+        self.threshold = float(lowest) if lowest > 0 else None
+        values = values[order]
+        return Entries(values, latents[order], owners[order], torch.ones_like(values, dtype=torch.bool))
+
+    def _lowest_kept(self, values_N: Tensor) -> Tensor:
+        """The value of rank `total` among all workers' positive values; the smallest of them if there are fewer."""
+        positive = values_N[values_N > 0]
+        if self._group is not None:
+            positive = all_gather_uneven(positive, self._group)
+        if len(positive) == 0:
+            return values_N.new_zeros(())
+        return positive.kthvalue(max(1, len(positive) - self._total + 1)).values
+
+
+class JumpRule:
+    """Latents above their own threshold, and those within half a `bandwidth` of it, which move the threshold.
+
+    JumpReLU (Rajamanoharan et al. 2024, section 3): z = pre * H(pre - threshold), with straight-through gradients to thresholds.
+    """
+
+    def __init__(self, threshold_S: Tensor, bandwidth: float):
+        self._threshold, self._half = threshold_S, bandwidth / 2
+        self._seen: list[Entries] = []
+        self._num_rows = 0
+
+    def see(self, pre_CS: Tensor) -> None:
+        row, latent = (pre_CS > self._threshold - self._half).nonzero(as_tuple=True)
+        pre, threshold = pre_CS[row, latent], self._threshold[latent]
+        is_on = pre > threshold
+        is_edge = (pre - threshold).abs() < self._half
+        self._seen.append(Entries(pre * is_on, latent, row + self._num_rows, is_on, is_edge))
+        self._num_rows += len(pre_CS)
+
+    def entries(self, pre_acts: PreActs) -> Entries:
+        return Entries(*(torch.cat(part) for part in zip(*self._seen, strict=True)))
+
+
+def is_among_largest(values_BK: Tensor, k: int, group: dist.ProcessGroup) -> Tensor:
+    """Whether each of this worker's candidates is among the k largest of its row over all workers: one all-gather of B x K values.
+
+    Workers may have fewer than k candidates a row. Equal values are told apart by worker, so exactly k are taken.
+    """
+    padded = values_BK.new_full((len(values_BK), k), -torch.inf)
+    padded[:, : values_BK.shape[1]] = values_BK
+    everyone = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, padded, group=group)
+    places = torch.topk(torch.cat(everyone, dim=1), k, dim=1).indices
+    is_kept = torch.zeros(len(padded), k * len(everyone), dtype=torch.bool, device=padded.device).scatter_(
+        1, places, True
+    )
+    first = dist.get_rank(group) * k
+    return is_kept[:, first : first + values_BK.shape[1]]
+
+
+def all_gather_uneven(values_N: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All workers' values in the workers' order; each may have another number of them."""
+    sizes = [torch.zeros(1, dtype=torch.int64, device=values_N.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([len(values_N)], device=values_N.device), group=group)
+    padded = values_N.new_zeros(max(int(size) for size in sizes))
+    padded[: len(values_N)] = values_N
+    everyone = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(everyone, padded, group=group)
+    return torch.cat([part[: int(size)] for part, size in zip(everyone, sizes, strict=True)])

@@ -1,0 +1,253 @@
+"""One sparse training step: x_hat and all gradients of an SAE from its active latents alone.
+
+B rows, D d_in, S d_sae, K active latents a row, N entries (about B K), G nested dictionaries, C rows of a chunk.
+Cost 2BDS for the pre-activations, 8BDK for the rest (dense autograd: 12BDS). Beyond weights, gradients and what is B x D or N
+long, memory is one C x S chunk of pre-activations: nothing is B x S, nothing is N x D.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from .architectures import JumpReluSae
+from .sae import Sae, bag_weight_gradient
+from .selection import Entries, Rule, TopKRule
+
+
+class Bags(NamedTuple):
+    """Entries grouped into bags, each bag the sum of values[n] * W_dec[latents[n]]: one bag a row and nested dictionary."""
+
+    latents: Tensor
+    rows: Tensor
+    bags: Tensor
+    offsets: Tensor
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The three sparse products of a step."""
+
+    def decode(self, W_SD: Tensor, values_N: Tensor, bags: Bags) -> Tensor:
+        """Every bag's sum of values[n] * W[latents[n]]."""
+
+    def value_gradients(self, grad_GD: Tensor, W_SD: Tensor, bags: Bags) -> Tensor:
+        """<grad[bags[n]], W[latents[n]]> of each entry."""
+
+    def weight_gradients(
+        self, x_BD: Tensor, grad_GD: Tensor, pre_grads_N: Tensor, values_N: Tensor, bags: Bags, num_latents: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of W_enc (as S x D), b_enc and W_dec."""
+
+
+class TorchBackend:
+    """ATen calls only, on any device; both weight gradients are those of an embedding bag."""
+
+    def decode(self, W_SD: Tensor, values_N: Tensor, bags: Bags) -> Tensor:
+        return F.embedding_bag(bags.latents, W_SD, bags.offsets, per_sample_weights=values_N, mode="sum")
+
+    def value_gradients(self, grad_GD: Tensor, W_SD: Tensor, bags: Bags) -> Tensor:
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad_GD, W_SD, bags.latents, bags.offsets, bags.bags, 0, -1
+        )
+
+    def weight_gradients(
+        self, x_BD: Tensor, grad_GD: Tensor, pre_grads_N: Tensor, values_N: Tensor, bags: Bags, num_latents: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            bag_weight_gradient(x_BD, bags.latents, bags.rows, pre_grads_N, num_latents),
+            pre_grads_N.new_zeros(num_latents).index_add_(0, bags.latents, pre_grads_N),
+            bag_weight_gradient(grad_GD, bags.latents, bags.bags, values_N, num_latents),
+        )
+
+
+def backend_for(device: torch.device) -> Backend:
+    """Triton kernels on CUDA where Triton is installed, else ATen."""
+    if device.type == "cuda":
+        try:
+            from .triton_backend import TritonBackend
+        except ImportError:
+            return TorchBackend()
+        return TritonBackend()
+    return TorchBackend()
+
+
+@dataclass
+class Workspace:
+    """What a step keeps for the next one: the chunk of pre-activations, so that its pages are not made anew every time."""
+
+    backend: Backend
+    chunk_values: int = 2**24
+    """Pre-activations of one chunk at most (but one row at least)."""
+    _kept: Tensor | None = field(default=None, init=False)
+
+    def chunk(self, num_rows: int, like: Tensor, num_latents: int) -> Tensor:
+        """An uninitialised `num_rows` x `num_latents` tensor."""
+        size = num_rows * num_latents
+        if (
+            self._kept is None
+            or self._kept.numel() < size
+            or self._kept.dtype != like.dtype
+            or self._kept.device != like.device
+        ):
+            self._kept = like.new_empty(size)
+        return self._kept[:size].view(num_rows, num_latents)
+
+    def rows(self, num_rows: int, num_latents: int) -> int:
+        """Rows of one chunk, so that a batch of `num_rows` falls into equal chunks."""
+        num_chunks = -(-num_rows // max(1, self.chunk_values // num_latents))
+        return max(1, -(-num_rows // max(1, num_chunks)))
+
+
+class Plan(NamedTuple):
+    """One step's choices."""
+
+    rule: Rule
+    workspace: Workspace
+    prefixes: tuple[int, ...] = ()
+    """Sizes of the nested dictionaries before the whole one (Matryoshka)."""
+    first_latent: int = 0
+    """Number, in the whole dictionary, of this worker's first latent."""
+    dead: Tensor | None = None
+    """Numbers of dead latents, for AuxK."""
+    aux_k: int = 0
+    bandwidth: float = 0.0
+    latent_group: dist.ProcessGroup | None = None
+    """Workers over which the dictionary is split; all see the same rows."""
+
+
+class Reconstruction(NamedTuple):
+    """`x_hat` [G, B, D] of each nested dictionary, the whole one last; `error_hat` [B, D], what AuxK makes of the error, or None.
+
+    `l0` [B] is differentiable with respect to thresholds; `entries` are not.
+    """
+
+    x_hat: Tensor
+    error_hat: Tensor | None
+    l0: Tensor
+    entries: Entries
+
+
+def reconstruct(sae: Sae, x_BD: Tensor, plan: Plan) -> Reconstruction:
+    """Encode and decode rows with sparse gradients to all parameters (and to x, if asked for)."""
+    threshold = sae.threshold if isinstance(sae, JumpReluSae) else None
+    seen: list[Entries] = []
+    hat_GBD, l0 = _Autoencode.apply(x_BD, sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec, threshold, plan, seen.append)
+    num_nested = len(plan.prefixes) + 1
+    x_hat_GBD = hat_GBD[:num_nested]
+    if num_nested > 1:
+        x_hat_GBD = x_hat_GBD.cumsum(0)
+    error_hat = hat_GBD[num_nested] if len(hat_GBD) > num_nested else None
+    return Reconstruction(x_hat_GBD + sae.b_dec, error_hat, l0, seen[0])
+
+
+class _Autoencode(torch.autograd.Function):
+    """Sum of values times decoder rows for every nested dictionary (each without the ones before it), then AuxK's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BD: Tensor,
+        W_enc_SD: Tensor,
+        b_enc_S: Tensor,
+        W_dec_SD: Tensor,
+        b_dec_D: Tensor,
+        threshold_S: Tensor | None,
+        plan: Plan,
+        report: Callable[[Entries], None],
+    ) -> tuple[Tensor, Tensor]:
+        centred_BD = x_BD - b_dec_D
+        active, aux = _select(centred_BD, W_enc_SD, b_enc_S, plan)
+        report(active)
+        num_rows = len(x_BD)
+        entries, bags, num_groups = _bags(active, aux, num_rows, plan)
+        hat = plan.workspace.backend.decode(W_dec_SD, entries.values, bags)
+        l0 = hat.new_zeros(num_rows).index_add_(0, active.rows, (active.values != 0).to(hat.dtype))
+        if plan.latent_group is not None:
+            dist.all_reduce(hat, group=plan.latent_group)
+            dist.all_reduce(l0, group=plan.latent_group)
+        ctx.save_for_backward(centred_BD, W_enc_SD, W_dec_SD, threshold_S, *entries, *bags)
+        ctx.plan = plan
+        return hat.view(num_groups, num_rows, x_BD.shape[1]), l0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        centred_BD, W_enc_SD, W_dec_SD, threshold_S, *saved = ctx.saved_tensors
+        entries, bags = Entries(*saved[: len(Entries._fields)]), Bags(*saved[len(Entries._fields) :])
+        plan, (grad_GBD, grad_l0) = ctx.plan, grads
+        grad_GD = grad_GBD.reshape(-1, grad_GBD.shape[-1])
+        backend = plan.workspace.backend
+        value_grads = backend.value_gradients(grad_GD, W_dec_SD, bags)
+        pre_grads = value_grads * entries.is_on
+        grad_W_enc, grad_b_enc, grad_W_dec = backend.weight_gradients(
+            centred_BD, grad_GD, pre_grads, entries.values, bags, len(W_enc_SD)
+        )
+        grad_b_dec = -(grad_b_enc @ W_enc_SD)
+        if plan.latent_group is not None:
+            dist.all_reduce(grad_b_dec, group=plan.latent_group)
+        grad_threshold = None
+        if entries.is_edge is not None and ctx.needs_input_grad[5]:
+            # Rajamanoharan et al. 2024, equations 11 and 12: a rectangle of width `bandwidth` in place of Dirac's delta.
+            pull = threshold_S[bags.latents] * value_grads + grad_l0[bags.rows]
+            grad_threshold = torch.zeros_like(threshold_S).index_add_(
+                0, bags.latents, -pull * entries.is_edge / plan.bandwidth
+            )
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            rows, order = torch.sort(bags.rows, stable=True)
+            by_row = Bags(bags.latents[order], rows, rows, _offsets(rows, len(centred_BD)))
+            grad_x = backend.decode(W_enc_SD, pre_grads[order], by_row)
+        return grad_x, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, grad_threshold, None, None
+
+
+def _select(centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, plan: Plan) -> tuple[Entries, Entries | None]:
+    """The rule's entries and AuxK's: the `aux_k` largest of the dead latents."""
+    num_rows, num_latents = len(centred_BD), len(W_SD)
+    dead = plan.dead
+    aux_rule = None if dead is None else TopKRule(num_rows, plan.aux_k, group=plan.latent_group)
+    size = plan.workspace.rows(num_rows, num_latents)
+    for rows in centred_BD.split(size):
+        pre = torch.addmm(b_S, rows, W_SD.T, out=plan.workspace.chunk(len(rows), rows, num_latents))
+        plan.rule.see(pre)
+        if aux_rule is not None and dead is not None:
+            aux_rule.see(pre.index_select(1, dead))
+
+    def again(rows: Tensor) -> Tensor:
+        return torch.addmm(b_S, centred_BD[rows], W_SD.T)
+
+    aux = None
+    if aux_rule is not None and dead is not None:
+        aux = aux_rule.entries(again)
+        aux = aux._replace(latents=dead[aux.latents])
+    return plan.rule.entries(again), aux
+
+
+def _bags(active: Entries, aux: Entries | None, num_rows: int, plan: Plan) -> tuple[Entries, Bags, int]:
+    """All entries in the order of their bags: nested dictionary after nested dictionary, row after row, AuxK's last."""
+    num_groups = len(plan.prefixes) + 1
+    bags = active.rows
+    if plan.prefixes:
+        ends = torch.tensor(plan.prefixes, device=bags.device)
+        bags = bags + num_rows * torch.bucketize(active.latents + plan.first_latent, ends, right=True)
+        order = torch.argsort(bags, stable=True)
+        bags = bags[order]
+        active = active.at(order)
+    if aux is not None:
+        bags = torch.cat([bags, aux.rows + num_groups * num_rows])
+        num_groups += 1
+        edge = None
+        if active.is_edge is not None:
+            edge = torch.cat([active.is_edge, torch.zeros_like(aux.is_on)])
+        values, latents, rows, is_on = (torch.cat(pair) for pair in zip(active[:4], aux[:4], strict=True))
+        active = Entries(values, latents, rows, is_on, edge)
+    offsets = _offsets(bags, num_groups * num_rows)
+    return active, Bags(active.latents, active.rows, bags, offsets), num_groups
+
+
+def _offsets(bags_N: Tensor, num_bags: int) -> Tensor:
+    """Where each bag begins in the sorted numbers of bags."""
+    return torch.searchsorted(bags_N, torch.arange(num_bags, device=bags_N.device))

@@ -1,0 +1,191 @@
+"""One SAE in training: its step, its optimizer and its dead clock; plain torch, any number of workers.
+
+B rows of a step over all workers, D d_in, S d_sae. Workers either deal the rows among them, or split the dictionary: then each
+holds S / workers latents, all see the same rows, and what a step learns is what one worker with the whole dictionary learns.
+"""
+
+import copy
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sarm import config as configs
+from sarm.config import UserError
+from sarm.nn.architectures import BatchTopKSae, JumpReluSae, MatryoshkaSae
+from sarm.nn.losses import reconstruction_loss
+from sarm.nn.sae import Sae, TopKSae
+from sarm.nn.selection import BatchTopKRule, JumpRule, Rule, TopKRule
+from sarm.nn.sparse import Plan, Reconstruction, Workspace, backend_for, reconstruct
+
+Split = Literal["rows", "latents"]
+
+
+class Learner:
+    """Adam on fp32 weights and moments, unit-norm decoder rows with the parallel gradient removed, AuxK for dead latents.
+
+    A latent is dead once `config.dead_after_rows` rows, counted over all workers, have passed since it fired.
+    """
+
+    def __init__(self, sae: Sae, config: configs.Sae, device: torch.device | str = "cpu", split: Split = "rows"):
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._whole, self._config = sae.to(device), config
+        self._splits_latents = split == "latents" and self.world > 1
+        self._group = dist.group.WORLD if self.world > 1 else None
+        self.sae = shard_of(self._whole, self.rank, self.world) if self._splits_latents else self._whole
+        self.first_latent = self.rank * self.sae.d_sae if self._splits_latents else 0
+        # Adam has no use for a layout, and copies what is not contiguous.
+        self._W_enc_SD = nn.Parameter(self.sae.W_enc.data.T)
+        rest = [p for name, p in self.sae.named_parameters() if name != "W_enc"]
+        self._optimizer = torch.optim.Adam([self._W_enc_SD, *rest], fused=True)
+        self._workspace = Workspace(backend_for(self.sae.W_dec.device))
+        self.rows_since_fired = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=self.sae.W_dec.device)
+
+    def step(self, x_BD: Float[Tensor, "batch d_in"], lr: float) -> Tensor:
+        """Learn from the rows of a step, standardised, the same on all workers; returns the loss over all of them."""
+        size = len(x_BD)
+        if not self._splits_latents:
+            x_BD = x_BD[self.rank :: self.world]
+        loss = self._loss(x_BD, size)
+        loss.backward()
+        if self._group is not None and not self._splits_latents:
+            for parameter in self.sae.parameters():
+                dist.all_reduce(parameter.grad, group=self._group)
+        self.sae.remove_parallel_gradient_()
+        assert self.sae.W_enc.grad is not None
+        self._W_enc_SD.grad, self.sae.W_enc.grad = self.sae.W_enc.grad.T, None
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.sae.normalise_decoder_()
+        if isinstance(self.sae, JumpReluSae):
+            self.sae.threshold.data.clamp_min_(0.0)
+        return self._over_row_workers(loss.detach())
+
+    def dead(self) -> Tensor:
+        """Whether each latent is dead."""
+        return self.rows_since_fired >= self._config.dead_after_rows
+
+    def dead_share(self) -> float:
+        """Share of latents (of this worker) that are dead by the clock."""
+        return float(self.dead().double().mean())
+
+    def whole(self) -> Sae:
+        """The SAE with all latents, also where the dictionary is split; every worker has to call it."""
+        if not self._splits_latents:
+            return self.sae
+        with torch.no_grad():
+            for (name, whole), part in zip(_tensors(self._whole), (t for _, t in _tensors(self.sae)), strict=True):
+                if name == "b_dec":
+                    whole.copy_(part)
+                    continue
+                mine = part.T.contiguous() if name == "W_enc" else part.contiguous()
+                parts = [torch.empty_like(mine) for _ in range(self.world)]
+                dist.all_gather(parts, mine, group=self._group)
+                whole.copy_(torch.cat(parts).T if name == "W_enc" else torch.cat(parts))
+        return self._whole
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later steps depend on, of this worker."""
+        return {
+            "sae": self.sae.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "rows_since_fired": self.rows_since_fired,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.sae.load_state_dict(state["sae"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.rows_since_fired.copy_(state["rows_since_fired"])
+
+    def _loss(self, x_BD: Tensor, size: int) -> Tensor:
+        rule = self._rule(len(x_BD), size)
+        found = reconstruct(self.sae, x_BD, self._plan(rule))
+        rows_B = torch.stack([reconstruction_loss(x_hat_BD, x_BD) for x_hat_BD in found.x_hat]).mean(0)
+        loss = rows_B.sum() / size
+        if found.error_hat is not None:
+            error_BD = (x_BD - found.x_hat[-1]).detach()
+            loss = loss + self._config.aux_coefficient * reconstruction_loss(found.error_hat, error_BD).sum() / size
+        if isinstance(self.sae, JumpReluSae):
+            loss = loss + self._l0_penalty(self.sae, found, size)
+        self._count(found, size)
+        if isinstance(rule, BatchTopKRule) and isinstance(self.sae, BatchTopKSae):
+            self.sae.follow_(rule.threshold)
+        return loss
+
+    def _rule(self, num_rows: int, size: int) -> Rule:
+        sae = self.sae
+        if isinstance(sae, TopKSae):
+            return TopKRule(num_rows, sae.k, sae.signed, self._group if self._splits_latents else None)
+        if isinstance(sae, BatchTopKSae):
+            return BatchTopKRule(size, sae.k, self._group)
+        assert isinstance(sae, JumpReluSae)
+        return JumpRule(sae.threshold.detach(), sae.bandwidth)
+
+    def _plan(self, rule: Rule) -> Plan:
+        dead = None
+        if self._config.aux_k > 0:
+            dead = self.dead().nonzero().flatten()
+            num_dead = torch.tensor(len(dead), device=dead.device)
+            if self._splits_latents:
+                dist.all_reduce(num_dead, group=self._group)
+            dead = dead if num_dead > 0 else None
+        return Plan(
+            rule,
+            self._workspace,
+            prefixes=self.sae.prefixes if isinstance(self.sae, MatryoshkaSae) else (),
+            first_latent=self.first_latent,
+            dead=dead,
+            aux_k=self._config.aux_k,
+            bandwidth=self.sae.bandwidth if isinstance(self.sae, JumpReluSae) else 0.0,
+            latent_group=self._group if self._splits_latents else None,
+        )
+
+    def _l0_penalty(self, sae: JumpReluSae, found: Reconstruction, size: int) -> Tensor:
+        """l0_penalty * (mean L0 / k - 1)^2, whose gradient needs the mean over all workers' rows."""
+        excess = self._over_row_workers(found.l0.detach().sum()) / size / sae.k - 1
+        slope = 2 * sae.l0_penalty * excess / (size * sae.k)
+        own_share = 1 if self._splits_latents else self.world
+        moving = slope * found.l0.sum()
+        return moving + (sae.l0_penalty * excess.square() / own_share - moving).detach()
+
+    def _count(self, found: Reconstruction, size: int) -> None:
+        has_fired = torch.zeros(self.sae.d_sae, dtype=torch.uint8, device=self.rows_since_fired.device)
+        has_fired[found.entries.latents[found.entries.values != 0]] = 1
+        if self._group is not None and not self._splits_latents:
+            dist.all_reduce(has_fired, dist.ReduceOp.MAX, group=self._group)
+        self.rows_since_fired.add_(size).mul_(has_fired == 0)
+
+    def _over_row_workers(self, value: Tensor) -> Tensor:
+        if self._group is not None and not self._splits_latents:
+            value = value.clone()
+            dist.all_reduce(value, group=self._group)
+        return value
+
+
+def shard_of(sae: Sae, rank: int, world: int) -> Sae:
+    """A copy with the latents of one of `world` workers: every parameter's share, b_dec whole.
+
+    Raises UserError unless the dictionary divides evenly.
+    """
+    if sae.d_sae % world:
+        raise UserError(
+            f"d_sae must be a multiple of the {world} workers that split it, got {sae.d_sae}. Pass --sae.d-sae."
+        )
+    shard = copy.deepcopy(sae)
+    shard.d_sae = sae.d_sae // world
+    mine = slice(rank * shard.d_sae, (rank + 1) * shard.d_sae)
+    for name, tensor in _tensors(shard):
+        if name == "W_enc":
+            tensor.data = tensor.data.T[mine].clone().T
+        elif name != "b_dec":
+            tensor.data = tensor.data[mine].clone()
+    return shard
+
+
+def _tensors(sae: Sae) -> list[tuple[str, Tensor]]:
+    return [*sae.named_parameters(), *sae.named_buffers()]
