@@ -4,6 +4,8 @@
     rerun        seconds of the whole job when every score is in the cache
     bootstrap    seconds of 10,000 resamples of a whole RewardBench 2
 
+The benchmarks are the public data sets unless --benchmarks, or SARM_BENCHMARKS with spaces between, names files:
+
 python tests/bench/bench_evaluation.py --model outputs/demo/sarm --benchmarks reward_bench_2=safety.jsonl.gz --limit 60
 """
 
@@ -48,7 +50,9 @@ def bare_forward(model: Path, benchmarks: list[str], limit: int) -> dict[str, fl
     for number, (prompt, completions) in enumerate(prompts.items()):
         messages = [{"role": role, "content": content} for role, content in json.loads(prompt)]
         tokens = chat.encode_responses(messages, completions)
-        rows += answer_rows([((number, i), t.ids) for i, t in enumerate(tokens)], max(spec.max_length, BATCH_TOKENS // 2))
+        rows += answer_rows(
+            [((number, i), t.ids) for i, t in enumerate(tokens)], max(spec.max_length, BATCH_TOKENS // 2)
+        )
     batches = token_batches(rows, BATCH_TOKENS, chat.pad_id)
 
     def run(batch) -> None:
@@ -90,7 +94,8 @@ def whole_reward_bench_2() -> list[ScoredRow]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "outputs" / "demo" / "sarm")
-    parser.add_argument("--benchmarks", nargs="+", required=True)
+    known = os.environ.get("SARM_BENCHMARKS", "reward_bench_2 rm_bench").split()
+    parser.add_argument("--benchmarks", nargs="+", default=known)
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "bench" / "evaluation.json")
     options = parser.parse_args()

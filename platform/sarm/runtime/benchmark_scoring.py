@@ -32,7 +32,7 @@ from sarm.runtime.scorers import ModelSpec, Request, load_scorer
 from sarm.runtime.session import say
 
 # Prompts of one batch of an actor: enough for rows of like length, few enough that a killed run loses little.
-BATCH_PROMPTS = 16
+BATCH_PROMPTS = 8
 _ALONE = ":alone"
 _REQUESTS = pa.schema(
     [
