@@ -136,7 +136,7 @@ def test_a_sarm_with_another_template_is_refused(sarm_folder, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     config["provenance"]["template"] = "0" * 16
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="the template in .* is not the one the model was trained with"):
+    with pytest.raises(UserError, match=r"the template in .* is not the one the model was trained with"):
         find_model(settings(copy))
 
 

@@ -18,15 +18,20 @@ from sarm.evaluate.rows import Benchmark, Floats, ScoredRow
 from sarm.evaluate.statistics import calibration
 
 _RIDGE = 1e-3
+_RANDOM_DRAWS = 20
 
 
 def rulers(benchmark: Benchmark, rows: Sequence[ScoredRow], seed: int) -> dict[str, dict[str, float]]:
-    """The figures of choosing the longest, the shortest and a random completion."""
+    """The figures of choosing the longest and the shortest completion, and the mean figures of random scores."""
     rng = np.random.default_rng(seed)
+    draws = [
+        benchmark.figures([row._replace(scores=rng.normal(size=len(row.scores))) for row in rows])
+        for _ in range(_RANDOM_DRAWS)
+    ]
     return {
         "longest": benchmark.figures([row._replace(scores=row.tokens) for row in rows]),
         "shortest": benchmark.figures([row._replace(scores=-row.tokens) for row in rows]),
-        "random": benchmark.figures([row._replace(scores=rng.normal(size=len(row.scores))) for row in rows]),
+        "random": {figure: float(np.mean([draw[figure] for draw in draws])) for figure in draws[0]},
     }
 
 

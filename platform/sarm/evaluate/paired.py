@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from sarm.evaluate.resampling import Sums, percentile_interval, resample
+from sarm.evaluate.resampling import Sums, bca_interval, resample
 from sarm.evaluate.reward_bench_2 import TIES, best_of_n_credit
 from sarm.evaluate.rows import Benchmark, ScoredRow
+from sarm.evaluate.statistics import wilson_interval
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -55,11 +56,15 @@ def compare(
     of_a, of_b = (benchmark.figures(rows) for rows in both)
     figures = {}
     for name in of_a:
-        gain, values = of_a[name] - of_b[name], drawn[name][np.isfinite(drawn[name])]
+        gain, values = of_a[name] - of_b[name], drawn.values[name][np.isfinite(drawn.values[name])]
         constant = not len(values) or float(np.ptp(values)) < 1e-12
         # No prompt differs: what a new prompt could still show is bounded by Wilson's interval of none in n.
-        bound = percentile_interval(np.zeros(1), 0.0, sums.clusters_of(name)).high
-        interval = (gain - bound, gain + bound) if constant else percentile_interval(values, gain, sums.clusters_of(name))  # fmt: skip
+        bound = wilson_interval(0, sums.clusters_of(name)).high
+        interval = (
+            (gain - bound, gain + bound)
+            if constant
+            else bca_interval(values, gain, sums.clusters_of(name), drawn.acceleration[name])
+        )
         figures[name] = {
             "a": of_a[name],
             "b": of_b[name],

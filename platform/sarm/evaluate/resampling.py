@@ -3,18 +3,21 @@
 Every figure is a function of means over rows, Ties and RM-Bench included, so a resample of prompts is a vector of counts:
 mean_p = sum_c count_c sum_cp / sum_c count_c n_cp, and the figures are combined from these means afresh in each resample.
 Prompts are drawn within strata (those that occur in the same subsets), so that a subset keeps its size.
+
+Intervals are BCa (Efron 1987), since a share near 0 or 1 is skewed: the percentiles of the resamples at
+Phi(z0 + (z0 + z) / (1 - a (z0 + z))), z0 from the share of resamples below the figure, a from leaving out one prompt at a time.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 from sarm.evaluate.rows import Benchmark, Observations, ScoredRow
-from sarm.evaluate.statistics import Interval, wilson_interval
+from sarm.evaluate.statistics import Z_95, Interval, wilson_interval
 
 Floats = NDArray[np.float64]
 # A combination of subsets with fewer prompts is drawn together with the other rare combinations.
@@ -61,29 +64,53 @@ class Sums:
         return int(self.totals[0][1][:, own].any(axis=1).sum()) if own else self.num_clusters
 
 
+class Resamples(NamedTuple):
+    """Every figure in every resample, and the acceleration of each figure."""
+
+    values: dict[str, Floats]
+    acceleration: dict[str, float]
+
+
 def resample(
     sums: Sums, figures: Callable[[Sequence[dict[str, Floats]]], dict[str, Any]], resamples: int, seed: int
-) -> dict[str, Floats]:
-    """Every figure in every resample; `figures` maps the means of all systems to figures."""
+) -> Resamples:
+    """Figures of resampled prompts; `figures` maps the means of all systems to figures."""
     rng = np.random.default_rng(seed)
-    found: list[dict[str, Any]] = []
-    rows = max(1, _COUNTS_AT_ONCE // max(1, sums.num_clusters))
-    for start in range(0, resamples, rows):
-        num = min(rows, resamples - start)
+
+    def of(counts_RC: Floats) -> dict[str, Any]:
+        return figures([sums.means(counts_RC, i) for i in range(len(sums.totals))])
+
+    def drawn(num: int) -> Floats:
         counts_RC = np.empty((num, sums.num_clusters))
         for stratum in sums.strata:
             size = len(stratum)
-            drawn = rng.integers(size, size=(num, size)) + size * np.arange(num)[:, None]
-            counts_RC[:, stratum] = np.bincount(drawn.ravel(), minlength=num * size).reshape(num, size)
-        found.append(figures([sums.means(counts_RC, i) for i in range(len(sums.totals))]))
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+            picks = rng.integers(size, size=(num, size)) + size * np.arange(num)[:, None]
+            counts_RC[:, stratum] = np.bincount(picks.ravel(), minlength=num * size).reshape(num, size)
+        return counts_RC
+
+    rows = max(1, _COUNTS_AT_ONCE // max(1, sums.num_clusters))
+    found = [of(drawn(min(rows, resamples - start))) for start in range(0, resamples, rows)]
+    left_out = of(1.0 - np.eye(sums.num_clusters))
+    return Resamples(
+        {name: np.concatenate([part[name] for part in found]) for name in found[0]},
+        {name: _acceleration(values, sums.strata) for name, values in left_out.items()},
+    )
 
 
-def percentile_interval(values_R: Floats, value: float, num_clusters: int) -> Interval:
+def _acceleration(left_out_C: Floats, strata: Sequence[NDArray[np.intp]]) -> float:
+    """Skewness of the prompts' influence on a figure, a sixth of it; each stratum about its own mean."""
+    influence = [(left_out_C[s].mean() - left_out_C[s]) * (len(s) - 1) / len(s) for s in strata]
+    all_C = np.concatenate(influence)
+    all_C = all_C[np.isfinite(all_C)]
+    spread = float((all_C**2).sum()) ** 1.5
+    return float((all_C**3).sum() / (6 * spread)) if spread > 1e-30 else 0.0
+
+
+def bca_interval(values_R: Floats, value: float, num_clusters: int, acceleration: float = 0.0) -> Interval:
     """95 % interval of a figure from its resamples.
 
-    The percentiles are widened as much as a t interval is wider than a normal one of the population's variance
-    (Hesterberg 2015), which few prompts need. Where the resamples do not differ, a share takes Wilson's interval.
+    The tails are moved out as much as a t interval is wider than a normal one of the population's variance (Hesterberg
+    2015), which few prompts need. Where the resamples do not differ, a share takes Wilson's interval.
     """
     finite = values_R[np.isfinite(values_R)]
     if not np.isfinite(value) or not len(finite):
@@ -91,11 +118,14 @@ def percentile_interval(values_R: Floats, value: float, num_clusters: int) -> In
     if np.ptp(finite) < 1e-12:
         share = min(max(value, 0.0), 1.0)
         return wilson_interval(share * num_clusters, num_clusters)
-    tail = 0.025
+    z = Z_95
     if num_clusters > 1:
-        widen = np.sqrt(num_clusters / (num_clusters - 1))
-        tail = float(stats.norm.cdf(widen * stats.t.ppf(0.025, num_clusters - 1)))
-    low, high = np.quantile(finite, [tail, 1 - tail])
+        z = float(-np.sqrt(num_clusters / (num_clusters - 1)) * stats.t.ppf(0.025, num_clusters - 1))
+    # Shares come in steps: a resample that equals the figure (but for rounding) counts half.
+    below = np.mean(finite < value - 1e-12) + 0.5 * np.mean(np.abs(finite - value) <= 1e-12)
+    z0 = float(stats.norm.ppf(np.clip(below, 0.5 / len(finite), 1 - 0.5 / len(finite))))
+    tails = [float(stats.norm.cdf(z0 + (z0 + end) / (1 - acceleration * (z0 + end)))) for end in (-z, z)]
+    low, high = np.quantile(finite, np.clip(tails, 0.0, 1.0))
     return Interval(float(low), float(high))
 
 
@@ -106,4 +136,7 @@ def intervals(benchmark: Benchmark, rows: Sequence[ScoredRow], resamples: int, s
     sums = Sums([benchmark.observe(rows)])
     drawn = resample(sums, lambda means: benchmark.combine(means[0]), resamples, seed)
     values: Mapping[str, float] = benchmark.figures(rows)
-    return {name: percentile_interval(drawn[name], values[name], sums.clusters_of(name)) for name in values}
+    return {
+        name: bca_interval(drawn.values[name], values[name], sums.clusters_of(name), drawn.acceleration[name])
+        for name in values
+    }

@@ -118,7 +118,7 @@ def _notes(settings: Benchmarking, found: dict[str, Any], benchmarks: Sequence[L
         own = found["benchmarks"][one.source.name]
         missing = [f"{subset} {have}" for subset, have in own["coverage"].items() if len(set(have.split(" of "))) > 1]
         if missing:
-            notes.append(f"{one.source.name} is partial: {', '.join(missing)} rows. `overall` is the mean of what is there, not the published figure.")  # fmt: skip
+            notes.append(f"{one.source.name} is partial: {', '.join(missing)} rows. Its overall is the mean of what is there, not the published figure.")  # fmt: skip
         if num := len(one.bad) + len(own["unscored"]):
             notes.append(f"{one.source.name}: {num} of {one.num_read} rows are left out, see the end.")
         if own["num_truncated"]:
