@@ -31,8 +31,7 @@ from sarm.evaluate.rows import ScoredRow
 from sarm.evaluate.settings import Benchmarking
 from sarm.nn.backbone import residual_stream
 from sarm.runtime.benchmark_scoring import make_items
-from sarm.runtime.models import find_model
-from sarm.runtime.scorers import sarm_tokenizer
+from sarm.runtime.models import find_model, sarm_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 BATCH_TOKENS = 2048

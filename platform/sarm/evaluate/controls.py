@@ -105,12 +105,12 @@ def fit_temperature(margins_N: Floats) -> float:
 
 
 def drift(items: pa.Table) -> dict[str, Any] | None:
-    """How far scores move when a completion is scored alone instead of in a batch; None if none was."""
-    both = items.filter(pc.is_valid(items["score_alone"]))
+    """How far finite scores move when a completion is scored alone instead of in a batch; None if none was."""
+    both = items.filter(pc.and_(pc.is_finite(items["score"]), pc.is_finite(items["score_alone"])))
     if not both.num_rows:
         return None
     gap = np.abs(both["score"].to_numpy() - both["score_alone"].to_numpy())
-    spread = float(np.nanstd(items["score"].to_numpy()))
+    spread = float(np.std(items.filter(pc.is_finite(items["score"]))["score"].to_numpy()))
     return {
         "num_completions": both.num_rows,
         "max": float(gap.max()),

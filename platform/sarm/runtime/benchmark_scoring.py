@@ -5,7 +5,6 @@ files and interrupted runs all use what is there. Every batch is written when it
 """
 
 import json
-import time
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,8 +13,6 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-import ray.data
-import torch
 
 from sarm import schema
 from sarm.config import Run
@@ -23,25 +20,10 @@ from sarm.data.benchmark_sources import Loaded, cluster_of
 from sarm.data.benchmarks import BenchmarkRow
 from sarm.data.cache import cache_root
 from sarm.evaluate.probes import edit_conversation, markup_count
-from sarm.runtime.actors import Progress, Source, device_of_worker
-from sarm.runtime.cluster import connect
-from sarm.runtime.extraction import through_actors
-from sarm.runtime.models import score_key
-from sarm.runtime.parquet_sink import ParquetSink
-from sarm.runtime.scorers import ModelSpec, Request, load_scorer
-from sarm.runtime.session import say
+from sarm.runtime.job import say
+from sarm.runtime.models import ModelSpec, score_key
 
-# Prompts of one batch of an actor: enough for rows of like length, few enough that a killed run loses little.
-BATCH_PROMPTS = 8
-_ALONE = ":alone"
-_REQUESTS = pa.schema(
-    [
-        pa.field("prompt", pa.string()),
-        pa.field("completions", pa.list_(pa.string())),
-        pa.field("ids", pa.list_(pa.string())),
-        pa.field("alone", pa.bool_()),
-    ]
-)
+ALONE = ":alone"
 
 
 class Scores(NamedTuple):
@@ -52,39 +34,6 @@ class Scores(NamedTuple):
     num_scored: int
     forward_tokens: int
     forward_seconds: float
-
-
-class CompletionScores:
-    """A batch of requests in, one row per completion out."""
-
-    def __init__(self, spec: ModelSpec, batch_tokens: int, source: Source, threads: int):
-        torch.set_num_threads(threads)
-        self._score = load_scorer(spec, batch_tokens, device_of_worker())
-        self._progress = Progress(source)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        started = time.time()
-        records = batch.to_pylist()
-        requests = [Request(json.loads(r["prompt"]), r["completions"], r["alone"]) for r in records]
-        scored, num_tokens = self._score(requests)
-        self._progress.add(batch.num_rows, num_tokens)
-        num = sum(len(own) for own in scored)
-        cost = {"started": started, "seconds": time.time() - started, "forward_tokens": num_tokens / max(1, num)}
-        rows = [
-            {
-                "completion_id": completion_id,
-                "score": one.score,
-                "num_tokens": one.num_tokens,
-                "was_truncated": one.truncated,
-                **cost,
-                "reject": None,
-                "truncated": one.truncated,
-            }
-            for record, own in zip(records, scored, strict=True)
-            for completion_id, one in zip(record["ids"], own, strict=True)
-        ]
-        sink_columns = [pa.field("reject", pa.string()), pa.field("truncated", pa.bool_())]
-        return pa.Table.from_pylist(rows, schema=pa.schema([*schema.COMPLETION_SCORES, *sink_columns]))
 
 
 def make_items(
@@ -112,27 +61,18 @@ def score_all(
 ) -> Scores:
     """The score of every completion; those in `alone` once more in a pass of their own, under their id and `:alone`."""
     folder = cache_root() / "scores" / score_key(spec)
-    wanted = [*texts, *(f"{one}{_ALONE}" for one in alone)]
+    wanted = [*texts, *(f"{one}{ALONE}" for one in alone)]
     known = _cached(folder) if folder.exists() else {}
     missing = [key for key in wanted if key not in known]
     num_cached = len(wanted) - len(missing)
     tokens, seconds = 0, 0.0
     if missing:
+        # Only here: a run whose scores are all cached starts neither Ray nor torch.
+        from sarm.runtime.completion_scores import score_requests
+
         say(f"scoring {len(missing):,} completions with {spec.place} ({num_cached:,} are in the cache)")
         part = folder / uuid.uuid4().hex
-        blocks = list(_blocks(missing, texts))
-        num_requests = sum(block.num_rows for block in blocks)
-        with connect(run) as cluster:
-            through_actors(
-                ray.data.from_arrow(blocks),
-                BATCH_PROMPTS,
-                Source("score", num_requests),
-                CompletionScores,
-                {"spec": spec, "batch_tokens": batch_tokens},
-                ParquetSink(part, schema.COMPLETION_SCORES, 1),
-                run,
-                cluster,
-            )
+        score_requests(spec, [(*texts[key.removesuffix(ALONE)], key) for key in missing], part, batch_tokens, run)
         fresh = ds.dataset([str(path) for path in sorted(part.glob("*.parquet"))]).to_table()
         known |= _by_id(fresh)
         started, took = fresh["started"].to_pylist(), fresh["seconds"].to_pylist()
@@ -146,7 +86,7 @@ def items_table(items: Iterable[dict[str, Any]], scores: Scores) -> pa.Table:
     rows = []
     for item in items:
         found = scores.by_id[item["completion_id"]]
-        alone = scores.by_id.get(item["completion_id"] + _ALONE, {}).get("score") if not item["variant"] else None
+        alone = scores.by_id.get(item["completion_id"] + ALONE, {}).get("score") if not item["variant"] else None
         rows.append(
             {
                 **item,
@@ -183,26 +123,6 @@ def _items_of(row: BenchmarkRow, variant: str, texts: dict[str, tuple[str, str]]
             }
         )
     return items
-
-
-def _blocks(missing: Sequence[str], texts: dict[str, tuple[str, str]]) -> Iterable[pa.Table]:
-    """Requests of one prompt each, from long to short so that a batch holds rows of like length, in blocks of one batch."""
-    groups: dict[tuple[str, bool], list[str]] = {}
-    for key in missing:
-        alone = key.endswith(_ALONE)
-        groups.setdefault((texts[key.removesuffix(_ALONE)][0], alone), []).append(key)
-    requests: list[dict[str, Any]] = [
-        {
-            "prompt": json.dumps([{"role": role, "content": content} for role, content in json.loads(prompt)]),
-            "completions": [texts[key.removesuffix(_ALONE)][1] for key in keys],
-            "ids": keys,
-            "alone": alone,
-        }
-        for (prompt, alone), keys in groups.items()
-    ]
-    requests.sort(key=lambda r: (r["alone"], -len(r["prompt"]) - sum(map(len, r["completions"]))))
-    for chunk in (requests[i : i + BATCH_PROMPTS] for i in range(0, len(requests), BATCH_PROMPTS)):
-        yield pa.Table.from_pylist(chunk, schema=_REQUESTS)
 
 
 def _cached(folder: Path) -> dict[str, dict[str, Any]]:

@@ -17,10 +17,9 @@ from sarm.evaluate.suite import measure, metrics
 from sarm.manifest import StageFolder, write_atomically
 from sarm.runtime.benchmark_report import build_page
 from sarm.runtime.benchmark_scoring import Scores, items_table, make_items, score_all
-from sarm.runtime.models import find_model
+from sarm.runtime.job import say
+from sarm.runtime.models import ModelSpec, find_model
 from sarm.runtime.pages import share, span, write_page
-from sarm.runtime.scorers import ModelSpec
-from sarm.runtime.session import say
 from sarm.runtime.tracking import Tracker, flat_params, tracking_uri
 
 BENCHMARK = "benchmarks/v1"
@@ -107,7 +106,7 @@ def _content(
             "seed": settings.run.seed,
         },
         "notes": _notes(settings, found, benchmarks),
-        "scoring": {**scores._replace(by_id={})._asdict(), "batch_tokens": settings.batch_tokens, "tokens_per_second": rate},
+        "scoring": {**{key: value for key, value in scores._asdict().items() if key != "by_id"}, "batch_tokens": settings.batch_tokens, "tokens_per_second": rate},
         **found,
     }  # fmt: skip
 

@@ -16,8 +16,8 @@ from sarm.interpret.figures import as_svg, difference_bars, save_figure
 from sarm.manifest import MANIFEST, StageFolder, read_manifest, sha256_of, verify_files, write_atomically
 from sarm.runtime.benchmark_report import TITLES
 from sarm.runtime.benchmarking import BENCHMARK
+from sarm.runtime.job import say
 from sarm.runtime.pages import Dots, Page, Section, share, span, write_page
-from sarm.runtime.session import say
 from sarm.runtime.tracking import StageRun, Tracker, tracking_uri
 
 COMPARISON = "comparison/v1"

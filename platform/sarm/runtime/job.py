@@ -9,6 +9,7 @@ import io
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,6 +54,11 @@ def _guarded(parsed: Callable[[], Any], job: Callable[[Any], None], arguments: S
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(130)
+
+
+def say(message: str) -> None:
+    """One progress line with the time."""
+    print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
 
 
 def parse(config_type: type, description: str, arguments: Sequence[str]) -> Any:

@@ -1,17 +1,36 @@
 """From what `--model` names to a `ModelSpec`: its kind, its files, and the hash that decides which cached scores are its own."""
 
 import hashlib
+import importlib
+import importlib.util
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sarm.config import UserError
+from sarm.config import Model, UserError
+from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.evaluate.settings import Benchmarking
 from sarm.manifest import sha256_of
-from sarm.runtime.scorers import ModelSpec, load_function, sarm_tokenizer
 
 DEFAULT_LENGTH = 2048
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A reward model as workers load it; `identity` is a hash of its weights, tokenizer and code, `template` of its chat template."""
+
+    kind: str
+    place: str
+    identity: str
+    template: str
+    protocol: str
+    max_length: int
+    dtype: str
+    system_prompt: str | None = None
 
 
 def find_model(settings: Benchmarking) -> ModelSpec:
@@ -45,6 +64,39 @@ def find_model(settings: Benchmarking) -> ModelSpec:
         raise UserError(f"the tokenizer of {name} has no chat template, so it cannot render benchmarks. Pass another --model.")  # fmt: skip
     template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:16]
     return _spec("classifier", str(folder), hash_of_folder(folder), template, settings, DEFAULT_LENGTH)
+
+
+def sarm_tokenizer(spec: ModelSpec) -> ChatTokenizer:
+    """A SARM folder's own tokenizer and pinned template."""
+    model = Model(name=spec.place, max_length=spec.max_length, system_prompt=spec.system_prompt)
+    return load_chat_tokenizer(model, spec.place)
+
+
+def load_function(place: str) -> Callable[..., Any]:
+    """The function that `module:function` or `file.py:function` names.
+
+    Raises UserError if there is none.
+    """
+    source, _, name = place.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            found = importlib.util.spec_from_file_location(f"scorer_{Path(source).stem}", source)
+            assert found is not None
+            assert found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            sys.modules[found.name] = module
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+        function = getattr(module, name)
+    # Whatever the user's module raises while it is imported.
+    except Exception as error:
+        raise UserError(
+            f"cannot load {place} ({type(error).__name__}: {error}). Pass --model MODULE:FUNCTION."
+        ) from error
+    if not callable(function):
+        raise UserError(f"{place} is not a function. Pass --model MODULE:FUNCTION.")
+    return function
 
 
 def score_key(spec: ModelSpec) -> str:

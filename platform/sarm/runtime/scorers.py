@@ -5,36 +5,19 @@ official   the template's text tokenised again with special tokens (often two BO
            tokenizer's own side, as the benchmarks' code does: a right truncation cuts off the token that carries the reward
 """
 
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from sarm.config import Model, UserError
+from sarm.config import UserError
 from sarm.data.artifacts import load_sarm
-from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.data.chat import ChatTokenizer
 from sarm.data.packing import Row, TokenBatch, answer_rows, text_row, token_batches
+from sarm.runtime.models import ModelSpec, load_function, sarm_tokenizer
 
 Message = dict[str, str]
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A reward model as workers load it; `identity` is a hash of its weights, tokenizer and code, `template` of its chat template."""
-
-    kind: str
-    place: str
-    identity: str
-    template: str
-    protocol: str
-    max_length: int
-    dtype: str
-    system_prompt: str | None = None
 
 
 class Request(NamedTuple):
@@ -193,39 +176,6 @@ class CallableScorer:
 def load_scorer(spec: ModelSpec, batch_tokens: int, device: torch.device) -> Scorer:
     """The scorer of a model."""
     return CallableScorer(spec) if spec.kind == "callable" else TorchScorer(spec, batch_tokens, device)
-
-
-def sarm_tokenizer(spec: ModelSpec) -> ChatTokenizer:
-    """A SARM folder's own tokenizer and pinned template."""
-    model = Model(name=spec.place, max_length=spec.max_length, system_prompt=spec.system_prompt)
-    return load_chat_tokenizer(model, spec.place)
-
-
-def load_function(place: str) -> Callable[..., Any]:
-    """The function that `module:function` or `file.py:function` names.
-
-    Raises UserError if there is none.
-    """
-    source, _, name = place.rpartition(":")
-    try:
-        if source.endswith(".py"):
-            found = importlib.util.spec_from_file_location(f"scorer_{Path(source).stem}", source)
-            assert found is not None
-            assert found.loader is not None
-            module = importlib.util.module_from_spec(found)
-            sys.modules[found.name] = module
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-        function = getattr(module, name)
-    # Whatever the user's module raises while it is imported.
-    except Exception as error:
-        raise UserError(
-            f"cannot load {place} ({type(error).__name__}: {error}). Pass --model MODULE:FUNCTION."
-        ) from error
-    if not callable(function):
-        raise UserError(f"{place} is not a function. Pass --model MODULE:FUNCTION.")
-    return function
 
 
 def _single(key: Hashable, ids: Sequence[int]) -> Row:
