@@ -46,6 +46,25 @@ def test_pairing_finds_what_two_separate_intervals_hide():
     assert found["subsets"][""]["p_mcnemar"] < 0.01
 
 
+def test_one_prompt_that_differs_is_no_evidence():
+    weak = [row("", i, [float(i % 2), 0.5]) for i in range(30)]
+    strong = [row("", 0, [1.0, 0.5]), *weak[1:]]
+    overall = compare(PAIRS, strong, weak, 500, 0)["figures"]["overall"]
+    assert overall["num_differing_prompts"] == 1
+    assert overall["difference_ci95"][0] < 0 < overall["difference"]
+
+
+def test_the_interval_of_a_difference_holds_the_truth_19_times_in_20():
+    held = 0
+    for world in range(400):
+        rng = np.random.default_rng(world)
+        skill = rng.normal(size=150)
+        a, b = ([row("", i, [s + d + rng.normal(), 0.0]) for i, s in enumerate(skill)] for d in (0.5, 0.5))
+        low, high = compare(PAIRS, a, b, 400, world)["figures"]["overall"]["difference_ci95"]
+        held += low <= 0 <= high
+    assert 0.93 <= held / 400 <= 0.97
+
+
 def test_rows_of_one_run_only_are_counted_and_not_compared():
     a, b = [row("", i, [1, 0]) for i in range(6)], [row("", i, [0, 1]) for i in range(4, 8)]
     found = compare(PAIRS, a, b, 100, 0)

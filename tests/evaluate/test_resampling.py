@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sarm.evaluate.best_of_n import PAIRS
-from sarm.evaluate.resampling import Sums, bca_interval, intervals, resample
+from sarm.evaluate.resampling import Sums, interval, intervals, resample
 from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2
 from sarm.evaluate.rm_bench import RM_BENCH
 from sarm.evaluate.rows import ScoredRow
@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_a_near_one():
 
 
 def test_an_undefined_figure_has_no_interval():
-    assert all(np.isnan(bca_interval(np.array([0.1, 0.2]), float("nan"), 5)))
+    assert all(np.isnan(interval(np.array([0.1, 0.2]), float("nan"), 5, 0.0)))
 
 
 NUM_WORLDS, RESAMPLES = 1000, 600

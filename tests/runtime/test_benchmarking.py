@@ -118,6 +118,18 @@ def test_the_same_texts_are_scored_once_ever(finished, evaluate, work):
     assert (told["num_scored"], told["num_cached"] > 0) == (0, True)
 
 
+def test_an_interrupted_run_scores_only_what_is_missing(finished, evaluate, work):
+    parts = sorted((work / "cache" / "scores").glob("*/*/*.parquet"))
+    lost = pq.read_table(parts[0]).num_rows
+    parts[0].unlink()
+    evaluate("third", resamples=400)
+    told = json.loads((work / "third" / "report.json").read_text())
+    assert told["scoring"]["num_scored"] == lost < told["scoring"]["num_cached"]
+    before = json.loads((finished / "report.json").read_text())["benchmarks"]["reward_bench_2"]["figures"]
+    after = told["benchmarks"]["reward_bench_2"]["figures"]
+    assert {k: v["value"] for k, v in after.items()} == {k: v["value"] for k, v in before.items()}
+
+
 def test_other_settings_do_not_touch_a_finished_folder(finished, evaluate):
     with pytest.raises(UserError, match=r"resamples=200, now asked for resamples=300"):
         evaluate("first", resamples=300)

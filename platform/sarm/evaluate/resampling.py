@@ -57,11 +57,20 @@ class Sums:
             means_RP = (counts_RC @ sums) / (counts_RC @ counts)
         return dict(zip(self.parts[system], means_RP.T, strict=True))
 
-    def clusters_of(self, figure: str) -> int:
-        """How many prompts a figure rests on: those of its own parts, or all."""
+    def differing(self, figure: str) -> int:
+        """How many prompts give the first two systems different sums in the parts of a figure."""
+        (a, _), (b, _) = self.totals[:2]
+        own = self._own_parts(figure)
+        return int((a[:, own] != b[:, own]).any(axis=1).sum())
+
+    def _own_parts(self, figure: str) -> list[int]:
         parts = self.parts[0]
         own = [i for i, part in enumerate(parts) if part == figure or part.startswith(f"{figure}/")]
-        return int(self.totals[0][1][:, own].any(axis=1).sum()) if own else self.num_clusters
+        return own or list(range(len(parts)))
+
+    def clusters_of(self, figure: str) -> int:
+        """How many prompts a figure rests on: those of its own parts, or all."""
+        return int(self.totals[0][1][:, self._own_parts(figure)].any(axis=1).sum())
 
 
 class Resamples(NamedTuple):
@@ -106,8 +115,8 @@ def _acceleration(left_out_C: Floats, strata: Sequence[NDArray[np.intp]]) -> flo
     return float((all_C**3).sum() / (6 * spread)) if spread > 1e-30 else 0.0
 
 
-def bca_interval(values_R: Floats, value: float, num_clusters: int, acceleration: float = 0.0) -> Interval:
-    """95 % interval of a figure from its resamples.
+def interval(values_R: Floats, value: float, num_clusters: int, acceleration: float | None) -> Interval:
+    """95 % interval of a figure from its resamples: BCa, or of plain percentiles where `acceleration` is None.
 
     The tails are moved out as much as a t interval is wider than a normal one of the population's variance (Hesterberg
     2015), which few prompts need. Where the resamples do not differ, a share takes Wilson's interval.
@@ -121,6 +130,9 @@ def bca_interval(values_R: Floats, value: float, num_clusters: int, acceleration
     z = Z_95
     if num_clusters > 1:
         z = float(-np.sqrt(num_clusters / (num_clusters - 1)) * stats.t.ppf(0.025, num_clusters - 1))
+    if acceleration is None:
+        low, high = np.quantile(finite, stats.norm.cdf([-z, z]))
+        return Interval(float(low), float(high))
     # Shares come in steps: a resample that equals the figure (but for rounding) counts half.
     below = np.mean(finite < value - 1e-12) + 0.5 * np.mean(np.abs(finite - value) <= 1e-12)
     z0 = float(stats.norm.ppf(np.clip(below, 0.5 / len(finite), 1 - 0.5 / len(finite))))
@@ -137,6 +149,6 @@ def intervals(benchmark: Benchmark, rows: Sequence[ScoredRow], resamples: int, s
     drawn = resample(sums, lambda means: benchmark.combine(means[0]), resamples, seed)
     values: Mapping[str, float] = benchmark.figures(rows)
     return {
-        name: bca_interval(drawn.values[name], values[name], sums.clusters_of(name), drawn.acceleration[name])
+        name: interval(drawn.values[name], values[name], sums.clusters_of(name), drawn.acceleration[name])
         for name in values
     }
