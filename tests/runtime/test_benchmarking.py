@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from sarm.config import Run, UserError
 from sarm.evaluate.settings import Benchmarking, Comparison
-from sarm.evaluate.suite import measure, metrics
+from sarm.evaluate.suite import measure, metric_name, metrics
 from sarm.runtime.benchmarking import run_benchmarks
 from sarm.runtime.comparing import run_comparison
 
@@ -107,6 +107,14 @@ def test_the_run_tracker_has_the_metrics_by_their_names(finished, work):
     report = json.loads((finished / "report.json").read_text())
     assert {"rb2/overall", "rb2/Math", "rb2/overall_ci_lo", "rb2/overall_ci_hi", "drift/max"} <= logged.keys()
     assert logged == pytest.approx(metrics(report))
+
+
+@pytest.mark.parametrize(
+    ("figure", "name"),
+    [("chat/hard", "rmbench/chat_hard"), ("", "rmbench/all"), ("..", "rmbench/all"), ("a:b%\n<x>", "rmbench/a_b___x_")],
+)
+def test_a_metric_has_a_name_that_the_tracker_takes(figure, name):
+    assert metric_name("rmbench", figure) == name
 
 
 def test_the_same_texts_are_scored_once_ever(finished, evaluate, work):

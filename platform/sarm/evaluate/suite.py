@@ -1,5 +1,6 @@
 """All figures of an evaluation, from its per-completion table alone: what is reported, logged and compared."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 Measures = dict[str, Any]
+_MAX_NAME = 150
 
 
 def measure(items: pa.Table, resamples: int, seed: int) -> Measures:
@@ -87,7 +89,7 @@ def metrics(measures: Mapping[str, Any]) -> dict[str, float]:
     for name, one in measures["benchmarks"].items():
         prefix = BENCHMARKS[name].prefix
         for figure, row in one["figures"].items():
-            key = f"{prefix}/{figure.replace('/', '_')}"
+            key = metric_name(prefix, figure)
             found |= {key: row["value"], f"{key}_ci_lo": row["ci95"][0], f"{key}_ci_hi": row["ci95"][1]}
         found |= {f"{prefix}/num_rows": one["num_rows"], f"{prefix}/num_truncated": one["num_truncated"]}
         for key, value in (one.get("controls") or {}).items():
@@ -101,6 +103,12 @@ def metrics(measures: Mapping[str, Any]) -> dict[str, float]:
     if measures["drift"]:
         found["drift/max"] = measures["drift"]["max"]
     return {key: float(value) for key, value in found.items() if value is not None and np.isfinite(value)}
+
+
+def metric_name(prefix: str, figure: str) -> str:
+    """`prefix/figure` in the characters that run trackers take: subsets of own data are called anything."""
+    name = re.sub(r"[^\w.\- ]", "_", figure).strip(". ")
+    return f"{prefix}/{name[:_MAX_NAME] or 'all'}"
 
 
 def _with_partners(rows: list[ScoredRow]) -> list[ScoredRow]:

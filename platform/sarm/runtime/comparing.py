@@ -11,7 +11,7 @@ from sarm.config import UserError
 from sarm.evaluate.paired import compare
 from sarm.evaluate.rows import scored_rows
 from sarm.evaluate.settings import Comparison
-from sarm.evaluate.suite import BENCHMARKS
+from sarm.evaluate.suite import BENCHMARKS, metric_name
 from sarm.interpret.figures import as_svg, difference_bars, save_figure
 from sarm.manifest import MANIFEST, StageFolder, read_manifest, sha256_of, verify_files, write_atomically
 from sarm.runtime.benchmark_report import TITLES
@@ -160,10 +160,10 @@ def _log(run: StageRun, content: Mapping[str, Any], folder: Path) -> None:
     for name, one in content["benchmarks"].items():
         prefix = f"{BENCHMARKS[name].prefix}_diff"
         for key, row in one["figures"].items():
-            flat = f"{prefix}/{key.replace('/', '_')}"
+            flat = metric_name(prefix, key)
             low, high = row["difference_ci95"]
             numbers |= {flat: row["difference"], f"{flat}_ci_lo": low, f"{flat}_ci_hi": high}
-        numbers |= {f"{prefix}/{subset or 'all'}_p_holm": row["p_holm"] for subset, row in one["subsets"].items()}
+        numbers |= {f"{metric_name(prefix, subset)}_p_holm": row["p_holm"] for subset, row in one["subsets"].items()}
     run.log_metrics(numbers)
     run.log_params({"run_a": content["folders"]["a"], "run_b": content["folders"]["b"]})
     for path in sorted(folder.iterdir()):
