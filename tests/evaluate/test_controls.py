@@ -1,6 +1,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.stats import spearmanr
 
 from sarm import schema
 from sarm.evaluate.best_of_n import PAIRS
@@ -40,6 +41,12 @@ def test_spearman_is_taken_within_prompts():
     # Within each prompt longer is worse; over all rows longer prompts score higher.
     rows = [row(i, [10 * i - j for j in range(4)], [10 * i + j for j in range(4)]) for i in range(5)]
     assert length_and_style(rows)["mean_spearman_reward_length"] == pytest.approx(-1)
+
+
+def test_spearman_shares_ranks_at_equal_values():
+    scores, tokens = [1.0, 2, 2, 5, 0], [3.0, 3, 1, 8, 2]
+    expected = spearmanr(scores, tokens).statistic
+    assert length_and_style([row(0, scores, tokens)])["mean_spearman_reward_length"] == pytest.approx(expected)
 
 
 def test_the_temperature_of_overconfident_margins_is_found_on_the_other_half():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy import optimize, stats
+from scipy import optimize
 
 from sarm import schema
 from sarm.evaluate.rows import Benchmark, Floats, ScoredRow
@@ -47,7 +47,7 @@ def length_and_style(rows: Sequence[ScoredRow]) -> dict[str, Any]:
         styles.append((np.log1p(row.markup[:n, None]) - np.log1p(row.markup[None, n:])).ravel())
         weights.append(np.full(len(margins), 1 / len(margins)))
         if len(row.scores) > 2 and np.ptp(row.scores) > 0 and np.ptp(row.tokens) > 0:
-            correlations.append(float(stats.spearmanr(row.scores, row.tokens).statistic))
+            correlations.append(float(np.corrcoef(_ranks(row.scores), _ranks(row.tokens))[0, 1]))
     y, length, style, weight = (np.concatenate(part) for part in (won, lengths, styles, weights))
     return {
         "accuracy": float((y * weight).sum() / weight.sum()),
@@ -56,6 +56,12 @@ def length_and_style(rows: Sequence[ScoredRow]) -> dict[str, Any]:
         "mean_spearman_reward_length": float(np.mean(correlations)) if correlations else None,
         "num_prompts_spearman": len(correlations),
     }
+
+
+def _ranks(values_N: Floats) -> Floats:
+    """Ranks from 1, equal values at their mean rank."""
+    _, place, counts = np.unique(values_N, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def _accuracy_at_zero(won_N: Floats, x_ND: Floats, weight_N: Floats) -> float:

@@ -5,11 +5,11 @@ uneven if both were equally likely. Paired bootstrap: both models on the same re
 p-values sorted, the i-th of m times m - i + 1, so that over all subsets a false difference is claimed 5 % of the time at most.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from sarm.evaluate.resampling import Sums, interval, resample
 from sarm.evaluate.reward_bench_2 import TIES, best_of_n_credit
@@ -23,7 +23,8 @@ _TOO_FEW = 5
 def mcnemar(only_a: int, only_b: int) -> float:
     """Exact two-sided p-value of `only_a` rows that A alone gets right against `only_b` that B alone does."""
     total = only_a + only_b
-    return 1.0 if total == 0 else float(stats.binomtest(only_a, total, 0.5).pvalue)
+    tail = sum(math.comb(total, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**total)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from sarm.evaluate.rows import Benchmark, Observations, ScoredRow
 from sarm.evaluate.statistics import Z_95, Interval, wilson_interval
@@ -129,14 +129,14 @@ def interval(values_R: Floats, value: float, num_clusters: int, acceleration: fl
         return wilson_interval(share * num_clusters, num_clusters)
     z = Z_95
     if num_clusters > 1:
-        z = float(-np.sqrt(num_clusters / (num_clusters - 1)) * stats.t.ppf(0.025, num_clusters - 1))
+        z = float(-np.sqrt(num_clusters / (num_clusters - 1)) * special.stdtrit(num_clusters - 1, 0.025))
     if acceleration is None:
-        low, high = np.quantile(finite, stats.norm.cdf([-z, z]))
+        low, high = np.quantile(finite, special.ndtr([-z, z]))
         return Interval(float(low), float(high))
     # Shares come in steps: a resample that equals the figure (but for rounding) counts half.
     below = np.mean(finite < value - 1e-12) + 0.5 * np.mean(np.abs(finite - value) <= 1e-12)
-    z0 = float(stats.norm.ppf(np.clip(below, 0.5 / len(finite), 1 - 0.5 / len(finite))))
-    tails = [float(stats.norm.cdf(z0 + (z0 + end) / (1 - acceleration * (z0 + end)))) for end in (-z, z)]
+    z0 = float(special.ndtri(np.clip(below, 0.5 / len(finite), 1 - 0.5 / len(finite))))
+    tails = [float(special.ndtr(z0 + (z0 + end) / (1 - acceleration * (z0 + end)))) for end in (-z, z)]
     low, high = np.quantile(finite, np.clip(tails, 0.0, 1.0))
     return Interval(float(low), float(high))
 

@@ -68,8 +68,16 @@ def find_model(settings: Benchmarking) -> ModelSpec:
 
 def sarm_tokenizer(spec: ModelSpec) -> ChatTokenizer:
     """A SARM folder's own tokenizer and pinned template."""
+    from transformers.utils import logging
+
     model = Model(name=spec.place, max_length=spec.max_length, system_prompt=spec.system_prompt)
-    return load_chat_tokenizer(model, spec.place)
+    verbosity = logging.get_verbosity()
+    # The tokenizer's loader peeks at the model's config, and warns of a type that it knows only once torch is loaded.
+    logging.set_verbosity_error()
+    try:
+        return load_chat_tokenizer(model, spec.place)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_function(place: str) -> Callable[..., Any]:
