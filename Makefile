@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 MLFLOW_URI ?= sqlite:///$(CURDIR)/outputs/mlflow.db
 UI_PORT ?= 5000
 BENCH ?= $(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py))
+# These run in the environment of the libraries that they are compared with.
+BESIDE_OTHERS := sae
 
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint types bench test-formats ui lock clean
+.PHONY: help demo test test-formats test-official lint types bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -28,6 +30,16 @@ demo: $(VENV)/.ready  ## the whole chain on a real model and real preferences, o
 test: $(VENV)/.ready lint types  ## everything that checks the project
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+.venv-official/.ready: tests/evaluate/official/requirements.txt
+	$(PYTHON) -m venv .venv-official
+	.venv-official/bin/python -m pip install --progress-bar on torch==2.13.0
+	.venv-official/bin/python -m pip install --progress-bar on -r tests/evaluate/official/requirements.txt
+	.venv-official/bin/python -m pip install --no-deps rewardbench==0.1.4
+	@touch $@
+
+test-official: $(VENV)/.ready .venv-official/.ready  ## our scores against the published rewardbench 0.1.4, to the last bit
+	$(BIN)/python -m pytest tests/evaluate/test_official.py
+
 lint: $(VENV)/.ready  ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,8 +52,10 @@ types: $(VENV)/.ready  ## types
 	.venv-bench/bin/python -m pip install --progress-bar on --no-deps -r tests/bench/requirements.txt
 	@touch $@
 
-bench: .venv-bench/.ready  ## speed and memory beside other libraries: all, or one by BENCH=sae
-	@set -e; for name in $(BENCH); do .venv-bench/bin/python tests/bench/bench_$$name.py; done
+bench: .venv-bench/.ready $(VENV)/.ready  ## figures, beside other libraries where there are any: all, or one by BENCH=sae
+	@set -e; for name in $(BENCH); do \
+	  case " $(BESIDE_OTHERS) " in *" $$name "*) python=.venv-bench/bin/python;; *) python=$(BIN)/python;; esac; \
+	  $$python tests/bench/bench_$$name.py; done
 
 test-formats: $(VENV)/.ready .venv-bench/.ready  ## SAE files, exchanged with the libraries whose formats they are
 	$(BIN)/python -m pytest tests/formats tests/data/test_sae_formats.py

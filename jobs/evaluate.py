@@ -2,10 +2,18 @@
 
 python jobs/evaluate.py demo
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/evaluate.py demo
+
+With --model instead of a preset: score benchmarks with any reward model, each figure with its interval.
+
+python jobs/evaluate.py --model outputs/demo/sarm --benchmarks reward_bench_2=safety.jsonl.gz rm_bench --out outputs/benchmarks
+python jobs/evaluate.py --model x --help     every flag of this form
 """
 
+import sys
+
 from sarm.config import Evaluate
-from sarm.runtime.job import run_job
+from sarm.evaluate.settings import Benchmarking
+from sarm.runtime.job import run_command, run_job
 
 
 def main(config: Evaluate) -> None:
@@ -20,5 +28,14 @@ def main(config: Evaluate) -> None:
     print_summary(content, files.html)
 
 
+def benchmark(settings: Benchmarking) -> None:
+    from sarm.runtime.benchmarking import run_benchmarks
+
+    run_benchmarks(settings)
+
+
 if __name__ == "__main__":
-    run_job(Evaluate, main, __doc__ or "")
+    if any(argument.partition("=")[0] in ("--model", "--benchmarks") for argument in sys.argv[1:]):
+        run_command(Benchmarking, benchmark, __doc__ or "")
+    else:
+        run_job(Evaluate, main, __doc__ or "")

@@ -131,6 +131,17 @@ BAD_FLAGS = {
     "unknown built-in": ("pipeline", ["tiny", "--model.name", "demo:gpt9"], ["demo:gpt9", "demo:smollm2"]),
     "missing file": ("pipeline", ["tiny", "--data.pairs", "/no/such.jsonl"], ["/no/such.jsonl"]),
     "relative database": ("prepare_data", ["tiny", "--mlflow-uri", "sqlite:///x.db"], ["x.db", "sqlite:////absolute"]),
+    "no model to evaluate": (
+        "evaluate",
+        ["--model", "/no/such", "--benchmarks", "pairs=/no/such.jsonl"],
+        ["/no/such", "--model"],
+    ),
+    "unknown benchmark": (
+        "evaluate",
+        ["--model", "json:loads", "--benchmarks", "chess=x.jsonl"],
+        ["chess", "reward_bench_2", "--benchmarks"],
+    ),
+    "nothing to compare": ("compare", ["/no/a", "/no/b"], ["/no/a", "benchmarks/v1"]),
     "nan rate": ("train_sarm", ["tiny", "--reward.lr", "nan"], ["finite", "--reward.lr"]),
 }
 

@@ -173,18 +173,23 @@ print("loaded:", sorted({HEAVY!r} & set(sys.modules)))
 """
 
 
-# This one has no preset: it reads an SAE and writes an SAE.
-WITHOUT_PRESET = {"convert_sae"}
-EXPLAINED = [
-    (job, arguments)
-    for job in SCRIPTS
-    for arguments in (["--help"], ["tiny", "--help"], ["tiny", "--dry-run"])
-    if job.stem not in WITHOUT_PRESET or arguments == ["--help"]
+WITH_PRESETS = [job for job in SCRIPTS if job.stem not in ("compare", "convert_sae")]
+ANSWERS = [
+    *(
+        (job, arguments)
+        for job in WITH_PRESETS
+        for arguments in (["--help"], ["tiny", "--help"], ["tiny", "--dry-run"])
+    ),
+    (ROOT / "jobs" / "convert_sae.py", ["--help"]),
+    (ROOT / "jobs" / "compare.py", ["--help"]),
+    (ROOT / "jobs" / "compare.py", ["a", "b", "--dry-run"]),
+    (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),
+    (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--benchmarks", "rm_bench", "--dry-run"]),
 ]
 
 
 @pytest.mark.parametrize(
-    ("job", "arguments"), EXPLAINED, ids=[f"{job.stem} {' '.join(arguments)}" for job, arguments in EXPLAINED]
+    ("job", "arguments"), ANSWERS, ids=lambda value: value.stem if isinstance(value, Path) else " ".join(value)
 )
 def test_a_job_explains_itself_without_loading_anything_heavy(job, arguments):
     assert run_python(RUN_AND_LIST, job, *arguments).endswith("loaded: []\n")

@@ -47,6 +47,37 @@ PAIR_SCORES = pa.schema(
     ]
 )
 
+COMPLETION_SCORES = pa.schema(
+    [
+        pa.field("completion_id", pa.string(), nullable=False),
+        pa.field("score", pa.float64()),
+        pa.field("num_tokens", pa.int32()),
+        pa.field("was_truncated", pa.bool_(), nullable=False),
+        pa.field("started", pa.float64(), nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),
+        pa.field("forward_tokens", pa.float64(), nullable=False),
+    ]
+)
+
+ITEMS = pa.schema(
+    [
+        pa.field("benchmark", pa.string(), nullable=False),
+        pa.field("subset", pa.string(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("variant", pa.string(), nullable=False),
+        pa.field("completion", pa.int32(), nullable=False),
+        pa.field("correct", pa.bool_(), nullable=False),
+        pa.field("cluster", pa.string(), nullable=False),
+        pa.field("completion_id", pa.string(), nullable=False),
+        pa.field("num_chars", pa.int32(), nullable=False),
+        pa.field("markup", pa.int32(), nullable=False),
+        pa.field("score", pa.float64()),
+        pa.field("num_tokens", pa.int32()),
+        pa.field("truncated", pa.bool_()),
+        pa.field("score_alone", pa.float64()),
+    ]
+)
+
 FEATURES = pa.schema(
     [
         pa.field("latent", pa.int32(), nullable=False),

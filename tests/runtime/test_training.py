@@ -92,6 +92,26 @@ def worker_that_is_killed(task: SaeTask) -> None:
 SAVE_EVERY = 8
 
 
+def worker_that_counts(task: SaeTask) -> dict[str, Any] | None:
+    """`sae_worker`, and how many steps it took."""
+    run, taken = SaeTraining.run, 0
+
+    def counted_run(self, logs, max_steps=None, after_step=lambda: None):
+        def after():
+            nonlocal taken
+            taken += 1
+            after_step()
+
+        run(self, logs, max_steps, after)
+
+    SaeTraining.run = counted_run  # type: ignore[method-assign]
+    try:
+        result = sae_worker(task)
+    finally:
+        SaeTraining.run = run  # type: ignore[method-assign]
+    return result and {**result, "steps_taken": taken}
+
+
 @pytest.fixture(scope="module")
 def killed(extracted: Path, tmp_path_factory: pytest.TempPathFactory, tracking: StageRun, preset: Pipeline) -> Path:
     """What a training whose only worker was killed had saved."""
@@ -159,7 +179,7 @@ def trained(
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for workers, stages in ((1, [0]), (2, [1, 2, 3])):
         trainings: dict[str, tuple[Callable[[Any], Any], Any]] = {
-            name: (sae_worker, sae_task(extracted, root / name, tracking, sae, workers))
+            name: (worker_that_counts, sae_task(extracted, root / name, tracking, sae, workers))
             for name, sae in saes[workers].items()
         }
         for stage in stages:
@@ -195,7 +215,10 @@ def test_two_workers_that_split_a_dictionary_with_thresholds_learn_what_one_lear
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_sae_training_that_is_run_again_ends_as_if_it_had_not_been(
-    workers: int, undisturbed: tuple[Path, dict[str, Any]], trained: dict[str, tuple[Path, dict[str, Any]]]
+    workers: int,
+    undisturbed: tuple[Path, dict[str, Any]],
+    killed: Path,
+    trained: dict[str, tuple[Path, dict[str, Any]]],
 ) -> None:
     (folder, wanted), (folder_again, result) = undisturbed, trained[f"killed, again on {workers}"]
     whole, again = load_sae(folder)[0], load_sae(folder_again)[0]
@@ -204,6 +227,8 @@ def test_a_killed_sae_training_that_is_run_again_ends_as_if_it_had_not_been(
         torch.testing.assert_close(again.get_parameter(name), weight, rtol=0, atol=tolerance, msg=name)
     last, wanted_last = result["history"]["chat"][-1], wanted["history"]["chat"][-1]
     assert last["step"] == wanted_last["step"]
+    saved = max(int(path.name.removeprefix("step-")) for path in killed.glob("step-*"))
+    assert result["steps_taken"] == last["step"] - saved, "what was done is not done again"
     assert last["loss"] == pytest.approx(wanted_last["loss"], rel=0, abs=tolerance)
 
 

@@ -97,6 +97,22 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def difference_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Difference with its 95 % interval of each `{name, difference, ci95}`; blue where the interval leaves out zero."""
+    figure, (axes,) = _figure(1, height=0.9 + 0.3 * len(rows))
+    for y, row in enumerate(rows):
+        low, high = row["ci95"]
+        colour = BLUE if low > 0 or high < 0 else GREY
+        axes.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
+        axes.plot(row["difference"], y, color=colour, marker="o", markersize=6)
+    axes.axvline(0, color=GREY, linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(rows)), [_label(row["name"]) for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="difference, 95 % interval")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return figure
+
+
 def contribution_bars(raising: Sequence[Mapping[str, Any]], lowering: Sequence[Mapping[str, Any]]) -> Figure:
     """Mean contribution of each `{latent, mean_contribution}`, from the most raising to the most lowering."""
     rows = [*raising, *reversed(lowering)]

@@ -27,7 +27,7 @@ class Source(NamedTuple):
     num_rows: int
 
 
-class _Progress:
+class Progress:
     """Prints how far an actor is, every few seconds."""
 
     def __init__(self, source: Source):
@@ -60,7 +60,7 @@ class _BackboneActor:
         dtype = getattr(torch, model.dtype)
         backbone = load_backbone(folder, model.layer, dtype, revision=model.revision, gguf_file=model.gguf_file)
         self._backbone = backbone.eval().to(self._device)
-        self._progress = _Progress(source)
+        self._progress = Progress(source)
 
     def _forward(self, rows: list[Row]) -> dict[Any, torch.Tensor]:
         """Residual vector at every wanted place of the rows, in float32 on the CPU."""
@@ -155,7 +155,7 @@ class PairScores:
         self._device, self._extraction = device_of_worker(), extraction
         self._chat, self._max_length = load_chat_tokenizer(model, folder), model.max_length
         self._model = load_sarm(reward_model, getattr(torch, model.dtype)).to(self._device)  # type: ignore[arg-type]
-        self._progress = _Progress(source)
+        self._progress = Progress(source)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         groups = list(prompt_groups(batch, self._chat))

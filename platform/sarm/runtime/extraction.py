@@ -35,6 +35,34 @@ def run_over(
 
     Raises UserError if the actors do not fit the cluster, or no row comes out.
     """
+    data = ray.data.read_parquet([str(path) for path in files])
+    if keep is not None:
+        data = data.map_batches(keep, batch_format="pyarrow")
+    through_actors(
+        data, _BATCH_ROWS, source, actor, arguments, ParquetSink(folder, table_schema, rows_per_file), run, cluster
+    )
+    counts = read_counts(folder)
+    if counts["rows"] == 0:
+        raise UserError(
+            f"{source.name}: nothing usable came out of {source.num_rows} rows: {counts['rejected'] or 'no reason given'}. Look at the source."
+        )
+    return counts
+
+
+def through_actors(
+    data: ray.data.Dataset,
+    batch_rows: int,
+    source: Source,
+    actor: type,
+    arguments: dict[str, Any],
+    sink: ParquetSink,
+    run: Run,
+    cluster: Cluster,
+) -> None:
+    """Stream a data set in batches of `batch_rows` rows through `run.num_actors` actors into a sink.
+
+    Raises UserError if the actors do not fit the cluster.
+    """
     context = DataContext.get_current()
     # The same order whatever the number of actors: what trains on it is then the same as well.
     context.execution_options.preserve_order = True
@@ -43,24 +71,16 @@ def run_over(
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     threads = cluster.cpus_each(run, run.num_actors)
-    data = ray.data.read_parquet([str(path) for path in files])
-    if keep is not None:
-        data = data.map_batches(keep, batch_format="pyarrow")
     data = data.map_batches(
         actor,
         fn_constructor_kwargs={**arguments, "source": source, "threads": threads},
-        batch_size=_BATCH_ROWS,
+        batch_size=batch_rows,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=run.num_actors),
         num_cpus=threads,
         num_gpus=1 if cluster.use_gpu else None,
     )
+    folder = Path(sink.path)
     folder.mkdir(parents=True, exist_ok=True)
-    data.write_datasink(ParquetSink(folder, table_schema, rows_per_file))
+    data.write_datasink(sink)
     remove_temporaries(folder)
-    counts = read_counts(folder)
-    if counts["rows"] == 0:
-        raise UserError(
-            f"{source.name}: nothing usable came out of {source.num_rows} rows: {counts['rejected'] or 'no reason given'}. Look at the source."
-        )
-    return counts

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,29 +28,25 @@ def run_job(
     Exits with status 2 and one line for a user's mistake, 130 for an interrupt, and leaves other errors to Python.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _guarded(lambda: parse(config_type, description, arguments), job, arguments)
 
-    def body() -> None:
-        config = parse(config_type, description, arguments)
-        if config.run.dry_run:
+
+def run_command(config_type: type, job: Callable[[Any], None], description: str) -> None:
+    """`run_job` for a job without presets: every setting is a flag."""
+    arguments = sys.argv[1:]
+    script = f"python {os.path.relpath(sys.argv[0])}"
+    _guarded(lambda: _parse_flags(config_type, arguments, script, description.strip()), job, arguments)
+
+
+def _guarded(parsed: Callable[[], Any], job: Callable[[Any], None], arguments: Sequence[str]) -> None:
+    debug = "--debug" in arguments
+    try:
+        config = parsed()
+        run = getattr(config, "run", None)
+        if run is not None and run.dry_run:
             print(describe(config))
             return
         job(config)
-
-    _answering(body, "--debug" in arguments)
-
-
-def run_command(
-    config_type: type, job: Callable[[Any], None], description: str, arguments: Sequence[str] | None = None
-) -> None:
-    """`run_job` for a job that no preset describes: all of its arguments are flags and positions of `config_type`."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    _answering(lambda: job(_from_flags(config_type, arguments, description=description)), "--debug" in arguments)
-
-
-def _answering(body: Callable[[], None], debug: bool) -> None:
-    """Run, and turn a user's mistake and an interrupt into one line and an exit status."""
-    try:
-        body()
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -58,6 +55,11 @@ def _answering(body: Callable[[], None], debug: bool) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(130)
+
+
+def say(message: str) -> None:
+    """One progress line with the time."""
+    print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
 
 
 def parse(config_type: type, description: str, arguments: Sequence[str]) -> Any:
@@ -79,20 +81,15 @@ def parse(config_type: type, description: str, arguments: Sequence[str]) -> Any:
             f"the first argument is a preset ({', '.join(PRESETS)}), got {name or 'nothing'}{hint} Try {script} --help."
         )
     summary, preset = PRESETS[name]
-    return _from_flags(
-        config_type,
-        flags,
-        default=preset.part(config_type),
-        prog=f"{script} {name}",
-        description=f"{description.strip().splitlines()[0]} Preset {name}: {summary}.",
-    )
+    about = f"{description.strip().splitlines()[0]} Preset {name}: {summary}."
+    return _parse_flags(config_type, flags, f"{script} {name}", about, default=preset.part(config_type))
 
 
-def _from_flags(config_type: type, flags: Sequence[str], **options: Any) -> Any:
+def _parse_flags(config_type: type, flags: Sequence[str], prog: str, description: str, **default: Any) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config_type, args=flags, **options)
+            return tyro.cli(config_type, args=flags, prog=prog, description=description, **default)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -117,6 +114,9 @@ def describe(config: Any) -> str:
     run: Run = config.run
     lines = [as_json(config), "", f"writes to    {run.out}"]
     model, sae, reward = (getattr(config, name, None) for name in ("model", "sae", "reward"))
+    if isinstance(model, str):
+        # A reward model that is there already, named by `jobs/evaluate.py --model`.
+        return "\n".join([*lines, f"model        {model}"])
     if model is not None:
         lines.append(f"model        {model.name}, first {model.layer} blocks")
     if sae is not None:

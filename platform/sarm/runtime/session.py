@@ -13,6 +13,7 @@ import psutil
 from sarm.config import Run, UserError, as_json
 from sarm.manifest import Manifest, StageFolder, write_atomically
 from sarm.runtime.cluster import Cluster, connect
+from sarm.runtime.job import say
 from sarm.runtime.plan import Folders
 from sarm.runtime.tracking import StageRun, Tracker, flat_params, tracking_uri
 
@@ -134,8 +135,3 @@ def peak_memory(interval: float = 1.0) -> Iterator[PeakMemory]:
         stop.set()
         thread.join()
         memory.sample()
-
-
-def say(message: str) -> None:
-    """One progress line with the time."""
-    print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)

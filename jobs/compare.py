@@ -1,0 +1,17 @@
+"""Compare two evaluations row by row: differences with intervals, exact McNemar, Holm over the subsets; a report and its run in MLflow.
+
+python jobs/compare.py outputs/benchmarks-a outputs/benchmarks-b --out outputs/a-against-b
+"""
+
+from sarm.evaluate.settings import Comparison
+from sarm.runtime.job import run_command
+
+
+def main(settings: Comparison) -> None:
+    from sarm.runtime.comparing import run_comparison
+
+    run_comparison(settings)
+
+
+if __name__ == "__main__":
+    run_command(Comparison, main, __doc__ or "")
