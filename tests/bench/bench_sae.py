@@ -159,9 +159,9 @@ def truth_figures() -> dict[str, float]:
     settings: dict[str, Any] = {"d_sae": 256, "k": 4, "batch_size": 512, "lr": 3e-3, "decay_share": 0.3}
     centred = random_features(64, 128, 4, 0.0, torch.Generator().manual_seed(0))
     found = train_on(centred, Sae(**settings), 1500)
-    shifted = random_features(64, 256, 4, 3.0, torch.Generator().manual_seed(0))
+    shifted = random_features(64, 256, 4, 2.5, torch.Generator().manual_seed(0))
     plain, revived = (
-        train_on(shifted, Sae(dead_after_rows=20_000, aux_k=aux_k, **settings), 4000, centred=False)
+        train_on(shifted, Sae(dead_after_rows=20_000, aux_k=aux_k, **settings), 5000, centred=False)
         for aux_k in (0, 32)
     )
     return {
