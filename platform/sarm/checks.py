@@ -2,6 +2,9 @@
 
 import math
 
+# Fields with this metadata say how a job runs, not what comes out.
+OPERATIONAL = {"operational": True}
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: shown as one line, exit status 2."""
