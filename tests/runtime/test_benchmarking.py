@@ -132,7 +132,8 @@ def test_an_interrupted_run_scores_only_what_is_missing(finished, evaluate, work
     parts[0].unlink()
     evaluate("third", resamples=400)
     told = json.loads((work / "third" / "report.json").read_text())
-    assert told["scoring"]["num_scored"] == lost < told["scoring"]["num_cached"]
+    assert told["scoring"]["num_scored"] == lost
+    assert told["scoring"]["num_cached"] > 0
     before = json.loads((finished / "report.json").read_text())["benchmarks"]["reward_bench_2"]["figures"]
     after = told["benchmarks"]["reward_bench_2"]["figures"]
     assert {k: v["value"] for k, v in after.items()} == {k: v["value"] for k, v in before.items()}

@@ -13,7 +13,7 @@ from sarm.data.chat import ChatTokenizer
 from sarm.evaluate.settings import Benchmarking
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.runtime.models import find_model, score_key
+from sarm.runtime.models import check_tokenizer, find_model, score_key
 from sarm.runtime.scorers import Request, load_scorer
 
 PROMPT = [{"role": "user", "content": "tell me how a garden grows"}]
@@ -137,7 +137,7 @@ def test_a_sarm_with_another_template_is_refused(sarm_folder, tmp_path):
     config["provenance"]["template"] = "0" * 16
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"the template in .* is not the one the model was trained with"):
-        find_model(settings(copy))
+        check_tokenizer(find_model(settings(copy)))
 
 
 @pytest.mark.parametrize(

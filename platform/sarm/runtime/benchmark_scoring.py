@@ -52,6 +52,12 @@ def make_items(
     return items, texts
 
 
+def all_cached(spec: ModelSpec, texts: dict[str, tuple[str, str]], alone: Sequence[str]) -> bool:
+    """Whether `score_all` would need no model."""
+    known = _cached(cache_root() / "scores" / score_key(spec))
+    return all(key in known for key in (*texts, *(f"{one}{ALONE}" for one in alone)))
+
+
 def score_all(
     spec: ModelSpec,
     texts: dict[str, tuple[str, str]],
@@ -62,7 +68,7 @@ def score_all(
     """The score of every completion; those in `alone` once more in a pass of their own, under their id and `:alone`."""
     folder = cache_root() / "scores" / score_key(spec)
     wanted = [*texts, *(f"{one}{ALONE}" for one in alone)]
-    known = _cached(folder) if folder.exists() else {}
+    known = _cached(folder)
     missing = [key for key in wanted if key not in known]
     num_cached = len(wanted) - len(missing)
     tokens, seconds = 0, 0.0

@@ -16,9 +16,9 @@ from sarm.evaluate.settings import Benchmarking
 from sarm.evaluate.suite import measure, metrics
 from sarm.manifest import StageFolder, write_atomically
 from sarm.runtime.benchmark_report import build_page
-from sarm.runtime.benchmark_scoring import Scores, items_table, make_items, score_all
+from sarm.runtime.benchmark_scoring import Scores, all_cached, items_table, make_items, score_all
 from sarm.runtime.job import say
-from sarm.runtime.models import ModelSpec, find_model
+from sarm.runtime.models import ModelSpec, check_tokenizer, find_model
 from sarm.runtime.pages import share, span, write_page
 from sarm.runtime.tracking import Tracker, flat_params, tracking_uri
 
@@ -42,12 +42,15 @@ def run_benchmarks(settings: Benchmarking) -> Path:
     started = time.monotonic()
     items, texts = make_items(benchmarks, settings.probes, settings.probe_rows)
     alone = sorted({item["completion_id"] for item in items if not item["variant"]}, key=schema.hash_share)
+    alone = alone[: settings.drift_items]
+    if not all_cached(spec, texts, alone):
+        check_tokenizer(spec)
     notes = folder.claim()
     tracker = Tracker(settings.run, settings.run.out.name, notes.get("mlflow_run_id"))
     folder.note(mlflow_run_id=tracker.parent.run_id)
     try:
         tracker.parent.log_params(flat_params(json.loads(as_json(settings))))
-        scores = score_all(spec, texts, alone[: settings.drift_items], settings.batch_tokens, settings.run)
+        scores = score_all(spec, texts, alone, settings.batch_tokens, settings.run)
         table = items_table(items, scores)
         pq.write_table(table, folder.folder / "items.parquet", write_page_checksum=True)
         say(f"measuring {table.num_rows:,} scores")

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,7 @@ class ModelSpec:
 def find_model(settings: Benchmarking) -> ModelSpec:
     """What is to be scored, checked as far as it can be without loading weights.
 
-    Raises UserError for a name that is neither, a model with several outputs, a tokenizer without chat template, or a
-    SARM whose tokenizer or template is not the one it was trained with.
+    Raises UserError for a name that is none of the three, a model with several outputs or a tokenizer without chat template.
     """
     name = settings.model
     if ":" in name and not Path(name).exists():
@@ -123,17 +122,28 @@ def hash_of_folder(folder: Path) -> str:
     return found.hexdigest()[:32]
 
 
-def _sarm(folder: Path, config: dict[str, Any], settings: Benchmarking) -> ModelSpec:
-    known = config.get("provenance") or {}
-    spec = _spec("sarm", str(folder), hash_of_folder(folder), "", settings, known.get("max_length", DEFAULT_LENGTH))
-    spec = ModelSpec(**{**spec.__dict__, "system_prompt": known.get("system_prompt")})
+def check_tokenizer(spec: ModelSpec) -> None:
+    """Before scoring: raise UserError if a SARM's tokenizer or template is not the one that it was trained with.
+
+    Apart from `find_model`, since loading a tokenizer costs seconds that a run whose scores are all cached can save.
+    """
+    if spec.kind != "sarm":
+        return
+    known = _config(Path(spec.place), spec.place).get("provenance") or {}
     chat = sarm_tokenizer(spec)
     for what, found in (("template", chat.template_hash), ("tokenizer", chat.tokenizer_hash)):
         if known.get(what, found) != found:
             raise UserError(
-                f"the {what} in {folder} ({found}) is not the one the model was trained with ({known[what]}), so its rewards would mean nothing. Restore the folder's tokenizer files."
+                f"the {what} in {spec.place} ({found}) is not the one the model was trained with ({known[what]}), so its rewards would mean nothing. Restore the folder's tokenizer files."
             )
-    return ModelSpec(**{**spec.__dict__, "template": chat.template_hash})
+
+
+def _sarm(folder: Path, config: dict[str, Any], settings: Benchmarking) -> ModelSpec:
+    known = config.get("provenance") or {}
+    # The template's file is part of the folder's hash; its own hash is for the reader.
+    template, length = known.get("template", ""), known.get("max_length", DEFAULT_LENGTH)
+    spec = _spec("sarm", str(folder), hash_of_folder(folder), template, settings, length)
+    return replace(spec, system_prompt=known.get("system_prompt"))
 
 
 def _spec(kind: str, place: str, identity: str, template: str, settings: Benchmarking, max_length: int) -> ModelSpec:
