@@ -149,20 +149,21 @@ def truth() -> dict[str, float]:
 
 
 def truth_figures() -> dict[str, float]:
-    """128 features in 64 dimensions, 4 in a row; for AuxK, a dictionary of 1,024 latents on rows that share a shift."""
+    """Features in 64 dimensions, 4 in a row: 128 for 256 latents; then 256 for as many, on rows that share a shift, for AuxK."""
     import torch
     from synthetic import random_features, train_on
 
     from sarm.config import Sae
 
     torch.set_num_threads(THREADS)
-    settings: dict[str, Any] = {"k": 4, "batch_size": 512, "lr": 3e-3, "decay_share": 0.3}
+    settings: dict[str, Any] = {"d_sae": 256, "k": 4, "batch_size": 512, "lr": 3e-3, "decay_share": 0.3}
     centred = random_features(64, 128, 4, 0.0, torch.Generator().manual_seed(0))
-    shifted = random_features(64, 128, 4, 4.0, torch.Generator().manual_seed(0))
-    found = train_on(centred, Sae(d_sae=256, **settings), 1500)
-    wide = {"d_sae": 1024, "dead_after_rows": 50_000, **settings}
-    plain = train_on(shifted, Sae(**wide), 1500, centred=False)
-    revived = train_on(shifted, Sae(aux_k=32, **wide), 1500, centred=False)
+    found = train_on(centred, Sae(**settings), 1500)
+    shifted = random_features(64, 256, 4, 2.5, torch.Generator().manual_seed(0))
+    plain, revived = (
+        train_on(shifted, Sae(dead_after_rows=20_000, aux_k=aux_k, **settings), 5000, centred=False)
+        for aux_k in (0, 32)
+    )
     return {
         "recovered": found.recovered,
         "mean_max_cosine": found.mean_max_cosine,

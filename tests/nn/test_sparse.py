@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sarm.nn.architectures import ThresholdSae, build_sae
 from sarm.nn.sae import Sae, dense
-from sarm.nn.selection import BatchTopKRule, JumpRule, Rule, TopKRule
+from sarm.nn.selection import BatchTopKRule, JumpRule, Rule, TopKRule, largest
 from sarm.nn.sparse import Backend, Plan, TorchBackend, Workspace, backend_for, reconstruct
 
 B, D, S, K = 9, 5, 24, 3
@@ -163,6 +163,20 @@ def test_equal_latents_of_one_row_are_told_apart():
     for row in range(B):
         latents = found.entries.latents[found.entries.rows == row].tolist()
         assert len(latents) == len(set(latents)) == K
+
+
+@given(
+    seed=st.integers(0, 1000), k=st.integers(1, 6), width=st.sampled_from([16, 100, 384, 400]), num=st.integers(0, 300)
+)
+def test_the_largest_are_those_of_topk_at_any_width(seed, k, width, num):
+    pre = torch.randn(num, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    torch.testing.assert_close(largest(pre, k), tuple(pre.topk(k, dim=1)), rtol=0, atol=0)
+
+
+def test_the_largest_of_equal_values_are_k_different_latents():
+    values, indices = largest(torch.ones(5, 384), 4)
+    assert (values == 1).all()
+    assert all(len(set(row)) == 4 for row in indices.tolist())
 
 
 def test_batch_topk_finds_rows_with_more_than_four_times_the_average():

@@ -222,7 +222,7 @@ def test_density_and_its_histogram_match_hand_numbers():
 def test_metrics_are_of_one_definition():
     sae, h = fresh_sae(), sparse_rows(50)
     x = standardise(h)
-    x_hat = sae.decode(sae(x))
+    x_hat = sae.decode(sae(x)).detach()
     quality = measure(sae, h)
     metrics = quality_metrics(quality)
     assert metrics["explained_variance"] == pytest.approx(1 - metrics["fvu"])

@@ -17,7 +17,7 @@ from sarm.data.activations import ActivationStore
 from sarm.data.artifacts import save_sae
 from sarm.data.checkpoints import Checkpoint, Checkpoints
 from sarm.data.shuffled_rows import ShuffledRows, memory_for_rows
-from sarm.nn.architectures import build_sae
+from sarm.nn.architectures import BatchTopKSae, build_sae
 from sarm.nn.sae import Sae, standardise
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.sae_cross_entropy import cross_entropy_figures
@@ -97,6 +97,9 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         if number > 0 and not is_resumed:
             unused = int(_fired(sae, samples[names[number - 1]].to(device)).argmin())
             sae.absorb_shift_(samples[name].to(device), unused)
+            if isinstance(sae, BatchTopKSae):
+                # A threshold that follows a hundredth of the way each step would spend a short phase on getting there.
+                sae.calibrate_(samples[name].to(device))
         epochs, lr = settings[name]
         progress = Progress(f"sae_{name}", task.tracking, ("loss", "fvu", "alive_share"))
         phase = Phase(name, rows[name], rows[name].heldout, epochs, lr)

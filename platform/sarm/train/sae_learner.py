@@ -21,6 +21,8 @@ from sarm.nn.selection import BatchTopKRule, JumpRule, Rule, TopKRule
 from sarm.nn.sparse import Plan, Reconstruction, Workspace, backend_for, reconstruct
 
 Split = Literal["rows", "latents"]
+# Pre-activations at once on a CPU (64 MiB) and on a GPU (512 MiB): less would starve the matrix product.
+_CHUNK_VALUES = (2**24, 2**27)
 
 
 class Learner:
@@ -36,12 +38,14 @@ class Learner:
         self._group = dist.group.WORLD if self.world > 1 else None
         self.sae = shard_of(self._whole, self.rank, self.world) if self._splits_latents else self._whole
         self.first_latent = self.rank * self.sae.d_sae if self._splits_latents else 0
-        # Adam has no use for a layout, and copies what is not contiguous.
+        # A step reads whole latents, and Adam copies what is not contiguous; to it, W_enc and its transpose are the same.
+        self.sae.W_enc.data = self.sae.W_enc.data.T.contiguous().T
         self._W_enc_SD = nn.Parameter(self.sae.W_enc.data.T)
         rest = [p for name, p in self.sae.named_parameters() if name != "W_enc"]
         self._optimizer = torch.optim.Adam([self._W_enc_SD, *rest], fused=True)
-        self._workspace = Workspace(backend_for(self.sae.W_dec.device))
-        self.rows_since_fired = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=self.sae.W_dec.device)
+        device = self.sae.W_dec.device
+        self._workspace = Workspace(backend_for(device), _CHUNK_VALUES[device.type == "cuda"])
+        self.rows_since_fired = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
 
     def step(self, x_BD: Float[Tensor, "batch d_in"], lr: float) -> Tensor:
         """Learn from the rows of a step, standardised, the same on all workers; returns the loss over all of them."""
