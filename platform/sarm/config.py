@@ -5,10 +5,9 @@ The flags of a job are the fields below (`--sae.k 27`), and their help texts are
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -16,6 +15,8 @@ from sarm.checks import UserError as UserError
 from sarm.checks import check as _check
 from sarm.checks import check_least as _check_least
 from sarm.checks import check_rate as _check_rate
+from sarm.identity import as_json as as_json
+from sarm.identity import identity as identity
 
 OPERATIONAL = {"operational": True}
 
@@ -272,37 +273,6 @@ class TrainSae:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertSae:
-    """Write an SAE in another library's format, or read one of theirs."""
-
-    source: Annotated[Path, tyro.conf.Positional]
-    """Folder or .pt file that holds the SAE."""
-    target: Annotated[Path, tyro.conf.Positional]
-    """Folder to write; new or empty."""
-    format: Literal["saelens", "saelens_residual", "sparsify", "dictionary_learning", "pt", "sarm"] = "saelens"
-    """What to write. `saelens_residual` lets SAELens standardise; `sarm` is a finished SAE stage for the next job."""
-    from_format: Literal["auto", "saelens", "sparsify", "dictionary_learning", "pt"] = "auto"
-    """What to read; `auto` goes by the names of the files."""
-    k: int | None = None
-    """Active latents, for files that do not say it (the papers' .pt)."""
-    model: str = ""
-    """Language model whose activations the SAE is for, where the file does not say it."""
-    layer: int | None = None
-    """Blocks that are kept of it: `hidden_states[layer]`, one more than the number of the block that is hooked."""
-    relu: bool = False
-    """Drop negative latents of a signed TopK SAE, for formats that have a ReLU."""
-    standardised: bool = False
-    """The SAE was trained on standardised rows, though its file does not say so."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
-
-    def __post_init__(self) -> None:
-        for name in ("source", "target"):
-            object.__setattr__(self, name, getattr(self, name).expanduser().absolute())
-        _check_least(self, "", k=1, layer=1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainSarm:
     """Train the SARM (and the scalar-head baseline) on the preference pairs."""
 
@@ -335,24 +305,3 @@ class Pipeline:
     def part(self, job: type[Job]) -> Job:
         """The same settings as the config of one job, e.g. `preset.part(TrainSae)`."""
         return job(**{f.name: getattr(self, f.name) for f in dataclasses.fields(job)})  # type: ignore[arg-type]
-
-
-def identity(config: Any, *, seed: int | None = None) -> dict[str, Any]:
-    """The fields of `config` that decide what is computed, as JSON values: two runs with equal identities give equal results."""
-    fields = {
-        f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if not f.metadata.get("operational")
-    }
-    return fields if seed is None else {**fields, "seed": seed}
-
-
-def as_json(config: Any) -> str:
-    """The whole resolved config, for `--dry-run`, manifests and MLflow."""
-    return json.dumps(_plain(dataclasses.asdict(config)), indent=2)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

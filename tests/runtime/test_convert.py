@@ -7,12 +7,13 @@ import pytest
 import torch
 from tests.data.activation_stores import numbered, table_of, write_store
 
-from sarm.config import ConvertSae, Model, Sae, UserError
+from sarm.config import Model, Sae, UserError
 from sarm.data.activations import ActivationStore
 from sarm.data.artifacts import SAE, load_sae, save_sae
 from sarm.manifest import StageFolder, read_manifest
 from sarm.nn.architectures import build_sae
 from sarm.runtime.convert import convert_sae
+from sarm.runtime.convert_options import ConvertSae
 from sarm.runtime.job import run_command
 from sarm.runtime.reward_training import check_sae
 from sarm.runtime.sae_training import check_activations
