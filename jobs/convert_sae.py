@@ -4,7 +4,7 @@ python jobs/convert_sae.py outputs/demo/sae exported --format saelens
 python jobs/convert_sae.py sae.pt outputs/demo/sae --format sarm --k 192 --model meta-llama/Llama-3.1-8B-Instruct --layer 16
 """
 
-from sarm.config import ConvertSae
+from sarm.runtime.convert_options import ConvertSae
 from sarm.runtime.job import run_command
 
 

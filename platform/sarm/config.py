@@ -17,7 +17,6 @@ from sarm.checks import UserError as UserError
 from sarm.checks import check as _check
 from sarm.checks import check_least as _check_least
 from sarm.checks import check_rate as _check_rate
-from sarm.sae_config import ConvertSae as ConvertSae
 from sarm.sae_config import Sae as Sae
 
 # `run` and `out` are too common to be typed with a prefix: `--out`, `--seed`, `--dry-run`.

@@ -17,7 +17,17 @@ tiny = Pipeline(
     model=Model(name="tiny:llama", layer=1, max_length=128),
     data=Data(texts=("tiny:texts",), pairs=("tiny:pairs",)),
     extraction=Extraction(batch_tokens=1024),
-    sae=Sae(heldout_share=0.1, d_sae=256, k=8, batch_size=64, text_epochs=3, chat_epochs=6, lr=2e-3, chat_lr=2e-3),
+    sae=Sae(
+        heldout_share=0.1,
+        d_sae=256,
+        k=8,
+        batch_size=64,
+        text_epochs=3,
+        chat_epochs=6,
+        lr=2e-3,
+        chat_lr=2e-3,
+        cross_entropy_texts=8,
+    ),
     reward=Reward(lr=1e-4, head_lr=5e-3, epochs=2, batch_pairs=16, batch_tokens=1024),
     evaluation=Evaluation(resamples=1000, top_features=5, contexts_per_feature=3),
 )

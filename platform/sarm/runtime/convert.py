@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
-from sarm.config import ConvertSae, UserError
+from sarm.config import UserError
 from sarm.data.artifacts import SAE, save_sae
 from sarm.data.sae_formats import export_sae, import_sae, with_relu
 from sarm.data.sae_weights import STANDARDISED, SaeWeights, sae_of
 from sarm.manifest import MANIFEST, StageFolder, read_manifest, verify_files
+from sarm.runtime.convert_options import ConvertSae
 
 
 def convert_sae(config: ConvertSae) -> None:

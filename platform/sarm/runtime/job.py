@@ -31,9 +31,11 @@ def run_job(
     _guarded(lambda: parse(config_type, description, arguments), job, arguments)
 
 
-def run_command(config_type: type, job: Callable[[Any], None], description: str) -> None:
+def run_command(
+    config_type: type, job: Callable[[Any], None], description: str, arguments: Sequence[str] | None = None
+) -> None:
     """`run_job` for a job without presets: every setting is a flag."""
-    arguments = sys.argv[1:]
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     script = f"python {os.path.relpath(sys.argv[0])}"
     _guarded(lambda: _parse_flags(config_type, arguments, script, description.strip()), job, arguments)
 

@@ -1,0 +1,40 @@
+"""Options of the job that converts SAEs; nothing heavy is imported here, so that `--help` answers at once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sarm.checks import check_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSae:
+    """Write an SAE in another library's format, or read one of theirs."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder or .pt file that holds the SAE."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """Folder to write; new or empty."""
+    format: Literal["saelens", "saelens_residual", "sparsify", "dictionary_learning", "pt", "sarm"] = "saelens"
+    """What to write. `saelens_residual` lets SAELens standardise; `sarm` is a finished SAE stage for the next job."""
+    from_format: Literal["auto", "saelens", "sparsify", "dictionary_learning", "pt"] = "auto"
+    """What to read; `auto` goes by the names of the files."""
+    k: int | None = None
+    """Active latents, for files that do not say it (the papers' .pt)."""
+    model: str = ""
+    """Language model whose activations the SAE is for, where the file does not say it."""
+    layer: int | None = None
+    """Blocks that are kept of it: `hidden_states[layer]`, one more than the number of the block that is hooked."""
+    relu: bool = False
+    """Drop negative latents of a signed TopK SAE, for formats that have a ReLU."""
+    standardised: bool = False
+    """The SAE was trained on standardised rows, though its file does not say so."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+    def __post_init__(self) -> None:
+        for name in ("source", "target"):
+            object.__setattr__(self, name, getattr(self, name).expanduser().absolute())
+        check_least(self, "", k=1, layer=1)
