@@ -28,7 +28,7 @@ demo: $(VENV)/.ready  ## the whole chain on a real model and real preferences, o
 	$(BIN)/python jobs/pipeline.py demo
 
 test: $(VENV)/.ready lint types  ## everything that checks the project
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 .venv-official/.ready: tests/evaluate/official/requirements.txt
 	$(PYTHON) -m venv .venv-official

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import install_import_hook
 
@@ -28,17 +29,25 @@ settings.load_profile("tests")
 _SHARED = {"runtime": "cluster", "test_jobs": "chain", "test_submit": "chain"}
 
 
-# Before xdist reads the marks.
-@pytest.hookimpl(tryfirst=True)
+def _group(path: Path) -> str:
+    return _SHARED.get(path.parent.name) or _SHARED.get(path.stem) or str(path)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes, what shares fixtures stays in one of them; what takes minutes comes first, so that they end together."""
+    """What takes minutes comes first, so that the two processes of `make test` end together."""
+    items.sort(key=lambda item: _group(item.path) not in _SHARED.values())
 
-    def group(item: pytest.Item) -> str:
-        return _SHARED.get(item.path.parent.name) or _SHARED.get(item.path.stem) or str(item.path)
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) not in _SHARED.values())
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes, tests that share fixtures stay in one of them (xdist's own marks for it need another pytest)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(Path(nodeid.partition("::")[0]))
+
+    return Grouped(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

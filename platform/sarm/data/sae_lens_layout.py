@@ -16,6 +16,7 @@ _KINDS = ("topk", "jumprelu", "standard")
 
 
 def read_sae_lens(folder: Path, k: int | None) -> SaeWeights:
+    """TopK, JumpReLU and ReLU SAEs of the residual stream; raises UserError for others and for normalisations without an equal."""
     config = json.loads((folder / CONFIG).read_text())
     tensors = load_file(folder / WEIGHTS)
     kind, metadata = config["architecture"], config.get("metadata", {})
@@ -48,6 +49,7 @@ def read_sae_lens(folder: Path, k: int | None) -> SaeWeights:
 
 
 def write_sae_lens(weights: SaeWeights, folder: Path) -> None:
+    """What `SAE.load_from_disk` takes; architectures with thresholds are its `jumprelu`, `metadata.sae` says how they were trained."""
     kind = {"architecture": "topk", "k": weights.k, "rescale_acts_by_decoder_norm": False}
     made_for = weights.metadata.get("activations", {})
     origin = {}
