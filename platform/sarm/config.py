@@ -115,6 +115,8 @@ class Extraction:
     """16-bit format of stored activations; float16 is finer, bfloat16 never overflows."""
     rows_per_file: int = 16384
     """Activations of one Parquet file at most."""
+    unit: Literal["sentence", "token"] = "sentence"
+    """Which tokens of a text are taken: the last of each sentence, or all (for the papers' token-level SAE)."""
 
     def __post_init__(self) -> None:
         _check_least(self, "extraction.", batch_tokens=64, rows_per_file=1)

@@ -45,6 +45,22 @@ def test_every_sentence_end_of_the_corpus_is_there_once(extracted: Path, preset:
     assert set(found) == expected
 
 
+def test_every_token_but_the_bos_is_taken_where_asked_for(extracted: Path, preset: Pipeline) -> None:
+    folder = model_folder(preset.model)
+    chat = load_chat_tokenizer(preset.model, folder)
+    texts = table_of(extracted / "corpus").slice(0, 3)
+    table_schema = schema.activations(64, {"d_in": 64})
+    extraction = dataclasses.replace(preset.extraction, unit="token")
+    actor = TextActivations(preset.model, folder, extraction, table_schema, Source("tokens", 3), 1)
+    found = actor(texts).to_pylist()
+    wanted = [
+        (row["row_id"], position, token)
+        for row in texts.to_pylist()
+        for position, token in enumerate(chat.encode_text(row["text"]).ids)
+    ]
+    assert sorted((row["row_id"], row["position"], row["token_id"]) for row in found) == sorted(wanted)
+
+
 def test_a_stored_sentence_end_equals_the_model_run_alone_to_16_bits(extracted: Path, preset: Pipeline) -> None:
     chat = load_chat_tokenizer(preset.model, model_folder(preset.model))
     keys, vectors = ActivationStore(extracted / "activations" / "text").read(["row_id", "position"])

@@ -15,7 +15,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from sarm.config import Pipeline, Reward, Run, Sae, identity
+from sarm.config import Pipeline, Reward, Run, Sae, UserError, identity
 from sarm.data.artifacts import load_sae
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.checkpoints import Checkpoints
@@ -24,7 +24,7 @@ from sarm.data.models import model_folder
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.reward_training import RewardTask, build_model, load_pairs, reward_worker
 from sarm.runtime.reward_training import train_on_cluster as train_reward_on_cluster
-from sarm.runtime.sae_training import SaeTask, sae_worker
+from sarm.runtime.sae_training import SaeMember, SaeTask, sae_worker
 from sarm.runtime.sae_training import train_on_cluster as train_sae_on_cluster
 from sarm.runtime.tracking import StageRun, Tracker
 from sarm.runtime.trainer import run_workers
@@ -170,8 +170,9 @@ def trained(
         text_epochs=1,
         chat_epochs=1,
     )
+    narrow = replace(preset.sae, d_sae=96, k=5)
     saes = {
-        1: {"nested alone": nested, "killed, again on 1": preset.sae},
+        1: {"nested alone": nested, "narrow alone": narrow, "killed, again on 1": preset.sae},
         2: {"rows": preset.sae, "latents": nested, "killed, again on 2": preset.sae},
     }
     for workers in saes:
@@ -182,6 +183,10 @@ def trained(
             name: (worker_that_counts, sae_task(extracted, root / name, tracking, sae, workers))
             for name, sae in saes[workers].items()
         }
+        if workers == 1:
+            task = sae_task(extracted, root / "together", tracking, preset.sae, 1)
+            also = SaeMember(narrow, task.run.seed, root / "together, narrow", "_narrow")
+            trainings["together"] = sae_worker, replace(task, also=(also,))
         for stage in stages:
             reward, folder = replace(REWARD, zero_stage=stage), root / f"zero {stage}"
             task = reward_task(extracted, sae_folder, folder, tracking, preset, reward, workers)
@@ -211,6 +216,26 @@ def test_two_workers_that_split_a_dictionary_with_thresholds_learn_what_one_lear
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=2e-4, msg=name)
     assert two["threshold"].unique().numel() == 1
     assert result_one["figures"]["fvu_chat"] == pytest.approx(result_two["figures"]["fvu_chat"], rel=1e-3)
+
+
+def test_saes_that_learn_from_one_read_learn_what_each_learns_alone(
+    undisturbed: tuple[Path, dict[str, Any]], trained: dict[str, tuple[Path, dict[str, Any]]]
+) -> None:
+    (alone, wanted), (narrow_alone, narrow_wanted) = undisturbed, trained["narrow alone"]
+    folder, result = trained["together"]
+    for one, other in ((alone, folder), (narrow_alone, folder.with_name("together, narrow"))):
+        weights, others = load_sae(one)[0].state_dict(), load_sae(other)[0].state_dict()
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert result["figures"] == wanted["figures"]
+    assert [also["figures"] for also in result["also"]] == [narrow_wanted["figures"]]
+
+
+def test_saes_that_need_other_rows_cannot_learn_together(
+    extracted: Path, tmp_path: Path, tracking: StageRun, preset: Pipeline
+) -> None:
+    task = sae_task(extracted, tmp_path / "one", tracking, preset.sae, 1)
+    with pytest.raises(UserError, match="one batch_size, got 64 and 32"):
+        replace(task, also=(SaeMember(replace(preset.sae, batch_size=32), 0, tmp_path / "two"),))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -66,6 +66,8 @@ def _ranks(values_N: Floats) -> Floats:
 
 def _accuracy_at_zero(won_N: Floats, x_ND: Floats, weight_N: Floats) -> float:
     """sigmoid of the intercept of a logistic regression, with a ridge on the slopes so that separable data have a fit."""
+    if np.ptp(won_N) == 0:
+        return float(won_N[0])
     scale = x_ND.std(axis=0)
     x_ND = x_ND / np.where(scale > 0, scale, 1.0)
 

@@ -43,6 +43,16 @@ def sae_curves(histories: Mapping[str, History]) -> Figure:
     return _curves(histories, SAE_PANELS)
 
 
+def density_histograms(histograms: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """How many latents fire on what share of rows: per name edges in `log10_density` and counts in `latents`."""
+    figure, (axes,) = _figure(1)
+    for (name, histogram), line in zip(histograms.items(), LINES, strict=False):
+        axes.stairs(histogram["latents"], histogram["log10_density"], label=_label(name), **line)
+    axes.set(xlabel="share of rows a latent fires on (log10)", ylabel="latents")
+    _legend(axes)
+    return figure
+
+
 def reward_curves(histories: Mapping[str, History]) -> Figure:
     """Loss, accuracy and margin by step, one line per name (e.g. SARM and scalar head)."""
     return _curves(histories, REWARD_PANELS)

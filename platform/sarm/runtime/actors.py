@@ -1,6 +1,7 @@
 """Ray Data actors that hold a model: batches of texts or pairs in, activations or rewards out."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ class _BackboneActor:
 
 
 class TextActivations(_BackboneActor):
-    """A batch of corpus/v1 rows in, one row per sentence end out."""
+    """A batch of corpus/v1 rows in, one row per sentence end (or, as `extraction.unit` says, per token) out."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows: list[Row] = []
@@ -106,9 +107,11 @@ class TextActivations(_BackboneActor):
         return _for_sink(places, found, unusable, self._extraction.dtype, self._schema)
 
     def _windows(self, text: str) -> list[tuple[int, list[int], list[int]]]:
-        """(first token, ids, columns of sentence ends) of the text cut into windows of `max_length` tokens."""
+        """(first token, ids, columns that are taken) of the text cut into windows of `max_length` tokens; never the BOS."""
         encoded = self._chat.encode_text(text)
-        ends = sentence_end_tokens(sentence_ends(text), encoded.offsets)
+        ends: Sequence[int] = range(len(encoded.ids))
+        if self._extraction.unit == "sentence":
+            ends = sentence_end_tokens(sentence_ends(text), encoded.offsets)
         prefix = [] if self._chat.bos_id is None else [self._chat.bos_id]
         width = self._max_length - len(prefix)
         windows = []

@@ -24,7 +24,7 @@ def start_head_(model: SarmForSequenceClassification, activations: Path, pairs: 
     """Set the head to the logistic probe w_D on the stored activations of these pairs.
 
     A latent starts at W_dec w_D, what its direction adds to the probe's reward, so that the first reward is the probe's reading of
-    x_hat. (A fit on the codes themselves has more coefficients than the pairs can hold, and ranked unseen prompts worse.)
+    x_hat. (A fit on the codes themselves has a coefficient for every latent, often more than there are prompts.)
 
     Raises UserError if the activations are not those of the pairs.
     """

@@ -56,8 +56,9 @@ def extract(session: Session, model: Model, extraction: Extraction) -> None:
     """corpus/v1 and pairs/v1 -> activations/v1 at sentence ends, at the training responses' ends, and at the held-out ones'."""
     chat = check_model(model)
     folders = session.folders
+    of_texts = "extract sentence ends" if extraction.unit == "sentence" else "extract tokens"
     passes = [
-        ("extract sentence ends", folders.text_activations, folders.corpus, CORPUS, "all"),
+        (of_texts, folders.text_activations, folders.corpus, CORPUS, "all"),
         ("extract chat ends", folders.chat_activations, folders.pairs, PAIRS, "train"),
         ("extract held-out chat ends", folders.heldout_activations, folders.pairs, PAIRS, "heldout"),
     ]
@@ -82,7 +83,7 @@ def train_sae(session: Session, sae: Sae) -> None:
     states = Checkpoints(folders.sae_states, {"config": folder.config, "inputs": folder.inputs})
 
     def body(child: StageRun) -> Mapping[str, Any]:
-        from sarm.interpret.figures import sae_curves
+        from sarm.interpret.figures import density_histograms, sae_curves
         from sarm.runtime import sae_training
 
         sae_training.check_activations(sae, {name: ActivationStore(path) for name, path in used.items()})
@@ -99,6 +100,8 @@ def train_sae(session: Session, sae: Sae) -> None:
         result = sae_training.train_on_cluster(task, session.cluster)
         (folder.folder / "history.json").write_text(json.dumps(result["history"]))
         child.log_figure(sae_curves(result["history"]), "sae_curves.png")
+        densities = json.loads((folder.folder / "density.json").read_text())
+        child.log_figure(density_histograms(densities), "density.png")
         child.log_artifact(folder.folder / "cfg.json")
         if result["rejected"]:
             (folder.folder / "rejected_rows.json").write_text(json.dumps(result["rejected"]))
