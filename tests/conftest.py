@@ -79,7 +79,7 @@ def run_job() -> Callable[..., subprocess.CompletedProcess[str]]:
         environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
         script = Path(__file__).parent.parent / "jobs" / f"{name}.py"
         command = [sys.executable, str(script), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800, check=False)
 
     return run
 
