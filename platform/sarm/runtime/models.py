@@ -67,16 +67,11 @@ def find_model(settings: Benchmarking) -> ModelSpec:
 
 def sarm_tokenizer(spec: ModelSpec) -> ChatTokenizer:
     """A SARM folder's own tokenizer and pinned template."""
-    from transformers.utils import logging
+    # Registers the model's type: the tokenizer's loader would ask whether to run the folder's own code.
+    import sarm.nn.modeling_sarm  # noqa: F401
 
     model = Model(name=spec.place, max_length=spec.max_length, system_prompt=spec.system_prompt)
-    verbosity = logging.get_verbosity()
-    # The tokenizer's loader peeks at the model's config, and warns of a type that it knows only once torch is loaded.
-    logging.set_verbosity_error()
-    try:
-        return load_chat_tokenizer(model, spec.place)
-    finally:
-        logging.set_verbosity(verbosity)
+    return load_chat_tokenizer(model, spec.place)
 
 
 def load_function(place: str) -> Callable[..., Any]:
