@@ -116,6 +116,10 @@ def test_short_rows_stand_behind_one_another_in_the_room_of_the_longest():
     block = SEGMENTS_PER_BLOCK
     assert batch.segment_ids.tolist() == [[0] * 6, [0, 0, 0, block, block, 2 * block]]
     assert padded_tokens(rows) == 12
+    apart = collate(rows, pad_id=9, join=False)
+    assert apart.keys == [key for row in rows for key, _ in row.taken]
+    assert apart.rows.tolist() == [0, 1, 2, 3]
+    assert apart.input_ids[2].tolist() == [0, 1, 9, 9, 9, 9]
 
 
 @given(rows=text_rows)

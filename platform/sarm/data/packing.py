@@ -71,7 +71,7 @@ def answer_rows(answers: Sequence[tuple[Hashable, Sequence[int]]], row_tokens: i
     return rows
 
 
-def token_batches(rows: Iterable[Row], batch_tokens: int, pad_id: int) -> list[TokenBatch]:
+def token_batches(rows: Iterable[Row], batch_tokens: int, pad_id: int, *, join: bool = True) -> list[TokenBatch]:
     """Rows sorted by length and cut into batches of at most `batch_tokens` tokens, padding included (at least one row each)."""
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
@@ -79,7 +79,7 @@ def token_batches(rows: Iterable[Row], batch_tokens: int, pad_id: int) -> list[T
             batches[-1].append(row)
         else:
             batches.append([row])
-    return [collate(batch, pad_id) for batch in batches]
+    return [collate(batch, pad_id, join=join) for batch in batches]
 
 
 def padded_tokens(rows: Sequence[Row]) -> int:
@@ -87,10 +87,13 @@ def padded_tokens(rows: Sequence[Row]) -> int:
     return len(_bins(rows)) * max((len(row.ids) for row in rows), default=0)
 
 
-def collate(rows: Sequence[Row], pad_id: int) -> TokenBatch:
-    """One batch of these rows, as wide as the longest of them."""
+def collate(rows: Sequence[Row], pad_id: int, *, join: bool = True) -> TokenBatch:
+    """One batch of these rows, as wide as the longest of them; without `join` each has a line of its own, in this order.
+
+    Models that do not know segments need that.
+    """
     length = max(len(row.ids) for row in rows)
-    joined = [_joined(members) for members in _bins(rows)]
+    joined = [_joined(members) for members in _bins(rows)] if join else list(rows)
 
     def padded(lists: list[list[int]], value: int) -> Tensor:
         return torch.tensor([items + [value] * (length - len(items)) for items in lists])

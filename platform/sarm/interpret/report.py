@@ -106,16 +106,21 @@ def to_json(report: Report) -> str:
     return json.dumps(as_dict(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def to_html(report: Report) -> str:
-    """One self-contained page without scripts."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+def escaping_templates(folder: Path) -> Environment:
+    """The templates of a folder, for pages that hold texts from the web."""
+    return Environment(
+        loader=FileSystemLoader(folder),
         # By default Jinja2 escapes nothing.
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def to_html(report: Report) -> str:
+    """One self-contained page without scripts."""
+    environment = escaping_templates(Path(__file__).parent)
     environment.filters.update(number=number, percent=percent, signed=signed, seconds=seconds)
     content = as_dict(report)
     return environment.get_template("report.html.j2").render(

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from sarm.interpret.report import clean_text, escape_markdown, number
+from sarm.interpret.report import clean_text, escape_markdown, escaping_templates, number
 from sarm.manifest import write_atomically
 
 
@@ -77,14 +75,7 @@ def write_page(page: Page, folder: Path) -> tuple[Path, Path]:
 
 def to_html(page: Page) -> str:
     """One self-contained page."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        # By default Jinja2 escapes nothing.
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = escaping_templates(Path(__file__).parent)
     environment.filters.update(shown=_shown)
     pictures = {
         caption: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

@@ -95,7 +95,7 @@ class TorchScorer:
             else:
                 for i, one in enumerate(own):
                     (alone if request.alone else together).append(_single((r, i), one.ids))
-        batches = token_batches(together, self._batch_tokens, self._pad_id(together))
+        batches = token_batches(together, self._batch_tokens, self._pad_id(together), join=self._shares_prompts)
         return batches + [batch for row in alone for batch in token_batches([row], 1, self._pad_id([row]))]
 
     def _inputs(self, batch: TokenBatch, sequences: list[list[_Sequence]]) -> dict[str, torch.Tensor]:
