@@ -16,7 +16,7 @@ from sarm.checks import OPERATIONAL as OPERATIONAL
 from sarm.checks import UserError as UserError
 from sarm.checks import check as _check
 from sarm.checks import check_least as _check_least
-from sarm.checks import check_rate as _check_rate
+from sarm.reward_config import Reward as Reward
 from sarm.sae_config import Sae as Sae
 
 # `run` and `out` are too common to be typed with a prefix: `--out`, `--seed`, `--dry-run`.
@@ -120,46 +120,6 @@ class Extraction:
 
     def __post_init__(self) -> None:
         _check_least(self, "extraction.", batch_tokens=64, rows_per_file=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reward:
-    """Bradley-Terry training of the reward model."""
-
-    lr: float = 4e-6
-    """AdamW's peak learning rate for the backbone's blocks."""
-    head_lr: float = 1e-3
-    """AdamW's peak learning rate for the linear head."""
-    head_init: Literal["zero", "probe"] = "zero"
-    """Where the head starts: at zero as in the papers, or at a logistic probe of the training pairs' frozen activations, read through the decoder."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of the blocks; the head has none."""
-    epochs: int = 1
-    """Passes over the training pairs."""
-    batch_pairs: int = 64
-    """Pairs of one optimizer step over all workers; a prompt's pairs stay together."""
-    batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
-    """Tokens of one forward and backward pass of one worker, padding included."""
-    warmup_share: float = 0.1
-    """Share of the pairs over which the rates rise from 0; they fall to 0 by a cosine afterwards."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the blocks' forward and backward; weights, SAE, head and loss stay float32."""
-    gradient_checkpointing: bool = field(default=False, metadata=OPERATIONAL)
-    """Recompute the blocks in the backward pass to save memory."""
-    scalar_baseline: bool = True
-    """Also train a scalar head on the same truncated backbone, for comparison."""
-
-    def __post_init__(self) -> None:
-        _check_rate(self, "reward.lr", zero_allowed=True)
-        _check_rate(self, "reward.head_lr")
-        _check_least(self, "reward.", weight_decay=0, epochs=1, batch_pairs=1, batch_tokens=64)
-        _check(self, "reward.warmup_share", 0 <= self.warmup_share < 1, "between 0 and 1")
-        # 0 would mean "no gradient" to torch and "no limit" to DeepSpeed.
-        _check(self, "reward.max_grad_norm", self.max_grad_norm > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

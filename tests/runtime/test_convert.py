@@ -15,7 +15,7 @@ from sarm.nn.architectures import build_sae
 from sarm.runtime.convert import convert_sae
 from sarm.runtime.convert_options import ConvertSae
 from sarm.runtime.job import run_command
-from sarm.runtime.reward_training import check_sae
+from sarm.runtime.reward_models import check_sae
 from sarm.runtime.sae_training import check_activations
 
 

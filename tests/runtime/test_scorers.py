@@ -76,6 +76,25 @@ def test_a_score_does_not_depend_on_its_batch(kind, protocol, sarm_folder, class
     assert len({round(score, 3) for score, *_ in together}) == 3, "the model cannot tell the completions apart"
 
 
+@pytest.mark.parametrize("protocol", ["exact", "official"])
+@pytest.mark.parametrize("kind", ["sarm", "classifier"])
+def test_many_requests_of_very_different_lengths_score_as_each_alone(kind, protocol, sarm_folder, classifier_folder):
+    folder = sarm_folder if kind == "sarm" else classifier_folder
+    # Short rows beside one long one are what joins texts in a row; a model that knows no segments would read them as one.
+    requests = [
+        Request([{"role": "user", "content": f"question {number} of many"}], [" ".join(["leaf"] * length) for length in lengths], alone=False)
+        for number, lengths in enumerate([(1, 90), (2, 3), (5, 40), (1, 1), (7, 2, 60), (4, 9)])
+    ]  # fmt: skip
+    all_in_one_batch = 8192
+    scorer = load_scorer(find_model(settings(folder, protocol=protocol)), all_in_one_batch, torch.device("cpu"))
+    together, _ = scorer(requests)
+    for request, found in zip(requests, together, strict=True):
+        for text, one in zip(request.completions, found, strict=True):
+            ((expected,),), _ = scorer([Request(request.prompt, [text], alone=True)])
+            assert one.score == pytest.approx(expected.score, abs=1e-4)
+            assert (one.num_tokens, one.truncated) == (expected.num_tokens, expected.truncated)
+
+
 def test_a_classifier_scores_as_transformers_does_alone(classifier_folder):
     tokenizer = AutoTokenizer.from_pretrained(classifier_folder)
     model = AutoModelForSequenceClassification.from_pretrained(classifier_folder).eval()

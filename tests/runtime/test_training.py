@@ -22,7 +22,8 @@ from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import prompt_groups
 from sarm.data.models import model_folder
 from sarm.runtime.cluster import Cluster
-from sarm.runtime.reward_training import RewardTask, build_model, load_pairs, reward_worker
+from sarm.runtime.reward_models import build_model
+from sarm.runtime.reward_training import RewardTask, load_pairs, reward_worker
 from sarm.runtime.reward_training import train_on_cluster as train_reward_on_cluster
 from sarm.runtime.sae_training import SaeMember, SaeTask, sae_worker
 from sarm.runtime.sae_training import train_on_cluster as train_sae_on_cluster
@@ -138,7 +139,7 @@ def reference(
     task = reward_task(extracted, sae_folder, extracted, tracking, preset, REWARD, 1)
     chat = load_chat_tokenizer(preset.model, task.model_folder)
     groups = list(prompt_groups(load_pairs(task.pairs, "train"), chat))
-    model = build_model(task, chat).train()
+    model = build_model(task.model, task.model_folder, task.sae, chat).train()
     losses: list[float] = []
     engine = LocalEngine(model, parameter_groups(model, REWARD), REWARD.max_grad_norm)
     train_reward(engine, groups, REWARD, 0, preset.model.max_length, chat.pad_id, lambda _, m: losses.append(m["loss"]))

@@ -10,16 +10,15 @@ import pyarrow.dataset as ds
 import torch
 import torch.distributed as dist
 
-from sarm.config import Model, Reward, Run, UserError
-from sarm.data.artifacts import load_sae, save_sarm
-from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.config import Model, Reward, Run
+from sarm.data.artifacts import save_sarm
+from sarm.data.chat import load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import token_batches
-from sarm.nn.architectures import options_of
-from sarm.nn.backbone import load_backbone
-from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.head_start import start_head_
+from sarm.runtime.reward_models import build_model
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.trainer import Progress, run_workers, worker_device
 from sarm.runtime.zero import ZeroEngine
@@ -51,17 +50,6 @@ def train_on_cluster(task: RewardTask, cluster: Cluster) -> dict[str, Any]:
     return run_workers(name, reward_worker, task, task.run, task.folder, cluster, threads)
 
 
-def check_sae(folder: Path, model: Model) -> None:
-    """Raise UserError unless the SAE was trained on activations of this model, layer and template."""
-    _, metadata = load_sae(folder)
-    made_for = metadata["activations"]
-    for name, wanted in (("model", model.name), ("layer", model.layer)):
-        if made_for[name] != wanted:
-            raise UserError(
-                f"the SAE in {folder} was trained on {name} {made_for[name]}, asked for {wanted}. Pass the --model it was trained on, or another --out."
-            )
-
-
 def load_pairs(folder: Path, split: str) -> pa.Table:
     """The pairs of one split."""
     table = ds.dataset([str(path) for path in sorted(folder.glob("*.parquet"))]).to_table()
@@ -74,7 +62,7 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     chat = load_chat_tokenizer(task.model, task.model_folder)
     pairs = load_pairs(task.pairs, "train")
     groups = list(prompt_groups(pairs, chat))
-    model = build_model(task, chat)
+    model = build_model(task.model, task.model_folder, task.sae, chat)
     # DeepSpeed hands rank 0's weights to the others.
     if task.head_start is not None and rank == 0:
         start_head_(model, task.head_start, pairs, task.run.seed)
@@ -89,7 +77,7 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     state = engine.whole_state(model)
     if rank != 0:
         return None
-    trained = build_model(task, chat)
+    trained = build_model(task.model, task.model_folder, task.sae, chat)
     trained.load_state_dict(state)
     trained.to(device).eval()  # type: ignore[arg-type]
     mean, std = reward_moments(trained, groups, task.reward.batch_tokens, task.model.max_length, chat.pad_id, device)
@@ -105,32 +93,6 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         "num_steps": len(progress.history),
     }
     return {"figures": figures, "history": progress.history}
-
-
-def build_model(task: RewardTask, chat: ChatTokenizer) -> SarmForSequenceClassification:
-    """The untrained reward model: pretrained backbone and SAE, zero head, fp32."""
-    backbone = load_backbone(
-        task.model_folder, task.model.layer, revision=task.model.revision, gguf_file=task.model.gguf_file
-    )
-    sae = None if task.sae is None else load_sae(task.sae)[0]
-    config = SarmConfig(
-        backbone=backbone.config.to_dict(),
-        layer=task.model.layer,
-        d_sae=0 if sae is None else sae.d_sae,
-        k=0 if sae is None else sae.k,
-        sae=None if sae is None else {"architecture": sae.architecture, **options_of(sae)},
-        head="scalar" if sae is None else "sae",
-        end_of_turn_id=chat.end_of_turn_id,
-        provenance={
-            "model": task.model.name,
-            "revision": task.model.revision,
-            "template": chat.template_hash,
-            "tokenizer": chat.tokenizer_hash,
-            "max_length": task.model.max_length,
-            "system_prompt": task.model.system_prompt,
-        },
-    )
-    return SarmForSequenceClassification(config, backbone, sae)
 
 
 def reward_moments(

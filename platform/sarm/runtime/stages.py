@@ -117,12 +117,12 @@ def train_sae(session: Session, sae: Sae) -> None:
 
 def train_sarm(session: Session, model: Model, reward: Reward) -> None:
     """pairs/v1 and SAE -> SARM, and the scalar-head baseline beside it."""
-    from sarm.runtime import reward_training
+    from sarm.runtime import reward_models
 
     check_model(model)
     folders = session.folders
     read_manifest(folders.sae, SAE)
-    reward_training.check_sae(folders.sae, model)
+    reward_models.check_sae(folders.sae, model)
     head_start = folders.chat_activations if reward.head_init == "probe" else None
     inputs = {PAIRS: (folders.pairs, PAIRS)} | ({"activations/chat": (head_start, ACTIVATIONS)} if head_start else {})
     heads: list[tuple[str, Path, Path | None]] = [("train SARM", folders.sarm, folders.sae)]
