@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Pre-activations of some rows, by their numbers: for the few rows that a rule has to look at again.
 PreActs = Callable[[Tensor], Tensor]
-_BLOCK = 16
+BLOCK = 16
 
 
 class Entries(NamedTuple):
@@ -36,9 +36,17 @@ class Entries(NamedTuple):
 
 @runtime_checkable
 class Rule(Protocol):
-    """One step's selection: `see` every chunk in order, then `entries`."""
+    """One step's selection: `see` every chunk in order, or `take` what it would have found there, then `entries`.
+
+    `width` is how many of a row's largest are all that the rule looks at, None where it looks at all.
+    """
+
+    @property
+    def width(self) -> int | None: ...
 
     def see(self, pre_CS: Tensor) -> None: ...
+
+    def take(self, values_CW: Tensor, latents_CW: Tensor, num_latents: int) -> None: ...
 
     def entries(self, pre_acts: PreActs) -> Entries: ...
 
@@ -48,10 +56,15 @@ class TopKRule:
 
     def __init__(self, num_rows: int, k: int, signed: bool = False, group: dist.ProcessGroup | None = None):
         self._num_rows, self._k, self._signed, self._group = num_rows, k, signed, group
+        self.width = k
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def see(self, pre_CS: Tensor) -> None:
-        self._seen.append(largest(pre_CS, min(self._k, pre_CS.shape[1])))
+        num_latents = pre_CS.shape[1]
+        self.take(*largest(pre_CS, min(self.width, num_latents)), num_latents)
+
+    def take(self, values_CW: Tensor, latents_CW: Tensor, num_latents: int) -> None:
+        self._seen.append((values_CW, latents_CW))
 
     def entries(self, pre_acts: PreActs) -> Entries:
         values_BK, latents_BK = (torch.cat(part) for part in zip(*self._seen, strict=True))
@@ -73,15 +86,20 @@ class BatchTopKRule:
     """
 
     def __init__(self, num_rows: int, k: int, group: dist.ProcessGroup | None = None):
-        self._k, self._total, self._group = k, num_rows * k, group
+        self._total, self._group = num_rows * k, group
+        # Few rows have more than four times the average; those are looked at again.
+        self.width = 4 * k
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._num_latents = 0
         self.threshold: float | None = None
 
     def see(self, pre_CS: Tensor) -> None:
-        self._num_latents = pre_CS.shape[1]
-        # Few rows have more than four times the average; those are looked at again.
-        self._seen.append(largest(pre_CS, min(4 * self._k, self._num_latents)))
+        num_latents = pre_CS.shape[1]
+        self.take(*largest(pre_CS, min(self.width, num_latents)), num_latents)
+
+    def take(self, values_CW: Tensor, latents_CW: Tensor, num_latents: int) -> None:
+        self._num_latents = num_latents
+        self._seen.append((values_CW, latents_CW))
 
     def entries(self, pre_acts: PreActs) -> Entries:
         values_BW, latents_BW = (torch.cat(part) for part in zip(*self._seen, strict=True))
@@ -121,6 +139,7 @@ class JumpRule:
 
     def __init__(self, threshold_S: Tensor, bandwidth: float):
         self._threshold, self._half = threshold_S, bandwidth / 2
+        self.width = None
         self._seen: list[Entries] = []
         self._num_rows = 0
 
@@ -131,6 +150,9 @@ class JumpRule:
         is_edge = (pre - threshold).abs() < self._half
         self._seen.append(Entries(pre * is_on, latent, row + self._num_rows, is_on, is_edge))
         self._num_rows += len(pre_CS)
+
+    def take(self, values_CW: Tensor, latents_CW: Tensor, num_latents: int) -> None:
+        raise NotImplementedError("A threshold is compared with every pre-activation.")
 
     def entries(self, pre_acts: PreActs) -> Entries:
         return Entries(*(torch.cat(part) for part in zip(*self._seen, strict=True)))
@@ -143,18 +165,24 @@ def largest(pre_CS: Tensor, k: int) -> tuple[Tensor, Tensor]:
     search of 16 k candidates are enough. Of equal values at the end any may be taken, as by `topk`.
     """
     num_latents = pre_CS.shape[1]
-    num_blocks = num_latents // _BLOCK
-    if num_latents % _BLOCK or num_blocks < 4 * k:
+    if num_latents % BLOCK or num_latents // BLOCK < 4 * k:
         top = torch.topk(pre_CS, k, dim=1)
         return top.values, top.indices
+    return largest_by_blocks(pre_CS, k)
+
+
+def largest_by_blocks(pre_CS: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`largest` where the latents are whole blocks, k of them or more; 16-bit values are searched, and returned, as float32."""
+    num_blocks = pre_CS.shape[1] // BLOCK
+    dtype = torch.float32 if pre_CS.element_size() < 4 else pre_CS.dtype
     found = []
     # On a CPU, rows that fit in its cache.
     for part in pre_CS.split(256 if pre_CS.device.type == "cpu" else len(pre_CS) or 1):
         # Block j is every num_blocks-th latent from j on, so that maxima are taken of whole vectors.
-        blocks = part.view(len(part), _BLOCK, num_blocks)
-        chosen = torch.topk(blocks.amax(1), k, dim=1, sorted=False).indices
-        candidates = blocks.gather(2, chosen[:, None, :].expand(-1, _BLOCK, -1)).flatten(1)
-        top = torch.topk(candidates, k, dim=1)
+        blocks = part.view(len(part), BLOCK, num_blocks)
+        chosen = torch.topk(blocks.amax(1).to(dtype), k, dim=1, sorted=False).indices
+        candidates = blocks.gather(2, chosen[:, None, :].expand(-1, BLOCK, -1)).flatten(1)
+        top = torch.topk(candidates.to(dtype), k, dim=1)
         indices = top.indices // k * num_blocks + chosen.gather(1, top.indices % k)
         found.append((top.values, indices))
     values, indices = (torch.cat(part) for part in zip(*found, strict=True))

@@ -1,7 +1,7 @@
 """One sparse training step: x_hat and all gradients of an SAE from its active latents alone.
 
 B rows, D d_in, S d_sae, K active latents a row, N entries (about B K), G nested dictionaries, C rows of a chunk.
-Cost 2BDS for the pre-activations, 8BDK for the rest (dense autograd: 12BDS). Beyond weights, gradients and what is B x D or N
+Cost 2BDS for the pre-activations (half of it where `screening` helps), 8BDK for the rest (dense autograd: 12BDS). Beyond weights, gradients and what is B x D or N
 long, memory is one C x S chunk of pre-activations: nothing is B x S, nothing is N x D.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .architectures import JumpReluSae
 from .sae import Sae, bag_weight_gradient
+from .screening import Screen, is_worth_it
 from .selection import Entries, Rule, TopKRule
 
 
@@ -78,11 +79,12 @@ def backend_for(device: torch.device) -> Backend:
 
 @dataclass
 class Workspace:
-    """What a step keeps for the next one: the chunk of pre-activations, so that its pages are not made anew every time."""
+    """What a step keeps for the next one, so that its pages are not made anew every time: the chunk of pre-activations."""
 
     backend: Backend
     chunk_values: int = 2**24
     """Pre-activations of one chunk at most (but one row at least)."""
+    screen: Screen = field(default_factory=Screen, init=False)
     _kept: Tensor | None = field(default=None, init=False)
 
     def chunk(self, num_rows: int, like: Tensor, num_latents: int) -> Tensor:
@@ -206,24 +208,32 @@ class _Autoencode(torch.autograd.Function):
 
 def _select(centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, plan: Plan) -> tuple[Entries, Entries | None]:
     """The rule's entries and AuxK's: the `aux_k` largest of the dead latents."""
-    num_rows, num_latents = len(centred_BD), len(W_SD)
-    dead = plan.dead
-    aux_rule = None if dead is None else TopKRule(num_rows, plan.aux_k, group=plan.latent_group)
-    size = plan.workspace.rows(num_rows, num_latents)
-    for rows in centred_BD.split(size):
-        pre = torch.addmm(b_S, rows, W_SD.T, out=plan.workspace.chunk(len(rows), rows, num_latents))
-        plan.rule.see(pre)
-        if aux_rule is not None and dead is not None:
-            aux_rule.see(pre.index_select(1, dead))
 
     def again(rows: Tensor) -> Tensor:
         return torch.addmm(b_S, centred_BD[rows], W_SD.T)
 
+    width, num_latents = plan.rule.width, len(W_SD)
+    screened = None
+    if width is not None and is_worth_it(W_SD, width):
+        screened = plan.workspace.screen.largest(centred_BD, W_SD, b_S, width)
+    if screened is None:
+        _see(plan.rule, centred_BD, W_SD, b_S, plan.workspace)
+    else:
+        plan.rule.take(*screened, num_latents)
     aux = None
-    if aux_rule is not None and dead is not None:
+    if plan.dead is not None:
+        aux_rule = TopKRule(len(centred_BD), plan.aux_k, group=plan.latent_group)
+        _see(aux_rule, centred_BD, W_SD[plan.dead], b_S[plan.dead], plan.workspace)
         aux = aux_rule.entries(again)
-        aux = aux._replace(latents=dead[aux.latents])
+        aux = aux._replace(latents=plan.dead[aux.latents])
     return plan.rule.entries(again), aux
+
+
+def _see(rule: Rule, centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, workspace: Workspace) -> None:
+    """Show the rule every pre-activation, a chunk of rows at a time."""
+    num_latents = len(W_SD)
+    for rows in centred_BD.split(workspace.rows(len(centred_BD), max(1, num_latents))):
+        rule.see(torch.addmm(b_S, rows, W_SD.T, out=workspace.chunk(len(rows), rows, num_latents)))
 
 
 def _bags(active: Entries, aux: Entries | None, num_rows: int, plan: Plan) -> tuple[Entries, Bags, int]:
