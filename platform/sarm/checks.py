@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake that the user can mend: shown as one line, exit status 2."""
 
 
+class StoppedError(Exception):
+    """Work that was asked to stop and has: the same command goes on with it, exit status 75."""
+
+
 def check(section: object, flag: str, holds: bool, must_be: str) -> None:
     """Raise UserError unless the condition holds; `flag` ends in the name of the field that it is about."""
     if not holds:

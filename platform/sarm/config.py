@@ -44,6 +44,8 @@ class Run:
     """Ray Train workers of the SAE and reward training; one GPU each where the cluster has GPUs."""
     num_actors: int = field(default=1, metadata=OPERATIONAL)
     """Ray Data actors of extraction and scoring; one GPU each where the cluster has GPUs."""
+    max_restarts: int = field(default=3, metadata=OPERATIONAL)
+    """Times in a row that workers are started again after one of them died, without a newer training state in between."""
     cpus_per_worker: int = field(default=0, metadata=OPERATIONAL)
     """CPU cores (and torch threads) of each worker and actor; 0 shares out the cluster's."""
     dry_run: bool = field(default=False, metadata=OPERATIONAL)
@@ -54,7 +56,7 @@ class Run:
     def __post_init__(self) -> None:
         # Ray Train changes the workers' directory, so a relative path would mean another folder there.
         object.__setattr__(self, "out", self.out.expanduser().absolute())
-        _check_least(self, "", num_workers=1, num_actors=1, cpus_per_worker=0)
+        _check_least(self, "", num_workers=1, num_actors=1, cpus_per_worker=0, max_restarts=0)
 
 
 @dataclass(frozen=True, kw_only=True)

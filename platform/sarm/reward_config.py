@@ -37,6 +37,21 @@ class Reward:
     scalar_baseline: bool = True
     """Also train a scalar head on the same truncated backbone, for comparison."""
 
+    checkpoint_every_seconds: float = field(default=300.0, metadata=OPERATIONAL)
+    """Time between two training states on disk; a stopped job that is run again goes on from the last one."""
+    checkpoint_every_steps: int = field(default=0, metadata=OPERATIONAL)
+    """Steps between two training states instead; 0: by time."""
+    validation_share: float = 0.0
+    """Share of the training prompts, by hash, that are measured during training and never trained on; 0: none."""
+    validate_every: int = 50
+    """Steps between two measurements; the model kept is that of the lowest loss on them."""
+    patience: int = 0
+    """Measurements without a lower loss after which training stops; 0: never before the end."""
+    max_loss_rise: float = 10.0
+    """Stop before a step whose loss exceeds this times the mean of the last 32 (or that of chance, ln 2, if that is higher)."""
+    offload: Literal["none", "optimizer", "all"] = field(default="none", metadata=OPERATIONAL)
+    """What ZeRO keeps in host memory: nothing, AdamW's part (stages 1 to 3), or the weights as well (stage 3)."""
+
     def __post_init__(self) -> None:
         check_rate(self, "reward.lr", zero_allowed=True)
         check_rate(self, "reward.head_lr")
@@ -44,3 +59,11 @@ class Reward:
         check(self, "reward.warmup_share", 0 <= self.warmup_share < 1, "between 0 and 1")
         # 0 would mean "no gradient" to torch and "no limit" to DeepSpeed.
         check(self, "reward.max_grad_norm", self.max_grad_norm > 0, "above 0")
+        check_rate(self, "reward.checkpoint_every_seconds")
+        check_least(self, "reward.", checkpoint_every_steps=0, validate_every=1, patience=0)
+        check(self, "reward.validation_share", 0 <= self.validation_share < 1, "at least 0 and below 1")
+        check(self, "reward.max_loss_rise", self.max_loss_rise > 1, "above 1")
+        least_stage = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        check(
+            self, "reward.offload", self.zero_stage >= least_stage, f"none unless --reward.zero-stage >= {least_stage}"
+        )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sarm.config import UserError
-from sarm.data.checkpoints import Checkpoints
+from sarm.data.checkpoints import Checkpoints, Written
 from sarm.data.state_tree import join_state, random_state, restore_random_state, split_state
 
 IDENTITY = {"lr": 0.1, "inputs": {"activations": "abc"}}
@@ -144,7 +144,7 @@ def test_a_full_disk_is_an_error_of_every_worker_and_loses_nothing(states, monke
     states.save(1, {"shared": state_of(1)})
 
     def everyone(value):
-        other = {"files": {}, "error": "No space left on device"} if isinstance(value, dict) else value
+        other = Written({}, "No space left on device") if isinstance(value, Written) else value
         return [value, other]
 
     with pytest.raises(OSError, match=r"step 2 could not be written .*No space left on device"):
@@ -154,11 +154,11 @@ def test_a_full_disk_is_an_error_of_every_worker_and_loses_nothing(states, monke
 
 def test_workers_write_their_own_parts_into_one_state(states):
     """Two workers one after the other, each told what both wrote, as an all-gather does."""
-    written: list[dict] = []
+    written: list[Written] = []
 
     def gather_of(rank):
         def everyone(value):
-            if isinstance(value, dict):
+            if isinstance(value, Written):
                 written.append(value)
                 return written
             return [value]
@@ -175,7 +175,7 @@ def test_workers_write_their_own_parts_into_one_state(states):
 
 def test_a_part_on_another_machine_is_noticed_before_the_state_is_used(states):
     def everyone(value):
-        return [value, {"files": {"rank-1.json": "0" * 64}, "error": None}] if isinstance(value, dict) else [value]
+        return [value, Written({"rank-1.json": "0" * 64}, None)] if isinstance(value, Written) else [value]
 
     with pytest.raises(OSError, match="the folder must be one that all workers share"):
         states.save(1, {"rank-0": state_of(0)}, everyone)

@@ -12,19 +12,30 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sarm.config import UserError
 from sarm.data.state_tree import join_state, split_state
 from sarm.manifest import first_difference, sha256_of
 
 Everyone = Callable[[Any], list[Any]]
+# Parts as tensors and JSON, copied from what training goes on to change.
+Snapshot = Mapping[str, tuple[dict[str, Tensor], str]]
 _SCHEMA = "checkpoint/v1"
-_MANIFEST, _SUM = "manifest.json", "manifest.json.sha256"
+_MANIFEST, _SUM, _STOP = "manifest.json", "manifest.json.sha256", "stop-requested"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _STEP = re.compile(r"step-(\d{9,})")
+
+
+class Written(NamedTuple):
+    """The hashes of the files that a worker wrote, or why it could not."""
+
+    files: dict[str, str]
+    error: str | None
 
 
 class _DamagedError(Exception):
@@ -53,6 +64,11 @@ def alone(value: Any) -> list[Any]:
     return [value]
 
 
+def snapshot(parts: Mapping[str, Any]) -> Snapshot:
+    """Copies, in host memory, of what training goes on to change; raises TypeError for what is no state."""
+    return {name: split_state(state) for name, state in parts.items()}
+
+
 class Checkpoints:
     """The states of one training in one folder, which all of its workers see.
 
@@ -73,17 +89,23 @@ class Checkpoints:
         all workers to each of them. When `save` returns, the state is on the disk. Raises OSError if it could not be written
         (by any worker), and the states before it are untouched.
         """
-        pending = self.folder / f".step-{step:09}"
+        self.commit(step, self.write(step, snapshot(parts)), everyone, is_first)
+
+    def write(self, step: int, parts: Snapshot) -> Written:
+        """The first half of `save`: this worker's files, in a folder that no reader takes for a state. A thread may do it."""
         try:
-            mine: dict[str, Any] = {"files": self._write_parts(pending, parts), "error": None}
-        except OSError as error:
-            mine = {"files": {}, "error": str(error)}
-        all_parts = everyone(mine)
-        failed = [part["error"] for part in all_parts if part["error"]]
+            return Written(self._write_parts(self._pending(step), parts), None)
+        except (OSError, SafetensorError) as error:
+            return Written({}, str(error))
+
+    def commit(self, step: int, mine: Written, everyone: Everyone = alone, is_first: bool = True) -> None:
+        """The second half of `save`, by all workers once each has written: the state appears, whole, under its name."""
+        pending, all_parts = self._pending(step), everyone(mine)
+        failed = [part.error for part in all_parts if part.error]
         committed = None
         if not failed and is_first:
             try:
-                self._commit(step, pending, {k: v for part in all_parts for k, v in part["files"].items()})
+                self._commit(step, pending, {k: v for part in all_parts for k, v in part.files.items()})
             except OSError as error:
                 committed = str(error)
         failed += [error for error in everyone(committed) if error]
@@ -113,6 +135,23 @@ class Checkpoints:
             )
         return None
 
+    def newest_step(self) -> int:
+        """The step of the newest state, whole or not; -1 if there is none."""
+        return max((step for step, _ in self._saved()), default=-1)
+
+    def request_stop(self) -> None:
+        """Ask the workers to save and stop; they see it, since the folder is shared."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / _STOP).touch()
+
+    def withdraw_stop(self) -> None:
+        """Forget what `request_stop` asked for."""
+        (self.folder / _STOP).unlink(missing_ok=True)
+
+    def is_stop_requested(self) -> bool:
+        """Whether the workers shall save and stop."""
+        return (self.folder / _STOP).exists()
+
     def delete(self) -> None:
         """Remove all states, once what they led to is safe elsewhere."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -121,12 +160,14 @@ class Checkpoints:
         found = [(_STEP.fullmatch(path.name), path) for path in self.folder.glob("step-*")]
         return sorted((int(match[1]), path) for match, path in found if match)
 
-    def _write_parts(self, pending: Path, parts: Mapping[str, Any]) -> dict[str, str]:
+    def _pending(self, step: int) -> Path:
+        return self.folder / f".step-{step:09}"
+
+    def _write_parts(self, pending: Path, parts: Snapshot) -> dict[str, str]:
         pending.mkdir(parents=True, exist_ok=True)
         written = {}
-        for name, state in parts.items():
+        for name, (tensors, text) in parts.items():
             assert _NAME.fullmatch(name), f"a part is named like rank-3, got {name!r}"
-            tensors, text = split_state(state)
             save_file(tensors, pending / f"{name}.safetensors")
             (pending / f"{name}.json").write_text(text)
             for path in (pending / f"{name}.safetensors", pending / f"{name}.json"):

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +61,7 @@ def connect(run: Run) -> Iterator[Cluster]:
     """The cluster of `run.ray_address`, else of the submitted job, else one started here and stopped at the end."""
     if unsafe := [name for name in _UNSAFE_VARIABLES if os.environ.get(name)]:
         raise UserError(f"{unsafe[0]} is set, which lets Parquet files run code. Unset it.")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     address = run.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     if ray.is_initialized():
         yield _describe(is_local=False)
@@ -80,6 +83,9 @@ def connect(run: Run) -> Iterator[Cluster]:
             raise UserError(
                 f"no Ray cluster at {address}: {error}. Pass --ray-address, or leave it out for a local one."
             ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray puts a handler of its own in the place of the job's.
+        signal.signal(signal.SIGTERM, on_sigterm or signal.SIG_DFL)
     try:
         yield _describe(is_local=address == "local")
     finally:

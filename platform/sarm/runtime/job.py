@@ -8,6 +8,7 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from typing import Any
 
 import tyro
 
+from sarm.checks import StoppedError
 from sarm.config import Run, UserError, as_json
 from sarm.presets import PRESETS
 
@@ -25,7 +27,8 @@ def run_job(
 ) -> None:
     """Parse the command line into `config_type`, starting from the preset it names, and run `job` on it.
 
-    Exits with status 2 and one line for a user's mistake, 130 for an interrupt, and leaves other errors to Python.
+    Exits with status 2 and one line for a user's mistake, 75 (try again) after SIGTERM, once what it was training is saved, 130
+    for an interrupt, and leaves other errors to Python.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _guarded(lambda: parse(config_type, description, arguments), job, arguments)
@@ -48,7 +51,11 @@ def _guarded(parsed: Callable[[], Any], job: Callable[[Any], None], arguments: S
         if run is not None and run.dry_run:
             print(describe(config))
             return
+        signal.signal(signal.SIGTERM, _stop)
         job(config)
+    except StoppedError as stopped:
+        print(f"{stopped}; the same command goes on with the unfinished stage", file=sys.stderr)
+        sys.exit(75)
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -57,6 +64,10 @@ def _guarded(parsed: Callable[[], Any], job: Callable[[Any], None], arguments: S
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(130)
+
+
+def _stop(*_: Any) -> None:
+    raise StoppedError("stopped by SIGTERM")
 
 
 def say(message: str) -> None:

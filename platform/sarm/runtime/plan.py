@@ -28,6 +28,8 @@ class Folders:
     heldout_activations = property(lambda self: self.out / "activations" / "heldout")
     sae = property(lambda self: self.out / "sae")
     sae_states = property(lambda self: self.out / "training" / "sae")
+    sarm_states = property(lambda self: self.out / "training" / "sarm")
+    scalar_head_states = property(lambda self: self.out / "training" / "scalar_head")
     sarm = property(lambda self: self.out / "sarm")
     scalar_head = property(lambda self: self.out / "scalar_head")
     evaluation = property(lambda self: self.out / "evaluation")

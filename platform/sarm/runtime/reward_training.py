@@ -10,9 +10,10 @@ import pyarrow.dataset as ds
 import torch
 import torch.distributed as dist
 
-from sarm.config import Model, Reward, Run
+from sarm.config import Model, Reward, Run, UserError
 from sarm.data.artifacts import save_sarm
 from sarm.data.chat import load_chat_tokenizer
+from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import token_batches
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
@@ -21,11 +22,18 @@ from sarm.runtime.head_start import start_head_
 from sarm.runtime.reward_models import build_model
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.trainer import Progress, run_workers, worker_device
+from sarm.runtime.training_states import WorkerStates
 from sarm.runtime.zero import ZeroEngine
-from sarm.train.reward import parameter_groups, train_reward
+from sarm.runtime.zero_shards import Shards, load_moments_, load_weights_, reshard, shards, weights
+from sarm.schema import hash_share
+from sarm.train.reward import RewardTraining, parameter_groups
 
 # Prompts, and responses of each, that the reward's moments are taken over.
 _MOMENT_PROMPTS, _MOMENT_RESPONSES = 16, 4
+
+
+# The workers agree after every step on whether to save or stop: a message is small beside a step.
+_STEPS_BETWEEN_LOOKS = 1
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,21 @@ class RewardTask:
     head_start: Path | None
     folder: Path
     tracking: StageRun
+    states: Checkpoints
+
+    @property
+    def name(self) -> str:
+        """What its metrics' names begin with."""
+        return "sarm" if self.sae else "scalar_head"
 
 
 def train_on_cluster(task: RewardTask, cluster: Cluster) -> dict[str, Any]:
-    """Train on the cluster's workers and leave the model in `task.folder`; returns its figures and history."""
+    """Train on the cluster's workers and leave the model in `task.folder`; returns its figures and history.
+
+    Goes on from the newest of `task.states` if there is one.
+    """
     threads = cluster.cpus_each(task.run, task.run.num_workers)
-    name = "sarm" if task.sae else "scalar_head"
-    return run_workers(name, reward_worker, task, task.run, task.folder, cluster, threads)
+    return run_workers(task.name, reward_worker, task, task.run, task.folder, cluster, threads, task.states)
 
 
 def load_pairs(folder: Path, split: str) -> pa.Table:
@@ -56,29 +72,90 @@ def load_pairs(folder: Path, split: str) -> pa.Table:
     return table.filter(pc.equal(table.column("split"), split))
 
 
+def split_off_validation(pairs: pa.Table, share: float) -> tuple[pa.Table, pa.Table]:
+    """(pairs to train on, pairs to measure on during training): whole prompts, by a hash of their own.
+
+    Raises UserError if either is empty though asked for.
+    """
+    is_measured = [hash_share(f"validation {prompt}") < share for prompt in pairs.column("prompt_id").to_pylist()]
+    mask = pa.array(is_measured, pa.bool_())
+    training, validation = pairs.filter(pc.invert(mask)), pairs.filter(mask)
+    if training.num_rows == 0 or (share > 0 and validation.num_rows == 0):
+        raise UserError(
+            f"--reward.validation-share {share} leaves {training.num_rows} pairs to train on and {validation.num_rows} to measure. Pass another share, or more pairs."
+        )
+    return training, validation
+
+
 def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     """One Ray Train worker: build, train, gather, and on rank 0 write the folder and return the figures."""
     device, rank = worker_device(), dist.get_rank()
+    states = WorkerStates(
+        task.states, task.reward.checkpoint_every_steps, task.reward.checkpoint_every_seconds, _STEPS_BETWEEN_LOOKS
+    )
+    found = states.latest()
     chat = load_chat_tokenizer(task.model, task.model_folder)
-    pairs = load_pairs(task.pairs, "train")
-    groups = list(prompt_groups(pairs, chat))
+    pairs, validation_pairs = split_off_validation(load_pairs(task.pairs, "train"), task.reward.validation_share)
+    groups, validation = list(prompt_groups(pairs, chat)), list(prompt_groups(validation_pairs, chat))
     model = build_model(task.model, task.model_folder, task.sae, chat)
+    to_train = parameter_groups(model, task.reward)
     # DeepSpeed hands rank 0's weights to the others.
-    if task.head_start is not None and rank == 0:
+    if rank == 0 and found is not None:
+        load_weights_(model, found, "shards")
+    elif rank == 0 and task.head_start is not None:
         start_head_(model, task.head_start, pairs, task.run.seed)
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    engine = ZeroEngine(model, parameter_groups(model, task.reward), task.reward, device)
-    progress = Progress(
-        "sarm" if task.sae else "scalar_head", task.tracking, ("loss", "accuracy", "margin", "tokens_per_second")
+    torch.manual_seed(task.run.seed + rank)
+    engine = ZeroEngine(model, to_train, task.reward, device)
+    best: Shards = {}
+    training = RewardTraining(
+        engine,
+        groups,
+        task.reward,
+        task.run.seed,
+        task.model.max_length,
+        chat.pad_id,
+        validation,
+        on_best=lambda: best.update(weights(engine)),
     )
-    train_reward(engine, groups, task.reward, task.run.seed, task.model.max_length, chat.pad_id, progress)
-    state = engine.whole_state(model)
+    progress = Progress(
+        task.name, task.tracking, ("loss", "accuracy", "margin", "validation_loss", "tokens_per_second")
+    )
+    if found is not None:
+        saved = found.read("shared")
+        training.load_state_dict(saved["training"])
+        progress.history = saved["history"]
+        load_moments_(engine, found, "shards", training.num_steps)
+        if validation:
+            best.update(reshard(engine, found, "best"))
+        states.restore_random(found)
+        if rank == 0:
+            print(f"{task.name} goes on after step {training.num_steps}", flush=True)
+
+    def state() -> tuple[Any, Any]:
+        shared = {"training": training.state_dict(), "history": progress.history}
+        return shared, {"shards": shards(engine), "best": best}
+
+    training.run(
+        lambda step, metrics: progress(step, {**metrics, "seconds_checkpoints": states.seconds}),
+        lambda: states.after_step(training.num_steps, state),
+    )
+    if validation:
+        # The best weights are gathered as a state is read: from the disk.
+        states.save(training.num_steps, state)
+    states.finish()
+    whole = engine.whole_state()
     if rank != 0:
         return None
     trained = build_model(task.model, task.model_folder, task.sae, chat)
-    trained.load_state_dict(state)
+    trained.load_state_dict(whole)
+    if validation:
+        parameter_groups(trained, task.reward)
+        last = task.states.latest()
+        assert last is not None
+        load_weights_(trained, last, "best")
     trained.to(device).eval()  # type: ignore[arg-type]
     mean, std = reward_moments(trained, groups, task.reward.batch_tokens, task.model.max_length, chat.pad_id, device)
     trained.config.reward_mean, trained.config.reward_std = mean, std
@@ -92,6 +169,12 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         "num_prompts": len(groups),
         "num_steps": len(progress.history),
     }
+    if validation:
+        figures |= {
+            "best_step": training.validation.best_step,
+            "validation_loss": training.validation.best_loss,
+            "validation_prompts": len(validation),
+        }
     return {"figures": figures, "history": progress.history}
 
 

@@ -79,7 +79,7 @@ def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
     Goes on from the newest of `task.states` if there is one.
     """
     threads = cluster.cpus_each(task.run, task.run.num_workers)
-    return run_workers("sae", sae_worker, task, task.run, task.folder, cluster, threads)
+    return run_workers("sae", sae_worker, task, task.run, task.folder, cluster, threads, task.states)
 
 
 def check_activations(sae: configs.Sae, stores: dict[str, ActivationStore]) -> None:
@@ -136,6 +136,7 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         training = SaeTraining(saes, phase, member_configs, task.run.seed + number, device, first_step, task.sae.split)
         if found is not None and is_resumed:
             training.load_state_dict(states.own_state(found) if task.sae.split == "latents" else saved["training"])
+            states.restore_random(found)
             for log, history in zip(logs, histories, strict=True):
                 log.history = history[name]
             if rank == 0:
@@ -143,23 +144,23 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         for log, history in zip(logs, histories, strict=True):
             history[name] = log.history
 
-        def save_if_due(training: SaeTraining = training, number: int = number) -> None:
-            if states.is_due(training.num_steps):
-                state, is_own = training.state_dict(), task.sae.split == "latents"
-                shared = {
-                    "phase": number,
-                    "histories": histories,
-                    "figures": figures,
-                    "split": [task.sae.split, states.world],
-                }
-                shared["training"] = None if is_own else state
-                states.save(training.num_steps, shared, state if is_own else None)
+        def state(training: SaeTraining = training, number: int = number) -> tuple[Any, Any]:
+            learnt, is_own = training.state_dict(), task.sae.split == "latents"
+            shared = {
+                "phase": number,
+                "histories": histories,
+                "figures": figures,
+                "split": [task.sae.split, states.world],
+                "training": None if is_own else learnt,
+            }
+            return shared, learnt if is_own else None
 
-        training.run(logs, after_step=save_if_due)
+        training.run(logs, after_step=lambda t=training, s=state: states.after_step(t.num_steps, s))  # type: ignore[misc]
         saes = [learner.whole() for learner in training.learners]
         first_step = training.num_steps
         for sae, of_sae in zip(saes, figures, strict=True):
             of_sae[f"fvu_{name}_after_its_phase"] = measure(sae, rows[name].heldout, device).fvu
+    states.finish()
     if rank != 0:
         return None
     results = []

@@ -15,7 +15,7 @@ from sarm.manifest import Manifest, StageFolder, write_atomically
 from sarm.runtime.cluster import Cluster, connect
 from sarm.runtime.job import say
 from sarm.runtime.plan import Folders
-from sarm.runtime.tracking import StageRun, Tracker, flat_params, tracking_uri
+from sarm.runtime.tracking import StageRun, Tracker, ended_by, flat_params, tracking_uri
 
 _RUN_FILE = "run.json"
 
@@ -87,9 +87,9 @@ class Session:
     def __enter__(self) -> "Session":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: Any) -> None:
         if self._tracker is not None:
-            self._tracker.parent.end("FINISHED" if kind is None else "FAILED")
+            self._tracker.parent.end(ended_by(error))
         self._stack.close()
 
 

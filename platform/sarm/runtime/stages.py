@@ -125,17 +125,19 @@ def train_sarm(session: Session, model: Model, reward: Reward) -> None:
     reward_models.check_sae(folders.sae, model)
     head_start = folders.chat_activations if reward.head_init == "probe" else None
     inputs = {PAIRS: (folders.pairs, PAIRS)} | ({"activations/chat": (head_start, ACTIVATIONS)} if head_start else {})
-    heads: list[tuple[str, Path, Path | None]] = [("train SARM", folders.sarm, folders.sae)]
+    heads: list[tuple[str, Path, Path, Path | None]] = [("train SARM", folders.sarm, folders.sarm_states, folders.sae)]
     if reward.scalar_baseline:
-        heads.append(("train scalar head", folders.scalar_head, None))
-    for name, target, sae in heads:
+        heads.append(("train scalar head", folders.scalar_head, folders.scalar_head_states, None))
+    for name, target, in_training, sae in heads:
         needed = inputs | ({SAE: (sae, SAE)} if sae else {})
         folder = StageFolder(target, SARM, plan.reward_settings(model, reward, session.run.seed), needed)
+        states = Checkpoints(in_training, {"config": folder.config, "inputs": folder.inputs})
         session.stage(
             name,
             folder,
-            functools.partial(_train_reward, session, model, reward, folders.pairs, sae, head_start, target),
+            functools.partial(_train_reward, session, model, reward, folders.pairs, sae, head_start, target, states),
         )
+        states.delete()
 
 
 def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -> Manifest:
@@ -215,13 +217,14 @@ def _train_reward(
     sae: Path | None,
     head_start: Path | None,
     target: Path,
+    states: Checkpoints,
     child: StageRun,
 ) -> Mapping[str, Any]:
     from sarm.interpret.figures import reward_curves
     from sarm.runtime import reward_training
 
     task = reward_training.RewardTask(
-        session.run, model, model_folder(model), reward, pairs, sae, head_start, target, child
+        session.run, model, model_folder(model), reward, pairs, sae, head_start, target, child, states
     )
     result = reward_training.train_on_cluster(task, session.cluster)
     history = {target.name: result["history"]}

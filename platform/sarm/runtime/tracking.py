@@ -18,6 +18,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
+from sarm.checks import StoppedError
 from sarm.config import Run, UserError
 
 # Without these a dead server blocks every call for minutes.
@@ -43,6 +44,10 @@ class StageRun:
         finite = [Metric(k, float(v), now, step) for k, v in metrics.items() if v is not None and math.isfinite(v)]
         for start in range(0, len(finite), _MAX_METRICS):
             _client(self.uri).log_batch(self.run_id, metrics=finite[start : start + _MAX_METRICS])
+
+    def last_step(self, metric: str) -> int:
+        """The highest step that has this metric, -1 if none has: MLflow appends what is logged twice."""
+        return max((entry.step for entry in _client(self.uri).get_metric_history(self.run_id, metric)), default=-1)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters that the run does not have yet: MLflow's cannot change, and a restarted run logs the same again."""
@@ -73,7 +78,7 @@ class StageRun:
         _client(self.uri).log_text(self.run_id, text, name)
 
     def end(self, status: str) -> None:
-        """Close the run as FINISHED or FAILED."""
+        """Close the run as FINISHED, FAILED or KILLED."""
         _client(self.uri).set_terminated(self.run_id, status)
 
 
@@ -102,13 +107,13 @@ class Tracker:
 
     @contextmanager
     def stage(self, name: str, run_id: str | None, params: Mapping[str, Any]) -> Iterator[StageRun]:
-        """A child run, continued if `run_id` still exists; closed as FAILED if the body raises."""
+        """A child run, continued if `run_id` still exists; closed as KILLED if the body was stopped, as FAILED if it raises."""
         child = self._run(name, run_id, {MLFLOW_PARENT_RUN_ID: self.parent.run_id})
         child.log_params(params)
         try:
             yield child
-        except BaseException:
-            child.end("FAILED")
+        except BaseException as error:
+            child.end(ended_by(error))
             raise
         child.end("FINISHED")
 
@@ -158,6 +163,11 @@ def flat_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat.update(flat_params(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
     return flat
+
+
+def ended_by(error: BaseException | None) -> str:
+    """MLflow's word for how a run came to its end."""
+    return "FINISHED" if error is None else "KILLED" if isinstance(error, StoppedError) else "FAILED"
 
 
 def _client(uri: str) -> MlflowClient:

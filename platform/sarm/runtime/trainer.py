@@ -1,34 +1,80 @@
 """Ray Train V2 around a worker function that takes one picklable task and returns one value on rank 0."""
 
+import contextlib
 import os
 import shutil
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import ray.train
 import ray.train.torch
 import torch
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from sarm.checks import StoppedError
 from sarm.config import Run
+from sarm.data.checkpoints import Checkpoints
 from sarm.runtime.cluster import Cluster
+from sarm.runtime.job import say
 from sarm.runtime.tracking import StageRun
 
 Task = TypeVar("Task")
 _PRINT_EVERY_SECONDS = 5.0
 
 
+class _Stopped(NamedTuple):
+    """What a worker returns that was asked to stop."""
+
+    reason: str
+
+
 def run_workers(
-    name: str, worker: Callable[[Any], Any], task: Any, run: Run, folder: Path, cluster: Cluster, threads: int
+    name: str,
+    worker: Callable[[Any], Any],
+    task: Any,
+    run: Run,
+    folder: Path,
+    cluster: Cluster,
+    threads: int,
+    states: Checkpoints | None = None,
 ) -> Any:
     """Run `worker(task)` on `run.num_workers` Ray Train workers in one process group and return what rank 0 returned.
 
-    Raises what the worker raised, without Ray's wrapping.
+    With `states`, the worker goes on from the newest of them: when a worker's process or machine dies, all are started again, up
+    to `run.max_restarts` times without a newer state; and on SIGTERM they save and stop. Raises StoppedError then, and else what
+    the worker raised, without Ray's wrapping.
     """
     # Ray Train would log every printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    restarts, newest = 0, -1
+    while True:
+        try:
+            with _stopping_on_sigterm(states):
+                result = _fit(name, worker, task, run, folder, cluster, threads)
+        except ray.train.WorkerGroupError as error:
+            cause = _cause(error)
+            if states is None or not _has_died(cause):
+                raise cause from error
+            restarts = restarts + 1 if states.newest_step() <= newest else 1
+            newest = max(newest, states.newest_step())
+            if restarts > run.max_restarts:
+                raise cause from error
+            say(f"{name}: a worker died, starting again from step {max(newest, 0)}")
+            continue
+        if isinstance(result, _Stopped):
+            raise StoppedError(result.reason)
+        return result
+
+
+def _fit(
+    name: str, worker: Callable[[Any], Any], task: Any, run: Run, folder: Path, cluster: Cluster, threads: int
+) -> Any:
     storage = folder / ".ray_train"
     trainer = ray.train.torch.TorchTrainer(
         _call,
@@ -44,8 +90,6 @@ def run_workers(
     try:
         result: Any = trainer.fit()
         return result.return_value
-    except ray.train.WorkerGroupError as error:
-        raise next(iter(error.worker_failures.values())) from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 
@@ -55,7 +99,39 @@ def _call(config: dict[str, Any]) -> Any:
     if not torch.cuda.is_available():
         # Before anything imports deepspeed, which looks for accelerators on import.
         os.environ["DS_ACCELERATOR"] = "cpu"
-    return config["worker"](config["task"])
+    try:
+        return config["worker"](config["task"])
+    except StoppedError as stopped:
+        return _Stopped(str(stopped))
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm(states: Checkpoints | None) -> Iterator[None]:
+    """While the body runs, SIGTERM asks the workers to save and stop."""
+    if states is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    states.withdraw_stop()
+    before = signal.signal(signal.SIGTERM, lambda *_: states.request_stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        states.withdraw_stop()
+
+
+def _cause(error: ray.train.WorkerGroupError) -> Exception:
+    """What one worker raised; the others' broken connections are said only if there is nothing else."""
+    failures = list(error.worker_failures.values())
+    return next((failure for failure in failures if not _has_died(failure)), failures[0])
+
+
+def _has_died(failure: Exception) -> bool:
+    """Whether a worker's process or machine is gone, or this one lost the connection to it."""
+    if isinstance(failure, RayActorError | WorkerHealthCheckFailedError | torch.distributed.DistError):
+        return True
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return isinstance(failure, RuntimeError) and any(word in str(failure) for word in words)
 
 
 def worker_device() -> torch.device:
@@ -69,19 +145,29 @@ def workers_on_device(device: torch.device) -> int:
 
 
 class Progress:
-    """Prints a line now and then and logs every step's metrics to MLflow."""
+    """Prints a line now and then and logs every step's metrics to MLflow, each step once in the run's life."""
 
     def __init__(self, name: str, tracking: StageRun, shown: tuple[str, ...]):
         self.history: list[dict[str, float]] = []
         self._name, self._tracking, self._shown = name, tracking, shown
-        self._started = self._printed = self._flushed = time.monotonic()
+        self._started = self._printed = time.monotonic()
+        self._done_before: float | None = None
+        self._last_logged: int | None = None
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        self._tracking.log_metrics({f"{self._name}/{key}": value for key, value in metrics.items()}, step)
+        if self._last_logged is None:
+            # A training that goes on from a state repeats the steps after it.
+            self._last_logged = self._tracking.last_step(f"{self._name}/progress")
+        if step > self._last_logged:
+            self._tracking.log_metrics({f"{self._name}/{key}": value for key, value in metrics.items()}, step)
         self.history.append({"step": step, **metrics})
         now, done = time.monotonic(), metrics["progress"]
-        if now - self._printed >= _PRINT_EVERY_SECONDS or done >= 1 or step == 1:
+        is_first = self._done_before is None
+        if self._done_before is None:
+            self._done_before = done if step > 1 else 0.0
+        if now - self._printed >= _PRINT_EVERY_SECONDS or done >= 1 or is_first:
             self._printed = now
-            left = (now - self._started) * (1 - done) / max(done, 1e-9)
+            left = (now - self._started) * (1 - done) / max(done - self._done_before, 1e-9)
             values = "  ".join(f"{key} {metrics[key]:.4g}" for key in self._shown if key in metrics)
-            print(f"{self._name} {done:4.0%}  step {step}  {values}  {left:.0f} s left", flush=True)
+            eta = f"  {left:.0f} s left" if done > self._done_before else ""
+            print(f"{self._name} {done:4.0%}  step {step}  {values}{eta}", flush=True)

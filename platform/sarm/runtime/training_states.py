@@ -1,61 +1,141 @@
-"""Checkpoints of Ray Train workers: when they are due, and how all workers write one together."""
+"""Checkpoints of Ray Train workers: when they are due, how all workers write one together, and how they are asked to stop.
+
+A state is copied to host memory between two steps and written by a thread while training goes on; the workers make it visible
+together at a later step, once each of them has written its part.
+"""
 
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch.distributed as dist
 
-from sarm.data.checkpoints import Checkpoint, Checkpoints, alone
+from sarm.checks import StoppedError, UserError
+from sarm.data.checkpoints import Checkpoint, Checkpoints, Written, alone, snapshot
 from sarm.data.state_tree import random_state, restore_random_state
 
-# Workers agree on the time by a message from the first; this many steps share one.
-_STEPS_BETWEEN_LOOKS = 10
+# A worker that is alone looks at the shared folder this often.
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class WorkerStates:
-    """One worker's side of its training's checkpoints: due every `every_steps` steps, or, where that is 0, `every_seconds`."""
+    """One worker's side of its training's checkpoints: due every `every_steps` steps, or, where that is 0, `every_seconds`.
 
-    def __init__(self, checkpoints: Checkpoints, every_steps: int, every_seconds: float):
+    Several workers agree by a message from the first, every `steps_between_looks` steps.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, every_steps: int, every_seconds: float, steps_between_looks: int = 10):
         self._checkpoints, self._every_steps, self._every_seconds = checkpoints, every_steps, every_seconds
+        self._steps_between_looks = steps_between_looks
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self._written = time.monotonic()
+        self._saved = self._looked = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[Written]] | None = None
+        self.seconds = 0.0
+        """Time that training stood still for its checkpoints."""
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole state, after which this worker's random generators continue as they were if it had one then."""
-        found = self._checkpoints.latest()
-        if found is not None and self._own in found.parts:
-            restore_random_state(found.read(self._own)["random"])
+        """The newest whole state, None if none was ever saved.
+
+        The first worker verifies it for all. Raises UserError if there are states and none can be used.
+        """
+        answer: list[Checkpoint | UserError | None] = [None]
+        if self.rank == 0:
+            try:
+                answer = [self._checkpoints.latest()]
+            except UserError as refused:
+                answer = [refused]
+        if self.world > 1:
+            dist.broadcast_object_list(answer, src=0)
+        (found,) = answer
+        if isinstance(found, UserError):
+            raise found
         return found
+
+    def restore_random(self, found: Checkpoint) -> None:
+        """Let this worker's random generators go on as they were, if it had a part in the state; last before the next step."""
+        if self._own in found.parts:
+            restore_random_state(found.read(self._own)["random"])
 
     def own_state(self, found: Checkpoint) -> Any:
         """What this worker itself saved; raises UserError if there were fewer workers."""
         return found.read(self._own)["state"]
 
-    def is_due(self, step: int) -> bool:
-        """Whether to save after this step; the same answer on all workers."""
-        if self._every_steps:
-            return step % self._every_steps == 0
-        if self.world == 1:
-            return time.monotonic() - self._written >= self._every_seconds
-        if step % _STEPS_BETWEEN_LOOKS:
-            return False
-        answer = [time.monotonic() - self._written >= self._every_seconds]
-        dist.broadcast_object_list(answer, src=0)
-        return answer[0]
+    def after_step(self, step: int, state: Callable[[], tuple[Any, Any]]) -> None:
+        """Save if it is time; `state()` is what all workers have in common (the first's is kept), and what is this worker's own.
 
-    def save(self, step: int, shared: Any, own: Any = None) -> None:
-        """Write what all workers have in common (the first worker's is kept) and what is this worker's own."""
+        All workers call it after each step. Raises StoppedError, with the state saved, if the workers were asked to stop, and
+        UserError if a state could not be written.
+        """
+        is_due, is_stopping, is_written = self._look(step)
+        if is_written:
+            self._commit()
+        if is_stopping:
+            self.save(step, state)
+            self.finish()
+            raise StoppedError(f"stopped after step {step}; its state is saved")
+        if is_due:
+            self.save(step, state)
+
+    def save(self, step: int, state: Callable[[], tuple[Any, Any]]) -> None:
+        """Begin to save; `finish` waits for the end. All workers call it together."""
+        self.finish()
+        started = time.monotonic()
+        shared, own = state()
         parts = {self._own: {"random": random_state(), "state": own}}
         if self.rank == 0:
             parts["shared"] = shared
-        self._checkpoints.save(step, parts, self._everyone if self.world > 1 else alone, self.rank == 0)
-        self._written = time.monotonic()
+        copied = snapshot(parts)
+        self._pending = step, self._thread.submit(self._checkpoints.write, step, copied)
+        self._saved = time.monotonic()
+        self.seconds += self._saved - started
+
+    def finish(self) -> None:
+        """Wait until what was saved is on the disk; all workers call it together."""
+        if self._pending is not None:
+            self._commit()
+
+    def _commit(self) -> None:
+        assert self._pending is not None
+        started, (step, future) = time.monotonic(), self._pending
+        self._pending = None
+        try:
+            self._checkpoints.commit(step, future.result(), self._everyone, self.rank == 0)
+        except OSError as error:
+            raise UserError(
+                f"{error}. The state before it is kept: make room, and the same command goes on from there."
+            ) from error
+        self.seconds += time.monotonic() - started
+
+    def _look(self, step: int) -> tuple[bool, bool, bool]:
+        """(save now, stop now, what was saved is written), the same on all workers."""
+        is_due = bool(self._every_steps) and step % self._every_steps == 0
+        if self.world == 1:
+            if time.monotonic() - self._looked < _SECONDS_BETWEEN_LOOKS:
+                return is_due, False, False
+            self._looked = time.monotonic()
+            return is_due or self._is_late(), self._checkpoints.is_stop_requested(), self._is_written()
+        if step % self._steps_between_looks:
+            return is_due, False, False
+        answer = [self._is_late(), self._checkpoints.is_stop_requested()] if self.rank == 0 else [False, False]
+        dist.broadcast_object_list(answer, src=0)
+        is_written = self._pending is not None and all(self._everyone(self._is_written()))
+        return is_due or answer[0], answer[1], is_written
+
+    def _is_late(self) -> bool:
+        return not self._every_steps and time.monotonic() - self._saved >= self._every_seconds
+
+    def _is_written(self) -> bool:
+        return self._pending is not None and self._pending[1].done()
 
     @property
     def _own(self) -> str:
         return f"rank-{self.rank}"
 
     def _everyone(self, value: Any) -> list[Any]:
+        if self.world == 1:
+            return alone(value)
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values

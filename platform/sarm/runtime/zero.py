@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO as the training loop's engine: stages 0-3, gloo on CPU, nccl on GPU, fp32 master weights."""
 
+import math
 import os
 from typing import Any
 
@@ -10,8 +11,15 @@ from sarm.config import Reward
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 
 
+class _NotFiniteError(Exception):
+    """Raised between the gradient's norm and the optimizer's step."""
+
+
 class ZeroEngine:
-    """A DeepSpeed engine whose accumulation boundary and rates are set by the loop, step by step."""
+    """A DeepSpeed engine whose accumulation boundary and rates are set by the loop, step by step.
+
+    DeepSpeed hands the first rank's weights to the others.
+    """
 
     def __init__(
         self,
@@ -26,52 +34,78 @@ class ZeroEngine:
 
         # A C++ all-reduce for inference that DeepSpeed would compile here, on machines that may have no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.device = device
+        self.device, self.model, self.stage = device, model, config.zero_stage
         self._rates = [group["lr"] for group in parameter_groups]
-        self._engine, *_ = deepspeed.initialize(
+        self._parameters = [p for group in parameter_groups for p in group["params"]]
+        self._max_grad_norm, self._grad_norm = config.max_grad_norm, 0.0
+        self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(device),  # type: ignore[arg-type]  # its wrapper hides `to`
             model_parameters=parameter_groups,
             config=deepspeed_config(config),
             dist_init_required=False,
         )
+        # Stage 0 neither tells its norm nor looks at it before the step; the other stages do both.
+        self.deepspeed.clip_fp32_gradients = self._clip
 
     def __call__(self, **inputs: Tensor) -> Any:
-        return self._engine(**inputs)
+        return self.deepspeed(**inputs)
+
+    def train(self, mode: bool) -> None:
+        self.deepspeed.train(mode)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss)
 
     def step(self, rate_factor: float) -> float:
-        for group, rate in zip(self._engine.optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self.deepspeed.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * rate_factor
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        try:
+            self.deepspeed.step()
+        except _NotFiniteError:
+            return math.inf
+        return self._grad_norm if self.stage == 0 else float(self.deepspeed.get_global_grad_norm())
 
-    def whole_state(self, model: SarmForSequenceClassification) -> dict[str, Tensor]:
-        """The unsharded fp32 weights, on rank 0 (an empty dict elsewhere); every rank must call it."""
+    def whole_state(self) -> dict[str, Tensor]:
+        """The unsharded weights and buffers, on rank 0 (an empty dict elsewhere); every rank must call it."""
         import deepspeed
 
-        state: dict[str, Tensor] = {}
-        for name, parameter in model.named_parameters():
-            with deepspeed.zero.GatheredParameters(
-                [parameter], modifier_rank=None, enabled=self._engine.zero_optimization_stage() == 3
-            ):
-                if torch.distributed.get_rank() == 0:
+        is_first = torch.distributed.get_rank() == 0
+        kept = self.model.state_dict().keys()
+        buffers = self.model.named_buffers() if is_first else ()
+        state = {name: buffer.detach().cpu().clone() for name, buffer in buffers if name in kept}
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None, enabled=self.stage == 3):
+                if is_first:
                     state[name] = parameter.detach().float().cpu().clone()
         return state
+
+    def _clip(self) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        self._grad_norm = float(norm)
+        if not math.isfinite(self._grad_norm):
+            raise _NotFiniteError
 
 
 def deepspeed_config(config: Reward) -> dict[str, Any]:
     """DeepSpeed's settings. The loop owns batches and rates: one micro-batch a call, boundaries set by hand."""
+    offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload != "none":
+        zero["offload_optimizer"] = offload
+    if config.offload == "all":
+        zero["offload_param"] = offload
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
         "optimizer": {"type": "AdamW", "params": {"lr": config.head_lr, "torch_adam": True}},
+        # DeepSpeed's own AdamW for the host is compiled on first use, which needs a compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
         # Autocast keeps fp32 masters, and the SAE and head out of 16 bits; DeepSpeed's `bf16` would cast every module.
         "torch_autocast": {"enabled": config.precision == "bfloat16", "dtype": "bfloat16"},
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "wall_clock_breakdown": False,
         "steps_per_print": 10**9,
     }

@@ -1,9 +1,10 @@
-"""Bradley-Terry training loop over prompt groups; plain torch around an engine that hides how parameters are sharded.
+"""Bradley-Terry training over prompt groups; plain torch around an engine that hides how parameters are sharded.
 
 P pairs of a step over all ranks. A step takes whole prompts, in an order that (seed, epoch) decides, until `batch_pairs` is
 full; all ranks plan the same step and take their share, so a step's gradient does not depend on how many ranks there are.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -17,17 +18,22 @@ from sarm.config import Reward
 from sarm.data.groups import PromptGroup, split_group
 from sarm.data.packing import Row, collate, padded_tokens
 from sarm.nn.losses import bradley_terry
+from sarm.train.reward_checks import LossGuard, Outcome, Sums, Validation
 from sarm.train.schedule import warmup_cosine
 
 Log = Callable[[int, dict[str, float]], None]
 
 
 class Engine(Protocol):
-    """A model with its optimizer: `sarm.runtime.zero.ZeroEngine`, or `LocalEngine` in one process without DeepSpeed."""
+    """A model with its optimizer: `sarm.runtime.zero.ZeroEngine`, or `LocalEngine` in one process without DeepSpeed.
+
+    `step` returns the gradient's norm before clipping, and takes no step if that is not finite.
+    """
 
     device: torch.device
 
     def __call__(self, **inputs: Tensor) -> Any: ...
+    def train(self, mode: bool) -> None: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
     def step(self, rate_factor: float) -> float: ...
 
@@ -45,16 +51,20 @@ class LocalEngine:
     def __call__(self, **inputs: Tensor) -> Any:
         return self.model(**inputs)
 
+    def train(self, mode: bool) -> None:
+        self.model.train(mode)
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
     def step(self, rate_factor: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * rate_factor
-        self._optimizer.step()
+        if math.isfinite(norm):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
 
 class MicroBatch(NamedTuple):
@@ -64,52 +74,130 @@ class MicroBatch(NamedTuple):
     rows: list[Row]
 
 
+class RewardTraining:
+    """A model on its way through `config.epochs` passes over the pairs of `groups`.
+
+    With `validation` groups, which must not be among `groups`, their loss is measured every `validate_every` steps; `on_best` is
+    called when it is the lowest so far, and training stops early after `patience` measurements that are not.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        groups: Sequence[PromptGroup],
+        config: Reward,
+        seed: int,
+        row_tokens: int,
+        pad_id: int,
+        validation: Sequence[PromptGroup] = (),
+        on_best: Callable[[], None] = lambda: None,
+    ):
+        self.epoch, self.step_of_epoch, self.num_steps, self.num_seen = 0, 0, 0, 0
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._engine, self._groups, self._config, self._seed = engine, groups, config, seed
+        self._row_tokens, self._pad_id, self._on_best = row_tokens, pad_id, on_best
+        self._guard = LossGuard(config.max_loss_rise)
+        self.validation = Validation(config.patience)
+        self._validation_batches = cut_into_steps(validation, config.batch_pairs, seed, 0) if validation else []
+        self._num_pairs = sum(len(group.pairs) for group in groups)
+        self._data_seconds = self._validation_seconds = 0.0
+
+    def run(self, log: Log, after_step: Callable[[], None] = lambda: None) -> None:
+        """Train from where it stands to the end; `after_step` is where a caller saves the state.
+
+        `log(step, metrics)` is called on rank 0 after every step. Raises UserError naming pairs if a loss or a gradient is not
+        finite, or a loss far above those before, on all ranks and before the weights take a step with it.
+        """
+        while self.epoch < self._config.epochs and not self.validation.is_over:
+            steps = cut_into_steps(self._groups, self._config.batch_pairs, self._seed, self.epoch)
+            for groups in steps[self.step_of_epoch :]:
+                metrics = self._step(groups)
+                self.step_of_epoch += 1
+                is_last = self.num_seen == self._num_pairs * self._config.epochs
+                if self._validation_batches and (is_last or self.num_steps % self._config.validate_every == 0):
+                    metrics |= self._validate()
+                if self.rank == 0:
+                    log(self.num_steps, metrics)
+                after_step()
+                if self.validation.is_over:
+                    return
+            self.epoch, self.step_of_epoch = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, the same on all ranks; weights, moments and random generators are the caller's to save.
+
+        The order of prompts is a function of (seed, epoch), so the place stands for the random generator's state.
+        """
+        return {
+            "seed": self._seed,
+            "place": [self.epoch, self.step_of_epoch, self.num_steps, self.num_seen],
+            "recent_losses": self._guard.state(),
+            "validation": self.validation.state(),
+            "seconds": [self._data_seconds, self._validation_seconds],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; raises ValueError if that was with another seed."""
+        if state["seed"] != self._seed:
+            raise ValueError(f"the training state is of seed {state['seed']}, this training's is {self._seed}.")
+        self.epoch, self.step_of_epoch, self.num_steps, self.num_seen = state["place"]
+        self._guard.load(state["recent_losses"])
+        self.validation.load(state["validation"])
+        self._data_seconds, self._validation_seconds = state["seconds"]
+
+    def _step(self, groups: list[PromptGroup]) -> dict[str, float]:
+        started, config = time.monotonic(), self._config
+        size = sum(len(group.pairs) for group in groups)
+        share = deal(groups, self.world, self._row_tokens, config.batch_tokens)[self.rank]
+        self._data_seconds += time.monotonic() - started
+        outcomes = [
+            _backward(self._engine, micro, self.world / size, self._pad_id, last=number == len(share) - 1)
+            for number, micro in enumerate(share)
+        ]
+        self._data_seconds += sum(outcome.data_seconds for outcome in outcomes)
+        sums = Sums.of(outcomes).over_ranks(self._engine.device)
+        losses = [(i, float(x)) for o in outcomes for i, x in zip(o.pair_ids, o.losses, strict=True)]
+        self._guard.check_loss(self.num_steps + 1, sums.loss / size, losses)
+        # The rate is that of the step's middle, so that neither the first nor the last step is wasted at 0.
+        total = self._num_pairs * config.epochs
+        factor = warmup_cosine((self.num_seen + size / 2) / total, config.warmup_share)
+        grad_norm = self._engine.step(factor)
+        self._guard.check_gradient(self.num_steps + 1, grad_norm, losses)
+        self.num_steps, self.num_seen = self.num_steps + 1, self.num_seen + size
+        return {
+            "epoch": self.num_seen / self._num_pairs,
+            "progress": self.num_seen / total,
+            **sums.metrics(),
+            "grad_norm": grad_norm,
+            "lr": config.lr * factor,
+            "head_lr": config.head_lr * factor,
+            "tokens_per_second": sums.tokens / (time.monotonic() - started),
+            "seconds_data": self._data_seconds,
+            "seconds_validation": self._validation_seconds,
+        }
+
+    def _validate(self) -> dict[str, float]:
+        """Loss and accuracy over all validation pairs, each counted once, whatever the number of ranks."""
+        started, outcomes = time.monotonic(), []
+        self._engine.train(False)
+        with torch.no_grad():
+            for groups in self._validation_batches:
+                share = deal(groups, self.world, self._row_tokens, self._config.batch_tokens)[self.rank]
+                outcomes += [_forward(self._engine, micro, self._pad_id)[0] for micro in share]
+        self._engine.train(True)
+        sums = Sums.of(outcomes).over_ranks(self._engine.device)
+        found = sums.metrics()
+        if self.validation.add(self.num_steps, found["loss"]):
+            self._on_best()
+        self._validation_seconds += time.monotonic() - started
+        return {f"validation_{name}": found[name] for name in ("loss", "accuracy", "margin")}
+
+
 def train_reward(
     engine: Engine, groups: Sequence[PromptGroup], config: Reward, seed: int, row_tokens: int, pad_id: int, log: Log
 ) -> None:
-    """Train the engine's model for `config.epochs` passes over the pairs of `groups`.
-
-    Raises RuntimeError naming the prompts if a loss is not finite, before the weights take a step with it.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    num_pairs = sum(len(group.pairs) for group in groups)
-    seen, total, step = 0, num_pairs * config.epochs, 0
-    for epoch in range(config.epochs):
-        for chosen_groups in cut_into_steps(groups, config.batch_pairs, seed, epoch):
-            started = time.monotonic()
-            size = sum(len(group.pairs) for group in chosen_groups)
-            shares = deal(chosen_groups, world, row_tokens, config.batch_tokens)
-            sums = torch.zeros(4, dtype=torch.float64)
-            for number, micro in enumerate(shares[rank]):
-                sums += _backward(engine, micro, world / size, pad_id, last=number == len(shares[rank]) - 1)
-            if world > 1:
-                sums = sums.to(engine.device)
-                dist.all_reduce(sums)
-            loss_sum, correct, margin_sum, tokens = sums.tolist()
-            if not np.isfinite(loss_sum):
-                names = ", ".join(group.prompt_id for group in chosen_groups)
-                raise RuntimeError(
-                    f"the loss of step {step + 1} is {loss_sum}; its prompts are {names}. Lower --reward.lr, or look at these prompts."
-                )
-            # The rate is that of the step's middle, so that neither the first nor the last step is wasted at 0.
-            factor = warmup_cosine((seen + size / 2) / total, config.warmup_share)
-            grad_norm = engine.step(factor)
-            step, seen = step + 1, seen + size
-            if rank == 0:
-                log(
-                    step,
-                    {
-                        "epoch": seen / num_pairs,
-                        "progress": seen / total,
-                        "loss": loss_sum / size,
-                        "accuracy": correct / size,
-                        "margin": margin_sum / size,
-                        "grad_norm": grad_norm,
-                        "lr": config.lr * factor,
-                        "head_lr": config.head_lr * factor,
-                        "tokens_per_second": tokens / (time.monotonic() - started),
-                    },
-                )
+    """Train the engine's model through all epochs; see `RewardTraining`."""
+    RewardTraining(engine, groups, config, seed, row_tokens, pad_id).run(log)
 
 
 def parameter_groups(model: torch.nn.Module, config: Reward) -> list[dict[str, Any]]:
@@ -166,20 +254,34 @@ def deal(step: Sequence[PromptGroup], world: int, row_tokens: int, batch_tokens:
     return [micros[rank::world] for rank in range(world)]
 
 
-def _backward(engine: Engine, micro: MicroBatch, weight: float, pad_id: int, *, last: bool) -> Tensor:
-    """Backward pass of one micro-batch; [sum of losses, pairs ordered rightly, sum of margins, tokens]."""
+def _backward(engine: Engine, micro: MicroBatch, weight: float, pad_id: int, *, last: bool) -> Outcome:
+    """Backward pass of one micro-batch's summed losses times `weight`."""
+    outcome, loss = _forward(engine, micro, pad_id)
+    engine.backward(loss * weight, last=last)
+    return outcome
+
+
+def _forward(engine: Engine, micro: MicroBatch, pad_id: int) -> tuple[Outcome, Tensor]:
+    """One micro-batch's outcome, and the sum of its losses to differentiate."""
+    started = time.monotonic()
     batch = collate(micro.rows, pad_id)
-    rewards = engine(**batch.model_inputs(engine.device)).logits.squeeze(-1)
+    inputs = batch.model_inputs(engine.device)
     place = {key: i for i, key in enumerate(batch.keys)}
-    chosen = [place[group.prompt_id, pair.chosen] for group in micro.groups for pair in group.pairs]
-    rejected = [place[group.prompt_id, pair.rejected] for group in micro.groups for pair in group.pairs]
-    margins = rewards[chosen] - rewards[rejected]
-    losses = bradley_terry(margins)
-    engine.backward(losses.sum() * weight + 0.0 * rewards.sum(), last=last)
-    margins = margins.detach()
-    tokens = torch.tensor(float((batch.segment_ids >= 0).sum()))
-    return (
-        torch.stack([losses.detach().sum(), (margins > 0).float().sum(), margins.sum(), tokens.to(margins)])
-        .double()
-        .cpu()
+    pairs = [(group.prompt_id, pair) for group in micro.groups for pair in group.pairs]
+    chosen = [place[prompt_id, pair.chosen] for prompt_id, pair in pairs]
+    rejected = [place[prompt_id, pair.rejected] for prompt_id, pair in pairs]
+    data_seconds = time.monotonic() - started
+    rewards = engine(**inputs).logits.squeeze(-1)
+    losses_P = bradley_terry(rewards[chosen] - rewards[rejected])
+    seen = rewards.detach()
+    outcome = Outcome(
+        [pair.pair_id for _, pair in pairs],
+        losses_P.detach().double().cpu(),
+        seen[chosen].double().cpu(),
+        seen[rejected].double().cpu(),
+        int((batch.segment_ids >= 0).sum()),
+        batch.segment_ids.numel(),
+        data_seconds,
     )
+    # A micro-batch without pairs still has to meet the other ranks' backward passes.
+    return outcome, losses_P.sum() + 0.0 * rewards.sum()
