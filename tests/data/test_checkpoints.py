@@ -1,6 +1,8 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -271,3 +273,40 @@ def test_the_files_are_what_other_tools_read(states):
     }  # fmt: skip
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["schema"], manifest["step"], manifest["identity"]) == ("checkpoint/v1", 1, IDENTITY)
+
+
+def test_a_process_that_dies_while_a_thread_writes_leaves_the_state_before_it(states):
+    """The state is copied first: what training changes while it is written does not get into it."""
+    script = f"""
+import os, threading
+import torch
+from pathlib import Path
+from sarm.data import checkpoints
+states = checkpoints.Checkpoints(Path({str(states.folder)!r}), {IDENTITY!r})
+weight = torch.ones(3)
+copied = checkpoints.snapshot({{"shared": {{"weight": weight}}}})
+weight.zero_()
+states.commit(1, states.write(1, copied))
+checkpoints._to_disk = lambda path: os._exit(9)
+thread = threading.Thread(target=states.write, args=(2, checkpoints.snapshot({{"shared": {{"weight": weight}}}})))
+thread.start()
+thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 9, done.stderr[-2000:]
+    assert (states.folder / ".step-000000002").is_dir(), "it died in the middle"
+    found = states.latest()
+    assert (found.step, found.read("shared")["weight"].tolist()) == (1, [1, 1, 1])
+    states.save(3, {"shared": state_of(3)})
+    assert sorted(path.name for path in states.folder.iterdir()) == ["step-000000001", "step-000000003"]
+
+
+def test_a_request_to_stop_is_seen_by_all_who_share_the_folder_and_can_be_withdrawn(states):
+    other = Checkpoints(states.folder, IDENTITY)
+    assert not other.is_stop_requested()
+    states.request_stop()
+    assert other.is_stop_requested()
+    states.save(1, {"shared": state_of(1)})
+    assert (other.is_stop_requested(), other.newest_step()) == (True, 1)
+    other.withdraw_stop()
+    assert not states.is_stop_requested()

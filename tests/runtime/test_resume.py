@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from sarm.checks import StoppedError
-from sarm.config import Pipeline, Reward, Run, UserError
+from sarm.config import Pipeline, Reward, Run
 from sarm.data.artifacts import save_sae
 from sarm.data.checkpoints import Checkpoint, Checkpoints
 from sarm.data.models import model_folder

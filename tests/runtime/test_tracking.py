@@ -8,6 +8,7 @@ from mlflow import MlflowClient
 
 from sarm.config import Run, UserError
 from sarm.runtime.tracking import Tracker, flat_params, tracking_uri
+from sarm.runtime.trainer import Progress
 
 
 @pytest.fixture
@@ -55,6 +56,32 @@ def test_artifacts_lie_beside_the_database_and_not_in_the_working_directory(run:
     assert list((tmp_path / "outputs" / "mlartifacts").rglob("note.txt"))
     (table,) = (tmp_path / "outputs" / "mlartifacts").rglob("table.json")
     assert json.loads(table.read_text())["data"] == [["SARM", 0.9]]
+
+
+def test_a_run_registers_its_model_once_and_other_runs_later_versions(run: Run, tmp_path: Path) -> None:
+    tracker = Tracker(run, "a")
+    (tmp_path / "sarm").mkdir()
+    (tmp_path / "sarm" / "config.json").write_text("{}")
+    for _ in range(2):
+        tracker.parent.register_model(tmp_path / "sarm", "sarm-demo")
+    Tracker(run, "b").parent.register_model(tmp_path / "sarm", "sarm-demo")
+    client = MlflowClient(tracker.uri)
+    versions = client.search_model_versions("name = 'sarm-demo'")
+    assert sorted(int(version.version) for version in versions) == [1, 2]
+    assert client.get_model_version_download_uri("sarm-demo", "1") == f"runs:/{tracker.parent.run_id}/model"
+    assert [file.path for file in client.list_artifacts(tracker.parent.run_id, "model")] == ["model/config.json"]
+
+
+def test_steps_that_are_repeated_are_not_logged_again(run: Run) -> None:
+    parent = Tracker(run, "a").parent
+    assert parent.last_step("sarm/progress") == -1
+    for steps in ((1, 2, 3, 4), (3, 4, 5)):
+        progress = Progress("sarm", parent, ())
+        for step in steps:
+            progress(step, {"loss": 1 / step, "progress": step / 10})
+    for metric in ("sarm/loss", "sarm/progress"):
+        found = MlflowClient(parent.uri).get_metric_history(parent.run_id, metric)
+        assert [entry.step for entry in found] == [1, 2, 3, 4, 5]
 
 
 def test_workers_get_a_picklable_handle_with_an_absolute_uri(run: Run) -> None:
