@@ -18,7 +18,7 @@ from sarm.data.packing import token_batches
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.head_start import start_head_
-from sarm.runtime.reward_models import build_model
+from sarm.runtime.reward_models import build_model, merge_adapters_
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.trainer import Progress, run_workers, worker_device
 from sarm.runtime.zero import ZeroEngine
@@ -46,8 +46,7 @@ class RewardTask:
 def train_on_cluster(task: RewardTask, cluster: Cluster) -> dict[str, Any]:
     """Train on the cluster's workers and leave the model in `task.folder`; returns its figures and history."""
     threads = cluster.cpus_each(task.run, task.run.num_workers)
-    name = "sarm" if task.sae else "scalar_head"
-    return run_workers(name, reward_worker, task, task.run, task.folder, cluster, threads)
+    return run_workers(task.folder.name, reward_worker, task, task.run, task.folder, cluster, threads)
 
 
 def load_pairs(folder: Path, split: str) -> pa.Table:
@@ -62,23 +61,22 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     chat = load_chat_tokenizer(task.model, task.model_folder)
     pairs = load_pairs(task.pairs, "train")
     groups = list(prompt_groups(pairs, chat))
-    model = build_model(task.model, task.model_folder, task.sae, chat)
+    model = build_model(task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed)
     # DeepSpeed hands rank 0's weights to the others.
     if task.head_start is not None and rank == 0:
-        start_head_(model, task.head_start, pairs, task.run.seed)
+        start_head_(model, task.head_start, pairs, task.run.seed, groups)
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     engine = ZeroEngine(model, parameter_groups(model, task.reward), task.reward, device)
-    progress = Progress(
-        "sarm" if task.sae else "scalar_head", task.tracking, ("loss", "accuracy", "margin", "tokens_per_second")
-    )
+    progress = Progress(task.folder.name, task.tracking, ("loss", "accuracy", "margin", "tokens_per_second"))
     train_reward(engine, groups, task.reward, task.run.seed, task.model.max_length, chat.pad_id, progress)
     state = engine.whole_state(model)
     if rank != 0:
         return None
-    trained = build_model(task.model, task.model_folder, task.sae, chat)
+    trained = build_model(task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed)
     trained.load_state_dict(state)
+    merge_adapters_(trained)
     trained.to(device).eval()  # type: ignore[arg-type]
     mean, std = reward_moments(trained, groups, task.reward.batch_tokens, task.model.max_length, chat.pad_id, device)
     trained.config.reward_mean, trained.config.reward_std = mean, std

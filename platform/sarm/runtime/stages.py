@@ -116,25 +116,27 @@ def train_sae(session: Session, sae: Sae) -> None:
 
 
 def train_sarm(session: Session, model: Model, reward: Reward) -> None:
-    """pairs/v1 and SAE -> SARM, and the scalar-head baseline beside it."""
+    """pairs/v1 and SAE -> SARM, and its baselines beside it."""
     from sarm.runtime import reward_models
 
     check_model(model)
     folders = session.folders
-    read_manifest(folders.sae, SAE)
-    reward_models.check_sae(folders.sae, model)
+    trainings = reward_models.variants(model, reward, folders.sae)
+    for sae in dict.fromkeys(one.sae for one in trainings if one.sae):
+        read_manifest(sae, SAE)
+        reward_models.check_sae(sae, model)
     head_start = folders.chat_activations if reward.head_init == "probe" else None
     inputs = {PAIRS: (folders.pairs, PAIRS)} | ({"activations/chat": (head_start, ACTIVATIONS)} if head_start else {})
-    heads: list[tuple[str, Path, Path | None]] = [("train SARM", folders.sarm, folders.sae)]
-    if reward.scalar_baseline:
-        heads.append(("train scalar head", folders.scalar_head, None))
-    for name, target, sae in heads:
-        needed = inputs | ({SAE: (sae, SAE)} if sae else {})
-        folder = StageFolder(target, SARM, plan.reward_settings(model, reward, session.run.seed), needed)
+    for one in trainings:
+        target = folders.out / one.folder
+        needed = inputs | ({SAE: (one.sae, SAE)} if one.sae else {})
+        folder = StageFolder(target, SARM, plan.reward_settings(one.model, one.reward, session.run.seed), needed)
         session.stage(
-            name,
+            one.stage,
             folder,
-            functools.partial(_train_reward, session, model, reward, folders.pairs, sae, head_start, target),
+            functools.partial(
+                _train_reward, session, one.model, one.reward, folders.pairs, one.sae, head_start, target
+            ),
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sarm.config import Reward
 from sarm.data.groups import PromptGroup, split_group
 from sarm.data.packing import Row, collate, padded_tokens
-from sarm.nn.losses import bradley_terry
+from sarm.train.objective import Objective, objective_of
 from sarm.train.schedule import warmup_cosine
 
 Log = Callable[[int, dict[str, float]], None]
@@ -74,6 +74,7 @@ def train_reward(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     num_pairs = sum(len(group.pairs) for group in groups)
     seen, total, step = 0, num_pairs * config.epochs, 0
+    objective = objective_of(config)
     for epoch in range(config.epochs):
         for chosen_groups in cut_into_steps(groups, config.batch_pairs, seed, epoch):
             started = time.monotonic()
@@ -81,7 +82,8 @@ def train_reward(
             shares = deal(chosen_groups, world, row_tokens, config.batch_tokens)
             sums = torch.zeros(4, dtype=torch.float64)
             for number, micro in enumerate(shares[rank]):
-                sums += _backward(engine, micro, world / size, pad_id, last=number == len(shares[rank]) - 1)
+                last = number == len(shares[rank]) - 1
+                sums += _backward(engine, micro, world / size, pad_id, objective, last=last)
             if world > 1:
                 sums = sums.to(engine.device)
                 dist.all_reduce(sums)
@@ -113,22 +115,36 @@ def train_reward(
 
 
 def parameter_groups(model: torch.nn.Module, config: Reward) -> list[dict[str, Any]]:
-    """Freeze what is not trained and return AdamW's groups: the blocks, and the head with its own rate.
+    """Freeze what is not trained and return AdamW's groups: the blocks (or their adapters), the SAE, and the head, each with its own rate.
 
-    The SAE stays as it was pretrained so that its latents keep their meaning; token embeddings stay because a demo's worth of
-    pairs touches few of them.
+    The SAE stays as it was pretrained, unless asked otherwise, so that its latents keep their meaning; token embeddings stay because
+    a demo's worth of pairs touches few of them.
     """
-    blocks = [p for name, p in model.named_parameters() if ".layers." in name]
-    head = [p for name, p in model.named_parameters() if name.startswith("score.")]
-    trained = {id(p) for p in [*blocks, *head]}
+    named = list(model.named_parameters())
+    adapters = [p for name, p in named if ".lora_" in name]
+    # The decoder is no part of the reward, and thresholds learn by gradients of their own.
+    unused = {"sae.threshold"} | (set() if config.recon_weight else {"sae.W_dec"})
+    parts = [
+        (
+            adapters or [p for name, p in named if ".layers." in name],
+            config.lr if config.train_backbone else 0.0,
+            config.weight_decay,
+        ),
+        (
+            [p for name, p in named if name.startswith("sae.") and name not in unused],
+            config.sae_lr if config.train_sae else 0.0,
+            0.0,
+        ),
+        ([p for name, p in named if name.startswith("score.")], config.head_lr, 0.0),
+    ]
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-    groups = [{"params": head, "lr": config.head_lr, "weight_decay": 0.0}]
-    if config.lr > 0:
-        groups.insert(0, {"params": blocks, "lr": config.lr, "weight_decay": config.weight_decay})
-    else:
-        for parameter in blocks:
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(False)
+    groups = []
+    for parameters, rate, decay in parts:
+        if parameters and rate > 0:
+            groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
+            for parameter in parameters:
+                parameter.requires_grad_(True)
     return groups
 
 
@@ -166,16 +182,21 @@ def deal(step: Sequence[PromptGroup], world: int, row_tokens: int, batch_tokens:
     return [micros[rank::world] for rank in range(world)]
 
 
-def _backward(engine: Engine, micro: MicroBatch, weight: float, pad_id: int, *, last: bool) -> Tensor:
+def _backward(
+    engine: Engine, micro: MicroBatch, weight: float, pad_id: int, objective: Objective, *, last: bool
+) -> Tensor:
     """Backward pass of one micro-batch; [sum of losses, pairs ordered rightly, sum of margins, tokens]."""
     batch = collate(micro.rows, pad_id)
-    rewards = engine(**batch.model_inputs(engine.device)).logits.squeeze(-1)
+    output = engine(**batch.model_inputs(engine.device), **objective.model_options())
     place = {key: i for i, key in enumerate(batch.keys)}
-    chosen = [place[group.prompt_id, pair.chosen] for group in micro.groups for pair in group.pairs]
-    rejected = [place[group.prompt_id, pair.rejected] for group in micro.groups for pair in group.pairs]
-    margins = rewards[chosen] - rewards[rejected]
-    losses = bradley_terry(margins)
-    engine.backward(losses.sum() * weight + 0.0 * rewards.sum(), last=last)
+    pairs = [(group.prompt_id, pair) for group in micro.groups for pair in group.pairs]
+    losses, margins = objective(
+        output,
+        [place[prompt, pair.chosen] for prompt, pair in pairs],
+        [place[prompt, pair.rejected] for prompt, pair in pairs],
+        [pair.margin for _, pair in pairs],
+    )
+    engine.backward(losses.sum() * weight + 0.0 * output.logits.sum(), last=last)
     margins = margins.detach()
     tokens = torch.tensor(float((batch.segment_ids >= 0).sum()))
     return (
