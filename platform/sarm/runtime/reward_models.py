@@ -12,7 +12,7 @@ from sarm.data.artifacts import load_sae
 from sarm.data.chat import ChatTokenizer
 from sarm.data.models import model_folder
 from sarm.nn.architectures import DenseSae, options_of
-from sarm.nn.backbone import load_backbone, read_depth
+from sarm.nn.backbone import load_backbone, read_config, read_depth
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import Sae
 
@@ -55,21 +55,19 @@ def variants(model: Model, reward: Reward, sae: Path) -> list[Variant]:
 
 
 def check_sae(folder: Path, model: Model) -> None:
-    """Raise UserError unless the SAE was trained on activations of this model, layer and width."""
-    sae, metadata = load_sae(folder)
+    """Raise UserError unless the SAE was trained on activations of this model and layer."""
+    _, metadata = load_sae(folder)
     made_for = metadata["activations"]
     for name, wanted in (("model", model.name), ("layer", model.layer)):
         if made_for[name] != wanted:
             raise UserError(
                 f"the SAE in {folder} was trained on {name} {made_for[name]}, asked for {wanted}. Pass the --model it was trained on, or another --out."
             )
-    check_width(sae, folder, model)
 
 
-def check_width(sae: Sae, folder: Path, model: Model) -> None:
+def check_width(folder: Path, model: Model) -> None:
     """Raise UserError unless the SAE is as wide as the model's residual stream."""
-    from sarm.nn.backbone import read_config
-
+    sae, _ = load_sae(folder)
     config = read_config(model_folder(model), model.layer, revision=model.revision, gguf_file=model.gguf_file)
     if sae.d_in != config.hidden_size:
         raise UserError(

@@ -125,6 +125,7 @@ def train_sarm(session: Session, model: Model, reward: Reward) -> None:
     for sae in dict.fromkeys(one.sae for one in trainings if one.sae):
         read_manifest(sae, SAE)
         reward_models.check_sae(sae, model)
+        reward_models.check_width(sae, model)
     head_start = folders.chat_activations if reward.head_init == "probe" else None
     inputs = {PAIRS: (folders.pairs, PAIRS)} | ({"activations/chat": (head_start, ACTIVATIONS)} if head_start else {})
     for one in trainings:
