@@ -186,3 +186,29 @@ def test_without_topk_the_reward_is_linear_in_the_standardised_activation(untrai
 def test_settings_that_contradict_each_other_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
         replace(Reward(), **settings)
+
+
+def test_pairs_that_truncation_made_equal_cost_log_2_and_teach_nothing(untrained, group):
+    """A beginning that was cut off may have been all that told two long answers apart."""
+    same = group._replace(tokens=[group.tokens[0]] * 2, pairs=[PairOfGroup("pair", 0, 1, None, None)])
+    model = copy.deepcopy(untrained)
+    engine = LocalEngine(model, parameter_groups(model, Reward()), 1.0)
+    (micro,) = deal([same], 1, 256, 1024)[0]
+    sums = _backward(engine, micro, 1.0, END, Objective(), last=True)
+    assert sums[0].item() == pytest.approx(0.693147, abs=1e-6)
+    assert all(p.grad.abs().max() < 1e-5 for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("pad_id", [0, END, 599])
+def test_the_gradient_does_not_depend_on_the_padding_token(untrained, group, pad_id):
+    """A tokenizer without one pads with the end of turn."""
+    short = group._replace(prompt_id="short", tokens=[t._replace(ids=t.ids[-3:]) for t in group.tokens])
+    found = []
+    for pad in (7, pad_id):
+        model = copy.deepcopy(untrained)
+        engine = LocalEngine(model, parameter_groups(model, Reward()), 1.0)
+        (micro,) = deal([group, short], 1, 20, 1024)[0]
+        _backward(engine, micro, 1.0, pad, Objective(), last=True)
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-6)

@@ -53,7 +53,7 @@ class SarmConfig(PretrainedConfig):
 
 @dataclass
 class SarmOutput(ModelOutput):
-    """`logits` [N, 1] raw rewards; with an SAE head, `latent_values` and `latent_indices` [N, K] whose weighted sum they are.
+    """`logits` [N, 1] raw rewards; with TopK or thresholds, `latent_values` and `latent_indices` [N, K] whose weighted sum they are.
 
     `reconstruction_loss` [N] is there where it was asked for.
     """
@@ -132,7 +132,9 @@ class SarmForSequenceClassification(PreTrainedModel):
             if self.config.head == "scalar":
                 return SarmOutput(logits=self.score(x_ND))
             codes = self.sae(x_ND)
-            output = SarmOutput(logits=self.score(codes), latent_values=codes.values, latent_indices=codes.indices)
+            output = SarmOutput(logits=self.score(codes))
+            if self.config.sae["architecture"] != "dense":
+                output.latent_values, output.latent_indices = codes.values, codes.indices
             if reconstruct:
                 # Detached, it trains the SAE alone: a pass of its own, since the reward's gradient goes on to the blocks.
                 seen_ND, seen = (x_ND.detach(), self.sae(x_ND.detach())) if recon_detached else (x_ND, codes)

@@ -12,6 +12,15 @@ from sarm.manifest import refuse_other_config
 CORPUS, PAIRS, EVALUATION = "corpus/v1", "pairs/v1", "evaluation/v1"
 _OF_TEXTS = ("texts", "text_field", "max_texts")
 
+# Where the baselines of reward training go, and what a report calls them.
+BASELINES = {
+    "scalar_head": "scalar head, same backbone",
+    "scalar_head_full": "scalar head, whole backbone",
+    "sarm_random_encoder": "SARM, random encoder",
+    "sarm_random_linear": "SARM, random linear map",
+    "sarm_token_sae": "SARM, token-level SAE",
+}
+
 Settings = dict[str, Any]
 
 

@@ -1,6 +1,7 @@
 """Reward models before their first step: a pretrained backbone, an SAE or none, a head at zero; and the baselines beside a SARM."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from sarm.nn.sae import Sae
 
 # Llama-family heads of `*ForSequenceClassification` start so; the papers' looser baseline is two of them.
 _LINEAR_INIT_STD = 0.02
+_NO_PEFT = "--reward.lora-rank needs the package peft. Run pip install 'sarm[lora]'."
 
 
 class Variant(NamedTuple):
@@ -31,7 +33,12 @@ class Variant(NamedTuple):
 
 
 def variants(model: Model, reward: Reward, sae: Path) -> list[Variant]:
-    """The SARM and the baselines that the settings ask for."""
+    """The SARM and the baselines that the settings ask for.
+
+    Raises UserError if they ask for adapters and `peft` is not installed.
+    """
+    if reward.lora_rank and find_spec("peft") is None:
+        raise UserError(_NO_PEFT)
     found = [Variant("train SARM", "sarm", sae, model, reward)]
     for name in reward.baselines:
         if name == "scalar":
@@ -147,10 +154,10 @@ def add_adapters_(model: SarmForSequenceClassification, rank: int, seed: int) ->
 
     Raises UserError if `peft` is not installed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError("--reward.lora-rank needs the package peft. Run pip install 'sarm[lora]'.") from error
+    if find_spec("peft") is None:
+        raise UserError(_NO_PEFT)
+    from peft import LoraConfig, inject_adapter_in_model
+
     names = {name.rpartition(".")[2] for name, part in model.model.named_modules() if isinstance(part, nn.Linear)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

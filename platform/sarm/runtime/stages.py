@@ -153,8 +153,7 @@ def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -
         "activations/chat": (folders.chat_activations, ACTIVATIONS),
         "activations/heldout": (folders.heldout_activations, ACTIVATIONS),
     }
-    if folders.scalar_head.exists():
-        inputs["scalar_head"] = (folders.scalar_head, SARM)
+    inputs |= {name: (folders.out / name, SARM) for name in plan.BASELINES if (folders.out / name).exists()}
     folder = StageFolder(folders.evaluation, EVALUATION, plan.evaluation_settings(evaluation, session.run.seed), inputs)
     return session.stage(
         "evaluate", folder, functools.partial(work.evaluate, session, extraction, evaluation, folder.folder)
