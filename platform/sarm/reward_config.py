@@ -68,6 +68,8 @@ class Reward:
     """Train low-rank adapters of the blocks instead of their weights (needs `pip install peft`), merged when training ends; 0 does not."""
 
     def __post_init__(self) -> None:
+        if self.token_sae is not None:
+            object.__setattr__(self, "token_sae", self.token_sae.expanduser().absolute())
         check_rate(self, "reward.lr", zero_allowed=True)
         check_rate(self, "reward.head_lr")
         check_least(self, "reward.", weight_decay=0, epochs=1, batch_pairs=1, batch_tokens=64)

@@ -52,7 +52,7 @@ def main() -> None:
                     flush=True,
                 )
     figures = figures_of(runs) | {
-        "pairs": Path(source).parent.name if source != "demo:harm" else source,
+        "pairs": "demo:harm" if source == "demo:harm" else Path(source).name,
         "sizes": {
             "layer": LAYER,
             "d_sae": D_SAE,
@@ -75,6 +75,7 @@ def figures_of(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "pairs_per_second": {name: BATCH / s for name, s in seconds.items()},
         "step_seconds": {name: [s for run in of for s in run["seconds"]] for name, of in runs.items()},
+        "cpu_seconds": {name: [s for run in of for s in run["cpu_seconds"]] for name, of in runs.items()},
         "tokens": {name: of[0]["tokens"] for name, of in runs.items()},
         "mb_peak": peak,
         "mb_of_training": {n: statistics.median(r["mb_peak"] - r["mb_before"] for r in of) for n, of in runs.items()},

@@ -10,6 +10,7 @@ import json
 import os
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def trl(folder: Path, batch: int) -> dict[str, Any]:
 
 
 class Meter:
-    """Seconds of each step after the first, and megabytes."""
+    """Seconds of each step after the first, by the clock and of all threads' work, and megabytes."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -129,14 +130,20 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        self._times = [time.perf_counter()]
+        self._times, self._busy = [time.perf_counter()], [time.process_time()]
 
     def step(self) -> None:
         self._times.append(time.perf_counter())
+        self._busy.append(time.process_time())
 
     def report(self, tokens: int) -> dict[str, Any]:
-        steps = [b - a for a, b in zip(self._times, self._times[1:], strict=False)]
-        return {"seconds": steps[1:], "tokens": tokens, "mb_before": self.before_mb, "mb_peak": _peak_mb()}
+        return {
+            "seconds": [b - a for a, b in pairwise(self._times)][1:],
+            "cpu_seconds": [b - a for a, b in pairwise(self._busy)][1:],
+            "tokens": tokens,
+            "mb_before": self.before_mb,
+            "mb_peak": _peak_mb(),
+        }
 
 
 def _resident_mb() -> float:

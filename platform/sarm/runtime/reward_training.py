@@ -75,7 +75,8 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     if rank != 0:
         return None
     trained = build_model(task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed)
-    trained.load_state_dict(state)
+    # Buffers (thresholds) are as they were built.
+    trained.load_state_dict({**trained.state_dict(), **state})
     merge_adapters_(trained)
     trained.to(device).eval()  # type: ignore[arg-type]
     mean, std = reward_moments(trained, groups, task.reward.batch_tokens, task.model.max_length, chat.pad_id, device)
