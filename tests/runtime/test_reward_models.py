@@ -126,7 +126,7 @@ def test_activations_of_a_model_that_has_none_stored_are_its_own(tiny_folder, ti
             x = standardise(h_ND[place[stable_int(pair.pair_id), side]][None])
             with torch.no_grad():
                 alone = model(input_ids=torch.tensor([groups[0].tokens[number].ids])).logits
-            torch.testing.assert_close(x @ model.score.weight.T, alone, rtol=0, atol=1e-4)
+                torch.testing.assert_close(x @ model.score.weight.T, alone, rtol=0, atol=1e-4)
 
 
 def test_adapters_without_their_library_are_refused_with_what_to_do(sae_folder, tmp_path, monkeypatch):

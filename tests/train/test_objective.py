@@ -196,7 +196,7 @@ def test_pairs_that_truncation_made_equal_cost_log_2_and_teach_nothing(untrained
     (micro,) = deal([same], 1, 256, 1024)[0]
     sums = _backward(engine, micro, 1.0, END, Objective(), last=True)
     assert sums[0].item() == pytest.approx(0.693147, abs=1e-6)
-    assert all(p.grad.abs().max() < 1e-5 for p in model.parameters() if p.grad is not None)
+    assert all(p.grad.abs().max() < 1e-4 for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("pad_id", [0, END, 599])

@@ -66,7 +66,7 @@ def start_head_(
         model.score.weight[0] = w_D if model.config.head == "scalar" else model.sae.W_dec @ w_D
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def frozen_sides(
     model: SarmForSequenceClassification, groups: Sequence[PromptGroup], pair_ids: Set[str]
 ) -> tuple[dict[tuple[int, str], int], Tensor]:
