@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sarm.nn.backbone import SEGMENTS_PER_BLOCK
 
-
 # Attention to all of a line costs as much as the rest of a block where a line has some 6 d_in tokens; of the widths in use, the least.
 _ATTENTION_EQUALS_REST = 3_500
 _LINES_LESS_TRIED, _SLACKS = 3, (1.0, 1.05)

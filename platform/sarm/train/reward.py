@@ -121,21 +121,16 @@ def parameter_groups(model: torch.nn.Module, config: Reward) -> list[dict[str, A
     a demo's worth of pairs touches few of them.
     """
     named = list(model.named_parameters())
-    adapters = [p for name, p in named if ".lora_" in name]
     # The decoder is no part of the reward, and thresholds learn by gradients of their own.
     unused = {"sae.threshold"} | (set() if config.recon_weight else {"sae.W_dec"})
+    adapters = [p for name, p in named if ".lora_" in name]
+    blocks = adapters or [p for name, p in named if ".layers." in name]
+    sae = [p for name, p in named if name.startswith("sae.") and name not in unused]
+    head = [p for name, p in named if name.startswith("score.")]
     parts = [
-        (
-            adapters or [p for name, p in named if ".layers." in name],
-            config.lr if config.train_backbone else 0.0,
-            config.weight_decay,
-        ),
-        (
-            [p for name, p in named if name.startswith("sae.") and name not in unused],
-            config.sae_lr if config.train_sae else 0.0,
-            0.0,
-        ),
-        ([p for name, p in named if name.startswith("score.")], config.head_lr, 0.0),
+        (blocks, config.lr if config.train_backbone else 0.0, config.weight_decay),
+        (sae, config.sae_lr if config.train_sae else 0.0, 0.0),
+        (head, config.head_lr, 0.0),
     ]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
