@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--pairs", type=Path, default=SHARED_PAIRS, help="preference pairs; the demo's if there are none"
     )
-    parser.add_argument("--num-pairs", type=int, default=40)
+    parser.add_argument("--num-pairs", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
