@@ -1,9 +1,13 @@
 """Settings of reward training."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from sarm.checks import OPERATIONAL, check, check_least, check_rate
+
+Baseline = Literal["scalar", "scalar_full", "random_encoder", "random_linear", "token_sae"]
+Encoder = Literal["pretrained", "random", "random_linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +38,34 @@ class Reward:
     """Dtype of the blocks' forward and backward; weights, SAE, head and loss stay float32."""
     gradient_checkpointing: bool = field(default=False, metadata=OPERATIONAL)
     """Recompute the blocks in the backward pass to save memory."""
-    scalar_baseline: bool = True
-    """Also train a scalar head on the same truncated backbone, for comparison."""
+    baselines: tuple[Baseline, ...] = field(default=("scalar",), metadata=OPERATIONAL)
+    """Also train, for comparison: `scalar` (a linear head on the same truncated backbone), `scalar_full` (on the whole backbone),
+    `random_encoder` (SARM whose SAE was never trained, all else equal), `random_linear` (the papers' looser variant of it: raw
+    activations, a trained random linear map with a bias, no TopK), `token_sae` (SARM on the SAE of --reward.token-sae)."""
+    token_sae: Path | None = field(default=None, metadata=OPERATIONAL)
+    """Finished SAE folder of another run, trained on all tokens (`--extraction.unit token`), for the `token_sae` baseline."""
+    encoder: Encoder = "pretrained"
+    """What encodes: the SAE as it was pretrained, or one of the random encoders of `baselines`."""
+    label_smoothing: float = 0.0
+    """Share of pairs taken to be labelled the wrong way round."""
+    use_margin: bool = True
+    """Take the pairs' `margin` off the difference of rewards, where they have one."""
+    centre_weight: float = 0.0
+    """Weight of (chosen + rejected)^2, which keeps rewards centred; 0.01 is usual."""
+    topk: bool = True
+    """Keep the SAE's few active latents; without it the head reads all pre-activations, and the reward is linear in the activation."""
+    train_backbone: bool = True
+    """Train the blocks."""
+    train_sae: bool = False
+    """Train the SAE too: its latents then change their meaning."""
+    sae_lr: float = 4e-6
+    """AdamW's peak learning rate for the SAE, where it is trained."""
+    recon_weight: float = 0.0
+    """Weight of the SAE's reconstruction loss at the rewarded tokens."""
+    recon_detached: bool = True
+    """The reconstruction loss trains the SAE alone, not the blocks beneath it."""
+    lora_rank: int = 0
+    """Train low-rank adapters of the blocks instead of their weights (needs `pip install peft`), merged when training ends; 0 does not."""
 
     checkpoint_every_seconds: float = field(default=300.0, metadata=OPERATIONAL)
     """Time between two training states on disk; a stopped job that is run again goes on from the last one."""
@@ -53,12 +83,31 @@ class Reward:
     """What ZeRO keeps in host memory: nothing, AdamW's part (stages 1 to 3), or the weights as well (stage 3)."""
 
     def __post_init__(self) -> None:
+        if self.token_sae is not None:
+            object.__setattr__(self, "token_sae", self.token_sae.expanduser().absolute())
         check_rate(self, "reward.lr", zero_allowed=True)
         check_rate(self, "reward.head_lr")
         check_least(self, "reward.", weight_decay=0, epochs=1, batch_pairs=1, batch_tokens=64)
         check(self, "reward.warmup_share", 0 <= self.warmup_share < 1, "between 0 and 1")
         # 0 would mean "no gradient" to torch and "no limit" to DeepSpeed.
         check(self, "reward.max_grad_norm", self.max_grad_norm > 0, "above 0")
+        check_rate(self, "reward.sae_lr")
+        check_least(self, "reward.", centre_weight=0, recon_weight=0, lora_rank=0)
+        check(self, "reward.label_smoothing", 0 <= self.label_smoothing < 0.5, "at least 0 and below 0.5")
+        trains_blocks = self.train_backbone and self.lr > 0
+        check(
+            self,
+            "reward.recon_weight",
+            not self.recon_weight or self.train_sae or (trains_blocks and not self.recon_detached),
+            "0 where nothing learns from it (--reward.train-sae, or --reward.no-recon-detached, lets something)",
+        )
+        check(
+            self,
+            "reward.token_sae",
+            (self.token_sae is None) != ("token_sae" in self.baselines),
+            "given with the token_sae baseline, and only then",
+        )
+        check(self, "reward.lora_rank", not self.lora_rank or trains_blocks, "0 where the blocks are not trained")
         check_rate(self, "reward.checkpoint_every_seconds")
         check_least(self, "reward.", checkpoint_every_steps=0, validate_every=1, patience=0)
         check(self, "reward.validation_share", 0 <= self.validation_share < 1, "at least 0 and below 1")

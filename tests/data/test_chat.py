@@ -239,3 +239,9 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 def test_padding_uses_a_token_that_exists(tiny_chat):
     assert tiny_chat.pad_id == tiny_chat.end_of_turn_id
     assert bos_writing_chat().pad_id == 2
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_the_end_of_turn(tiny_folder):
+    chat = load_chat_tokenizer(Model(name="tiny:llama", layer=1, max_length=40), tiny_folder)
+    chat.tokenizer.pad_token = None
+    assert chat.pad_id == chat.end_of_turn_id

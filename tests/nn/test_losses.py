@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm.nn.losses import VarianceUnexplained, bradley_terry, cosine, reward_fidelity
+from sarm.nn.losses import VarianceUnexplained, bradley_terry, cosine, reward_centring, reward_fidelity
 
 
 def fvu_of(x, x_hat, cuts=()):
@@ -109,3 +109,26 @@ def test_reward_fidelity_matches_hand_numbers():
 def test_rewards_without_a_spread_have_no_fidelity(rows):
     x = torch.ones(rows, 2)
     assert reward_fidelity(x, x + 1, torch.tensor([1.0, 1.0])) is None
+
+
+@given(
+    margins=st.lists(st.floats(-30, 30), min_size=1, max_size=5),
+    smoothing=st.floats(0, 0.49),
+)
+def test_bradley_terry_is_the_weighted_log_likelihood_of_both_labels(margins, smoothing):
+    found = bradley_terry(torch.tensor(margins, dtype=torch.float64), smoothing)
+    wanted = [
+        (1 - smoothing) * math.log1p(math.exp(-m)) + smoothing * math.log1p(math.exp(m)) for m in margins
+    ]  # fmt: skip
+    assert found.tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+def test_the_gradients_of_the_pair_losses_are_right_in_float64():
+    chosen, rejected = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda c, r: bradley_terry(c - r - 0.3, 0.1), (chosen, rejected))
+    assert torch.autograd.gradcheck(reward_centring, (chosen, rejected))
+
+
+def test_centring_is_least_where_both_rewards_cancel_and_ignores_their_difference():
+    chosen = torch.tensor([2.0, 2.0, -1.0])
+    assert reward_centring(chosen, torch.tensor([-2.0, 1.0, -1.0])).tolist() == [0.0, 9.0, 4.0]

@@ -131,19 +131,32 @@ def killed(extracted: Path, tmp_path_factory: pytest.TempPathFactory, tracking: 
 REWARD = Reward(lr=1e-3, head_lr=1e-2, epochs=1, batch_pairs=16, batch_tokens=512)
 
 
-@pytest.fixture(scope="module")
-def reference(
-    extracted: Path, sae_folder: Path, tracking: StageRun, preset: Pipeline
+# Every part learns, through every term of the objective.
+WHOLE = replace(
+    REWARD, train_sae=True, sae_lr=1e-3, recon_weight=1.0, recon_detached=False, label_smoothing=0.1, centre_weight=0.01
+)
+
+
+def in_one_process(
+    extracted: Path, sae_folder: Path, tracking: StageRun, preset: Pipeline, reward: Reward
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and weights of the same training in one process without Ray or DeepSpeed."""
-    task = reward_task(extracted, sae_folder, extracted, tracking, preset, REWARD, 1)
+    """Losses and weights of a training without Ray or DeepSpeed."""
+    task = reward_task(extracted, sae_folder, extracted, tracking, preset, reward, 1)
     chat = load_chat_tokenizer(preset.model, task.model_folder)
     groups = list(prompt_groups(load_pairs(task.pairs, "train"), chat))
     model = build_model(task.model, task.model_folder, task.sae, chat).train()
     losses: list[float] = []
-    engine = LocalEngine(model, parameter_groups(model, REWARD), REWARD.max_grad_norm)
-    train_reward(engine, groups, REWARD, 0, preset.model.max_length, chat.pad_id, lambda _, m: losses.append(m["loss"]))
+    engine = LocalEngine(model, parameter_groups(model, reward), reward.max_grad_norm)
+    train_reward(engine, groups, reward, 0, preset.model.max_length, chat.pad_id, lambda _, m: losses.append(m["loss"]))
     return losses, copy.deepcopy(model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def reference(
+    extracted: Path, sae_folder: Path, tracking: StageRun, preset: Pipeline
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """What the sharded trainings are compared with."""
+    return in_one_process(extracted, sae_folder, tracking, preset, REWARD)
 
 
 def one_after_another(trainings: list[tuple[Callable[[Any], Any], Any]]) -> list[Any]:
@@ -192,6 +205,10 @@ def trained(
             reward, folder = replace(REWARD, zero_stage=stage), root / f"zero {stage}"
             task = reward_task(extracted, sae_folder, folder, tracking, preset, reward, workers)
             trainings[folder.name] = reward_worker, task
+        if workers == 2:
+            whole = replace(WHOLE, zero_stage=3)
+            task = reward_task(extracted, sae_folder, root / "zero 3, whole", tracking, preset, whole, workers)
+            trainings["zero 3, whole"] = reward_worker, task
         run = Run(out=extracted, num_workers=workers, cpus_per_worker=1)
         results = run_workers(
             "trained", one_after_another, list(trainings.values()), run, root / f"run{workers}", CLUSTER, 1
@@ -277,6 +294,23 @@ def test_zero_trains_as_one_plain_process_does(
             # Adam turns the rounding of a gradient near zero into a step of either sign, hence not tighter than the rate.
             torch.testing.assert_close(weight, weights[name], rtol=0, atol=2e-4, msg=name)
     assert after["score.weight"].abs().max() > 0
+
+
+def test_sharded_the_sae_learns_from_the_whole_objective_as_in_one_process(
+    extracted: Path,
+    sae_folder: Path,
+    tracking: StageRun,
+    preset: Pipeline,
+    trained: dict[str, tuple[Path, dict[str, Any]]],
+) -> None:
+    losses, weights = in_one_process(extracted, sae_folder, tracking, preset, WHOLE)
+    folder, result = trained["zero 3, whole"]
+    found = torch.tensor([entry["loss"] for entry in result["history"]])
+    torch.testing.assert_close(found, torch.tensor(losses), rtol=0, atol=1e-5)
+    after, before = load_file(folder / "model.safetensors"), load_sae(sae_folder)[0].state_dict()
+    for name, weight in after.items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=2e-4, msg=name)
+    assert not any(torch.equal(after[f"sae.{name}"], tensor) for name, tensor in before.items())
 
 
 def test_a_worker_s_error_comes_back_as_itself(

@@ -22,6 +22,7 @@ from sarm.nn.losses import bradley_terry
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import TopKSae
 from sarm.schema import PAIRS, prompt_id
+from sarm.train.objective import Objective
 from sarm.train.reward import (
     LocalEngine,
     RewardTraining,
@@ -151,7 +152,7 @@ def test_the_shares_of_several_ranks_add_up_to_the_steps_gradient(untrained, gro
         model = copy.deepcopy(untrained)
         engine = LocalEngine(model, parameter_groups(model, config), 1.0)
         for micro in share:
-            _backward(engine, micro, world / num_pairs, END, last=False)
+            _backward(engine, micro, world / num_pairs, END, Objective(), last=False)
         part = gradients_of(model)
         total = part if total is None else {name: total[name] + part[name] for name in total}
     for name, gradient in whole.steps[0].items():

@@ -74,7 +74,7 @@ def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder:
     chat.tokenizer.truncation_side = chat.tokenizer.init_kwargs["truncation_side"] = "left"
     chat.tokenizer.model_max_length = chat.max_length
     chat.tokenizer.save_pretrained(folder)
-    for name in ("modeling_sarm.py", "backbone.py", "architectures.py", "sae.py"):
+    for name in ("modeling_sarm.py", "backbone.py", "architectures.py", "sae.py", "losses.py"):
         shutil.copyfile(code / name, folder / name)
 
 

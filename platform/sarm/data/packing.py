@@ -1,10 +1,11 @@
 """Rows of tokens for one forward pass. Answers to one prompt share a row: the prompt once, then each answer.
 
 Segment 0 is the shared prompt, 1, 2, ... the answers, -1 padding; positions restart after the prompt at every answer, so a
-packed answer is computed as if it stood alone (`sarm.nn.backbone`). Short rows of a batch stand behind one another in the room
-that its longest row sets, each in a block of segments of its own; what is then left is padded on the right.
+packed answer is computed as if it stood alone (`sarm.nn.backbone`). Short rows of a batch stand behind one another, each in a block
+of segments of its own, in lines as long as the longest row or as much longer as saves padding; what is then left is padded on the right.
 """
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 from sarm.nn.backbone import SEGMENTS_PER_BLOCK
+
+# Attention to all of a line costs as much as the rest of a block where a line has some 6 d_in tokens; of the widths in use, the least.
+_ATTENTION_EQUALS_REST = 3_500
+_LINES_LESS_TRIED, _SLACKS = 3, (1.0, 1.05)
 
 
 class Row(NamedTuple):
@@ -84,16 +89,15 @@ def token_batches(rows: Iterable[Row], batch_tokens: int, pad_id: int, *, join: 
 
 def padded_tokens(rows: Sequence[Row]) -> int:
     """Tokens of a batch of these rows, padding included."""
-    return len(_bins(rows)) * max((len(row.ids) for row in rows), default=0)
+    bins = _bins(rows)
+    return len(bins) * _width(bins)
 
 
 def collate(rows: Sequence[Row], pad_id: int, *, join: bool = True) -> TokenBatch:
-    """One batch of these rows, as wide as the longest of them; without `join` each has a line of its own, in this order.
-
-    Models that do not know segments need that.
-    """
-    length = max(len(row.ids) for row in rows)
-    joined = [_joined(members) for members in _bins(rows)] if join else list(rows)
+    """One batch of these rows; without `join` each has a line of its own, in this order, for models that do not know segments."""
+    bins = _bins(rows) if join else [[row] for row in rows]
+    length = _width(bins)
+    joined = [_joined(members) for members in bins] if join else list(rows)
 
     def padded(lists: list[list[int]], value: int) -> Tensor:
         return torch.tensor([items + [value] * (length - len(items)) for items in lists])
@@ -110,18 +114,40 @@ def collate(rows: Sequence[Row], pad_id: int, *, join: bool = True) -> TokenBatc
 
 
 def _bins(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows, longest first, each behind the first others that leave it room within the longest row's length."""
+    """The rows in lines; of the lengths tried, the one whose padding and attention cost least."""
     ordered = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+    if not ordered:
+        return []
+    longest, total = len(ordered[0].ids), sum(len(row.ids) for row in ordered)
+    best = _first_fit(ordered, longest)
+    for fewer in range(len(best) - 1, max(0, len(best) - 1 - _LINES_LESS_TRIED), -1):
+        for slack in _SLACKS:
+            bins = _first_fit(ordered, max(longest, math.ceil(slack * total / fewer)))
+            best = min(best, bins, key=_cost)
+    return best
+
+
+def _first_fit(ordered: Sequence[Row], length: int) -> list[list[Row]]:
+    """The rows, longest first, each behind the first others that leave it room within `length`."""
     bins: list[list[Row]] = []
     room: list[int] = []
     for row in ordered:
         place = next((i for i, free in enumerate(room) if free >= len(row.ids)), len(bins))
         if place == len(bins):
             bins.append([])
-            room.append(len(ordered[0].ids))
+            room.append(length)
         bins[place].append(row)
         room[place] -= len(row.ids)
     return bins
+
+
+def _width(bins: Sequence[Sequence[Row]]) -> int:
+    return max((sum(len(row.ids) for row in members) for members in bins), default=0)
+
+
+def _cost(bins: Sequence[Sequence[Row]]) -> float:
+    width = _width(bins)
+    return len(bins) * width * (1 + width / _ATTENTION_EQUALS_REST)
 
 
 def _joined(members: Sequence[Row]) -> Row:

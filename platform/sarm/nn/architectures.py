@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sae import Sae, TopKSae
+from .sae import Codes, Sae, TopKSae
 
 _EMA = 0.99
 
@@ -84,6 +84,23 @@ class JumpReluSae(ThresholdSae):
         self.threshold = nn.Parameter(torch.zeros(d_sae, dtype=torch.float32))
 
 
+class DenseSae(Sae):
+    """z = pre, all of it: what is left of an SAE without its TopK (the papers' "woTopK"); not trained as a dictionary.
+
+    A reward on it is linear in the activation.
+    """
+
+    architecture = "dense"
+
+    def encode(self, x: Tensor) -> Codes:
+        with torch.autocast(x.device.type, enabled=False):
+            pre_BS = torch.addmm(self.b_enc, x.to(self.W_enc.dtype) - self.b_dec, self.W_enc)
+        return Codes(pre_BS, torch.arange(self.d_sae, device=x.device).expand(len(x), -1))
+
+    def decode(self, codes: Codes) -> Tensor:
+        return codes.values @ self.W_dec + self.b_dec
+
+
 ARCHITECTURES: dict[str, type[Sae]] = {c.architecture: c for c in (TopKSae, BatchTopKSae, MatryoshkaSae, JumpReluSae)}
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "topk": ("signed",),
@@ -95,11 +112,13 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
 
 def build_sae(architecture: str, d_in: int, d_sae: int, k: int, **options: Any) -> Sae:
     """An SAE of the named architecture; options that it does not have are ignored."""
+    if architecture == DenseSae.architecture:
+        return DenseSae(d_in, d_sae, k)
     known = {name: value for name, value in options.items() if name in _OPTIONS[architecture]}
     return ARCHITECTURES[architecture](d_in, d_sae, k, **known)
 
 
 def options_of(sae: Sae) -> dict[str, Any]:
     """What `build_sae` needs besides the sizes to make the same SAE again, as JSON values."""
-    values = {name: getattr(sae, name) for name in _OPTIONS[sae.architecture]}
+    values = {name: getattr(sae, name) for name in _OPTIONS.get(sae.architecture, ())}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -59,6 +59,12 @@ def read_config(name: str, layer: int, *, revision: str = "main", gguf_file: str
     return config
 
 
+def read_depth(name: str, *, revision: str = "main", gguf_file: str = "") -> int:
+    """How many blocks the whole model has; raises ValueError as `read_config` does."""
+    read_config(name, 1, revision=revision, gguf_file=gguf_file)
+    return AutoConfig.from_pretrained(name, **_source(revision, gguf_file)).num_hidden_layers
+
+
 def load_backbone(
     name: str, layer: int, dtype: torch.dtype = torch.float32, *, revision: str = "main", gguf_file: str = ""
 ) -> PreTrainedModel:

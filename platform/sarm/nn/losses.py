@@ -11,9 +11,20 @@ def reconstruction_loss(x_hat: Float[Tensor, "batch d_in"], x: Float[Tensor, "ba
     return (x_hat - x).square().sum(-1) / x.square().sum(-1).clamp_min(1e-12)
 
 
-def bradley_terry(margins: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
-    """-log sigmoid(chosen - rejected) of each pair, in float32 or wider (SARM equation 5)."""
-    return F.softplus(-(margins if margins.dtype == torch.float64 else margins.float()))
+def bradley_terry(margins: Float[Tensor, " pairs"], label_smoothing: float = 0.0) -> Float[Tensor, " pairs"]:
+    """-(1 - s) log sigmoid(m) - s log sigmoid(-m) of each pair's margin m = chosen - rejected, in float32 or wider.
+
+    SARM equation 5 at s = 0; s is the share of pairs taken to be labelled the wrong way round (conservative DPO, Mitchell 2023). Where
+    annotators said by how much the chosen one is better, the caller takes that off m first (Llama 2, section 3.2.2).
+    """
+    margins = margins if margins.dtype == torch.float64 else margins.float()
+    # -log sigmoid(-m) = m + -log sigmoid(m).
+    return F.softplus(-margins) + label_smoothing * margins
+
+
+def reward_centring(chosen: Float[Tensor, " pairs"], rejected: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+    """(chosen + rejected)^2 of each pair, which pins the rewards' arbitrary constant (Eisenstein et al. 2023, section 3)."""
+    return (chosen + rejected).square()
 
 
 def cosine(x_hat: Float[Tensor, "batch d_in"], x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " batch"]:

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from .architectures import build_sae
 from .backbone import residual_stream, without_final_norm
+from .losses import reconstruction_loss
 from .sae import Codes, Sae, standardise
 
 
@@ -35,10 +36,13 @@ class SarmConfig(PretrainedConfig):
         end_of_turn_id: int | None = None,
         reward_mean: float = 0.0,
         reward_std: float = 1.0,
+        standardise: bool = True,
         provenance: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.backbone, self.layer, self.d_sae, self.k, self.head = backbone or {}, layer, d_sae, k, head
+        # Off in one baseline of the papers alone.
+        self.standardise = standardise
         # Architecture and options of the SAE (`architectures.options_of`).
         self.sae = sae or {"architecture": "topk"}
         self.end_of_turn_id, self.reward_mean, self.reward_std = end_of_turn_id, reward_mean, reward_std
@@ -49,11 +53,15 @@ class SarmConfig(PretrainedConfig):
 
 @dataclass
 class SarmOutput(ModelOutput):
-    """`logits` [N, 1] raw rewards; with an SAE head, `latent_values` and `latent_indices` [N, K] whose weighted sum they are."""
+    """`logits` [N, 1] raw rewards; with TopK or thresholds, `latent_values` and `latent_indices` [N, K] whose weighted sum they are.
+
+    `reconstruction_loss` [N] is there where it was asked for.
+    """
 
     logits: Tensor | None = None
     latent_values: Tensor | None = None
     latent_indices: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
 
 
 class SparseLinear(nn.Module):
@@ -104,6 +112,8 @@ class SarmForSequenceClassification(PreTrainedModel):
         segment_ids: Tensor | None = None,
         rewarded_rows: Tensor | None = None,
         rewarded_columns: Tensor | None = None,
+        reconstruct: bool = False,
+        recon_detached: bool = True,
         return_dict: bool | None = None,
         **_: Any,
     ) -> SarmOutput:
@@ -118,11 +128,18 @@ class SarmForSequenceClassification(PreTrainedModel):
         hidden = residual_stream(self.model, input_ids, position_ids, segment_ids)
         h_ND = hidden[rewarded_rows, rewarded_columns]
         with torch.autocast(h_ND.device.type, enabled=False):
-            x_ND = standardise(h_ND)
+            x_ND = standardise(h_ND) if self.config.standardise else h_ND.float()
             if self.config.head == "scalar":
                 return SarmOutput(logits=self.score(x_ND))
             codes = self.sae(x_ND)
-            return SarmOutput(logits=self.score(codes), latent_values=codes.values, latent_indices=codes.indices)
+            output = SarmOutput(logits=self.score(codes))
+            if self.config.sae["architecture"] != "dense":
+                output.latent_values, output.latent_indices = codes.values, codes.indices
+            if reconstruct:
+                # Detached, it trains the SAE alone: a pass of its own, since the reward's gradient goes on to the blocks.
+                seen_ND, seen = (x_ND.detach(), self.sae(x_ND.detach())) if recon_detached else (x_ND, codes)
+                output.reconstruction_loss = reconstruction_loss(self.sae(seen), seen_ND)
+            return output
 
     def rewarded_columns(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """The last end-of-turn token that the mask shows, else the last token it shows: padding may be the same token."""

@@ -81,7 +81,8 @@ class Sae(nn.Module):
     """What all architectures share; they differ in `activate`.
 
     Parameters as SAELens names and shapes them: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec; always float32.
-    Calling it encodes: standardised rows in, `Codes` out.
+    Calling it encodes standardised rows into `Codes`, and decodes `Codes` into rows: where parameters are sharded, they are there
+    during a call.
     """
 
     architecture: ClassVar[str]
@@ -119,8 +120,12 @@ class Sae(nn.Module):
         self.W_enc.mul_((centred * reconstructed).sum() / reconstructed.square().sum().clamp_min(1e-12))
         self.calibrate_(x_ND)
 
-    def forward(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Encode standardised rows."""
+    def forward(self, x: Float[Tensor, "batch d_in"] | Codes) -> Codes | Tensor:
+        """Encode standardised rows, or decode codes."""
+        return self.decode(x) if isinstance(x, Codes) else self.encode(x)
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        """The codes of standardised rows."""
         # Autocast and 16-bit weights would leave latents tied at the k-th value (SARM, implementation notes).
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.W_enc.dtype)

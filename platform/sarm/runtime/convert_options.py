@@ -38,3 +38,32 @@ class ConvertSae:
         for name in ("source", "target"):
             object.__setattr__(self, name, getattr(self, name).expanduser().absolute())
         check_least(self, "", k=1, layer=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSarm:
+    """Read a reward model in the papers' layout, or write one of this platform in it."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of the reward model: its config says which of the two layouts it is in."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """Folder to write; new or empty."""
+    format: Literal["sarm", "papers", "sae"] = "sarm"
+    """What to write: this platform's folder, the papers' checkpoint, or the SAE alone as a finished stage for the next job."""
+    layer: int | None = None
+    """Blocks that are kept, for checkpoints without `sarm_param`."""
+    k: int | None = None
+    """Active latents, for checkpoints without `sarm_param`."""
+    topk: bool | None = None
+    """Whether latents compete, for checkpoints without `sarm_param` (they do unless said otherwise)."""
+    model: str = ""
+    """Language model that the SAE's activations come from, for `--format sae`."""
+    max_length: int = 4096
+    """Tokens of a sequence at most, for checkpoints that do not say it."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+    def __post_init__(self) -> None:
+        for name in ("source", "target"):
+            object.__setattr__(self, name, getattr(self, name).expanduser().absolute())
+        check_least(self, "", layer=1, k=1, max_length=8)

@@ -24,6 +24,7 @@ from sarm.manifest import read_manifest
 from sarm.nn.sae import standardise
 from sarm.runtime.actors import PairScores, Source
 from sarm.runtime.extraction import run_over
+from sarm.runtime.plan import BASELINES
 from sarm.runtime.reward_training import load_pairs
 from sarm.runtime.session import Session, say
 from sarm.runtime.tracking import StageRun
@@ -36,8 +37,9 @@ def evaluate(
     """Write scores, `metrics.json`, features and contexts into `folder`; returns the stage's counts."""
     settings = (evaluation.resamples, session.run.seed)
     scores = {"sarm": _score(session, extraction, "sarm", folder)}
-    if session.folders.scalar_head.exists():
-        scores["scalar_head"] = _score(session, extraction, "scalar_head", folder)
+    for name in BASELINES:
+        if (session.folders.out / name).exists():
+            scores[name] = _score(session, extraction, name, folder)
     say("evaluate: fitting the logistic probe on frozen activations")
     scores["probe"] = probe_scores(session, scores["sarm"])
     metrics: dict[str, Any] = {name: measures.measure_pairs(table, *settings) for name, table in scores.items()}

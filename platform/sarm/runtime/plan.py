@@ -12,6 +12,15 @@ from sarm.manifest import refuse_other_config
 CORPUS, PAIRS, EVALUATION = "corpus/v1", "pairs/v1", "evaluation/v1"
 _OF_TEXTS = ("texts", "text_field", "max_texts")
 
+# Where the baselines of reward training go, and what a report calls them.
+BASELINES = {
+    "scalar_head": "scalar head, same backbone",
+    "scalar_head_full": "scalar head, whole backbone",
+    "sarm_random_encoder": "SARM, random encoder",
+    "sarm_random_linear": "SARM, random linear map",
+    "sarm_token_sae": "SARM, token-level SAE",
+}
+
 Settings = dict[str, Any]
 
 
@@ -27,12 +36,13 @@ class Folders:
     chat_activations = property(lambda self: self.out / "activations" / "chat")
     heldout_activations = property(lambda self: self.out / "activations" / "heldout")
     sae = property(lambda self: self.out / "sae")
-    sae_states = property(lambda self: self.out / "training" / "sae")
-    sarm_states = property(lambda self: self.out / "training" / "sarm")
-    scalar_head_states = property(lambda self: self.out / "training" / "scalar_head")
     sarm = property(lambda self: self.out / "sarm")
     scalar_head = property(lambda self: self.out / "scalar_head")
     evaluation = property(lambda self: self.out / "evaluation")
+
+    def states(self, name: str) -> Path:
+        """Where the training of the folder of this name keeps its states."""
+        return self.out / "training" / name
 
 
 def corpus_settings(data: Data) -> Settings:

@@ -17,12 +17,13 @@ from sarm.interpret import figures
 from sarm.interpret.attribution import pair_explanation, top_features
 from sarm.interpret.report import Report, ReportFiles, as_dict, describe_features, describe_pair, write_report
 from sarm.manifest import MANIFEST, Manifest
+from sarm.runtime.plan import BASELINES
 from sarm.runtime.reward_training import load_pairs
 from sarm.runtime.session import Session
 
 _NAMES = {
     "sarm": "SARM",
-    "scalar_head": "scalar head, same backbone",
+    **BASELINES,
     "probe": "logistic probe, frozen backbone",
     "shorter_answer": "shorter answer",
     "longer_answer": "longer answer",
@@ -186,7 +187,7 @@ def _pictures(
     folders = session.folders
     histories = {
         path.name: json.loads((path / "history.json").read_text())
-        for path in (folders.sae, folders.sarm, folders.scalar_head)
+        for path in (folders.sae, folders.sarm, *(folders.out / name for name in BASELINES))
         if (path / "history.json").exists()
     }
     chosen, rejected = scores["chosen_reward"].to_numpy(), scores["rejected_reward"].to_numpy()

@@ -19,7 +19,7 @@ from sarm.data.packing import token_batches
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.head_start import start_head_
-from sarm.runtime.reward_models import build_model
+from sarm.runtime.reward_models import build_model, merge_adapters_
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.trainer import Progress, run_workers, worker_device
 from sarm.runtime.training_states import WorkerStates
@@ -54,7 +54,7 @@ class RewardTask:
     @property
     def name(self) -> str:
         """What its metrics' names begin with."""
-        return "sarm" if self.sae else "scalar_head"
+        return self.folder.name
 
 
 def train_on_cluster(task: RewardTask, cluster: Cluster) -> dict[str, Any]:
@@ -97,13 +97,13 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     chat = load_chat_tokenizer(task.model, task.model_folder)
     pairs, validation_pairs = split_off_validation(load_pairs(task.pairs, "train"), task.reward.validation_share)
     groups, validation = list(prompt_groups(pairs, chat)), list(prompt_groups(validation_pairs, chat))
-    model = build_model(task.model, task.model_folder, task.sae, chat)
+    model = build_model(task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed)
     to_train = parameter_groups(model, task.reward)
     # DeepSpeed hands rank 0's weights to the others.
     if rank == 0 and found is not None:
         load_weights_(model, found, "shards")
     elif rank == 0 and task.head_start is not None:
-        start_head_(model, task.head_start, pairs, task.run.seed)
+        start_head_(model, task.head_start, pairs, task.run.seed, groups)
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -149,13 +149,15 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     whole = engine.whole_state()
     if rank != 0:
         return None
-    trained = build_model(task.model, task.model_folder, task.sae, chat)
-    trained.load_state_dict(whole)
+    trained = build_model(task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed)
+    # Buffers (thresholds) are as they were built.
+    trained.load_state_dict({**trained.state_dict(), **whole})
     if validation:
         parameter_groups(trained, task.reward)
         last = task.states.latest()
         assert last is not None
         load_weights_(trained, last, "best")
+    merge_adapters_(trained)
     trained.to(device).eval()  # type: ignore[arg-type]
     mean, std = reward_moments(trained, groups, task.reward.batch_tokens, task.model.max_length, chat.pad_id, device)
     trained.config.reward_mean, trained.config.reward_std = mean, std

@@ -3,6 +3,7 @@
 What needs torch or Ray is imported inside, so that a finished stage is a no-op that starts nothing.
 """
 
+import contextlib
 import functools
 import json
 from collections.abc import Mapping
@@ -80,7 +81,7 @@ def train_sae(session: Session, sae: Sae) -> None:
     used = {name: sources[name] for name in sources if epochs[name] > 0}
     inputs = {f"activations/{name}": (path, ACTIVATIONS) for name, path in used.items()}
     folder = StageFolder(folders.sae, SAE, plan.sae_settings(sae, session.run.seed), inputs)
-    states = Checkpoints(folders.sae_states, {"config": folder.config, "inputs": folder.inputs})
+    states = Checkpoints(folders.states(folders.sae.name), {"config": folder.config, "inputs": folder.inputs})
 
     def body(child: StageRun) -> Mapping[str, Any]:
         from sarm.interpret.figures import density_histograms, sae_curves
@@ -112,32 +113,35 @@ def train_sae(session: Session, sae: Sae) -> None:
         return {"figures": result["figures"], "rejected": rejected}
 
     session.stage("train SAE", folder, body)
-    states.delete()
+    _forget(states)
 
 
 def train_sarm(session: Session, model: Model, reward: Reward) -> None:
-    """pairs/v1 and SAE -> SARM, and the scalar-head baseline beside it."""
+    """pairs/v1 and SAE -> SARM, and its baselines beside it."""
     from sarm.runtime import reward_models
 
     check_model(model)
     folders = session.folders
-    read_manifest(folders.sae, SAE)
-    reward_models.check_sae(folders.sae, model)
+    trainings = reward_models.variants(model, reward, folders.sae)
+    for sae in dict.fromkeys(one.sae for one in trainings if one.sae):
+        read_manifest(sae, SAE)
+        reward_models.check_sae(sae, model)
+        reward_models.check_width(sae, model)
     head_start = folders.chat_activations if reward.head_init == "probe" else None
     inputs = {PAIRS: (folders.pairs, PAIRS)} | ({"activations/chat": (head_start, ACTIVATIONS)} if head_start else {})
-    heads: list[tuple[str, Path, Path, Path | None]] = [("train SARM", folders.sarm, folders.sarm_states, folders.sae)]
-    if reward.scalar_baseline:
-        heads.append(("train scalar head", folders.scalar_head, folders.scalar_head_states, None))
-    for name, target, in_training, sae in heads:
-        needed = inputs | ({SAE: (sae, SAE)} if sae else {})
-        folder = StageFolder(target, SARM, plan.reward_settings(model, reward, session.run.seed), needed)
-        states = Checkpoints(in_training, {"config": folder.config, "inputs": folder.inputs})
+    for one in trainings:
+        target = folders.out / one.folder
+        needed = inputs | ({SAE: (one.sae, SAE)} if one.sae else {})
+        folder = StageFolder(target, SARM, plan.reward_settings(one.model, one.reward, session.run.seed), needed)
+        states = Checkpoints(folders.states(one.folder), {"config": folder.config, "inputs": folder.inputs})
         session.stage(
-            name,
+            one.stage,
             folder,
-            functools.partial(_train_reward, session, model, reward, folders.pairs, sae, head_start, target, states),
+            functools.partial(
+                _train_reward, session, one.model, one.reward, folders.pairs, one.sae, head_start, target, states
+            ),
         )
-        states.delete()
+        _forget(states)
 
 
 def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -> Manifest:
@@ -152,8 +156,7 @@ def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -
         "activations/chat": (folders.chat_activations, ACTIVATIONS),
         "activations/heldout": (folders.heldout_activations, ACTIVATIONS),
     }
-    if folders.scalar_head.exists():
-        inputs["scalar_head"] = (folders.scalar_head, SARM)
+    inputs |= {name: (folders.out / name, SARM) for name in plan.BASELINES if (folders.out / name).exists()}
     folder = StageFolder(folders.evaluation, EVALUATION, plan.evaluation_settings(evaluation, session.run.seed), inputs)
     return session.stage(
         "evaluate", folder, functools.partial(work.evaluate, session, extraction, evaluation, folder.folder)
@@ -232,6 +235,13 @@ def _train_reward(
     child.log_figure(reward_curves(history), "reward_curves.png")
     child.register_model(target, f"{session.run.experiment}-{target.name}")
     return {"figures": result["figures"]}
+
+
+def _forget(states: Checkpoints) -> None:
+    """Remove a finished training's states, and the folder that was made for them if it is the last one there."""
+    states.delete()
+    with contextlib.suppress(OSError):
+        states.folder.parent.rmdir()
 
 
 def _of_split(table: pa.Table, split: str) -> pa.Table:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sarm.config import Reward
 from sarm.data.groups import PromptGroup, split_group
 from sarm.data.packing import Row, collate, padded_tokens
-from sarm.nn.losses import bradley_terry
+from sarm.train.objective import Objective, objective_of
 from sarm.train.reward_checks import LossGuard, Outcome, Sums, Validation
 from sarm.train.schedule import warmup_cosine
 
@@ -97,6 +97,7 @@ class RewardTraining:
         self._engine, self._groups, self._config, self._seed = engine, groups, config, seed
         self._row_tokens, self._pad_id, self._on_best = row_tokens, pad_id, on_best
         self._guard = LossGuard(config.max_loss_rise)
+        self._objective = objective_of(config)
         self.validation = Validation(config.patience)
         self._validation_batches = cut_into_steps(validation, config.batch_pairs, seed, 0) if validation else []
         self._num_pairs = sum(len(group.pairs) for group in groups)
@@ -151,7 +152,9 @@ class RewardTraining:
         share = deal(groups, self.world, self._row_tokens, config.batch_tokens)[self.rank]
         self._data_seconds += time.monotonic() - started
         outcomes = [
-            _backward(self._engine, micro, self.world / size, self._pad_id, last=number == len(share) - 1)
+            _backward(
+                self._engine, micro, self.world / size, self._pad_id, self._objective, last=number == len(share) - 1
+            )
             for number, micro in enumerate(share)
         ]
         self._data_seconds += sum(outcome.data_seconds for outcome in outcomes)
@@ -183,7 +186,7 @@ class RewardTraining:
         with torch.no_grad():
             for groups in self._validation_batches:
                 share = deal(groups, self.world, self._row_tokens, self._config.batch_tokens)[self.rank]
-                outcomes += [_forward(self._engine, micro, self._pad_id)[0] for micro in share]
+                outcomes += [_forward(self._engine, micro, self._pad_id, self._objective)[0] for micro in share]
         self._engine.train(True)
         sums = Sums.of(outcomes).over_ranks(self._engine.device)
         found = sums.metrics()
@@ -201,22 +204,31 @@ def train_reward(
 
 
 def parameter_groups(model: torch.nn.Module, config: Reward) -> list[dict[str, Any]]:
-    """Freeze what is not trained and return AdamW's groups: the blocks, and the head with its own rate.
+    """Freeze what is not trained and return AdamW's groups: the blocks (or their adapters), the SAE, and the head, each with its own rate.
 
-    The SAE stays as it was pretrained so that its latents keep their meaning; token embeddings stay because a demo's worth of
-    pairs touches few of them.
+    The SAE stays as it was pretrained, unless asked otherwise, so that its latents keep their meaning; token embeddings stay because
+    a demo's worth of pairs touches few of them.
     """
-    blocks = [p for name, p in model.named_parameters() if ".layers." in name]
-    head = [p for name, p in model.named_parameters() if name.startswith("score.")]
-    trained = {id(p) for p in [*blocks, *head]}
+    named = list(model.named_parameters())
+    # The decoder is no part of the reward, and thresholds learn by gradients of their own.
+    unused = {"sae.threshold"} | (set() if config.recon_weight else {"sae.W_dec"})
+    adapters = [p for name, p in named if ".lora_" in name]
+    blocks = adapters or [p for name, p in named if ".layers." in name]
+    sae = [p for name, p in named if name.startswith("sae.") and name not in unused]
+    head = [p for name, p in named if name.startswith("score.")]
+    parts = [
+        (blocks, config.lr if config.train_backbone else 0.0, config.weight_decay),
+        (sae, config.sae_lr if config.train_sae else 0.0, 0.0),
+        (head, config.head_lr, 0.0),
+    ]
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-    groups = [{"params": head, "lr": config.head_lr, "weight_decay": 0.0}]
-    if config.lr > 0:
-        groups.insert(0, {"params": blocks, "lr": config.lr, "weight_decay": config.weight_decay})
-    else:
-        for parameter in blocks:
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(False)
+    groups = []
+    for parameters, rate, decay in parts:
+        if parameters and rate > 0:
+            groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
+            for parameter in parameters:
+                parameter.requires_grad_(True)
     return groups
 
 
@@ -254,14 +266,16 @@ def deal(step: Sequence[PromptGroup], world: int, row_tokens: int, batch_tokens:
     return [micros[rank::world] for rank in range(world)]
 
 
-def _backward(engine: Engine, micro: MicroBatch, weight: float, pad_id: int, *, last: bool) -> Outcome:
+def _backward(
+    engine: Engine, micro: MicroBatch, weight: float, pad_id: int, objective: Objective, *, last: bool
+) -> Outcome:
     """Backward pass of one micro-batch's summed losses times `weight`."""
-    outcome, loss = _forward(engine, micro, pad_id)
+    outcome, loss = _forward(engine, micro, pad_id, objective)
     engine.backward(loss * weight, last=last)
     return outcome
 
 
-def _forward(engine: Engine, micro: MicroBatch, pad_id: int) -> tuple[Outcome, Tensor]:
+def _forward(engine: Engine, micro: MicroBatch, pad_id: int, objective: Objective) -> tuple[Outcome, Tensor]:
     """One micro-batch's outcome, and the sum of its losses to differentiate."""
     started = time.monotonic()
     batch = collate(micro.rows, pad_id)
@@ -271,9 +285,9 @@ def _forward(engine: Engine, micro: MicroBatch, pad_id: int) -> tuple[Outcome, T
     chosen = [place[prompt_id, pair.chosen] for prompt_id, pair in pairs]
     rejected = [place[prompt_id, pair.rejected] for prompt_id, pair in pairs]
     data_seconds = time.monotonic() - started
-    rewards = engine(**inputs).logits.squeeze(-1)
-    losses_P = bradley_terry(rewards[chosen] - rewards[rejected])
-    seen = rewards.detach()
+    output = engine(**inputs, **objective.model_options())
+    losses_P = objective(output, chosen, rejected, [pair.margin for _, pair in pairs])
+    seen = output.logits.detach().squeeze(-1)
     outcome = Outcome(
         [pair.pair_id for _, pair in pairs],
         losses_P.detach().double().cpu(),
@@ -284,4 +298,4 @@ def _forward(engine: Engine, micro: MicroBatch, pad_id: int) -> tuple[Outcome, T
         data_seconds,
     )
     # A micro-batch without pairs still has to meet the other ranks' backward passes.
-    return outcome, losses_P.sum() + 0.0 * rewards.sum()
+    return outcome, losses_P.sum() + 0.0 * output.logits.sum()

@@ -1,0 +1,19 @@
+"""A reward model of this platform <-> one in the papers' layout (`sarm_param` in its config, keys `model.*`, `sae.*`, `score.weight`).
+
+python jobs/convert_sarm.py Llama-SARM-4B outputs/llama-sarm-4b
+python jobs/convert_sarm.py outputs/demo/sarm exported --format papers
+python jobs/convert_sarm.py Llama-SARM-4B-PostSAEPretrain outputs/mine/sae --format sae --model meta-llama/Llama-3.1-8B-Instruct
+"""
+
+from sarm.runtime.convert_options import ConvertSarm
+from sarm.runtime.job import run_command
+
+
+def main(config: ConvertSarm) -> None:
+    from sarm.runtime.convert_sarm import convert_sarm
+
+    convert_sarm(config)
+
+
+if __name__ == "__main__":
+    run_command(ConvertSarm, main, __doc__ or "")

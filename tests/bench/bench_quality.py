@@ -1,0 +1,220 @@
+"""`make bench BENCH=quality`: whether a SARM ranks as its baselines do, on unseen prompts. Writes outputs/bench/quality.json.
+
+Four systems, three seeds, the demo's settings: SARM, a scalar head on the same truncated backbone, one on the whole backbone, and a
+SARM whose encoder is random. Trainings are pieces: each leaves a file under outputs/quality/runs, and a call goes on with those that
+are missing, for `--minutes` at most. Every run and the summary are in MLflow, experiment `quality`.
+
+    python tests/bench/bench_quality.py --pairs pairs.jsonl.gz --minutes 90
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from quality_data import FULL_DEPTH, chat_of, prepare, preset
+
+from sarm.config import Reward, Run
+from sarm.data.groups import PromptGroup, prompt_groups
+from sarm.data.models import model_folder
+from sarm.data.packing import token_batches
+from sarm.evaluate.statistics import cluster_bootstrap, pair_credit
+from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.runtime.head_start import start_head_
+from sarm.runtime.reward_models import build_model
+from sarm.runtime.reward_training import load_pairs
+from sarm.runtime.tracking import Tracker
+from sarm.train.reward import LocalEngine, parameter_groups, train_reward
+
+ROOT = Path(__file__).parents[2]
+SHARED_PAIRS = ROOT.parent / "shared" / "data" / "hh_rlhf_harmless" / "pairs.jsonl.gz"
+SEEDS, RESAMPLES = (0, 1, 2), 10_000
+
+
+class System(NamedTuple):
+    """Which backbone and head, and the settings that differ from the demo's."""
+
+    folder: str
+    has_sae: bool
+    changes: dict[str, Any]
+
+
+SYSTEMS = {
+    "sarm": System("truncated", True, {}),
+    "scalar": System("truncated", False, {}),
+    "random_encoder": System("truncated", True, {"encoder": "random"}),
+    "scalar_full": System("full", False, {}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=Path, default=SHARED_PAIRS, help="preference pairs beside the demo's")
+    parser.add_argument("--root", type=Path, default=ROOT / "outputs" / "quality")
+    parser.add_argument("--minutes", type=float, default=90.0, help="start no training after that")
+    arguments = parser.parse_args()
+    if not arguments.pairs.exists():
+        raise SystemExit(f"no pairs at {arguments.pairs}. Pass --pairs FILE.")
+    root, began = arguments.root.absolute(), time.monotonic()
+    prepare(root, arguments.pairs.absolute())
+    runs = root / "runs"
+    runs.mkdir(exist_ok=True)
+    tracker = Tracker(Run(out=root / "study", experiment="quality"), "quality study", _parent_id(root))
+    (root / "mlflow_run").write_text(tracker.parent.run_id)
+    for seed in SEEDS:
+        for name in SYSTEMS:
+            target = runs / f"{name}-{seed}.parquet"
+            if target.exists() or time.monotonic() - began > 60 * arguments.minutes:
+                continue
+            with tracker.stage(f"{name}, seed {seed}", None, {"system": name, "seed": seed}) as child:
+                scores, figures = train_and_score(root, name, seed, lambda step, m: child.log_metrics(m, step))
+                child.log_metrics(figures)
+                partial = target.with_suffix(".partial")
+                pq.write_table(scores.replace_schema_metadata({"figures": json.dumps(figures)}), partial)
+                partial.rename(target)
+            print(f"{name}, seed {seed}: {figures}", flush=True)
+    summary = summarise(runs)
+    tracker.parent.log_metrics(_flat(summary))
+    tracker.parent.log_text(json.dumps(summary, indent=2), "quality.json")
+    if all(len(one["by_seed"]) == len(SEEDS) for one in summary["systems"].values()):
+        tracker.parent.end("FINISHED")
+    out = ROOT / "outputs" / "bench" / "quality.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(summary, indent=2))
+    show(summary)
+
+
+def train_and_score(root: Path, name: str, seed: int, log: Any) -> tuple[pa.Table, dict[str, float]]:
+    """One training, and its rewards of the held-out pairs."""
+    system = SYSTEMS[name]
+    folder = root / system.folder
+    config = preset(folder, FULL_DEPTH if system.folder == "full" else None)
+    reward: Reward = replace(config.reward, **system.changes)
+    chat, row_tokens = chat_of(config), config.model.max_length
+    train, heldout = (load_pairs(folder / "pairs", split) for split in ("train", "heldout"))
+    groups = list(prompt_groups(train, chat))
+    began = time.monotonic()
+    sae = folder / "sae" if system.has_sae else None
+    model = build_model(config.model, model_folder(config.model), sae, chat, reward, seed)
+    start_head_(model, folder / "activations" / "chat", train, seed, groups)
+    heldout_groups = list(prompt_groups(heldout, chat))
+    engine = LocalEngine(model.train(), parameter_groups(model, reward), reward.max_grad_norm)
+    train_reward(engine, groups, reward, seed, row_tokens, chat.pad_id, log)
+    rewards, alive = score(model.eval(), heldout_groups, row_tokens, chat.pad_id)
+    sources = {row["pair_id"]: row["subset"] for row in heldout.select(["pair_id", "subset"]).to_pylist()}
+    rows = [
+        {
+            "pair_id": pair.pair_id,
+            "prompt_id": group.prompt_id,
+            "source": sources[pair.pair_id],
+            "chosen_reward": rewards[group.prompt_id, pair.chosen],
+            "rejected_reward": rewards[group.prompt_id, pair.rejected],
+        }
+        for group in heldout_groups
+        for pair in group.pairs
+    ]
+    table = pa.Table.from_pylist(rows)
+    margins_N = np.array([row["chosen_reward"] - row["rejected_reward"] for row in rows])
+    figures = {
+        "heldout_accuracy": float(pair_credit(margins_N).mean()),
+        "train_pairs": float(sum(len(group.pairs) for group in groups)),
+        "seconds": time.monotonic() - began,
+    }
+    return table, figures | ({"alive_at_reward": alive} if alive is not None else {})
+
+
+@torch.inference_mode()
+def score(
+    model: SarmForSequenceClassification, groups: list[PromptGroup], row_tokens: int, pad_id: int
+) -> tuple[dict[Any, float], float | None]:
+    """Reward of every response by (prompt, place), and the share of latents that fire at any of them."""
+    rewards: dict[Any, float] = {}
+    fired = torch.zeros(model.config.d_sae, dtype=torch.bool)
+    for batch in token_batches([row for group in groups for row in group.rows(row_tokens)], 2048, pad_id):
+        output = model(**batch.model_inputs())
+        rewards |= dict(zip(batch.keys, output.logits.squeeze(-1).tolist(), strict=True))
+        if output.latent_indices is not None:
+            fired[output.latent_indices[output.latent_values > 0]] = True
+    return rewards, float(fired.float().mean()) if len(fired) else None
+
+
+def summarise(runs: Path) -> dict[str, Any]:
+    """Accuracy of each system, mean over its seeds, and differences from SARM over the seeds that both have; intervals over prompts."""
+    credits: dict[str, dict[int, Any]] = {name: {} for name in SYSTEMS}
+    alive: dict[str, list[float]] = {}
+    prompts_N = sources_N = None
+    for path in sorted(runs.glob("*.parquet")):
+        name, _, seed = path.stem.rpartition("-")
+        table = pq.read_table(path).sort_by("pair_id")
+        margins_N = table["chosen_reward"].to_numpy() - table["rejected_reward"].to_numpy()
+        credits[name][int(seed)] = pair_credit(margins_N)
+        prompts_N = np.array(table["prompt_id"].to_pylist())
+        sources_N = np.array(["demo" if str(s).startswith("demo") else "other" for s in table["source"].to_pylist()])
+        figures = json.loads((table.schema.metadata or {})[b"figures"])
+        if "alive_at_reward" in figures:
+            alive.setdefault(name, []).append(figures["alive_at_reward"])
+    if prompts_N is None or sources_N is None:
+        return {"systems": {}, "sarm_minus": {}}
+
+    def measured(values_N: Any) -> dict[str, Any]:
+        return {"value": float(values_N.mean()), "ci95": list(cluster_bootstrap(values_N, prompts_N, RESAMPLES, 0))}
+
+    systems, sarm_minus = {}, {}
+    for name, by_seed in credits.items():
+        if not by_seed:
+            continue
+        mean_N = np.mean(list(by_seed.values()), axis=0)
+        systems[name] = {
+            **measured(mean_N),
+            "by_seed": {seed: float(one.mean()) for seed, one in sorted(by_seed.items())},
+            "by_source": {str(source): float(mean_N[sources_N == source].mean()) for source in np.unique(sources_N)},
+            **({"alive_at_reward": float(np.mean(alive[name]))} if name in alive else {}),
+        }
+        common = sorted(by_seed.keys() & credits["sarm"].keys())
+        if name != "sarm" and common:
+            gain_N = np.mean([credits["sarm"][seed] - by_seed[seed] for seed in common], axis=0)
+            sarm_minus[name] = {**measured(gain_N), "seeds": common}
+    return {
+        "systems": systems,
+        "sarm_minus": sarm_minus,
+        "heldout_pairs": len(prompts_N),
+        "heldout_prompts": len(np.unique(prompts_N)),
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the summary as a table."""
+    for name, one in summary["systems"].items():
+        low, high = one["ci95"]
+        print(
+            f"{name:18s}{one['value']:7.3f}  [{low:.3f}, {high:.3f}]  seeds {list(one['by_seed'].values())}  {one.get('alive_at_reward', '')}"
+        )
+    for name, one in summary["sarm_minus"].items():
+        low, high = one["ci95"]
+        print(f"sarm - {name:18s}{one['value']:+7.3f}  [{low:+.3f}, {high:+.3f}]  over seeds {one['seeds']}")
+
+
+def _flat(summary: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    for part in ("systems", "sarm_minus"):
+        for name, one in summary[part].items():
+            low, high = one["ci95"]
+            found |= {f"{part}/{name}": one["value"], f"{part}/{name}/low": low, f"{part}/{name}/high": high}
+            if "alive_at_reward" in one:
+                found[f"{part}/{name}/alive_at_reward"] = one["alive_at_reward"]
+    return found
+
+
+def _parent_id(root: Path) -> str | None:
+    path = root / "mlflow_run"
+    return path.read_text().strip() if path.exists() else None
+
+
+if __name__ == "__main__":
+    main()
