@@ -173,7 +173,8 @@ print("loaded:", sorted({HEAVY!r} & set(sys.modules)))
 """
 
 
-WITH_PRESETS = [job for job in SCRIPTS if job.stem not in ("compare", "convert_sae")]
+FLAGS_ONLY = ("compare", "convert_sae", "audit_features", "steer", "relabel")
+WITH_PRESETS = [job for job in SCRIPTS if job.stem not in FLAGS_ONLY]
 ANSWERS = [
     *(
         (job, arguments)
@@ -181,6 +182,10 @@ ANSWERS = [
         for arguments in (["--help"], ["tiny", "--help"], ["tiny", "--dry-run"])
     ),
     (ROOT / "jobs" / "convert_sae.py", ["--help"]),
+    (ROOT / "jobs" / "audit_features.py", ["--help"]),
+    (ROOT / "jobs" / "steer.py", ["--help"]),
+    (ROOT / "jobs" / "steer.py", ["--dry-run"]),
+    (ROOT / "jobs" / "relabel.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["a", "b", "--dry-run"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),

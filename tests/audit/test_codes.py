@@ -1,10 +1,10 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.audit.conftest import WEIGHT, tables
 
 from sarm.audit.codes import check_latents, codes_of, completeness
 from sarm.config import UserError
-from tests.audit.conftest import WEIGHT, tables
 
 
 def test_rewards_are_the_sum_of_contributions_and_a_foreign_head_is_refused(codes):

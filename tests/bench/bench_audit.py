@@ -18,7 +18,8 @@ from sarm.audit.settings import AuditFeatures, Relabel, Steer
 from sarm.audit.steering import Sweep
 from sarm.config import Run
 from sarm.data.benchmark_sources import Source, load_benchmark
-from sarm.runtime.auditing import audit, read_audit
+from sarm.runtime.audit_folder import read_audit
+from sarm.runtime.auditing import audit
 from sarm.runtime.relabelling import relabel
 from sarm.runtime.session import open_session
 from sarm.runtime.steering import steer
@@ -96,6 +97,7 @@ def against_goals() -> dict[str, object]:
         "completeness": selection["completeness"],
         "closed form against rerun": causal["zeroed"]["rerun_gap"],
         "steering over matched median": [causal["zeroed"]["ratio"], *causal["zeroed"]["ratio_ci95"]],
+        "strongest feature alone": [causal["strongest"]["ratio"], *causal["strongest"]["ratio_ci95"]],
         "removed before TopK over matched median": causal["upstream"]["removed"]["ratio"],
         "verdicts": relabelled["verdicts"],
     }

@@ -124,6 +124,10 @@ class Relabel:
     """Shares of the training pairs that are dropped."""
     noise: float = 0.1
     """Share of the labels that are flipped at random, to be found again."""
+    write: str | None = None
+    """`ACTION:METHOD:SHARE`, e.g. `poison:features:0.05`: also write the selecting pairs so changed as pairs/v1, for full retraining."""
+    pairs: Path | None = None
+    """With `--write`: the pairs/v1 folder that the selecting pairs came from."""
     seeds: int = 5
     """Repetitions, each on its own nine tenths of the training prompts and with its own noise."""
     resamples: int = 2_000
@@ -131,6 +135,14 @@ class Relabel:
 
     def __post_init__(self) -> None:
         _least(self, seeds=2, resamples=100)
+        if self.pairs is not None:
+            _absolute(self, "pairs")
+        if self.write is not None:
+            action, _, rest = self.write.partition(":")
+            share = rest.rpartition(":")[2]
+            is_number = re.fullmatch(r"0?\.\d+", share) is not None
+            if action not in ("poison", "denoise") or not is_number or self.pairs is None:
+                raise UserError(f"--write is ACTION:METHOD:SHARE with --pairs FOLDER, got {self.write!r}. Pass e.g. --write poison:features:0.05.")  # fmt: skip
         for name in ("poison", "denoise"):
             if any(not 0 < share < 0.5 for share in getattr(self, name)):
                 raise UserError(f"shares must lie between 0 and 0.5, got {getattr(self, name)}. Pass --{name}.")

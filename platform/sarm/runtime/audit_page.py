@@ -105,13 +105,19 @@ def _causal(content: Mapping[str, Any]) -> Iterable[Section]:
     zero, swap, up = content["zeroed"], content["swap"], content["upstream"]
     tests = [
         ("head weights set to zero", "exact", zero, zero.get("ratio_ci95")),
+        (
+            f"head weight of latent {content['strongest']['latent']} alone set to zero",
+            "exact",
+            content["strongest"],
+            content["strongest"]["ratio_ci95"],
+        ),
         ("latents swapped between chosen and rejected", "exact", swap, None),
         ("directions removed before TopK", "evidence", up["removed"], None),
         ("directions added before TopK", "evidence", up["added"], None),
     ]
     yield Section(
         title="What the features cause",
-        text=f"Mean change of the margin of {content['num_pairs']:,} target pairs of {content['num_prompts']} prompts that had no part in choosing the {content['num_features']} features, beside {content['num_controls']} sets of as many random latents matched on density and weight ({content['num_upstream_controls']} before TopK). The change itself is exact in the first two rows (closed form and rerun differ by {zero['rerun_gap']:.1e}); that it exceeds the controls is evidence in all.",
+        text=f"Mean change of the margin of {content['num_pairs']:,} target pairs of {content['num_prompts']} prompts that had no part in choosing the {content['num_features']} features, beside {content['num_controls']} sets of as many random latents matched on density and weight ({content['num_upstream_controls']} before TopK; {content['strongest']['num_controls']} nearest latents for the strongest feature alone). The change itself is exact in the first two rows (closed form and rerun differ by {zero['rerun_gap']:.1e}); that it exceeds the controls is evidence in all.",
         columns=("intervention", "the change is", "margin", "controls: median size", "95th percentile", "ratio", "p"),
         rows=[
             (

@@ -93,7 +93,7 @@ def relabelling_sections(content: Mapping[str, Any]) -> Iterable[Section]:
     base = content["baseline"]
     yield Section(
         title="Poison and denoise",
-        text=f"{content['num_pairs']:,} training pairs; {content['retraining']} {content['num_seeds']} seeds, each on nine tenths of the prompts. Unchanged: target {share(base['target']['mean'])}, off target {share(base['off']['mean'])}. Changes against the unchanged labels of the same seed, with 95 % intervals over held-out prompts; p: chance of so much more harm (poison) or gain (denoise) than the best control, by paired bootstrap.",
+        text=f"{content['num_pairs']:,} training pairs; {content['retraining']} {content['num_seeds']} seeds, each on nine tenths of the prompts. Unchanged: target {share(base['target']['mean'])}, off target {share(base['off']['mean'])}. Changes against the unchanged labels of the same seed, in points, with 95 % intervals over held-out prompts. {_verdict(content['verdicts']['poison'])}",
         columns=(
             "action",
             "share",
@@ -136,6 +136,12 @@ def relabelling_sections(content: Mapping[str, Any]) -> Iterable[Section]:
             for row in content["noise_rows"]
         ],
     )
+
+
+def _verdict(one: Mapping[str, Any]) -> str:
+    gap = f"{signed(100 * one['minus_best_control'], 1)} points ({signed_span([100 * end for end in one['minus_best_control_ci95']], 1)})"
+    other = ", ".join(f"{name} {signed(100 * change, 1)}" for name, change in one["off_subsets"].items())
+    return f"Flipping {share(one['share'])} by {one['method']} changes the target by {gap} more than the strongest control, {one['best_control']}; off target: {other}."
 
 
 def _or(value: float | None) -> str:

@@ -5,59 +5,46 @@ milliseconds; that buys seeds and controls, and says nothing about what full ret
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from sklearn.model_selection import GroupKFold
 
 from sarm.audit import figures
 from sarm.audit.codes import CODES, AuditCodes
 from sarm.audit.contrast import contrast, off_target_firing
-from sarm.audit.relabelling import FEATURES, changed_pairs, changes_table, pair_scores, precision_recall, rankings
+from sarm.audit.relabelling import (
+    FEATURES,
+    apply_changes,
+    changed_pairs,
+    changes_table,
+    pair_scores,
+    precision_recall,
+    rankings,
+)
 from sarm.audit.selection import Selection, select
 from sarm.audit.settings import SITES, Relabel
 from sarm.config import UserError, identity
-from sarm.data.statistics import bootstrap_means, pair_credit
-from sarm.evaluate.probe import fit_head, fit_probe
+from sarm.data.statistics import bootstrap_means
 from sarm.interpret.figures import as_svg
 from sarm.manifest import StageFolder, read_manifest, write_atomically
+from sarm.runtime.audit_folder import FEATURES as FEATURES_SCHEMA
+from sarm.runtime.audit_folder import Audited, read_audit
 from sarm.runtime.audit_page import write_audit_page
-from sarm.runtime.auditing import FEATURES as FEATURES_SCHEMA
-from sarm.runtime.auditing import Audited, read_audit
+from sarm.runtime.plan import PAIRS
+from sarm.runtime.retraining import CachedHead, cross_fitted
 from sarm.runtime.session import Session, say
 from sarm.runtime.tracking import StageRun
 
 RELABEL = "relabel/v1"
-_KEPT_PROMPTS, _FOLDS = 0.9, 5
+_KEPT_PROMPTS = 0.9
 _PERMUTATIONS, _RESAMPLES = 1000, 100
-
-
-class _Head:
-    """The head on codes: differences of the training pairs scaled to unit variance, and of the held-out ones on the same scale."""
-
-    def __init__(self, codes: AuditCodes, heldout: Mapping[str, AuditCodes], seed: int):
-        train = codes.role("train")
-        self.alive = np.flatnonzero(np.asarray((train.difference != 0).sum(axis=0)).ravel())
-        x_NF = train.difference[:, self.alive].toarray()
-        # The strength of the penalty is chosen once, on the unchanged labels, by cross-validation over prompts.
-        zero = np.zeros_like(x_NF)
-        self.penalty = fit_probe(x_NF, zero, train.prompts, seed).C
-        self.scale = x_NF.std(axis=0) + 1e-12
-        self.x = (x_NF / self.scale).astype(np.float32)
-        self.heldout = {name: (one.difference[:, self.alive].toarray() / self.scale).astype(np.float32) for name, one in heldout.items()}  # fmt: skip
-
-    def fit(self, kept: NDArray[np.int64], sign_N: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Weights trained on some pairs, those with sign -1 flipped."""
-        return fit_head(self.x[kept] * sign_N[kept, None].astype(np.float32), self.penalty)
-
-    def credits(self, weight_F: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
-        """1 for each held-out pair in the right order, by role."""
-        return {name: pair_credit((x @ weight_F).astype(np.float64)) for name, x in self.heldout.items()}
 
 
 class _Seed(NamedTuple):
@@ -79,7 +66,7 @@ def relabel(session: Session, settings: Relabel) -> Path:
     train = found.codes.role("train")
     for share in (*settings.poison, *settings.denoise):
         changed_pairs(np.zeros(int(train.num_pairs * _KEPT_PROMPTS)), share, "flip", train.pair_ids[: int(train.num_pairs * _KEPT_PROMPTS)])  # fmt: skip
-    asked = {k: v for k, v in identity(settings, seed=session.run.seed).items() if k != "run"}
+    asked = {k: v for k, v in identity(settings, seed=session.run.seed).items() if k not in ("run", "write", "pairs")}
     inputs = {CODES: (out / "codes", CODES), FEATURES_SCHEMA: (out / "features", FEATURES_SCHEMA)}
     folder = StageFolder(out / "relabel", RELABEL, asked, inputs)
 
@@ -99,19 +86,52 @@ def relabel(session: Session, settings: Relabel) -> Path:
         return {"figures": {"poison_target_change": poison["change"], "poison_best_control": poison["best_control_change"], "noise_precision_over_random": noise["times_random"]}}  # fmt: skip
 
     session.stage("poison and denoise", folder, body)
+    if settings.write is not None:
+        _write_pairs(session, found, settings)
     page = write_audit_page(out)
     session.tracker.parent.log_artifact(page)
     say(f"report: {page}")
     return folder.folder
 
 
+def _write_pairs(session: Session, found: Audited, settings: Relabel) -> None:
+    """The pairs/v1 folder with the selecting pairs flipped or dropped, and the manifest that takes it back."""
+    assert settings.write is not None
+    assert settings.pairs is not None
+    action, method, text = settings.write.split(":")
+    codes, verb, seed = found.codes.role("select"), {"poison": "flip", "denoise": "drop"}[action], session.run.seed
+    probe_N = cross_fitted(codes.residual[codes.chosen] - codes.residual[codes.rejected], codes.prompts, np.ones(codes.num_pairs), seed)  # fmt: skip
+    ranked = rankings(_scores(codes, found.selection, codes.chosen), codes.margins, probe_N, codes.log_length, np.random.default_rng(seed))  # fmt: skip
+    if method not in ranked:
+        raise UserError(f"unknown method {method}, known are {', '.join(ranked)}. Pass --write ACTION:METHOD:SHARE.")
+    changed = changed_pairs(ranked[method], float(text), verb, codes.pair_ids)
+    changes = changes_table(changed, verb, ranked[method], codes.pair_ids)
+    manifest = read_manifest(settings.pairs, PAIRS)
+    table = ds.dataset([str(path) for path in sorted(settings.pairs.glob("*.parquet"))]).to_table()
+    relabelled = apply_changes(table, changes)
+    place = session.run.out / "relabelled" / settings.write.replace(":", "-").replace(", ", "-").replace(" ", "-") / "pairs"  # fmt: skip
+    folder = StageFolder(place, PAIRS, {**manifest.config, "relabelled": settings.write}, {PAIRS: (settings.pairs, PAIRS)})  # fmt: skip
+
+    def body(child: StageRun) -> Mapping[str, Any]:
+        pq.write_table(relabelled, place / "part-00000.parquet", write_page_checksum=True)
+        # Beside the folder: readers take every Parquet file in it for pairs.
+        pq.write_table(changes, place.parent / "changes.parquet", write_page_checksum=True)
+        child.log_artifact(place.parent / "changes.parquet")
+        splits = Counter(relabelled["split"].to_pylist())
+        figures_of = {"rows": relabelled.num_rows, "changed": changes.num_rows}
+        return {**manifest.counts, "rows": relabelled.num_rows, "splits": dict(splits), "figures": figures_of}
+
+    session.stage(f"write {settings.write}", folder, body)
+    say(f"pairs: {place}")
+
+
 def _experiments(found: Audited, settings: Relabel, seed: int, folder: Path, out: Path) -> dict[str, Any]:
     train = found.codes.role("train")
     heldout = {"target": found.codes.role("target"), "off": found.codes.role("off_target")}
-    head = _Head(found.codes, heldout, seed)
+    head = CachedHead(found.codes, heldout, seed)
     residual_ND = train.residual[train.chosen] - train.residual[train.rejected]
     scores = {name: pair_scores(train, found.selection, site) for name, site in zip(FEATURES, SITES, strict=True)}
-    probe_N = _cross_fitted(residual_ND, train.prompts, np.ones(train.num_pairs), seed)
+    probe_N = cross_fitted(residual_ND, train.prompts, np.ones(train.num_pairs), seed)
     ranked = rankings(scores, train.margins, probe_N, train.log_length, np.random.default_rng(seed))
     seeds = []
     for s in range(settings.seeds):
@@ -130,6 +150,7 @@ def _experiments(found: Audited, settings: Relabel, seed: int, folder: Path, out
                 rows.append(_row(action, verb, share, method, suspicion_N, head, train, heldout, seeds, settings, seed))
     noise_rows = _noise(found, head, train, residual_ND, seeds, settings, seed, out)
     baseline = {name: {"mean": float(np.mean([one.credits[name] for one in seeds]))} for name in heldout}
+    verdicts = _verdicts(rows, noise_rows, heldout["target"].prompts, settings, seed)
     for row in rows:
         row.pop("_credits")
     return {
@@ -141,12 +162,12 @@ def _experiments(found: Audited, settings: Relabel, seed: int, folder: Path, out
         "baseline": baseline,
         "rows": rows,
         "noise_rows": noise_rows,
-        "verdicts": _verdicts(rows, noise_rows, settings),
+        "verdicts": verdicts,
     }
 
 
 def _row(
-    action: str, verb: str, share: float, method: str, suspicion_N: NDArray[np.float64], head: _Head, train: AuditCodes,
+    action: str, verb: str, share: float, method: str, suspicion_N: NDArray[np.float64], head: CachedHead, train: AuditCodes,
     heldout: Mapping[str, AuditCodes], seeds: list[_Seed], settings: Relabel, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Held-out accuracy after one intervention, averaged over seeds, and its change against the same seeds' unchanged labels."""
@@ -176,7 +197,7 @@ def _row(
 
 
 def _noise(
-    found: Audited, head: _Head, train: AuditCodes, residual_ND: NDArray[np.float32], seeds: list[_Seed], settings: Relabel, seed: int, out: Path
+    found: Audited, head: CachedHead, train: AuditCodes, residual_ND: NDArray[np.float32], seeds: list[_Seed], settings: Relabel, seed: int, out: Path
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Flip labels at random, choose features and fit controls on the noisy labels alone, and drop what they suspect."""
     asked = read_manifest(out / "features", FEATURES_SCHEMA).config
@@ -188,7 +209,7 @@ def _noise(
         noisy_N[rng.choice(one.rows, int(len(one.rows) * settings.noise), replace=False)] = True
         sign_N = np.where(noisy_N, -1.0, 1.0)
         swapped = _swapped(train, noisy_N)
-        margin_N = _cross_fitted(head.x, train.prompts, sign_N, seed, head.penalty)
+        margin_N = cross_fitted(head.x, train.prompts, sign_N, seed, head.penalty)
         weight_S = np.zeros_like(found.codes.weight)
         weight_S[head.alive] = head.fit(one.rows, sign_N) / head.scale
         is_used = np.zeros(train.num_pairs, dtype=bool)
@@ -198,7 +219,7 @@ def _noise(
         ranked = rankings(
             _scores(swapped, picked, one.rows),
             margin_N,
-            _cross_fitted(residual_ND, train.prompts, sign_N, seed),
+            cross_fitted(residual_ND, train.prompts, sign_N, seed),
             swapped.log_length,
             rng,
         )
@@ -227,19 +248,9 @@ def _swapped(codes: AuditCodes, is_swapped_N: NDArray[np.bool_]) -> AuditCodes:
     return replace(codes, chosen=chosen, rejected=np.where(is_swapped_N, codes.chosen, codes.rejected))
 
 
-def _cross_fitted(
-    x_ND: NDArray[np.floating], prompts_N: NDArray[Any], sign_N: NDArray[np.float64], seed: int, penalty: float = 1e-3
-) -> NDArray[np.float64]:
-    """Margins, under the given labels, of linear heads that have not seen the pair's prompt."""
-    x_ND = (x_ND / (x_ND.std(axis=0) + 1e-12) * sign_N[:, None]).astype(np.float32)
-    margins_N = np.empty(len(x_ND))
-    folds = GroupKFold(min(_FOLDS, len(np.unique(prompts_N))), shuffle=True, random_state=seed)
-    for fit, test in folds.split(x_ND, groups=prompts_N):
-        margins_N[test] = x_ND[test] @ fit_head(x_ND[fit], penalty)
-    return margins_N
-
-
-def _verdicts(rows: list[dict[str, Any]], noise_rows: list[dict[str, Any]], settings: Relabel) -> dict[str, Any]:
+def _verdicts(
+    rows: list[dict[str, Any]], noise_rows: list[dict[str, Any]], prompts_N: NDArray[Any], settings: Relabel, seed: int
+) -> dict[str, Any]:
     """What was hoped for, against what came out: the strongest poison beside its best control, and noise found again."""
     share = max(settings.poison)
     strongest = {row["method"]: row for row in rows if row["action"] == "poison" and row["share"] == share}
@@ -247,6 +258,8 @@ def _verdicts(rows: list[dict[str, Any]], noise_rows: list[dict[str, Any]], sett
     best_own = min(own, key=lambda name: own[name]["target_change"])
     controls = {name: row for name, row in strongest.items() if name not in FEATURES}
     best = min(controls, key=lambda name: controls[name]["target_change"])
+    gap_N = own[best_own]["_credits"]["target"] - controls[best]["_credits"]["target"]
+    low, high = bootstrap_means(gap_N[:, None], prompts_N, settings.resamples, seed)
     nearest = min(settings.denoise, key=lambda s: abs(s - settings.noise))
     noise = {row["method"]: row for row in noise_rows if row["share"] == nearest}
     best_noise = max(FEATURES, key=lambda name: noise[name]["precision"])
@@ -258,6 +271,8 @@ def _verdicts(rows: list[dict[str, Any]], noise_rows: list[dict[str, Any]], sett
             "ci95": own[best_own]["target_ci95"],
             "best_control": best,
             "best_control_change": controls[best]["target_change"],
+            "minus_best_control": float(gap_N.mean()),
+            "minus_best_control_ci95": [float(low[0]), float(high[0])],
             "lowers_more_than_every_control": own[best_own]["target_change"] < controls[best]["target_change"],
             "off_change": own[best_own]["off_change"],
             "off_ci95": own[best_own]["off_ci95"],
