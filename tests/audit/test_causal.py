@@ -6,6 +6,7 @@ from tests.audit.conftest import WEIGHT, tables
 from sarm.audit import causal
 from sarm.audit.codes import codes_of
 from sarm.data.sentences import sentence_ends
+from sarm.data.statistics import pair_credit
 from sarm.nn.sae import TopKSae, dense, standardise
 
 D, S, K = 8, 32, 4
@@ -103,11 +104,12 @@ def test_deleting_in_order_loses_the_margin_sooner_than_at_random(codes):
     assert order[:2].tolist() == [2, 1]
     found = causal.deletion_curves(target, order, [rng.permutation(order) for _ in range(50)], (1, 2, 32))
     own = found["ordered"]
-    assert own["comprehensiveness"][-1] == pytest.approx(1.0)
-    assert own["sufficiency"][-1] == pytest.approx(1.0)
-    np.testing.assert_allclose(np.add(own["comprehensiveness"], own["sufficiency"]), 1.0)
-    kept = -(codes.weight[2] * 1.0) * np.asarray(target.z[target.rejected][:, [2]].toarray()).mean()
-    assert own["sufficiency"][0] == pytest.approx(kept / target.margins.mean())
+    assert own["margin_share"][-1] == pytest.approx(1.0)
+    kept = target.difference[:, [2]] @ target.weight[[2]]
+    assert own["margin_share"][0] == pytest.approx(kept.mean() / target.margins.mean())
+    assert own["accuracy_only"][0] == pytest.approx(pair_credit(kept).mean())
+    assert own["accuracy_without"][0] == pytest.approx(pair_credit(target.margins - kept).mean())
+    assert own["accuracy_only"][-1] == found["accuracy"] == pytest.approx(pair_credit(target.margins).mean())
     assert found["aopc"]["value"] > 1.3 * found["aopc"]["control_median"]
 
 

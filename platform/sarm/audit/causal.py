@@ -114,9 +114,10 @@ def swap(
 def deletion_curves(
     codes: AuditCodes, order: NDArray[np.int64], random_orders: Sequence[NDArray[np.int64]], sizes: Sequence[int]
 ) -> dict[str, Any]:
-    """Accuracy and mean margin with the first m latents of an order off, and with only them on, beside random orders.
+    """What the first m latents of an order carry, beside random orders: their share of the mean margin, and two accuracies.
 
-    AOPC is the mean loss of margin over `sizes`, as a share of the whole margin: near 1 if few latents carry it.
+    Under a linear head the share that is lost without them (comprehensiveness) is the share that they keep alone (sufficiency), so
+    there is one column of it; accuracies without them and with them alone do differ. AOPC is the mean share over `sizes`.
     """
     whole = float(codes.margins.mean())
 
@@ -124,15 +125,14 @@ def deletion_curves(
         terms_NM = (codes.difference[:, latents] * codes.weight[latents]).toarray().cumsum(axis=1)
         kept_MN = [terms_NM[:, min(m, len(latents)) - 1] for m in sizes]
         return {
-            "comprehensiveness": [float((whole - (codes.margins - kept).mean()) / whole) if whole else 0.0 for kept in kept_MN],
-            "sufficiency": [float(kept.mean() / whole) if whole else 0.0 for kept in kept_MN],
+            "margin_share": [float(kept.mean() / whole) if whole else 0.0 for kept in kept_MN],
             "accuracy_without": [float(pair_credit(codes.margins - kept).mean()) for kept in kept_MN],
             "accuracy_only": [float(pair_credit(kept).mean()) for kept in kept_MN],
-        }  # fmt: skip
+        }
 
     own, controls = curve(order), [curve(latents) for latents in random_orders]
     means = {name: np.mean([one[name] for one in controls], axis=0).tolist() for name in own}
-    aopc = [float(np.mean(one["comprehensiveness"])) for one in [own, *controls]]
+    aopc = [float(np.mean(one["margin_share"])) for one in [own, *controls]]
     return {
         "sizes": list(sizes),
         "accuracy": float(pair_credit(codes.margins).mean()),

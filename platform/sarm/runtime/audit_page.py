@@ -162,25 +162,24 @@ def _causal(content: Mapping[str, Any]) -> Iterable[Section]:
     own, random = curves["ordered"], curves["random"]
     yield Section(
         title="Comprehensiveness and sufficiency",
-        text=f"Latents in the order of their mean contribution on the selecting pairs, against random orders. AOPC {curves['aopc']['value']:.3f}, random median {curves['aopc']['control_median']:.3f} (p {curves['aopc']['p']:.3g}). Shares of the mean margin; accuracy with all latents {share(curves['accuracy'])}.",
+        text=f"Latents in the order of their mean contribution on the selecting pairs, against random orders. AOPC {curves['aopc']['value']:.3f}, random median {curves['aopc']['control_median']:.3f} (p {curves['aopc']['p']:.3g}). The share of the margin that is lost without them is the share that they keep alone, exactly, since the head is linear. Accuracy with all latents {share(curves['accuracy'])}.",
         columns=(
             "latents",
-            "lost without them",
-            "random",
-            "kept by them alone",
+            "share of the margin",
             "random",
             "accuracy without",
+            "random",
             "accuracy with them alone",
+            "random",
         ),
         rows=[
             (
                 m,
-                share(own["comprehensiveness"][i]),
-                share(random["comprehensiveness"][i]),
-                share(own["sufficiency"][i]),
-                share(random["sufficiency"][i]),
-                share(own["accuracy_without"][i]),
-                share(own["accuracy_only"][i]),
+                *(
+                    share(side[name][i])
+                    for name in ("margin_share", "accuracy_without", "accuracy_only")
+                    for side in (own, random)
+                ),
             )
             for i, m in enumerate(curves["sizes"])
         ],

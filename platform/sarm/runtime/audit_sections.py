@@ -140,7 +140,10 @@ def relabelling_sections(content: Mapping[str, Any]) -> Iterable[Section]:
 
 def _verdict(one: Mapping[str, Any]) -> str:
     gap = f"{signed(100 * one['minus_best_control'], 1)} points ({signed_span([100 * end for end in one['minus_best_control_ci95']], 1)})"
-    other = ", ".join(f"{name} {signed(100 * change, 1)}" for name, change in one["off_subsets"].items())
+    other = ", ".join(
+        f"{name} {signed(100 * own['change'], 1)} ({signed_span([100 * end for end in own['ci95']], 1)})"
+        for name, own in one["off_subsets"].items()
+    )
     return f"Flipping {share(one['share'])} by {one['method']} changes the target by {gap} more than the strongest control, {one['best_control']}; off target: {other}."
 
 

@@ -59,7 +59,7 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
             "strongest": {
                 "latent": int(latents[0]),
                 **_zeroed(target, latents[:1], np.unique(nearest_G1, axis=0), resamples, seed),
-            },  # fmt: skip
+            },
             "swap": causal.swap(target, latents, sets_GE, resamples, seed),
             "upstream": causal.upstream(
                 found.model, target, latents, sets_GE[: settings.upstream_controls], resamples, seed
