@@ -131,7 +131,7 @@ def test_a_bad_import_is_noticed(module, source):
     [
         ("sarm.nn.modeling_sarm", "import math\nimport torch.nn\nfrom transformers import AutoModel\nfrom .sae import dense"),
         ("sarm.data.groups", "from sarm.data.packing import Row\nfrom sarm.nn.sae import dense\nfrom sarm import schema"),
-        ("sarm.evaluate.pairs", "from sarm.evaluate.statistics import calibration\nimport numpy"),
+        ("sarm.evaluate.pairs", "from sarm.data.statistics import calibration\nimport numpy"),
         ("sarm.runtime.zero", "import deepspeed\nfrom sarm.train import reward"),
         ("jobs.evaluate", "from sarm.config import Evaluate\nfrom sarm.runtime import stages"),
     ],
@@ -173,7 +173,8 @@ print("loaded:", sorted({HEAVY!r} & set(sys.modules)))
 """
 
 
-WITH_PRESETS = [job for job in SCRIPTS if job.stem not in ("compare", "convert_sae")]
+FLAGS_ONLY = ("compare", "convert_sae", "audit_features", "steer", "relabel")
+WITH_PRESETS = [job for job in SCRIPTS if job.stem not in FLAGS_ONLY]
 ANSWERS = [
     *(
         (job, arguments)
@@ -181,6 +182,10 @@ ANSWERS = [
         for arguments in (["--help"], ["tiny", "--help"], ["tiny", "--dry-run"])
     ),
     (ROOT / "jobs" / "convert_sae.py", ["--help"]),
+    (ROOT / "jobs" / "audit_features.py", ["--help"]),
+    (ROOT / "jobs" / "steer.py", ["--help"]),
+    (ROOT / "jobs" / "steer.py", ["--dry-run"]),
+    (ROOT / "jobs" / "relabel.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["a", "b", "--dry-run"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),

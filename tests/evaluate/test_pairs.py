@@ -3,8 +3,8 @@ import pyarrow as pa
 import pytest
 
 from sarm.config import UserError
+from sarm.data.statistics import wilson_interval
 from sarm.evaluate.pairs import accuracy_difference, length_baseline, measure_pairs, random_baseline
-from sarm.evaluate.statistics import wilson_interval
 from sarm.schema import PAIR_SCORES
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from sarm.data.statistics import pair_credit
 from sarm.evaluate.rows import Benchmark, Floats, Observations, ScoredRow, collect, plain_mean
-from sarm.evaluate.statistics import pair_credit
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from scipy import optimize
 
 from sarm import schema
+from sarm.data.statistics import calibration
 from sarm.evaluate.rows import Benchmark, Floats, ScoredRow
-from sarm.evaluate.statistics import calibration
 
 _RIDGE = 1e-3
 _RANDOM_DRAWS = 20

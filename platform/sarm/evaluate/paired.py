@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from sarm.data.statistics import wilson_interval
 from sarm.evaluate.resampling import Sums, interval, resample
 from sarm.evaluate.reward_bench_2 import TIES, best_of_n_credit
 from sarm.evaluate.rows import Benchmark, ScoredRow
-from sarm.evaluate.statistics import wilson_interval
 
 # Even if all of so few prompts favour one model, an exact test finds nothing at 5 %: 2 * 0.5 ** 5 is 0.0625.
 _TOO_FEW = 5

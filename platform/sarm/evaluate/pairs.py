@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sarm.config import UserError
-from sarm.evaluate.statistics import (
+from sarm.data.statistics import (
     Interval,
     calibration,
     cluster_bootstrap,

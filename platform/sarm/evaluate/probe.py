@@ -61,13 +61,14 @@ def fit_probe(
     nll_by_C = dict.fromkeys(C_GRID, 0.0)
     for train, test in folds.split(x_ND, groups=prompt_ids_N):
         for C in C_GRID:
-            margins = x_ND[test] @ _fit(x_ND[train], C)
+            margins = x_ND[test] @ fit_head(x_ND[train], C)
             nll_by_C[C] += float(np.logaddexp(0.0, -margins.astype(np.float64)).sum()) / len(x_ND)
     best = min(C_GRID, key=lambda C: nll_by_C[C])
-    return Probe((_fit(x_ND, best) / scale_D).astype(np.float32), best, nll_by_C)
+    return Probe((fit_head(x_ND, best) / scale_D).astype(np.float32), best, nll_by_C)
 
 
-def _fit(x_ND: NDArray[np.float32], C: float) -> NDArray[np.float32]:
+def fit_head(x_ND: Float[np.ndarray, "pairs d_in"], C: float) -> Float[np.ndarray, " d_in"]:
+    """The weights of least `C sum log(1 + exp(-w.x)) + |w|^2 / 2` over differences x = chosen - rejected."""
     # log-loss of (x, 1) equals that of (-x, 0) without an intercept: turning every second row around gives the
     # solver its two classes at half the cost of mirroring all rows.
     labels_N = np.arange(len(x_ND)) % 2

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from sarm.data.statistics import cluster_bootstrap
 from sarm.evaluate.rows import ScoredRow
 from sarm.evaluate.settings import PROBES
-from sarm.evaluate.statistics import cluster_bootstrap
 
 _MARKUP = re.compile(r"^(?:#{1,6} |[-*+] |\d+[.)] |> )|\*\*|__|`", re.M)
 _TYPO_EVERY_WORDS = 25

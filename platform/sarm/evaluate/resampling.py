@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from sarm.data.statistics import Z_95, Interval, wilson_interval
 from sarm.evaluate.rows import Benchmark, Observations, ScoredRow
-from sarm.evaluate.statistics import Z_95, Interval, wilson_interval
 
 Floats = NDArray[np.float64]
 # A combination of subsets with fewer prompts is drawn together with the other rare combinations.

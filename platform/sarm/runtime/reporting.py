@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from sarm.config import Evaluation
 from sarm.data.artifacts import load_sarm
-from sarm.evaluate.statistics import reliability_bins
+from sarm.data.statistics import reliability_bins
 from sarm.interpret import figures
 from sarm.interpret.attribution import pair_explanation, top_features
 from sarm.interpret.report import Report, ReportFiles, as_dict, describe_features, describe_pair, write_report

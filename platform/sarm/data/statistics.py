@@ -128,3 +128,43 @@ def reliability_bins(margins_N: Float[np.ndarray, " pairs"]) -> ReliabilityBins:
 
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.exp(-np.logaddexp(0.0, -x))
+
+
+def bootstrap_means(
+    values_NF: Float[np.ndarray, "pairs figures"], clusters_N: Shaped[np.ndarray, " pairs"], resamples: int, seed: int
+) -> tuple[Float[np.ndarray, " figures"], Float[np.ndarray, " figures"]]:
+    """95 % percentile ends of the mean of every column, all columns of a resample over the same drawn clusters.
+
+    Raises ValueError as `cluster_bootstrap`.
+    """
+    counts_RC, cluster_N = cluster_counts(clusters_N, resamples, seed)
+    if len(values_NF) != len(cluster_N):
+        raise ValueError(f"expected as many cluster ids as values, got {len(cluster_N)} and {len(values_NF)}")
+    sums_CF = cluster_sums(values_NF, cluster_N)
+    means_RF = (counts_RC @ sums_CF) / (counts_RC @ np.bincount(cluster_N))[:, None]
+    low_F, high_F = np.quantile(means_RF, [0.025, 0.975], axis=0)
+    return low_F, high_F
+
+
+def cluster_counts(
+    clusters_N: Shaped[np.ndarray, " pairs"], resamples: int, seed: int
+) -> tuple[Float[np.ndarray, "resamples clusters"], NDArray[np.intp]]:
+    """How often each resample draws each cluster, and the cluster of each value; sums of resamples are then one product.
+
+    Raises ValueError if there are no values.
+    """
+    if not len(clusters_N):
+        raise ValueError("expected some values to resample")
+    names, cluster_N = np.unique(clusters_N, return_inverse=True)
+    probabilities = np.full(len(names), 1 / len(names))
+    counts_RC = np.random.default_rng(seed).multinomial(len(names), probabilities, size=resamples)
+    return counts_RC.astype(np.float64), cluster_N
+
+
+def cluster_sums(
+    values_NF: Float[np.ndarray, "pairs figures"], cluster_N: NDArray[np.intp]
+) -> Float[np.ndarray, "clusters figures"]:
+    """Column sums of each cluster's rows."""
+    order = np.argsort(cluster_N, kind="stable")
+    starts = np.flatnonzero(np.diff(cluster_N[order], prepend=-1))
+    return np.add.reduceat(values_NF[order], starts, axis=0)

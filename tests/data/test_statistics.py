@@ -3,9 +3,11 @@ import time
 import numpy as np
 import pytest
 
-from sarm.evaluate.statistics import (
+from sarm.data.statistics import (
+    bootstrap_means,
     calibration,
     cluster_bootstrap,
+    cluster_sums,
     pair_credit,
     reliability_bins,
     wilson_interval,
@@ -122,3 +124,16 @@ def test_ten_thousand_resamples_of_three_hundred_clusters_take_well_under_a_seco
         cluster_bootstrap(rng.random(3000), rng.integers(0, 300, 3000), 10_000, 0)
         times.append(time.perf_counter() - start)
     assert min(times) < 1
+
+
+def test_the_bootstrap_of_columns_agrees_with_that_of_one_column_and_keeps_clusters_whole():
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(12), rng.integers(1, 6, 12))
+    values = rng.normal(size=(len(clusters), 2)) + rng.normal(size=12)[clusters][:, None]
+    low, high = bootstrap_means(values, clusters, 4000, 0)
+    for column in (0, 1):
+        one = cluster_bootstrap(values[:, column], clusters, 4000, 1)
+        np.testing.assert_allclose([low[column], high[column]], one, atol=0.06)
+    brute = np.stack([values[clusters == c].sum(0) for c in range(12)])
+    np.testing.assert_allclose(cluster_sums(values, clusters), brute)
+    assert (high - low > 1.2 * (2 * 1.96 * values.std(0) / np.sqrt(len(values)))).all(), "clusters widen an interval"

@@ -1,0 +1,21 @@
+"""Audited SARM -> edited head weights, what the edit does on target and other pairs, and the edited model.
+
+python jobs/steer.py --out outputs/audit --name doubled --edit scale --strength 2
+python jobs/steer.py --out outputs/audit --name safer --edit goal --goal 1.0 --tolerance 0.1
+python jobs/steer.py --out outputs/audit --name as-before --undo doubled
+"""
+
+from sarm.audit.settings import Steer
+from sarm.runtime.job import run_command
+
+
+def main(settings: Steer) -> None:
+    from sarm.runtime.session import open_session
+    from sarm.runtime.steering import steer
+
+    with open_session(settings) as session:
+        steer(session, settings)
+
+
+if __name__ == "__main__":
+    run_command(Steer, main, __doc__ or "")

@@ -1,0 +1,195 @@
+"""Interventions that can fail. R responses, N pairs, D d_in, S d_sae, G sets of latents, M latents deleted.
+
+upstream    h' = h -+ sd(h) sum_i z_i d_i at the rewarded token, then standardise, encode and TopK again: competitors enter, so that the
+            reward does not move by -+ sum w_i z_i (d_i: row i of W_dec). realised / linear says how much of it is left.
+swap        the latents of a set change places between chosen and rejected; the margin moves by -2 sum w_i (z_i(c) - z_i(r))
+deletion    (comprehensiveness) latents off, in an order fixed on other pairs; (sufficiency) only they are on (DeYoung et al. 2020)
+sentences   the sentence that the features fire most at is cut out of the text, or, as placebo, another one
+
+Under a linear head the swap and deletion of latents are sums of the reward's own terms: exact, no evidence about the backbone. What
+makes them tests is the comparison with matched sets, and that order and sets were fixed on pairs of other prompts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sarm.audit.codes import AuditCodes
+from sarm.audit.steering import against_controls
+from sarm.data.statistics import bootstrap_means, pair_credit
+from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.nn.sae import STANDARDISE_EPS, standardise
+
+_ROWS_AT_ONCE = 512
+
+
+@torch.inference_mode()
+def upstream_rewards(
+    model: SarmForSequenceClassification,
+    residual_RD: Float[Tensor, "responses d_in"],
+    z_RE: Float[Tensor, "responses edited"],
+    latents: NDArray[np.int64],
+    sign: float,
+) -> Float[np.ndarray, " responses"]:
+    """Rewards after sum_i z_i d_i was added to (`sign` 1) or taken from (-1) the residual, through TopK again."""
+    decoder_ED = model.sae.W_dec[torch.from_numpy(latents)]
+    rewards = []
+    for start in range(0, len(residual_RD), _ROWS_AT_ONCE):
+        h_BD = residual_RD[start : start + _ROWS_AT_ONCE]
+        std_B1 = h_BD.std(dim=1, keepdim=True) + STANDARDISE_EPS
+        moved_BD = h_BD + sign * std_B1 * (z_RE[start : start + _ROWS_AT_ONCE] @ decoder_ED)
+        rewards.append(model.score(model.sae(standardise(moved_BD))).squeeze(-1))
+    return torch.cat(rewards).double().numpy()
+
+
+def upstream(
+    model: SarmForSequenceClassification,
+    codes: AuditCodes,
+    selected: NDArray[np.int64],
+    control_sets_GE: NDArray[np.int64],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Margins of these pairs after each set's directions are removed, and added once more, beside matched sets.
+
+    `realised` is the mean change of the margin, `linear` what the head alone would give, `realised_share` their ratio, with an
+    interval over prompts.
+    """
+    rows = codes.responses
+    place = {int(row): i for i, row in enumerate(rows)}
+    chosen, rejected = (np.array([place[int(i)] for i in side]) for side in (codes.chosen, codes.rejected))
+    residual_RD = torch.from_numpy(codes.residual[rows].copy())
+    reward_R = codes.reward[rows]
+
+    def margin_change(latents: NDArray[np.int64], sign: float) -> NDArray[np.float64]:
+        z_RE = torch.from_numpy(codes.z[rows][:, latents].toarray()).float()
+        change_R = upstream_rewards(model, residual_RD, z_RE, latents, sign) - reward_R
+        return change_R[chosen] - change_R[rejected]
+
+    out: dict[str, Any] = {}
+    for name, sign in (("removed", -1.0), ("added", 1.0)):
+        realised_N = margin_change(selected, sign)
+        linear_N = sign * (codes.difference[:, selected] @ codes.weight[selected])
+        low, high = bootstrap_means(np.stack([realised_N, linear_N], axis=1), codes.prompts, resamples, seed)
+        controls = np.array([margin_change(latents, sign).mean() for latents in control_sets_GE])
+        linear = float(linear_N.mean())
+        before_N = codes.margins
+        out[name] = {
+            "realised_ci95": [float(low[0]), float(high[0])],
+            "linear": linear,
+            "realised_share": float(realised_N.mean() / linear) if abs(linear) > 1e-9 else None,
+            "accuracy_before": float(pair_credit(before_N).mean()),
+            "accuracy_after": float(pair_credit(before_N + realised_N).mean()),
+            **against_controls(float(realised_N.mean()), controls),
+        }
+    return out
+
+
+def swap(
+    codes: AuditCodes, selected: NDArray[np.int64], control_sets_GE: NDArray[np.int64], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Margins and orders of the pairs after a set's latents change places between chosen and rejected."""
+    before_N = codes.margins
+
+    def changed(latents: NDArray[np.int64]) -> NDArray[np.float64]:
+        return -2 * (codes.difference[:, latents] @ codes.weight[latents])
+
+    own_N = changed(selected)
+    controls = [changed(latents) for latents in control_sets_GE]
+    flips = [float((np.sign(before_N + one) != np.sign(before_N)).mean()) for one in [own_N, *controls]]
+    low, high = bootstrap_means(own_N[:, None], codes.prompts, resamples, seed)
+    return {
+        "margin_ci95": [float(low[0]), float(high[0])],
+        **against_controls(float(own_N.mean()), np.array([one.mean() for one in controls])),
+        "flips": flips[0],
+        "flips_control_median": float(np.median(flips[1:])),
+    }
+
+
+def deletion_curves(
+    codes: AuditCodes, order: NDArray[np.int64], random_orders: Sequence[NDArray[np.int64]], sizes: Sequence[int]
+) -> dict[str, Any]:
+    """What the first m latents of an order carry, beside random orders: their share of the mean margin, and two accuracies.
+
+    Under a linear head the share that is lost without them (comprehensiveness) is the share that they keep alone (sufficiency), so
+    there is one column of it; accuracies without them and with them alone do differ. AOPC is the mean share over `sizes`.
+    """
+    whole = float(codes.margins.mean())
+
+    def curve(latents: NDArray[np.int64]) -> dict[str, list[float]]:
+        terms_NM = (codes.difference[:, latents] * codes.weight[latents]).toarray().cumsum(axis=1)
+        kept_MN = [terms_NM[:, min(m, len(latents)) - 1] for m in sizes]
+        return {
+            "margin_share": [float(kept.mean() / whole) if whole else 0.0 for kept in kept_MN],
+            "accuracy_without": [float(pair_credit(codes.margins - kept).mean()) for kept in kept_MN],
+            "accuracy_only": [float(pair_credit(kept).mean()) for kept in kept_MN],
+        }
+
+    own, controls = curve(order), [curve(latents) for latents in random_orders]
+    means = {name: np.mean([one[name] for one in controls], axis=0).tolist() for name in own}
+    aopc = [float(np.mean(one["margin_share"])) for one in [own, *controls]]
+    return {
+        "sizes": list(sizes),
+        "accuracy": float(pair_credit(codes.margins).mean()),
+        "ordered": own,
+        "random": means,
+        "aopc": against_controls(aopc[0], np.array(aopc[1:])),
+    }
+
+
+def contribution_order(codes: AuditCodes) -> NDArray[np.int64]:
+    """Latents by the size of their mean contribution to the margin of these pairs, largest first; silent ones left out."""
+    mean_S = np.asarray(codes.difference.mean(axis=0)).ravel() * codes.weight
+    order = np.argsort(-np.abs(mean_S), kind="stable")
+    return order[np.abs(mean_S[order]) > 0]
+
+
+def sentence_edits(
+    texts: Sequence[str],
+    fired: Sequence[Sequence[float]],
+    ends_of: Callable[[str], list[int]],
+    rng: np.random.Generator,
+) -> list[tuple[str, str] | None]:
+    """For each text, it without the sentence that the features fire most at, and without another random one (the placebo).
+
+    `fired` is the features' sum at each sentence end. None where a text has fewer than two sentences, its ends and sums do not
+    agree in number, or the features fire nowhere or everywhere alike.
+    """
+    edited: list[tuple[str, str] | None] = []
+    for text, sums in zip(texts, fired, strict=True):
+        ends = ends_of(text)
+        if len(ends) < 2 or len(ends) != len(sums) or max(sums) <= min(sums):
+            edited.append(None)
+            continue
+        top = int(np.argmax(sums))
+        other = int(rng.choice([i for i in range(len(ends)) if i != top]))
+        without = [_without(text, ends, i) for i in (top, other)]
+        edited.append((without[0], without[1]) if all(part.strip() for part in without) and without[0] != without[1] else None)  # fmt: skip
+    return edited
+
+
+def _without(text: str, ends: Sequence[int], i: int) -> str:
+    start = ends[i - 1] + 1 if i else 0
+    return text[:start].rstrip() + text[ends[i] + 1 :] if i else text[ends[i] + 1 :].lstrip()
+
+
+def deletion_effect(
+    change_D2: Float[np.ndarray, "deletions 2"], prompts: Sequence[str], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Mean change of the features' reward by cutting their own sentence, the placebo, and the difference, with intervals over prompts."""
+    columns = np.column_stack([change_D2, change_D2[:, 0] - change_D2[:, 1]])
+    low, high = bootstrap_means(columns, np.array(prompts), resamples, seed)
+    names = ("own_sentence", "placebo", "difference")
+    values = columns.mean(axis=0)
+    return {
+        "num_responses": len(columns),
+        **{
+            name: {"value": float(v), "ci95": [float(a), float(b)]}
+            for name, v, a, b in zip(names, values, low, high, strict=True)
+        },
+    }

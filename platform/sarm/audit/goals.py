@@ -1,0 +1,72 @@
+"""Preference editing by goal: the smallest sparse edit of head weights that raises one mean margin and holds the others.
+
+    minimise |delta|_1  subject to  m_T . delta >= x,   |m_g . delta| <= y for every other group g,   |delta_i| <= b
+
+m_g is a group's mean of z(chosen) - z(rejected): the mean margin moves by exactly m_g . delta. A linear programme (delta = p - n), solved by HiGHS.
+The certificate is the same sums on pairs that the solver has not seen.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy import optimize
+
+from sarm.audit.codes import AuditCodes
+from sarm.config import UserError
+
+_ZERO = 1e-9
+
+
+@dataclass(frozen=True)
+class GoalEdit:
+    """The change of the head, and what it does to the groups that it was made on."""
+
+    delta: Float[np.ndarray, " d_sae"]
+    target_shift: float
+    largest_other_shift: float
+
+
+def mean_difference(codes: AuditCodes) -> Float[np.ndarray, " d_sae"]:
+    """Mean of z(chosen) - z(rejected) over pairs."""
+    return np.asarray(codes.difference.mean(axis=0)).ravel()
+
+
+def edit_for(
+    target: AuditCodes, others: dict[str, AuditCodes], goal: float, tolerance: float, max_change: float
+) -> GoalEdit:
+    """The edit that raises the target's mean margin by `goal` and moves no other group's by more than `tolerance`.
+
+    `max_change` bounds each weight's change, in reward units per unit of latent.
+    Raises UserError, saying how far one can get, where there is none.
+    """
+    target_S = mean_difference(target)
+    other_GS = np.stack([mean_difference(codes) for codes in others.values()]) if others else np.zeros((0, len(target_S)))  # fmt: skip
+    moves = np.flatnonzero(np.abs(target_S) > _ZERO)
+    if not len(moves):
+        raise UserError("no latent tells the target's chosen from its rejected responses, so no edit can raise its margin.")  # fmt: skip
+    t_M, o_GM = target_S[moves], other_GS[:, moves]
+    held = np.concatenate([o_GM, -o_GM])
+    limits = np.full(len(held), tolerance)
+    best = _solve(-t_M, held, limits, max_change)
+    furthest = float(t_M @ best)
+    if furthest < goal - _ZERO:
+        raise UserError(f"the goal of {goal:g} cannot be reached: with no other subset moving by more than {tolerance:g}, the target can rise by {furthest:.4g} at most. Pass a smaller --goal, or a larger --tolerance or --max-change.")  # fmt: skip
+    delta_M = _solve(None, np.concatenate([held, -t_M[None]]), np.append(limits, -goal), max_change)
+    delta_S = np.zeros_like(target_S)
+    delta_S[moves] = np.where(np.abs(delta_M) > _ZERO, delta_M, 0.0)
+    shifts = other_GS @ delta_S
+    return GoalEdit(delta_S, float(target_S @ delta_S), float(np.abs(shifts).max(initial=0.0)))
+
+
+def _solve(
+    gain_M: NDArray[np.float64] | None, rows_CM: NDArray[np.float64], limit_C: NDArray[np.float64], bound: float
+) -> NDArray[np.float64]:
+    """delta = p - n >= 0 that minimises `gain . delta`, or |delta|_1 without a gain, under rows . delta <= limit."""
+    size = rows_CM.shape[1]
+    cost = np.ones(2 * size) if gain_M is None else np.concatenate([gain_M, -gain_M])
+    found = optimize.linprog(cost, np.hstack([rows_CM, -rows_CM]), limit_C, bounds=(0, bound), method="highs")
+    if found.status != 0:
+        raise UserError(f"the solver found no edit: {found.message}")
+    return found.x[:size] - found.x[size:]

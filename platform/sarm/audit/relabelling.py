@@ -1,0 +1,111 @@
+"""Which training pairs to flip or drop, by features and by controls at the same budget. N pairs.
+
+SAFER: g(y) = mean over sentence ends of sum_{safe} z - sum_{unsafe} z; a pair scores g(chosen) - g(rejected).
+poison   flip the pairs that score highest        denoise   drop the pairs that score lowest
+Every method is one ranking, `suspicion`, low where the label looks right: poison takes its beginning, denoise its end. So sets of
+growing budgets are nested, and int(N p) pairs large.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+
+from sarm.audit.codes import AuditCodes
+from sarm.audit.selection import Selection
+from sarm.config import UserError
+
+FEATURES = ("features", "features, sentence ends")
+CHANGES = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("action", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),
+    ]
+)
+
+
+def pair_scores(codes: AuditCodes, selection: Selection, site: str) -> Float[np.ndarray, " pairs"]:
+    """Safe minus unsafe features of the chosen response minus the same of the rejected one."""
+    g_R = codes.per_end(site)[:, selection.latent] @ selection.sign.astype(np.float64)
+    return g_R[codes.chosen] - g_R[codes.rejected]
+
+
+def rankings(
+    scores: Mapping[str, Float[np.ndarray, " pairs"]],
+    margins_N: Float[np.ndarray, " pairs"],
+    probe_N: Float[np.ndarray, " pairs"],
+    log_length_N: Float[np.ndarray, " pairs"],
+    rng: np.random.Generator,
+) -> dict[str, Float[np.ndarray, " pairs"]]:
+    """Suspicion of every pair's label by each method: what poison flips first has the lowest, what denoise drops first the highest.
+
+    `scores` are those of features, by name. margin is the size of the reward model's margin (poison flips what it is surest of, denoise drops what it is least sure of), loss its
+    Bradley-Terry loss, probe that of a linear probe on activations, length takes the shorter answer to be the better one.
+    """
+    return {
+        **{name: -scores_N for name, scores_N in scores.items()},
+        "random": rng.permutation(len(margins_N)).astype(np.float64),
+        "margin": -np.abs(margins_N),
+        "loss": np.logaddexp(0.0, -margins_N),
+        "length": log_length_N,
+        "probe": np.logaddexp(0.0, -probe_N),
+    }
+
+
+def changed_pairs(
+    suspicion_N: Float[np.ndarray, " pairs"], share: float, action: str, pair_ids: NDArray[Any]
+) -> NDArray[np.int64]:
+    """The int(N share) pairs that `flip` or `drop` takes, first to go first; equal suspicions in order of ids.
+
+    Raises UserError if a pair has no score, or the share is less than one pair.
+    """
+    if not np.isfinite(suspicion_N).all():
+        missing = int((~np.isfinite(suspicion_N)).sum())
+        raise UserError(f"{missing} of {len(suspicion_N)} pairs have no score, and none is made up for them. Score all pairs first.")  # fmt: skip
+    count = int(len(suspicion_N) * share)
+    if count == 0:
+        raise UserError(f"{share:.1%} of {len(suspicion_N)} pairs is none. Pass larger shares, or more pairs.")
+    key_N = suspicion_N if action == "flip" else -suspicion_N
+    return np.lexsort((pair_ids, key_N))[:count]
+
+
+def changes_table(
+    changed: NDArray[np.int64], action: str, suspicion_N: Float[np.ndarray, " pairs"], pair_ids: NDArray[Any]
+) -> pa.Table:
+    """The manifest of what was changed, in order: enough to do it again and to take it back."""
+    rows = [
+        {"pair_id": str(pair_ids[i]), "action": action, "rank": rank, "score": float(suspicion_N[i])}
+        for rank, i in enumerate(changed)
+    ]
+    return pa.Table.from_pylist(rows, schema=CHANGES)
+
+
+def apply_changes(pairs: pa.Table, changes: pa.Table) -> pa.Table:
+    """pairs/v1 rows with the flips and drops of a manifest; ids stay, so that flipping again takes it back.
+
+    Raises UserError if the manifest names pairs that are not there.
+    """
+    action = dict(zip(changes["pair_id"].to_pylist(), changes["action"].to_pylist(), strict=True))
+    rows = pairs.to_pylist()
+    if unknown := action.keys() - {row["pair_id"] for row in rows}:
+        raise UserError(f"{len(unknown)} changed pairs are not among these, first {min(unknown)}. Pass the pairs that the changes were made for.")  # fmt: skip
+    kept = []
+    for row in rows:
+        what = action.get(row["pair_id"])
+        if what == "flip":
+            row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+            row["margin"] = None if row["margin"] is None else -row["margin"]
+        if what != "drop":
+            kept.append(row)
+    return pa.Table.from_pylist(kept, schema=pairs.schema)
+
+
+def precision_recall(dropped: NDArray[np.int64], is_noisy_N: Bool[np.ndarray, " pairs"]) -> dict[str, float]:
+    """Of the dropped pairs the share that was noisy, and of the noisy pairs the share that was dropped."""
+    hits = int(is_noisy_N[dropped].sum())
+    return {"precision": hits / max(1, len(dropped)), "recall": hits / max(1, int(is_noisy_N.sum()))}

@@ -1,0 +1,206 @@
+"""Editing head weights, in closed form. N pairs, E edited latents, G sets of latents, A strengths.
+
+r' = r + sum_i (w'_i - w_i) z_i with w' = a w (scale), w + a (add), 0 (zero), a (set): linear in the codes, so a sweep of strengths is
+one product per set. That rewards move is therefore exact by construction; what can fail is that they move where they should,
+and further than under random latents of the same density and weight.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from sarm.audit.codes import AuditCodes
+from sarm.config import UserError
+from sarm.data.statistics import bootstrap_means, cluster_counts, cluster_sums, pair_credit
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Head weights of some latents before and after."""
+
+    latent: NDArray[np.int64]
+    before: NDArray[np.float64]
+    after: NDArray[np.float64]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """One record per latent; float32 values survive the round trip exactly."""
+        return [
+            {"latent": int(i), "before": float(b), "after": float(a)}
+            for i, b, a in zip(self.latent, self.before, self.after, strict=True)
+        ]
+
+    @staticmethod
+    def from_json(records: Sequence[Mapping[str, Any]]) -> "Edit":
+        columns = {name: [record[name] for record in records] for name in ("latent", "before", "after")}
+        return Edit(
+            np.array(columns["latent"], dtype=np.int64), np.array(columns["before"]), np.array(columns["after"])
+        )
+
+    def applied(self, weight_S: Float[np.ndarray, " d_sae"]) -> Float[np.ndarray, " d_sae"]:
+        """The edited head.
+
+        Raises UserError unless the weights are those that the edit was made for.
+        """
+        if not np.array_equal(weight_S[self.latent].astype(np.float32), self.before.astype(np.float32)):
+            raise UserError(
+                "the head's weights are not those that this edit was made for. Pass the SARM that it names."
+            )
+        edited_S = weight_S.copy()
+        edited_S[self.latent] = self.after
+        return edited_S
+
+    def undone(self) -> "Edit":
+        """The edit back."""
+        return Edit(self.latent, self.after, self.before)
+
+
+def make_edit(kind: str, strength: float, latents: NDArray[np.int64], weight_S: Float[np.ndarray, " d_sae"]) -> Edit:
+    """The edit of `kind` (scale, add, zero, set) at one strength."""
+    before = weight_S[latents].astype(np.float64)
+    constant, factor = _parts(kind, before)
+    # In float32, the head's precision: what is reported is what is saved.
+    return Edit(latents, before, (before + constant + strength * factor).astype(np.float32).astype(np.float64))
+
+
+def steered_rewards(codes: AuditCodes, edit: Edit) -> Float[np.ndarray, " responses"]:
+    """Rewards of all responses under the edited head, without running the model."""
+    return codes.reward + codes.z[:, edit.latent] @ (edit.after - edit.before)
+
+
+def _parts(kind: str, weight: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(constant, slope): the change of the weights is constant + strength * slope."""
+    if kind == "scale":
+        return -weight, weight
+    if kind == "add":
+        return np.zeros_like(weight), np.ones_like(weight)
+    if kind == "zero":
+        return -weight, np.zeros_like(weight)
+    if kind == "set":
+        return -weight, np.ones_like(weight)
+    raise UserError(f"unknown edit {kind}, known are scale, add, zero, set. Pass --edit.")
+
+
+class Sweep:
+    """Margins and rewards of all pairs under every set of latents at every strength.
+
+    `sets_GE` [G, E]: one edited set a row; `signs_GE`, where given, says on which side each latent is added to (for `add`).
+    """
+
+    def __init__(self, codes: AuditCodes, kind: str, strengths: Sequence[float], sets_GE: NDArray[np.int64], signs_GE: NDArray[np.float64] | None = None):  # fmt: skip
+        num_sets, size = sets_GE.shape
+        weight_E = codes.weight[sets_GE.ravel()]
+        constant_E, slope_E = _parts(kind, weight_E)
+        if signs_GE is not None and kind in ("add", "set"):
+            slope_E = slope_E * signs_GE.ravel()
+        # Only latents in some set take part: a responses x latents block of a few hundred columns.
+        used, place_E = np.unique(sets_GE, return_inverse=True)
+        group_E = np.repeat(np.arange(num_sets), size)
+        mixing = np.zeros((2, len(used), num_sets))
+        np.add.at(mixing[0], (place_E.ravel(), group_E), constant_E)
+        np.add.at(mixing[1], (place_E.ravel(), group_E), slope_E)
+        rows = codes.responses
+        z_RU = codes.z[rows][:, used].toarray()
+        place_R = np.zeros(codes.z.shape[0], dtype=np.int64)
+        place_R[rows] = np.arange(len(rows))
+        self._chosen, self._rejected = place_R[codes.chosen], place_R[codes.rejected]
+        self.constant_RG, self.slope_RG = z_RU @ mixing[0], z_RU @ mixing[1]
+        self.codes, self.strengths = codes, np.array(strengths, dtype=np.float64)
+
+    def shift(self, strength: float) -> Float[np.ndarray, "responses sets"]:
+        """Change of the rewards of `codes.responses`."""
+        return self.constant_RG + strength * self.slope_RG
+
+    def margins(self, strength: float) -> Float[np.ndarray, "pairs sets"]:
+        """Margins after the edit."""
+        shift_RG = self.shift(strength)
+        return self.codes.margins[:, None] + shift_RG[self._chosen] - shift_RG[self._rejected]
+
+    def pair_slopes(self) -> Float[np.ndarray, " pairs"]:
+        """How far each pair's margin moves per unit of strength, under the first set."""
+        return self.slope_RG[self._chosen, 0] - self.slope_RG[self._rejected, 0]
+
+    def summary(self) -> dict[str, Float[np.ndarray, "strengths sets"]]:
+        """Mean shifts, share of responses affected, flips and accuracy at every strength, for every set.
+
+        `margin` and `chosen`: mean shift of the margin and of the chosen reward, in reward units; `affected`: share of responses
+        whose reward moves; `flips`: share of pairs whose order changes; `accuracy` after the edit.
+        """
+        before_N = self.codes.margins
+        names = ("margin", "chosen", "affected", "flips", "accuracy")
+        out = {name: np.empty((len(self.strengths), self.slope_RG.shape[1])) for name in names}
+        for a, strength in enumerate(self.strengths):
+            shift_RG, after_NG = self.shift(strength), self.margins(strength)
+            out["margin"][a] = (after_NG - before_N[:, None]).mean(axis=0)
+            out["chosen"][a] = shift_RG[self._chosen].mean(axis=0)
+            out["affected"][a] = (np.abs(shift_RG) > 1e-9).mean(axis=0)
+            out["flips"][a] = (np.sign(after_NG) != np.sign(before_N)[:, None]).mean(axis=0)
+            out["accuracy"][a] = pair_credit(after_NG).mean(axis=0)
+        return out
+
+
+def measure_edit(
+    codes: AuditCodes, after_R: Float[np.ndarray, " responses"], resamples: int, seed: int
+) -> dict[str, Any]:
+    """What new rewards of all responses do to these pairs, with 95 % intervals over prompts."""
+    before_N, after_N = codes.margins, after_R[codes.chosen] - after_R[codes.rejected]
+    moved_R = after_R - codes.reward
+    columns = {
+        "margin_shift": after_N - before_N,
+        "chosen_shift": moved_R[codes.chosen],
+        "rejected_shift": moved_R[codes.rejected],
+        "accuracy_before": pair_credit(before_N),
+        "accuracy_after": pair_credit(after_N),
+        "accuracy_change": pair_credit(after_N) - pair_credit(before_N),
+        "flips": (np.sign(after_N) != np.sign(before_N)).astype(np.float64),
+        "affected": (np.abs(after_N - before_N) > 1e-9).astype(np.float64),
+    }
+    values = np.stack(list(columns.values()), axis=1)
+    low, high = bootstrap_means(values, codes.prompts, resamples, seed)
+    figures = {name: {"value": float(v), "ci95": [float(a), float(b)]} for name, v, a, b in zip(columns, values.mean(0), low, high, strict=True)}  # fmt: skip
+    return {"num_pairs": codes.num_pairs, "num_prompts": len(np.unique(codes.prompts)), **figures}
+
+
+def by_subset(codes: AuditCodes, after_R: Float[np.ndarray, " responses"], resamples: int, seed: int) -> dict[str, Any]:
+    """`measure_edit` of every subset."""
+    return {
+        name: measure_edit(codes.keep(codes.subsets == name), after_R, resamples, seed)
+        for name in sorted(set(codes.subsets.tolist()))
+    }
+
+
+def against_controls(value: float, controls: NDArray[np.float64]) -> dict[str, float]:
+    """An effect beside those of matched controls: their median and 95th percentile by size, the ratio, and a permutation p-value.
+
+    The ratio is infinite where half of the controls do nothing at all.
+    """
+    size = np.abs(controls)
+    median = float(np.median(size))
+    return {
+        "value": float(value),
+        "control_median": median,
+        "control_95": float(np.quantile(size, 0.95)),
+        "control_mean": float(controls.mean()),
+        "ratio": abs(value) / median if median > 0 else float("inf"),
+        "p": float((np.count_nonzero(size >= abs(value) - 1e-12) + 1) / (len(size) + 1)),
+    }
+
+
+def ratio_interval(
+    per_pair_NG: Float[np.ndarray, "pairs sets"], prompts_N: NDArray[Any], resamples: int, seed: int
+) -> list[float]:
+    """95 % interval, over prompts, of |mean of column 0| over the median |mean| of the other columns."""
+    counts_RC, cluster_N = cluster_counts(prompts_N, resamples, seed)
+    means_RG = np.abs(counts_RC @ cluster_sums(per_pair_NG, cluster_N))
+    ratio_R = means_RG[:, 0] / np.maximum(np.median(means_RG[:, 1:], axis=1), 1e-12)
+    return [float(end) for end in np.quantile(ratio_R, [0.025, 0.975])]
+
+
+def specificity(target_change: float, other_changes: Sequence[float]) -> float | None:
+    """|target| / (|target| + largest |other|): 1 if only the target moves, 1/2 if something else moves as far; None if nothing moves."""
+    worst = max((abs(change) for change in other_changes), default=0.0)
+    total = abs(target_change) + worst
+    return abs(target_change) / total if total > 0 else None
