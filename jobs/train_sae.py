@@ -1,7 +1,9 @@
 """activations/v1 -> a TopK sparse autoencoder, trained on sentence ends and then on chat ends.
 
 python jobs/train_sae.py demo
+python jobs/train_sae.py demo --also.d-sae 4608 18432 --also.k 13 54
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/train_sae.py demo
+python jobs/train_sae.py demo --also.d-sae 4608 18432 --also.k 13 54
 """
 
 from sarm.config import TrainSae
@@ -13,7 +15,7 @@ def main(config: TrainSae) -> None:
     from sarm.runtime.session import open_session
 
     with open_session(config) as session:
-        stages.train_sae(session, config.sae)
+        stages.train_sae(session, config.sae, config.also)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from sarm.checks import UserError as UserError
 from sarm.checks import check as _check
 from sarm.checks import check_least as _check_least
 from sarm.reward_config import Reward as Reward
+from sarm.sae_config import AlsoSaes as AlsoSaes
 from sarm.sae_config import Sae as Sae
 
 # `run` and `out` are too common to be typed with a prefix: `--out`, `--seed`, `--dry-run`.
@@ -158,10 +159,11 @@ class ExtractActivations:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSae:
-    """Train the TopK SAE on sentence ends, then on chat ends."""
+    """Train the TopK SAE on sentence ends, then on chat ends; several at once, if asked."""
 
     run: Annotated[Run, Flat] = Run()
     sae: Sae = Sae()
+    also: AlsoSaes = AlsoSaes()
 
 
 @dataclass(frozen=True, kw_only=True)

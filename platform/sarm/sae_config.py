@@ -1,6 +1,7 @@
 """Settings of SAE training."""
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sarm.checks import OPERATIONAL
@@ -78,3 +79,25 @@ class Sae:
         _check(
             self, "sae.signed", not self.signed or self.architecture == "topk", "off unless the architecture is topk"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlsoSaes:
+    """SAEs that learn beside the main one, from the same read of the activations: every combination of these and of its own values."""
+
+    d_sae: tuple[int, ...] = ()
+    """Further dictionary sizes."""
+    k: tuple[int, ...] = ()
+    """Further numbers of active latents."""
+    seed: tuple[int, ...] = ()
+    """Further seeds of the first weights; the order of rows stays that of --seed."""
+
+    def beside(self, sae: Sae, seed: int) -> list[tuple[str, Sae, int]]:
+        """Name, settings and seed of each, without the main one; raises UserError for a combination that cannot be."""
+        found = []
+        for d_sae, k, init_seed in itertools.product(
+            *(dict.fromkeys((own, *further)) for own, further in ((sae.d_sae, self.d_sae), (sae.k, self.k), (seed, self.seed)))
+        ):  # fmt: skip
+            if (d_sae, k, init_seed) != (sae.d_sae, sae.k, seed):
+                found.append((f"d{d_sae}-k{k}-seed{init_seed}", replace(sae, d_sae=d_sae, k=k), init_seed))
+        return found

@@ -199,7 +199,7 @@ def trained(
         }
         if workers == 1:
             task = sae_task(extracted, root / "together", tracking, preset.sae, 1)
-            also = SaeMember(narrow, task.run.seed, root / "together, narrow", "_narrow")
+            also = SaeMember(narrow, task.run.seed, root / "together, narrow", tracking, "narrow")
             trainings["together"] = sae_worker, replace(task, also=(also,))
         for stage in stages:
             reward, folder = replace(REWARD, zero_stage=stage), root / f"zero {stage}"
@@ -253,7 +253,7 @@ def test_saes_that_need_other_rows_cannot_learn_together(
 ) -> None:
     task = sae_task(extracted, tmp_path / "one", tracking, preset.sae, 1)
     with pytest.raises(UserError, match="one batch_size, got 64 and 32"):
-        replace(task, also=(SaeMember(replace(preset.sae, batch_size=32), 0, tmp_path / "two"),))
+        replace(task, also=(SaeMember(replace(preset.sae, batch_size=32), 0, tmp_path / "two", tracking),))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -37,8 +37,9 @@ class SaeMember:
     sae: configs.Sae
     seed: int
     folder: Path
-    suffix: str = ""
-    """What its metrics' names have behind the phase."""
+    tracking: StageRun
+    name: str = ""
+    """What its lines of progress have behind the phase."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class SaeTask:
     states: Checkpoints
     corpus: Path | None = None
     also: tuple[SaeMember, ...] = ()
+    init_seed: int | None = None
+    """Seed of the first weights; None: the run's, which also decides the order of rows."""
 
     def __post_init__(self) -> None:
         for member in self.also:
@@ -70,7 +73,8 @@ class SaeTask:
 
     def members(self) -> list[SaeMember]:
         """All SAEs, the task's own first."""
-        return [SaeMember(self.sae, self.run.seed, self.folder), *self.also]
+        seed = self.run.seed if self.init_seed is None else self.init_seed
+        return [SaeMember(self.sae, seed, self.folder, self.tracking), *self.also]
 
 
 def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
                 _enter_phase_(sae, samples[names[number - 1]].to(device), samples[name].to(device))
         epochs, lr = settings[name]
         logs = [
-            Progress(f"sae_{name}{member.suffix}", task.tracking, ("loss", "fvu", "alive_share")) for member in members
+            Progress(f"sae_{name}", member.tracking, ("loss", "fvu", "alive_share"), member.name) for member in members
         ]
         phase = Phase(name, rows[name], rows[name].heldout, epochs, lr)
         member_configs = [member.sae for member in members]

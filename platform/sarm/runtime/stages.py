@@ -3,7 +3,6 @@
 What needs torch or Ray is imported inside, so that a finished stage is a no-op that starts nothing.
 """
 
-import contextlib
 import functools
 import json
 from collections.abc import Mapping
@@ -14,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sarm import schema
-from sarm.config import Data, Evaluation, Extraction, Model, Reward, Sae, UserError
+from sarm.config import AlsoSaes, Data, Evaluation, Extraction, Model, Reward, Sae, UserError
 from sarm.data import pair_sources, text_sources
-from sarm.data.activations import ACTIVATIONS, ActivationStore, statistics_of
+from sarm.data.activations import ACTIVATIONS, statistics_of
 from sarm.data.artifacts import SAE, SARM
 from sarm.data.chat import ChatTokenizer
 from sarm.data.checkpoints import Checkpoints
@@ -73,52 +72,22 @@ def extract(session: Session, model: Model, extraction: Extraction) -> None:
         )
 
 
-def train_sae(session: Session, sae: Sae) -> None:
-    """activations/v1 -> SAE."""
-    folders = session.folders
-    epochs = {"text": sae.text_epochs, "chat": sae.chat_epochs}
-    sources = {"text": folders.text_activations, "chat": folders.chat_activations}
-    used = {name: sources[name] for name in sources if epochs[name] > 0}
-    inputs = {f"activations/{name}": (path, ACTIVATIONS) for name, path in used.items()}
-    folder = StageFolder(folders.sae, SAE, plan.sae_settings(sae, session.run.seed), inputs)
-    states = Checkpoints(folders.states(folders.sae.name), {"config": folder.config, "inputs": folder.inputs})
+def train_sae(session: Session, sae: Sae, also: AlsoSaes = AlsoSaes()) -> None:
+    """activations/v1 -> SAE, and `also` others beside it, all from one read."""
+    from sarm.runtime.sae_stages import SaeStage, train_saes
 
-    def body(child: StageRun) -> Mapping[str, Any]:
-        from sarm.interpret.figures import density_histograms, sae_curves
-        from sarm.runtime import sae_training
-
-        sae_training.check_activations(sae, {name: ActivationStore(path) for name, path in used.items()})
-        task = sae_training.SaeTask(
-            session.run,
-            sae,
-            used.get("text"),
-            used.get("chat"),
-            folder.folder,
-            child,
-            states,
-            folders.corpus if "text" in used else None,
-        )
-        result = sae_training.train_on_cluster(task, session.cluster)
-        (folder.folder / "history.json").write_text(json.dumps(result["history"]))
-        child.log_figure(sae_curves(result["history"]), "sae_curves.png")
-        densities = json.loads((folder.folder / "density.json").read_text())
-        child.log_figure(density_histograms(densities), "density.png")
-        child.log_artifact(folder.folder / "cfg.json")
-        if result["rejected"]:
-            (folder.folder / "rejected_rows.json").write_text(json.dumps(result["rejected"]))
-            child.log_artifact(folder.folder / "rejected_rows.json")
-        rejected = {
-            name: {reason: len(ids) for reason, ids in kinds.items()} for name, kinds in result["rejected"].items()
-        }
-        return {"figures": result["figures"], "rejected": rejected}
-
-    session.stage("train SAE", folder, body)
-    _forget(states)
+    folders, seed = session.folders, session.run.seed
+    wanted = [SaeStage("train SAE", folders.sae, sae, seed)]
+    for name, other, init_seed in also.beside(sae, seed):
+        wanted.append(SaeStage(f"train SAE {name}", folders.out / "saes" / name, other, init_seed))
+    activations = {"text": folders.text_activations, "chat": folders.chat_activations}
+    train_saes(session, wanted, activations, folders.corpus, folders.states(folders.sae.name))
 
 
 def train_sarm(session: Session, model: Model, reward: Reward) -> None:
     """pairs/v1 and SAE -> SARM, and its baselines beside it."""
     from sarm.runtime import reward_models
+    from sarm.runtime.sae_stages import finish_training
 
     check_model(model)
     folders = session.folders
@@ -141,7 +110,7 @@ def train_sarm(session: Session, model: Model, reward: Reward) -> None:
                 _train_reward, session, one.model, one.reward, folders.pairs, one.sae, head_start, target, states
             ),
         )
-        _forget(states)
+        finish_training(states)
 
 
 def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -> Manifest:
@@ -235,13 +204,6 @@ def _train_reward(
     child.log_figure(reward_curves(history), "reward_curves.png")
     child.register_model(target, f"{session.run.experiment}-{target.name}")
     return {"figures": result["figures"]}
-
-
-def _forget(states: Checkpoints) -> None:
-    """Remove a finished training's states, and the folder that was made for them if it is the last one there."""
-    states.delete()
-    with contextlib.suppress(OSError):
-        states.folder.parent.rmdir()
 
 
 def _of_split(table: pa.Table, split: str) -> pa.Table:

@@ -147,9 +147,10 @@ def workers_on_device(device: torch.device) -> int:
 class Progress:
     """Prints a line now and then and logs every step's metrics to MLflow, each step once in the run's life."""
 
-    def __init__(self, name: str, tracking: StageRun, shown: tuple[str, ...]):
+    def __init__(self, name: str, tracking: StageRun, shown: tuple[str, ...], behind: str = ""):
         self.history: list[dict[str, float]] = []
         self._name, self._tracking, self._shown = name, tracking, shown
+        self._title = f"{name} {behind}".rstrip()
         self._started = self._printed = time.monotonic()
         self._done_before: float | None = None
         self._last_logged: int | None = None
@@ -170,4 +171,4 @@ class Progress:
             left = (now - self._started) * (1 - done) / max(done - self._done_before, 1e-9)
             values = "  ".join(f"{key} {metrics[key]:.4g}" for key in self._shown if key in metrics)
             eta = f"  {left:.0f} s left" if done > self._done_before else ""
-            print(f"{self._name} {done:4.0%}  step {step}  {values}{eta}", flush=True)
+            print(f"{self._title} {done:4.0%}  step {step}  {values}{eta}", flush=True)
