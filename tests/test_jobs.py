@@ -110,7 +110,7 @@ def job(config):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(30)
 
-run_job(TrainSarm, job, "", ["tiny"])
+run_job(TrainSarm, job, "Sleep.", ["tiny"])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 75, done.stderr[-2000:]
