@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
 RunJob = Callable[..., subprocess.CompletedProcess[str]]
 FIGURES = {
     "heldout_accuracy",
@@ -101,31 +99,22 @@ def test_asking_again_is_a_no_op_and_keeps_every_byte(finished: Path, run_job: R
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("manifest.json")} == before
 
 
-def test_a_training_that_gets_sigterm_exits_with_75_and_the_same_command_ends_as_if_it_had_not(
-    finished: Path, tmp_path: Path, run_job: RunJob
-) -> None:
-    import shutil
+def test_a_job_that_gets_sigterm_ends_with_75_and_says_how_to_go_on() -> None:
+    """`tests/runtime/test_resume.py` shows what SIGTERM does to the workers of a training."""
+    script = """
+import os, signal, time
+from sarm.config import TrainSarm
+from sarm.runtime.job import run_job
 
-    out = tmp_path / "copy"
-    shutil.copytree(finished, out)
-    for stage in ("sarm", "scalar_head", "evaluation"):
-        shutil.rmtree(out / stage)
-    command = [sys.executable, "-u", str(ROOT / "jobs" / "train_sarm.py"), "tiny", "--out", str(out)]
-    stopped = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert stopped.stdout is not None
-    for line in stopped.stdout:
-        if "step 1 " in line:
-            stopped.send_signal(signal.SIGTERM)
-            break
-    _, error = stopped.communicate(timeout=120)
-    assert stopped.returncode == 75, error[-2000:]
-    assert "the same command goes on" in error.splitlines()[-1]
-    done = run_job("train_sarm", "tiny", "--out", out)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for model in ("sarm", "scalar_head"):
-        weights = "model.safetensors"
-        assert (out / model / weights).read_bytes() == (finished / model / weights).read_bytes()
-    assert not list((out / "training").glob("*/step-*")), "states are gone once the models are there"
+def job(config):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+run_job(TrainSarm, job, "Sleep.", ["tiny"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stderr[-2000:]
+    assert done.stderr.strip() == "stopped by SIGTERM; the same command goes on with the unfinished stage"
 
 
 @pytest.mark.parametrize("job", ["prepare_data", "extract_activations", "train_sae", "train_sarm", "evaluate"])

@@ -48,8 +48,8 @@ def stopped_after_every_step(task: RewardTask) -> dict[str, Any] | None:
             continue
 
 
-def stopped(task: RewardTask, ask: Callable[[], None]) -> None:
-    """`reward_worker`, asked to stop while it takes a step in the middle."""
+def asked_to_stop(task: RewardTask, ask: Callable[[], None]) -> None:
+    """`reward_worker`, asked to stop while it takes a step in the middle; raises StoppedError."""
     take = RewardTraining._step
 
     def step(self, groups):
@@ -59,8 +59,7 @@ def stopped(task: RewardTask, ask: Callable[[], None]) -> None:
 
     RewardTraining._step, training_states._SECONDS_BETWEEN_LOOKS = step, 0  # type: ignore[method-assign]
     try:
-        with pytest.raises(StoppedError, match=f"stopped after step {STOP_AT}"):
-            reward_worker(task)
+        reward_worker(task)
     finally:
         RewardTraining._step = take  # type: ignore[method-assign]
         dist.barrier()
@@ -68,7 +67,8 @@ def stopped(task: RewardTask, ask: Callable[[], None]) -> None:
 
 
 def stopped_in_the_middle(task: RewardTask) -> None:
-    stopped(task, task.states.request_stop)
+    with pytest.raises(StoppedError, match=f"stopped after step {STOP_AT}"):
+        asked_to_stop(task, task.states.request_stop)
 
 
 def stopped_by_sigterm(task: RewardTask) -> None:
@@ -80,7 +80,7 @@ def stopped_by_sigterm(task: RewardTask) -> None:
             while not task.states.is_stop_requested():
                 time.sleep(0.01)
 
-    stopped(task, ask)
+    asked_to_stop(task, ask)
 
 
 def killed_once(task: RewardTask) -> dict[str, Any] | None:

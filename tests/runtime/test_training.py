@@ -53,8 +53,9 @@ def reward_task(
 ) -> RewardTask:
     folder.mkdir(exist_ok=True)
     run = Run(out=extracted, num_workers=workers, cpus_per_worker=1)
+    states = Checkpoints(folder.with_name(f"{folder.name}_states"), {"reward": identity(reward)})
     return RewardTask(
-        run, preset.model, model_folder(preset.model), reward, extracted / "pairs", sae, None, folder, tracking
+        run, preset.model, model_folder(preset.model), reward, extracted / "pairs", sae, None, folder, tracking, states
     )
 
 
@@ -128,7 +129,7 @@ def killed(extracted: Path, tmp_path_factory: pytest.TempPathFactory, tracking: 
     return states
 
 
-REWARD = Reward(lr=1e-3, head_lr=1e-2, epochs=1, batch_pairs=16, batch_tokens=512)
+REWARD = Reward(lr=3e-4, head_lr=5e-3, epochs=3, batch_pairs=16, batch_tokens=512)
 
 
 # Every part learns, through every term of the objective.
@@ -283,6 +284,7 @@ def test_zero_trains_as_one_plain_process_does(
 ) -> None:
     losses, weights = reference
     folder, result = trained[f"zero {stage}"]
+    assert len(losses) >= 20
     found = [entry["loss"] for entry in result["history"]]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=0, atol=1e-5)
     frozen = {"sae.W_enc", "sae.b_enc", "sae.W_dec", "sae.b_dec", "model.embed_tokens.weight"}

@@ -51,8 +51,11 @@ def _guarded(parsed: Callable[[], Any], job: Callable[[Any], None], arguments: S
         if run is not None and run.dry_run:
             print(describe(config))
             return
-        signal.signal(signal.SIGTERM, _stop)
-        job(config)
+        before = signal.signal(signal.SIGTERM, _stop)
+        try:
+            job(config)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     except StoppedError as stopped:
         print(f"{stopped}; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(75)

@@ -52,6 +52,8 @@ def run_workers(
     """
     # Ray Train would log every printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # One process less to start: a machine that goes away is seen by its workers' death, and the job's own end by SIGTERM.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     restarts, newest = 0, -1
     while True:
         try:
