@@ -173,7 +173,7 @@ print("loaded:", sorted({HEAVY!r} & set(sys.modules)))
 """
 
 
-WITH_PRESETS = [job for job in SCRIPTS if job.stem not in ("compare", "convert_sae")]
+WITH_PRESETS = [job for job in SCRIPTS if job.stem not in ("compare", "convert_sae", "convert_sarm")]
 ANSWERS = [
     *(
         (job, arguments)
@@ -181,6 +181,7 @@ ANSWERS = [
         for arguments in (["--help"], ["tiny", "--help"], ["tiny", "--dry-run"])
     ),
     (ROOT / "jobs" / "convert_sae.py", ["--help"]),
+    (ROOT / "jobs" / "convert_sarm.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["a", "b", "--dry-run"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),
