@@ -173,7 +173,7 @@ print("loaded:", sorted({HEAVY!r} & set(sys.modules)))
 """
 
 
-FLAGS_ONLY = ("compare", "convert_sae", "audit_features", "steer", "relabel")
+FLAGS_ONLY = ("compare", "convert_sae", "convert_sarm", "audit_features", "steer", "relabel")
 WITH_PRESETS = [job for job in SCRIPTS if job.stem not in FLAGS_ONLY]
 ANSWERS = [
     *(
@@ -186,6 +186,7 @@ ANSWERS = [
     (ROOT / "jobs" / "steer.py", ["--help"]),
     (ROOT / "jobs" / "steer.py", ["--dry-run"]),
     (ROOT / "jobs" / "relabel.py", ["--help"]),
+    (ROOT / "jobs" / "convert_sarm.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["a", "b", "--dry-run"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),

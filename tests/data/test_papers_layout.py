@@ -18,6 +18,7 @@ from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import TopKSae
 from sarm.runtime.convert_options import ConvertSarm
 from sarm.runtime.convert_sarm import convert_sarm
+from sarm.runtime.job import run_command
 
 D_SAE, K, LAYER, END = 80, 6, 1, 1
 CONVERSATION = [[{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine, thanks."}]]
@@ -200,9 +201,17 @@ def test_a_scalar_head_cannot_be_written_in_their_layout(tiny_folder, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_target_in_use_and_a_source_that_is_none_are_refused(tmp_path, run_job):
+def test_a_target_in_use_and_a_source_that_is_none_are_refused(tiny_folder, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
-    done = run_job("convert_sarm", tmp_path / "nowhere", tmp_path / "new")
-    assert (done.returncode, "holds no reward model" in done.stderr) == (2, True)
+    source = write_checkpoint(tiny_folder, tmp_path / "theirs", sarm_param=param())
+    for arguments, said in (
+        ([tmp_path / "nowhere", tmp_path / "new"], "holds no reward model"),
+        ([source, tmp_path / "full"], "is not empty. Pass another output folder"),
+        ([source, tmp_path / "new", "--format", "sae"], "needs the model whose activations it encodes. Pass --model"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_command(ConvertSarm, convert_sarm, "Convert.", [str(argument) for argument in arguments])
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

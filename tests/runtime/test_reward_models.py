@@ -64,8 +64,8 @@ def test_the_random_linear_map_is_the_papers_looser_variant(tiny_folder, tiny_ch
         h = model.model(input_ids=IDS, use_cache=False).last_hidden_state[:, -1]
         wanted = (h @ model.sae.W_enc + model.sae.b_enc) @ model.score.weight.T
         torch.testing.assert_close(model(input_ids=IDS).logits, wanted, rtol=0, atol=1e-4)
-    assert model.score.weight.std() == pytest.approx(0.02, rel=0.3)
-    assert model.sae.W_enc.std() == pytest.approx(0.02, rel=0.1)
+    assert model.score.weight.std().item() == pytest.approx(0.02, rel=0.3)
+    assert model.sae.W_enc.std().item() == pytest.approx(0.02, rel=0.1)
     parameter_groups(model, Reward(encoder="random_linear", train_sae=True))
     assert {n for n, p in model.named_parameters() if p.requires_grad and n.startswith("sae")} == {
         "sae.W_enc", "sae.b_enc", "sae.b_dec"
