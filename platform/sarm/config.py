@@ -197,8 +197,9 @@ class Pipeline:
     evaluation: Evaluation = Evaluation()
 
     def part(self, job: type[Job]) -> Job:
-        """The same settings as the config of one job, e.g. `preset.part(TrainSae)`."""
-        return job(**{f.name: getattr(self, f.name) for f in dataclasses.fields(job)})  # type: ignore[arg-type]
+        """The same settings as the config of one job, e.g. `preset.part(TrainSae)`; what only that job has stays at its default."""
+        own = {f.name for f in dataclasses.fields(self)}
+        return job(**{f.name: getattr(self, f.name) for f in dataclasses.fields(job) if f.name in own})  # type: ignore[arg-type]
 
 
 def identity(config: Any, *, seed: int | None = None) -> dict[str, Any]:
