@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sarm.config import Data, Evaluation, Extraction, Model, Pipeline, Reward, Sae, identity
+from sarm.config import Contexts, Data, Evaluation, Extraction, Model, Pipeline, Reward, Sae, identity
 from sarm.data.activations import ACTIVATIONS
 from sarm.data.artifacts import SAE, SARM
 from sarm.manifest import refuse_other_config
@@ -31,6 +31,8 @@ class Folders:
     sarm = property(lambda self: self.out / "sarm")
     scalar_head = property(lambda self: self.out / "scalar_head")
     evaluation = property(lambda self: self.out / "evaluation")
+    contexts = property(lambda self: self.out / "contexts")
+    pages = property(lambda self: self.out / "features")
 
 
 def corpus_settings(data: Data) -> Settings:
@@ -61,6 +63,11 @@ def reward_settings(model: Model, reward: Reward, seed: int) -> Settings:
 def evaluation_settings(evaluation: Evaluation, seed: int) -> Settings:
     """What decides the evaluation."""
     return identity(evaluation, seed=seed)
+
+
+def contexts_settings(contexts: Contexts) -> Settings:
+    """What decides contexts/v1."""
+    return identity(contexts)
 
 
 def refuse_other_run(config: Pipeline) -> None:
