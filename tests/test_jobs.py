@@ -76,7 +76,7 @@ def test_mlflow_has_a_parent_with_a_child_per_stage(finished: Path) -> None:
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert {run.data.tags["mlflow.runName"] for run in children} == {
         "prepare corpus", "prepare pairs", "extract sentence ends", "extract chat ends", "extract held-out chat ends",
-        "train SAE", "train SARM", "train scalar head", "evaluate",
+        "train SAE", "train SARM", "train scalar head", "evaluate", "collect contexts", "feature pages",
     }  # fmt: skip
     assert all(run.info.status == "FINISHED" for run in [*children, client.get_run(parent)])
     sarm = next(run for run in children if run.data.tags["mlflow.runName"] == "train SARM")

@@ -50,6 +50,8 @@ class Pages:
     """Texts shown of each latent and place."""
     pairs: int = 3
     """Pairs shown side by side for each latent."""
+    in_pipeline: bool = field(default=True, metadata=OPERATIONAL)
+    """Whether `jobs/pipeline.py` ends with contexts and pages."""
     explanations: str = ""
     """Folder of explanations/v1; empty: `explanations` beside the contexts if it is there, else extractive labels alone."""
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sarm.config import Pages, UserError
 from sarm.interpret.attribution import pair_contributions
 from sarm.interpret.context_store import ContextStore
-from sarm.interpret.labels import labels
+from sarm.interpret.labels import EXTRACTIVE, label, labels
 from sarm.interpret.report import clean_text
 from sarm.manifest import read_manifest
 
@@ -31,7 +31,10 @@ GROUPS = (("rewarded", "top"), ("rewarded", "decile"), ("sentence", "top"), ("se
 
 
 def features(
-    store: ContextStore, W_dec_SD: Float[np.ndarray, "d_sae d_in"], weight_S: Float[np.ndarray, " d_sae"], settings: Pages
+    store: ContextStore,
+    W_dec_SD: Float[np.ndarray, "d_sae d_in"],
+    weight_S: Float[np.ndarray, " d_sae"],
+    settings: Pages,
 ) -> list[dict[str, Any]]:
     """The latents that add most to rewards, by size; texts, labels and neighbours among all latents that fire."""
     summaries: dict[int, dict[str, Any]] = {}
@@ -39,7 +42,9 @@ def features(
         summaries.setdefault(row["latent"], {})[row["place"]] = row
     rank = np.empty(len(weight_S), np.int64)
     rank[np.argsort(-np.abs(weight_S), kind="stable")] = np.arange(1, len(weight_S) + 1)
-    found = [_figures(latent, places, float(weight_S[latent]), int(rank[latent])) for latent, places in summaries.items()]
+    found = [
+        _figures(latent, places, float(weight_S[latent]), int(rank[latent])) for latent, places in summaries.items()
+    ]
     found.sort(key=lambda one: (-abs(one["contribution"]), -abs(one["weight"]), one["latent"]))
     shown = found[: settings.features]
     texts = _texts(store.contexts, [one["latent"] for one in shown])
@@ -108,28 +113,50 @@ def add_pairs(
 
 
 def add_explanations(shown: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Give each feature its explanations, those with scores first.
+    """Give each feature its explanations, the best first.
+
+    Raises UserError if the folder is unfinished, of another kind or unreadable.
+    """
+    found = read_explanations(folder, [one["latent"] for one in shown])
+    for one in shown:
+        one["explanations"] = found.get(one["latent"], [])
+
+
+def read_explanations(folder: Path, latents: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
+    """Explanations of latents, except extractive ones: those that came out, then of rewarded tokens, then by detection score first.
 
     Raises UserError if the folder is unfinished, of another kind or unreadable.
     """
     read_manifest(folder, EXPLANATIONS)
-    rows: list[dict[str, Any]] = []
+    found: dict[int, list[dict[str, Any]]] = {}
+    wanted = set(latents)
     try:
         for path in sorted(folder.glob("*.parquet")):
             table = pq.read_table(path)
             if {"latent", "place", "explainer", "explanation", "status"} <= set(table.schema.names):
-                rows += table.to_pylist()
+                for row in table.to_pylist():
+                    if row["latent"] in wanted and row["explainer"] != EXTRACTIVE:
+                        text = clean_text(row["explanation"] or "", 400)
+                        reason = clean_text(row.get("reason") or "", 200)
+                        found.setdefault(row["latent"], []).append({**row, "explanation": text, "reason": reason})
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{folder} is damaged: {error}. Delete it and explain again.") from error
-    wanted = {one["latent"]: one for one in shown}
-    for row in rows:
-        if row["latent"] in wanted and row["explainer"] != "extractive":
-            text = clean_text(row["explanation"] or "", 400)
-            wanted[row["latent"]]["explanations"].append({**row, "explanation": text})
-    for one in shown:
-        one["explanations"].sort(
-            key=lambda row: (row["status"] != "ok", row["place"] != "rewarded", -(row.get("detection") or 0), row["explainer"])
-        )
+    for rows in found.values():
+        rows.sort(key=lambda row: (row["status"] != "ok", row["place"] != "rewarded", -(row.get("detection") or 0), row["explainer"]))  # fmt: skip
+    return found
+
+
+def feature_names(store: ContextStore | None, latents: Sequence[int], explanations: Path | None) -> dict[int, str]:
+    """One line for each latent: its explanation, else the terms of its texts; none for a latent without either."""
+    texts = _texts(store.contexts, latents) if store else {}
+    own = {latent: [_driving(row) for row in rows] for latent, rows in texts.items()}
+    everything = (_driving(row) for row in store.contexts.to_pylist()) if store else ()
+    names = {latent: f"terms: {label(terms)}" for latent, terms in labels(own, everything).items()}
+    if explanations is not None:
+        for latent, rows in read_explanations(explanations, latents).items():
+            if rows[0]["status"] == "ok":
+                names[latent] = rows[0]["explanation"]
+    return names
 
 
 def _figures(latent: int, places: Mapping[str, dict[str, Any]], weight: float, rank: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ deviations (Monroe, Colaresi, Quinn 2008, section 3.5.1):
     z_t = (log odds_own(t) - log odds_rest(t)) / sqrt(1 / (y_own + a_t) + 1 / (y_rest + a_t)),  a_t = prior counts as in all texts
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -65,7 +66,7 @@ def terms_of(text: str) -> frozenset[str]:
     """Lower-case words of a text and pairs of neighbours, each once."""
     words = [word.lower() for word in _WORD.findall(text)]
     return frozenset(word for word in words if len(word) > 1) | frozenset(
-        f"{a} {b}" for a, b in zip(words, words[1:], strict=False)
+        f"{a} {b}" for a, b in itertools.pairwise(words)
     )
 
 
@@ -74,7 +75,7 @@ def label(terms: Sequence[Term]) -> str:
     return ", ".join(term.term for term in terms) if terms else "no characteristic terms"
 
 
-def labels(texts_of: Mapping[int, Sequence[str]]) -> dict[int, list[Term]]:
-    """Characteristic terms of every latent against the texts of all."""
-    background = Background({text for texts in texts_of.values() for text in texts})
+def labels(texts_of: Mapping[int, Sequence[str]], more: Iterable[str] = ()) -> dict[int, list[Term]]:
+    """Characteristic terms of every latent against the texts of all, and `more`."""
+    background = Background({text for texts in texts_of.values() for text in texts} | set(more))
     return {latent: background.characteristic(texts) for latent, texts in texts_of.items()}

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from sarm.config import Model
 from sarm.data.artifacts import load_sarm
-from sarm.data.chat import ChatTokenizer
+from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import Row, answer_rows, text_row, token_batches
 from sarm.data.windows import sentence_columns, text_windows
@@ -59,9 +60,16 @@ class Reader(NamedTuple):
     """What loads a SARM and its tokenizer in a worker."""
 
     folder: Path
-    chat: ChatTokenizer
+    model: Model
     dtype: str
     batch_tokens: int
+
+    def chat(self) -> ChatTokenizer:
+        """The folder's tokenizer and template."""
+        chat = load_chat_tokenizer(self.model, self.folder)
+        # Texts are cut here; the tokenizer would warn of each long one.
+        chat.tokenizer.model_max_length = 1 << 30
+        return chat
 
 
 class LatentReader:
@@ -69,7 +77,7 @@ class LatentReader:
 
     def __init__(self, reader: Reader, threads: int):
         torch.set_num_threads(threads)
-        self.chat, self._batch_tokens = reader.chat, reader.batch_tokens
+        self.chat, self._batch_tokens = reader.chat(), reader.batch_tokens
         self._device = device_of_worker()
         self._model: Any = load_sarm(reader.folder, getattr(torch, reader.dtype)).to(self._device)  # type: ignore[arg-type]
 
@@ -89,7 +97,7 @@ class ContextUnits:
     """One slice in, its units with their active latents out."""
 
     def __init__(self, reader: Reader, source: Source, threads: int):
-        self._latents, self._max_length = LatentReader(reader, threads), reader.chat.max_length
+        self._latents, self._max_length = LatentReader(reader, threads), reader.model.max_length
         self._progress = Progress(source)
         self._held: tuple[tuple[str, int], pa.Table] | None = None
 
@@ -162,7 +170,7 @@ class SentenceDrops:
 
     def __init__(self, reader: Reader, limit: int, source: Source, threads: int):
         self._latents, self._limit, self._progress = LatentReader(reader, threads), limit, Progress(source)
-        self._max_length = reader.chat.max_length
+        self._max_length = reader.model.max_length
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         found: list[dict[str, Any]] = []

@@ -17,7 +17,6 @@ import ray.data
 
 from sarm.config import Contexts, Model, Run, UserError
 from sarm.data.artifacts import load_sarm
-from sarm.data.chat import load_chat_tokenizer
 from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE, PLACES
 from sarm.interpret.context_tables import choose, context_tables, strongest, summaries
 from sarm.interpret.context_texts import fetch, shown
@@ -181,7 +180,9 @@ def reader_of(folder: Path, settings: Contexts, dtype: str) -> Reader:
         raise UserError(f"{folder} is a {config.get('head', config.get('model_type'))} model without latents. Pass a folder with a SARM.")  # fmt: skip
     known = config.get("provenance") or {}
     model = Model(name=str(folder), max_length=known.get("max_length", 2048), system_prompt=known.get("system_prompt"))
-    return Reader(folder, load_chat_tokenizer(model, folder), dtype, settings.batch_tokens)
+    reader = Reader(folder, model, dtype, settings.batch_tokens)
+    reader.chat()
+    return reader
 
 
 def _row_groups(files: Sequence[Path], columns: list[str]) -> Iterator[tuple[int, tuple[Path, int, int, pa.Table]]]:

@@ -2,15 +2,20 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from sarm.config import Contexts
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from sarm.config import Contexts, Pages, UserError
 from sarm.data.artifacts import SARM
-from sarm.interpret.context_store import CONTEXTS
+from sarm.interpret.context_store import CONTEXTS, load_contexts
+from sarm.interpret.feature_data import EXPLANATIONS
 from sarm.manifest import Manifest, StageFolder, read_manifest
 from sarm.runtime import plan
 from sarm.runtime.models import hash_of_folder
-from sarm.runtime.plan import CORPUS, PAIRS
+from sarm.runtime.plan import CORPUS, EVALUATION, PAGES, PAIRS
 from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
 
@@ -41,3 +46,72 @@ def collect(session: Session, contexts: Contexts) -> Manifest:
         return {**counts, "model": hash_of_folder(folders.sarm)}
 
     return session.stage("collect contexts", folder, body)
+
+
+def write_pages(session: Session, pages: Pages) -> Manifest:
+    """contexts/v1 and SARM (and, where they are, held-out scores and explanations) -> feature pages, logged to the run.
+
+    Raises UserError for folders that are missing, unfinished, of another kind or of another model.
+    """
+    from sarm.interpret.feature_data import add_explanations, add_pairs, features
+    from sarm.interpret.feature_pages import write_feature_pages
+    from sarm.interpret.saedashboard import dashboard
+
+    folders = session.folders
+    inputs = {CONTEXTS: (folders.contexts, CONTEXTS), SARM: (folders.sarm, SARM)}
+    explanations = Path(pages.explanations).expanduser().absolute() if pages.explanations else folders.explanations
+    if pages.explanations or explanations.is_dir():
+        inputs[EXPLANATIONS] = (explanations, EXPLANATIONS)
+    scores = folders.evaluation / "sarm_scores"
+    if pages.pairs and scores.is_dir():
+        inputs |= {EVALUATION: (folders.evaluation, EVALUATION), PAIRS: (folders.pairs, PAIRS)}
+    folder = StageFolder(folders.pages, PAGES, plan.pages_settings(pages), inputs)
+    store = load_contexts(folders.contexts, hash_of_folder(folders.sarm))
+
+    def body(child: StageRun) -> Mapping[str, Any]:
+        from sarm.data.artifacts import load_sarm
+        from sarm.interpret.figures import contribution_bars, save_figure
+
+        model = load_sarm(folders.sarm)
+        weight_S = model.score.weight.detach().squeeze(0).numpy()
+        shown = features(store, model.sae.W_dec.detach().numpy(), weight_S, pages)
+        if EVALUATION in inputs:
+            add_pairs(shown, _table(scores), _table(folders.pairs), weight_S, pages.pairs)
+        if EXPLANATIONS in inputs:
+            add_explanations(shown, explanations)
+        fired = len(set(store.latents["latent"].to_pylist()))
+        facts = {
+            "model": model.config.provenance.get("model", folders.sarm.name),
+            "layer": model.config.layer,
+            "latents": len(weight_S),
+            "that fire in these texts": fired,
+            "shown": len(shown),
+            "texts read": store.facts["rows"],
+        }
+        notes = [] if EXPLANATIONS in inputs else ["There are no explanations yet: features carry extractive terms."]
+        files = write_feature_pages(shown, f"Features of {session.name}", facts, notes, folder.folder)
+        raising = [one for one in shown if one["contribution"] > 0][:20]
+        lowering = [one for one in shown if one["contribution"] < 0][:20]
+        bars = contribution_bars(
+            *(
+                [{"latent": one["latent"], "mean_contribution": one["contribution"]} for one in side]
+                for side in (raising, lowering)
+            )
+        )
+        files.append(folder.folder / "contributions.png")
+        save_figure(bars, files[-1])
+        files.append(folder.folder / "saedashboard.json")
+        files[-1].write_text(json.dumps(dashboard(shown, facts, store.facts), allow_nan=False, ensure_ascii=False))
+        for path in files:
+            session.tracker.parent.log_artifact(path, "features")
+        counts = {"features": len(shown), "pages": sum(path.name.startswith("features-") for path in files)}
+        return {**counts, "bytes": sum(path.stat().st_size for path in files), "figures": counts}
+
+    return session.stage("feature pages", folder, body)
+
+
+def _table(folder: Path) -> pa.Table:
+    paths = sorted(folder.glob("*.parquet"))
+    if not paths:
+        raise UserError(f"{folder} holds no Parquet files. Delete it and run its stage again.")
+    return ds.dataset([str(path) for path in paths]).to_table().replace_schema_metadata(None)
