@@ -47,7 +47,7 @@ demo = Pipeline(
     # 1e-3 undid the start. Stage 0, since one worker has nothing to shard.
     reward=Reward(lr=5e-6, head_lr=1e-4, head_init="probe", epochs=1, batch_pairs=16, zero_stage=0),
     # Half a minute. `jobs/collect_contexts.py demo --out ANOTHER` reads everything, and looks for driving sentences.
-    contexts=Contexts(split="heldout", span_contexts=0),
+    contexts=Contexts(split="heldout", span_answers=0),
 )
 
 # SARM section 4.1: Adam 5e-4 for the SAE, 16 d_in latents, k = 3/64 d_in; backbone 4e-6, 8 pairs a step, 3 epochs.

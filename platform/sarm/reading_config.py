@@ -27,6 +27,8 @@ class Contexts:
     """Characters of a text at most; a longer one keeps its end."""
     span_contexts: int = 3
     """Strongest texts of a latent at the rewarded token of which the driving sentence is looked for, by leaving each out in turn; 0: none."""
+    span_answers: int = 100
+    """Answers that are read so at most, those of the latents that add most to rewards; each costs a forward pass a part."""
     span_pieces: int = 8
     """Parts of an answer that are left out in turn at most; more sentences than that are joined."""
     batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
@@ -35,7 +37,7 @@ class Contexts:
     def __post_init__(self) -> None:
         if self.split == "none" and not self.corpus:
             raise UserError("there is nothing to read. Pass another --contexts.split, or --contexts.corpus.")
-        _check_least(self, "contexts.", top=1, per_decile=0, sampled=10, text_chars=80, span_contexts=0, span_pieces=2, batch_tokens=64, max_texts=1)  # fmt: skip
+        _check_least(self, "contexts.", top=1, per_decile=0, sampled=10, text_chars=80, span_contexts=0, span_answers=0, span_pieces=2, batch_tokens=64, max_texts=1)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from sarm.config import Contexts, Pipeline, Run, UserError
 from sarm.data.artifacts import load_sarm
 from sarm.data.sentences import sentence_ends
 from sarm.interpret.context_store import load_contexts
+from sarm.interpret.context_tables import Chosen, strongest
 from sarm.interpret.context_texts import Ref, parts, sentence_spans, unpack
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.context_collection import collect_contexts, on_cluster, pair_slices, reader_of
@@ -71,7 +72,7 @@ def test_many_actors_write_the_same_bytes_as_one_that_reads_in_another_order(sar
     run = Run(out=tmp_path, num_actors=2, cpus_per_worker=1)
     stream = on_cluster(run, Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False))
     # One pass is enough to see it, and starting actors is what takes time.
-    settings = dataclasses.replace(SETTINGS, corpus=False, span_contexts=0)
+    settings = dataclasses.replace(SETTINGS, corpus=False, span_answers=0)
     for name, how in (("many", stream), ("one", alone)):
         (tmp_path / name).mkdir()
         collect_contexts(settings, reader_of(sarm, settings, "float32"), *files, tmp_path / name, how)
@@ -217,3 +218,13 @@ def test_references_and_spans_go_there_and_back():
     words = " ".join("word" for _ in range(24))
     assert len(parts(words, 8)) == 3
     assert parts("yes", 8) == []
+
+
+def test_answers_to_take_apart_are_those_of_the_largest_latents_and_no_more_than_asked_for():
+    chosen = Chosen(
+        np.array([0, 0, 1, 2, 2]), np.array([-1, -1, -1, -1, 3]), np.array([0, 1, 0, 0, 0]), np.array([10, 11, 12, 10, 13]), np.ones(5)
+    )  # fmt: skip
+    size = np.array([1.0, 3.0, 2.0])
+    assert strongest(chosen, size, 1, 9) == {12: [1], 10: [2, 0]}
+    assert strongest(chosen, size, 2, 9) == {12: [1], 10: [2, 0], 11: [0]}
+    assert strongest(chosen, size, 2, 1) == {12: [1]}

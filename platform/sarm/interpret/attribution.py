@@ -165,7 +165,7 @@ def pair_contributions(scores: pa.Table, weight_S: NDArray[np.floating]) -> Acti
     row, latent = (np.concatenate(parts) for parts in zip(chosen[:2], rejected[:2], strict=True))
     key, place = np.unique(row * len(weight_S) + latent, return_inverse=True)
     contribution = np.bincount(place, np.concatenate([chosen.contribution, -rejected.contribution]), len(key))
-    return Active(key // len(weight_S), key % len(weight_S), contribution)
+    return Active(key // len(weight_S), key % len(weight_S), contribution.astype(np.float64))
 
 
 def _active(scores: pa.Table, side: str, weight_S: NDArray[np.floating]) -> Active:

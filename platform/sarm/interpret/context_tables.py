@@ -32,31 +32,28 @@ def choose(tally: Tally, per_decile: int) -> Chosen:
     A text that is among the strongest is not shown again as one of a tenth.
     """
     top, sample = tally.top.all(), tally.sample.all()
-    decile = sampled_deciles(sample)
-    is_top = np.isin(_pairs(sample), _pairs(top))
-    latent, decile, key, ref, value = (part[~is_top] for part in (sample.latent, decile, sample.key, sample.ref, sample.value))  # fmt: skip
-    group = latent * 16 + decile
-    order = np.lexsort((key, group))
+    is_new = ~np.isin(_pairs(sample), _pairs(top))
+    decile, rest = sampled_deciles(sample)[is_new], sample.take(is_new)
+    group = rest.latent * 16 + decile
+    order = np.lexsort((rest.key, group))
     drawn = order[place_in_run(group[order]) < per_decile]
     # Rank 0 is the strongest of what was drawn.
-    drawn = drawn[np.lexsort((key[drawn], -value[drawn], group[drawn]))]
-    parts = Chosen(
-        np.concatenate([top.latent, latent[drawn]]),
-        np.concatenate([np.full(len(top.latent), -1), decile[drawn]]),
-        np.concatenate([place_in_run(top.latent), place_in_run(group[drawn])]),
-        np.concatenate([top.ref, ref[drawn]]),
-        np.concatenate([top.value, value[drawn]]),
-    )
-    order = np.lexsort((parts.rank, parts.decile, parts.latent))
-    return Chosen(*(part[order] for part in parts))
+    drawn = drawn[np.lexsort((rest.key[drawn], -rest.value[drawn], group[drawn]))]
+    both = top.and_(rest.take(drawn))
+    deciles = np.concatenate([np.full(len(top.latent), -1), decile[drawn]])
+    ranks = np.concatenate([place_in_run(top.latent), place_in_run(group[drawn])])
+    order = np.lexsort((ranks, deciles, both.latent))
+    return Chosen(both.latent[order], deciles[order], ranks[order], both.ref[order], both.value[order])
 
 
-def strongest(chosen: Chosen, num: int) -> dict[int, list[int]]:
-    """Reference -> latents of which it is among the `num` strongest texts."""
+def strongest(chosen: Chosen, size_S: NDArray[np.float64], num: int, num_refs: int) -> dict[int, list[int]]:
+    """Reference -> latents of which it is among the `num` strongest texts; `num_refs` at most, those of the largest latents first."""
     found: dict[int, list[int]] = {}
-    wanted = (chosen.decile == -1) & (chosen.rank < num)
-    for ref, latent in zip(chosen.ref[wanted].tolist(), chosen.latent[wanted].tolist(), strict=True):
-        found.setdefault(ref, []).append(latent)
+    wanted = np.flatnonzero((chosen.decile == -1) & (chosen.rank < num))
+    order = wanted[np.lexsort((chosen.latent[wanted], -size_S[chosen.latent[wanted]], chosen.rank[wanted]))]
+    for ref, latent in zip(chosen.ref[order].tolist(), chosen.latent[order].tolist(), strict=True):
+        if ref in found or len(found) < num_refs:
+            found.setdefault(ref, []).append(latent)
     return found
 
 
@@ -78,7 +75,7 @@ def context_tables(
         blocks = []
         for place, one in sorted(chosen.items(), reverse=True):
             own = slice(*np.searchsorted(one.latent, [first, first + _LATENTS_AT_ONCE]))
-            part = Chosen(*(values[own] for values in one))
+            part = Chosen(one.latent[own], one.decile[own], one.rank[own], one.ref[own], one.value[own])
             blocks.append(_block(place, part, numbers, columns, texts, spans))
         table = pa.concat_tables(blocks)
         if table.num_rows:

@@ -163,13 +163,15 @@ def _figures(latent: int, places: Mapping[str, dict[str, Any]], weight: float, r
     rewarded = places.get("rewarded")
     main = rewarded or places["sentence"]
     chosen, rejected = (rewarded[f"{side}_mean"] if rewarded else None for side in ("chosen", "rejected"))
-    known = chosen is not None and rejected is not None
+    contribution, margin = 0.0, None
+    if chosen is not None and rejected is not None:
+        contribution, margin = weight * (chosen + rejected) / 2, weight * (chosen - rejected)
     return {
         "latent": latent,
         "weight": weight,
         "weight_rank": rank,
-        "contribution": weight * (chosen + rejected) / 2 if known else 0.0,
-        "margin": weight * (chosen - rejected) if known else None,
+        "contribution": contribution,
+        "margin": margin,
         "chosen_mean": chosen,
         "rejected_mean": rejected,
         "density": rewarded["density"] if rewarded else 0.0,

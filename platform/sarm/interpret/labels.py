@@ -1,8 +1,8 @@
-"""Extractive labels: the terms that a latent's texts hold more often than texts in general do. No model, no API.
+"""Extractive labels: the terms that a latent's texts hold more often than other texts do. No model, no API.
 
-t terms (words and pairs of words), counted once a text. Score = log-odds ratio with an informative Dirichlet prior, in standard
-deviations (Monroe, Colaresi, Quinn 2008, section 3.5.1):
-    z_t = (log odds_own(t) - log odds_rest(t)) / sqrt(1 / (y_own + a_t) + 1 / (y_rest + a_t)),  a_t = prior counts as in all texts
+A term (word or pair of words) is in k of the latent's n texts and in K of the N others. Score = log odds ratio in standard deviations,
+with one half added to each count (Haldane 1956; Anscombe 1956), so that a term that is nowhere else has a finite score:
+    z = [log((k + .5) / (n - k + .5)) - log((K + .5) / (N - K + .5))] / sqrt(sum of 1 / (count + .5) over the four counts)
 """
 
 import itertools
@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 _WORD = re.compile(r"[^\W\d_][\w'’-]*", re.UNICODE)
-_PRIOR = 10.0
 _MIN_SCORE = 1.64
 _MIN_TEXTS = 2
 EXTRACTIVE = "extractive"
@@ -33,23 +32,20 @@ class Background:
     def __init__(self, texts: Iterable[str]):
         self._terms = {text: terms_of(text) for text in texts}
         self._counts = Counter(term for terms in self._terms.values() for term in terms)
-        self._total = sum(self._counts.values())
 
     def characteristic(self, texts: Sequence[str], num: int = 5) -> list[Term]:
         """The terms that set these texts (of those the background was made of) apart, strongest first; a longer term stands for its words."""
         own_texts = [self._terms[text] for text in dict.fromkeys(texts)]
         own = Counter(term for terms in own_texts for term in terms)
-        num_own = sum(own.values())
+        num_own, num_rest = len(own_texts), len(self._terms) - len(own_texts)
         scored = []
         for term, count in own.items():
-            if count < _MIN_TEXTS:
-                continue
-            rest, prior = self._counts[term] - count, _PRIOR * self._counts[term] / self._total
-            here = math.log((count + prior) / (num_own + _PRIOR - count - prior))
-            there = math.log((rest + prior) / (self._total - num_own + _PRIOR - rest - prior))
-            score = (here - there) / math.sqrt(1 / (count + prior) + 1 / (rest + prior))
-            if score >= _MIN_SCORE:
-                scored.append(Term(term, score, count / len(own_texts)))
+            rest = self._counts[term] - count
+            cells = [count + 0.5, num_own - count + 0.5, rest + 0.5, num_rest - rest + 0.5]
+            odds = math.log(cells[0] / cells[1]) - math.log(cells[2] / cells[3])
+            score = odds / math.sqrt(sum(1 / cell for cell in cells))
+            if count >= _MIN_TEXTS and score >= _MIN_SCORE:
+                scored.append(Term(term, score, count / num_own))
         # Of equal scores the longer, then the first in the alphabet: the same on every machine.
         scored.sort(key=lambda t: (-t.score, -len(t.term), t.term))
         chosen: list[Term] = []

@@ -44,6 +44,19 @@ class Kept(NamedTuple):
     ref: NDArray[np.int64]
     value: NDArray[np.float32]
 
+    def take(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Kept":
+        """Some of the entries."""
+        return Kept(self.latent[which], self.key[which], self.ref[which], self.value[which])
+
+    def and_(self, other: "Kept") -> "Kept":
+        """These entries and others."""
+        return Kept(
+            np.concatenate([self.latent, other.latent]),
+            np.concatenate([self.key, other.key]),
+            np.concatenate([self.ref, other.ref]),
+            np.concatenate([self.value, other.value]),
+        )
+
 
 class Slots:
     """The first `num_slots` distinct texts of each latent, by strength or by key."""
@@ -66,12 +79,11 @@ class Slots:
             may_enter = ~is_full | (new.value >= self._value[new.latent, last])
         else:
             may_enter = ~is_full | (new.key <= self._key[new.latent, last])
-        new = Kept(*(part[may_enter] for part in new))
+        new = new.take(may_enter)
         if not len(new.latent):
             return
         touched = np.unique(new.latent)
-        both = Kept(*(np.concatenate(parts) for parts in zip(self._of(touched), new, strict=True)))
-        first = self._first(self._distinct(both))
+        first = self._first(self._distinct(self._of(touched).and_(new)))
         rank = place_in_run(first.latent)
         self._key[first.latent, rank] = first.key
         self._ref[first.latent, rank] = first.ref
@@ -90,16 +102,16 @@ class Slots:
 
     def _distinct(self, entries: Kept) -> Kept:
         order = np.lexsort((entries.ref, -entries.value, entries.key, entries.latent))
-        entries = Kept(*(part[order] for part in entries))
+        entries = entries.take(order)
         is_first = np.ones(len(order), bool)
         is_first[1:] = (np.diff(entries.latent) != 0) | (entries.key[1:] != entries.key[:-1])
-        return Kept(*(part[is_first] for part in entries))
+        return entries.take(is_first)
 
     def _first(self, entries: Kept) -> Kept:
         if self._by_strength:
             order = np.lexsort((entries.key, -entries.value, entries.latent))
-            entries = Kept(*(part[order] for part in entries))
-        return Kept(*(part[place_in_run(entries.latent) < self._num_slots] for part in entries))
+            entries = entries.take(order)
+        return entries.take(place_in_run(entries.latent) < self._num_slots)
 
 
 class Tally:
@@ -165,9 +177,9 @@ def quantiles(sample: Kept, latent: int) -> list[float]:
     return np.quantile(values, np.arange(1, 10) / 10).astype(np.float32).tolist() if len(values) else []
 
 
-def place_in_run(latent: NDArray[np.int64]) -> NDArray[np.int64]:
+def place_in_run(group: NDArray[np.int64]) -> NDArray[np.int64]:
     """Place of each entry within its run of equal values."""
-    if not len(latent):
+    if not len(group):
         return np.zeros(0, np.int64)
-    starts = np.flatnonzero(np.r_[True, np.diff(latent) != 0])
-    return np.arange(len(latent)) - np.repeat(starts, np.diff(np.r_[starts, len(latent)]))
+    starts = np.flatnonzero(np.r_[True, np.diff(group) != 0])
+    return np.arange(len(group)) - np.repeat(starts, np.diff(np.r_[starts, len(group)]))

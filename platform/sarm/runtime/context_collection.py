@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from sarm.config import Contexts, Model, Run, UserError
-from sarm.data.artifacts import load_sarm
+from sarm.data.artifacts import read_tensors
 from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE, PLACES
 from sarm.interpret.context_tables import choose, context_tables, strongest, summaries
 from sarm.interpret.context_texts import fetch, shown
@@ -44,8 +44,7 @@ def collect_contexts(
 
     Raises UserError if there is nothing to read, or no latent ever fires.
     """
-    model = load_sarm(reader.folder)
-    weight_S = model.score.weight.detach().squeeze(0).numpy()
+    weight_S = read_tensors(reader.folder, "score.weight")[0].squeeze(0).float().numpy()
     tallies = {place: Tally(len(weight_S), settings.top, settings.sampled) for place in PLACES}
     slices = pair_slices(pairs, settings.split) if settings.split != "none" else []
     texts = text_slices(corpus, settings.max_texts) if settings.corpus else []
@@ -66,7 +65,10 @@ def collect_contexts(
     say(
         f"contexts: looking up {sum(len(one.ref) for one in chosen.values()):,} contexts of {len(set(table['latent'].to_pylist())):,} latents"
     )
-    wanted = strongest(chosen["rewarded"], settings.span_contexts) if "rewarded" in chosen else {}
+    wanted = {}
+    if "rewarded" in chosen:
+        size_S = np.abs(weight_S) * seen["rewarded"].sums().sum(0)
+        wanted = strongest(chosen["rewarded"], size_S, settings.span_contexts, settings.span_answers)
     found, answers = {}, []
     for ref, row in fetch((int(ref) for one in chosen.values() for ref in one.ref), pairs, corpus):
         found[ref] = shown(ref, row, settings.text_chars)

@@ -31,6 +31,11 @@ def collect(session: Session, contexts: Contexts) -> Manifest:
     inputs = {SARM: (folders.sarm, SARM)}
     if contexts.split != "none":
         inputs[PAIRS] = (folders.pairs, PAIRS)
+        splits = read_manifest(folders.pairs, PAIRS).counts["splits"]
+        if not contexts.corpus and not (
+            sum(splits.values()) if contexts.split == "all" else splits.get(contexts.split)
+        ):
+            raise UserError(f"{folders.pairs} has no {contexts.split} pairs. Pass another --contexts.split, or --contexts.corpus.")  # fmt: skip
     if contexts.corpus:
         inputs[CORPUS] = (folders.corpus, CORPUS)
     folder = StageFolder(folders.contexts, CONTEXTS, plan.contexts_settings(contexts), inputs)
@@ -69,20 +74,22 @@ def write_pages(session: Session, pages: Pages) -> Manifest:
     store = load_contexts(folders.contexts, hash_of_folder(folders.sarm))
 
     def body(child: StageRun) -> Mapping[str, Any]:
-        from sarm.data.artifacts import load_sarm
+        from sarm.data.artifacts import read_tensors
         from sarm.interpret.figures import contribution_bars, save_figure
 
-        model = load_sarm(folders.sarm)
-        weight_S = model.score.weight.detach().squeeze(0).numpy()
-        shown = features(store, model.sae.W_dec.detach().numpy(), weight_S, pages)
+        config = json.loads((folders.sarm / "config.json").read_text())
+        weight_S, W_dec_SD = (
+            tensor.float().squeeze(0).numpy() for tensor in read_tensors(folders.sarm, "score.weight", "sae.W_dec")
+        )
+        shown = features(store, W_dec_SD, weight_S, pages)
         if EVALUATION in inputs:
             add_pairs(shown, _table(scores), _table(folders.pairs), weight_S, pages.pairs)
         if EXPLANATIONS in inputs:
             add_explanations(shown, explanations)
         fired = len(set(store.latents["latent"].to_pylist()))
         facts = {
-            "model": model.config.provenance.get("model", folders.sarm.name),
-            "layer": model.config.layer,
+            "model": config["provenance"].get("model", folders.sarm.name),
+            "layer": config["layer"],
             "latents": len(weight_S),
             "that fire in these texts": fired,
             "shown": len(shown),
