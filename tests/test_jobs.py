@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 
 RunJob = Callable[..., subprocess.CompletedProcess[str]]
@@ -90,6 +91,29 @@ def test_mlflow_has_a_parent_with_a_child_per_stage(finished: Path) -> None:
     }
 
 
+def test_the_chain_ends_with_contexts_and_feature_pages_of_this_model(finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    from sarm.interpret.context_store import load_contexts
+    from sarm.runtime.models import hash_of_folder
+
+    store = load_contexts(finished / "contexts", hash_of_folder(finished / "sarm"))
+    fired = set(store.latents["latent"].to_pylist())
+    assert (finished / "features" / "features.html").read_text().count("<tr data-sign") == len(fired) > 10
+    # The last held-out pair is counted: all of them are read, on both sides.
+    heldout = json.loads((finished / "pairs" / "manifest.json").read_text())["counts"]["splits"]["heldout"]
+    assert set(store.latents.filter(pc.equal(store.latents["place"], "rewarded"))["total"].to_pylist()) == {2 * heldout}
+    assert pc.max(store.contexts["span_end"]).as_py() > 0
+    run = json.loads((finished / "run.json").read_text())["mlflow_run_id"]
+    logged = MlflowClient(f"sqlite:///{finished.parent / 'mlflow.db'}").list_artifacts(run, "features")
+    assert {Path(file.path).name for file in logged} >= {
+        "features.html",
+        "features-001.html",
+        "features.md",
+        "contributions.png",
+    }
+
+
 def test_asking_again_is_a_no_op_and_keeps_every_byte(finished: Path, run_job: RunJob) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("manifest.json")}
     done = run_job("pipeline", "tiny", "--out", finished)
@@ -98,7 +122,9 @@ def test_asking_again_is_a_no_op_and_keeps_every_byte(finished: Path, run_job: R
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("manifest.json")} == before
 
 
-@pytest.mark.parametrize("job", ["prepare_data", "extract_activations", "train_sae", "train_sarm", "evaluate"])
+@pytest.mark.parametrize(
+    "job", ["prepare_data", "extract_activations", "train_sae", "train_sarm", "evaluate", "feature_pages"]
+)
 def test_each_job_alone_finds_its_stage_done(job: str, finished: Path, run_job: RunJob) -> None:
     done = run_job(job, "tiny", "--out", finished)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -142,6 +168,9 @@ BAD_FLAGS = {
         ["chess", "reward_bench_2", "--benchmarks"],
     ),
     "nothing to compare": ("compare", ["/no/a", "/no/b"], ["/no/a", "benchmarks/v1"]),
+    "contexts of nothing": ("collect_contexts", ["tiny"], ["pairs/v1", "no folder"]),
+    "pages of nothing": ("feature_pages", ["tiny"], ["contexts/v1", "no folder"]),
+    "card of nothing": ("reward_card", ["--model", "/no/such", "--prompt", "a", "--response", "b"], ["/no/such"]),
     "nan rate": ("train_sarm", ["tiny", "--reward.lr", "nan"], ["finite", "--reward.lr"]),
 }
 

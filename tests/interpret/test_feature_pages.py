@@ -171,7 +171,7 @@ def test_nearest_latents_are_those_of_the_largest_cosine_among_the_ones_that_fir
 
 
 def test_labels_are_the_terms_that_set_a_latents_texts_apart():
-    plain = [f"the weather of day {i} was fine and the sea was calm" for i in range(30)]
+    plain = [f"the weather of day {i} was a fine one and the sea was calm" for i in range(30)]
     planted = [f"the {word} was a red herring and the sea was calm" for word in ("first", "second", "third", "fourth")]
     found = labels({1: planted, 2: plain[:4]}, plain)
     assert "red herring" in [term.term for term in found[1]]

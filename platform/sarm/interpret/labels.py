@@ -46,8 +46,10 @@ class Background:
             score = odds / math.sqrt(sum(1 / cell for cell in cells))
             if count >= _MIN_TEXTS and score >= _MIN_SCORE:
                 scored.append(Term(term, score, count / num_own))
-        # Of equal scores the longer, then the first in the alphabet: the same on every machine.
-        scored.sort(key=lambda t: (-t.score, -len(t.term), t.term))
+        # Of equal scores the one of the rarest words ("red herring" before "a red"), then the first in the alphabet.
+        scored.sort(
+            key=lambda t: (-t.score, max(self._counts.get(word, len(self._terms)) for word in t.term.split()), t.term)
+        )
         chosen: list[Term] = []
         for one in scored:
             words = set(one.term.split())

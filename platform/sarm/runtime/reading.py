@@ -107,10 +107,11 @@ def write_pages(session: Session, pages: Pages) -> Manifest:
         )
         files.append(folder.folder / "contributions.png")
         save_figure(bars, files[-1])
-        files.append(folder.folder / "saedashboard.json")
-        files[-1].write_text(json.dumps(dashboard(shown, facts, store.facts), allow_nan=False, ensure_ascii=False))
         for path in files:
             session.tracker.parent.log_artifact(path, "features")
+        # Not logged: MLflow's viewer chokes on JSON of some megabytes, and nobody reads it there.
+        text = json.dumps(dashboard(shown, facts, store.facts), allow_nan=False, ensure_ascii=False)
+        (folder.folder / "saedashboard.json").write_text(text, encoding="utf-8")
         counts = {"features": len(shown), "pages": sum(path.name.startswith("features-") for path in files)}
         return {**counts, "bytes": sum(path.stat().st_size for path in files), "figures": counts}
 
