@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import torch
 
 from sarm.config import Contexts
@@ -67,7 +68,7 @@ def against_bare_forward(folder: Path) -> dict[str, float]:
     """Tokens a second of collection (forward, SAE, sentences, tokenising, tally) and of the residual stream alone."""
     settings = Contexts(split="all", corpus=True, max_texts=NUM_SLICES * 16)
     reader = reader_of(folder, settings, "float32")
-    actor = ContextUnits(reader, Source("bench", 1 << 40), torch.get_num_threads())
+    actor = ContextUnits(reader, Source("bench", 1 << 20), torch.get_num_threads())
     model, read = load_sarm(folder), actor._latents.read
     packed = []
     actor._latents.read = lambda rows: packed.extend(rows) or read(rows)  # type: ignore[method-assign]

@@ -41,7 +41,7 @@ def write_feature_pages(
     values = {name: clean_text(number(value), 200) for name, value in facts.items()}
     notes = [
         *notes,
-        f"Labels and texts are quoted from the data, which {HARM_NOTICE}; texts are folded. Terms are counted words, not explanations.",
+        f"Labels and texts are quoted from the data, which {HARM_NOTICE}; texts are folded. Terms are counted words, not explanations. "
         "Where a viewer shows one file at a time, open the page that is named under a latent.",
     ]
     features = [described(one) for one in shown]
@@ -54,12 +54,18 @@ def write_feature_pages(
         ]
     script = (Path(__file__).parent / "feature_index.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    rows = [_row(one) for one in features]
     index = environment.get_template("feature_index.html.j2").render(
         title=clean_text(title, 200),
         facts=values,
         notes=notes,
-        columns=COLUMNS,
-        rows=[_row(one) for one in features],
+        # Without any score its column would be empty.
+        columns=[
+            column
+            for column in COLUMNS
+            if column[0] != "detection" or any(row["detection"] is not None for row in rows)
+        ],
+        rows=rows,
         script=Markup(script),
         script_hash=f"sha256-{digest}",
         harm_notice=HARM_NOTICE,

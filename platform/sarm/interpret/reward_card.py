@@ -122,11 +122,11 @@ def print_card(content: Mapping[str, Any], console: Console | None = None) -> No
     features.add_row("others", signed(content["rest"]), "", "", Text(f"{content['num_rest']} features", style="dim"))
     features.add_row(Text("reward", style="bold"), Text(signed(content["reward"]), style="bold"), "", "", "")
     console.print(features)
-    steps = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    steps = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=True)
     for name in ("step", "reward"):
-        steps.add_column(name, justify="right", no_wrap=True)
-    steps.add_column("after", overflow="ellipsis", no_wrap=True, ratio=1)
-    steps.add_column("most moved", no_wrap=True)
+        steps.add_column(name, justify="right", no_wrap=True, min_width=7)
+    steps.add_column("after", overflow="ellipsis", no_wrap=True, ratio=3)
+    steps.add_column("most moved", overflow="ellipsis", no_wrap=True, ratio=2)
     steps.add_row("", signed(content["empty"]), Text("(nothing said)", style="dim"), "")
     for one in content["sentences"]:
         moved = ", ".join(f"{f['latent']} {signed(f['value'])}" for f in one["features"])
