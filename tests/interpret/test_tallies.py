@@ -5,10 +5,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sarm.interpret import tallies
 from sarm.interpret.tallies import NUM_BINS, Kept, Tally, Units, quantiles, sampled_deciles
 from sarm.schema import ACTIVATION_EDGES
 
 S, TOP, SAMPLED = 4, 3, 5
+
+
+@pytest.fixture(autouse=True, scope="module", params=[1, 17, 1 << 19], ids=lambda size: f"sorted in by {size}")
+def max_waiting(request):
+    """However many entries wait to be sorted in."""
+    before, tallies._MAX_WAITING = tallies._MAX_WAITING, request.param
+    yield
+    tallies._MAX_WAITING = before
+
 
 # Few keys and values, so that ties, repeated texts and full slots are common.
 units = st.lists(

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sarm.interpret.tallies import SIDES, Kept, Tally, place_in_run, quantiles, sampled_deciles
+from sarm.interpret.tallies import SIDES, Kept, Tally, joined, place_in_run, quantiles, sampled_deciles
 from sarm.schema import LATENT_CONTEXTS, LATENT_SUMMARIES
 
 _LATENTS_AT_ONCE = 512
@@ -39,7 +39,7 @@ def choose(tally: Tally, per_decile: int) -> Chosen:
     drawn = order[place_in_run(group[order]) < per_decile]
     # Rank 0 is the strongest of what was drawn.
     drawn = drawn[np.lexsort((rest.key[drawn], -rest.value[drawn], group[drawn]))]
-    both = top.and_(rest.take(drawn))
+    both = joined([top, rest.take(drawn)])
     deciles = np.concatenate([np.full(len(top.latent), -1), decile[drawn]])
     ranks = np.concatenate([place_in_run(top.latent), place_in_run(group[drawn])])
     order = np.lexsort((ranks, deciles, both.latent))

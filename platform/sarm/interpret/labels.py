@@ -46,9 +46,15 @@ class Background:
             score = odds / math.sqrt(sum(1 / cell for cell in cells))
             if count >= _MIN_TEXTS and score >= _MIN_SCORE:
                 scored.append(Term(term, score, count / num_own))
-        # Of equal scores the one of the rarest words ("red herring" before "a red"), then the first in the alphabet.
+        # Of equal scores the one of the rarest words ("herring" before "a red"), then the longest: the same on every machine.
+        common = len(self._terms)
         scored.sort(
-            key=lambda t: (-t.score, max(self._counts.get(word, len(self._terms)) for word in t.term.split()), t.term)
+            key=lambda t: (
+                -t.score,
+                max(self._counts.get(word, common) for word in t.term.split()),
+                -len(t.term),
+                t.term,
+            )
         )
         chosen: list[Term] = []
         for one in scored:

@@ -8,6 +8,7 @@ once in both, with its strongest activation, then its first reference. What is d
 that its part belongs to, so tallies of parts merge into the tally of the whole.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ SIDES = ("chosen", "rejected", "text")
 _STEPS = 2.0**24
 _EDGES = np.array(ACTIVATION_EDGES, np.float32)
 NUM_BINS = len(_EDGES) - 1
+# Entries that may wait to be sorted in: some 15 MB.
+_MAX_WAITING = 1 << 19
 
 
 class Units(NamedTuple):
@@ -48,14 +51,15 @@ class Kept(NamedTuple):
         """Some of the entries."""
         return Kept(self.latent[which], self.key[which], self.ref[which], self.value[which])
 
-    def and_(self, other: "Kept") -> "Kept":
-        """These entries and others."""
-        return Kept(
-            np.concatenate([self.latent, other.latent]),
-            np.concatenate([self.key, other.key]),
-            np.concatenate([self.ref, other.ref]),
-            np.concatenate([self.value, other.value]),
-        )
+
+def joined(parts: Sequence[Kept]) -> Kept:
+    """The entries of all parts."""
+    return Kept(
+        np.concatenate([part.latent for part in parts]),
+        np.concatenate([part.key for part in parts]),
+        np.concatenate([part.ref for part in parts]),
+        np.concatenate([part.value for part in parts]),
+    )
 
 
 class Slots:
@@ -68,6 +72,7 @@ class Slots:
         self._ref = np.zeros((num_latents, num_slots), np.int64)
         self._value = np.zeros((num_latents, num_slots), np.float32)
         self._used = np.zeros(num_latents, np.int32)
+        self._waiting: list[Kept] = []
 
     def add(self, new: Kept) -> None:
         """Keep what of these entries is among the first of its latent."""
@@ -79,11 +84,18 @@ class Slots:
             may_enter = ~is_full | (new.value >= self._value[new.latent, last])
         else:
             may_enter = ~is_full | (new.key <= self._key[new.latent, last])
-        new = new.take(may_enter)
-        if not len(new.latent):
+        self._waiting.append(new.take(may_enter))
+        # Sorting in costs as much as all that is kept: it is done for many entries at once.
+        if sum(len(one.latent) for one in self._waiting) >= _MAX_WAITING:
+            self._sort_in()
+
+    def _sort_in(self) -> None:
+        new = joined(self._waiting) if self._waiting else None
+        self._waiting = []
+        if new is None or not len(new.latent):
             return
         touched = np.unique(new.latent)
-        first = self._first(self._distinct(self._of(touched).and_(new)))
+        first = self._first(self._distinct(joined([self._of(touched), new])))
         rank = place_in_run(first.latent)
         self._key[first.latent, rank] = first.key
         self._ref[first.latent, rank] = first.ref
@@ -92,6 +104,7 @@ class Slots:
 
     def all(self) -> Kept:
         """Every entry, by latent and rank."""
+        self._sort_in()
         return self._of(np.flatnonzero(self._used))
 
     def _of(self, latents: NDArray[np.int64]) -> Kept:
