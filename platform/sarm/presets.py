@@ -46,7 +46,7 @@ demo = Pipeline(
     # One pass over 1,500 pairs moves a zero head too little. The rates were chosen on training prompts that were left out: 3e-5 and
     # 1e-3 undid the start. Stage 0, since one worker has nothing to shard.
     reward=Reward(lr=5e-6, head_lr=1e-4, head_init="probe", epochs=1, batch_pairs=16, zero_stage=0),
-    # Half a minute. `jobs/collect_contexts.py demo --out ANOTHER` reads everything, and looks for driving sentences.
+    # Half a minute; docs/interpretation.md has the flags that read everything and look for driving sentences.
     contexts=Contexts(split="heldout", span_answers=0),
 )
 
