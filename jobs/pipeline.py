@@ -1,4 +1,4 @@
-"""Every stage in order: sources -> activations -> SAE -> SARM -> evaluation -> report.
+"""Every stage in order: sources -> activations -> SAE -> SARM -> evaluation -> report -> contexts -> feature pages.
 
 python jobs/pipeline.py demo
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/pipeline.py demo
@@ -11,7 +11,7 @@ from sarm.runtime.job import run_job
 def main(config: Pipeline) -> None:
     from sarm.data.models import check_model
     from sarm.interpret.summary import print_summary
-    from sarm.runtime import stages
+    from sarm.runtime import reading, stages
     from sarm.runtime.plan import refuse_other_run
     from sarm.runtime.reporting import report
     from sarm.runtime.session import open_session
@@ -26,7 +26,12 @@ def main(config: Pipeline) -> None:
         stages.train_sarm(session, config.model, config.reward)
         stages.evaluate(session, config.extraction, config.evaluation)
         files, content = report(session, config.run.out.name, config.evaluation)
+        if config.pages.in_pipeline:
+            reading.collect(session, config.contexts)
+            reading.write_pages(session, config.pages)
     print_summary(content, files.html)
+    if config.pages.in_pipeline:
+        print(f"features {session.folders.pages / 'features.html'}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 
 RunJob = Callable[..., subprocess.CompletedProcess[str]]
@@ -77,7 +78,7 @@ def test_mlflow_has_a_parent_with_a_child_per_stage(finished: Path) -> None:
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert {run.data.tags["mlflow.runName"] for run in children} == {
         "prepare corpus", "prepare pairs", "extract sentence ends", "extract chat ends", "extract held-out chat ends",
-        "train SAE", "train SARM", "train scalar head", "evaluate",
+        "train SAE", "train SARM", "train scalar head", "evaluate", "collect contexts", "feature pages",
     }  # fmt: skip
     assert all(run.info.status == "FINISHED" for run in [*children, client.get_run(parent)])
     sarm = next(run for run in children if run.data.tags["mlflow.runName"] == "train SARM")
@@ -88,6 +89,29 @@ def test_mlflow_has_a_parent_with_a_child_per_stage(finished: Path) -> None:
         "report.json",
         "figures",
         "accuracies.json",
+    }
+
+
+def test_the_chain_ends_with_contexts_and_feature_pages_of_this_model(finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    from sarm.interpret.context_store import load_contexts
+    from sarm.runtime.models import hash_of_folder
+
+    store = load_contexts(finished / "contexts", hash_of_folder(finished / "sarm"))
+    fired = set(store.latents["latent"].to_pylist())
+    assert (finished / "features" / "features.html").read_text().count("<tr data-sign") == len(fired) > 10
+    # The last held-out pair is counted: all of them are read, on both sides.
+    heldout = json.loads((finished / "pairs" / "manifest.json").read_text())["counts"]["splits"]["heldout"]
+    assert set(store.latents.filter(pc.equal(store.latents["place"], "rewarded"))["total"].to_pylist()) == {2 * heldout}
+    assert pc.max(store.contexts["span_end"]).as_py() > 0
+    run = json.loads((finished / "run.json").read_text())["mlflow_run_id"]
+    logged = MlflowClient(f"sqlite:///{finished.parent / 'mlflow.db'}").list_artifacts(run, "features")
+    assert {Path(file.path).name for file in logged} >= {
+        "features.html",
+        "features-001.html",
+        "features.md",
+        "contributions.png",
     }
 
 
@@ -117,7 +141,9 @@ run_job(TrainSarm, job, "Sleep.", ["tiny"])
     assert done.stderr.strip() == "stopped by SIGTERM; the same command goes on with the unfinished stage"
 
 
-@pytest.mark.parametrize("job", ["prepare_data", "extract_activations", "train_sae", "train_sarm", "evaluate"])
+@pytest.mark.parametrize(
+    "job", ["prepare_data", "extract_activations", "train_sae", "train_sarm", "evaluate", "feature_pages"]
+)
 def test_each_job_alone_finds_its_stage_done(job: str, finished: Path, run_job: RunJob) -> None:
     done = run_job(job, "tiny", "--out", finished)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -161,6 +187,9 @@ BAD_FLAGS = {
         ["chess", "reward_bench_2", "--benchmarks"],
     ),
     "nothing to compare": ("compare", ["/no/a", "/no/b"], ["/no/a", "benchmarks/v1"]),
+    "contexts of nothing": ("collect_contexts", ["tiny"], ["pairs/v1", "no folder"]),
+    "pages of nothing": ("feature_pages", ["tiny"], ["contexts/v1", "no folder"]),
+    "card of nothing": ("reward_card", ["--model", "/no/such", "--prompt", "a", "--response", "b"], ["/no/such"]),
     "nan rate": ("train_sarm", ["tiny", "--reward.lr", "nan"], ["finite", "--reward.lr"]),
 }
 

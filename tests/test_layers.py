@@ -14,7 +14,7 @@ JOBS = sorted((ROOT / "jobs").glob("*.py"))
 SCRIPTS = [*JOBS, *sorted((ROOT / "tune").glob("*.py"))]
 MAX_LINES = 320
 
-BOTTOM = {"checks", "config", "sae_config", "reward_config", "schema", "manifest", "presets"}
+BOTTOM = {"checks", "config", "sae_config", "reward_config", "reading_config", "schema", "manifest", "presets"}
 SIBLINGS = {"train", "evaluate", "interpret", "audit"}
 EDGE_ONLY = {"ray", "deepspeed", "mlflow", "openai"}
 NN_LIBRARIES = {"torch", "transformers", "jaxtyping"}
@@ -173,7 +173,7 @@ print("loaded:", sorted({HEAVY!r} & set(sys.modules)))
 """
 
 
-FLAGS_ONLY = ("compare", "convert_sae", "convert_sarm", "audit_features", "steer", "relabel")
+FLAGS_ONLY = ("compare", "convert_sae", "convert_sarm", "audit_features", "steer", "relabel", "reward_card")
 WITH_PRESETS = [job for job in SCRIPTS if job.stem not in FLAGS_ONLY]
 ANSWERS = [
     *(
@@ -188,6 +188,7 @@ ANSWERS = [
     (ROOT / "jobs" / "relabel.py", ["--help"]),
     (ROOT / "jobs" / "convert_sarm.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["--help"]),
+    (ROOT / "jobs" / "reward_card.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["a", "b", "--dry-run"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--benchmarks", "rm_bench", "--dry-run"]),

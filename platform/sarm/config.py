@@ -16,6 +16,8 @@ from sarm.checks import OPERATIONAL as OPERATIONAL
 from sarm.checks import UserError as UserError
 from sarm.checks import check as _check
 from sarm.checks import check_least as _check_least
+from sarm.reading_config import Contexts as Contexts
+from sarm.reading_config import Pages as Pages
 from sarm.reward_config import Reward as Reward
 from sarm.sae_config import AlsoSaes as AlsoSaes
 from sarm.sae_config import Sae as Sae
@@ -185,6 +187,22 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CollectContexts:
+    """Collect the texts that make each latent of the trained reward model fire, and how often they do."""
+
+    run: Annotated[Run, Flat] = Run()
+    contexts: Contexts = Contexts()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturePages:
+    """Write pages that show each feature with its contexts, weight and scores."""
+
+    run: Annotated[Run, Flat] = Run()
+    pages: Pages = Pages()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """Every stage, from sources to report; also the whole of a preset."""
 
@@ -195,6 +213,8 @@ class Pipeline:
     sae: Sae = Sae()
     reward: Reward = Reward()
     evaluation: Evaluation = Evaluation()
+    contexts: Contexts = Contexts()
+    pages: Pages = Pages()
 
     def part(self, job: type[Job]) -> Job:
         """The same settings as the config of one job, e.g. `preset.part(TrainSae)`; what only that job has stays at its default."""

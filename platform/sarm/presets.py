@@ -7,7 +7,7 @@ a comment says what was chosen.
 from dataclasses import replace
 from pathlib import Path
 
-from sarm.config import Data, Evaluation, Extraction, Model, Pipeline, Reward, Run, Sae
+from sarm.config import Contexts, Data, Evaluation, Extraction, Model, Pipeline, Reward, Run, Sae
 
 _OPENWEBTEXT2 = "hf:segyges/OpenWebText2"
 _SKYWORK = "hf:Skywork/Skywork-Reward-Preference-80K-v0.2"
@@ -30,6 +30,7 @@ tiny = Pipeline(
     ),
     reward=Reward(lr=1e-4, head_lr=5e-3, epochs=2, batch_pairs=16, batch_tokens=1024),
     evaluation=Evaluation(resamples=1000, top_features=5, contexts_per_feature=3),
+    contexts=Contexts(split="heldout", top=5, per_decile=1, span_contexts=1, batch_tokens=1024),
 )
 
 demo = Pipeline(
@@ -45,6 +46,8 @@ demo = Pipeline(
     # One pass over 1,500 pairs moves a zero head too little. The rates were chosen on training prompts that were left out: 3e-5 and
     # 1e-3 undid the start. Stage 0, since one worker has nothing to shard.
     reward=Reward(lr=5e-6, head_lr=1e-4, head_init="probe", epochs=1, batch_pairs=16, zero_stage=0),
+    # Half a minute; docs/interpretation.md has the flags that read everything and look for driving sentences.
+    contexts=Contexts(split="heldout", span_answers=0),
 )
 
 # SARM section 4.1: Adam 5e-4 for the SAE, 16 d_in latents, k = 3/64 d_in; backbone 4e-6, 8 pairs a step, 3 epochs.
@@ -64,6 +67,7 @@ _sarm = Pipeline(
         precision="bfloat16",
         gradient_checkpointing=True,
     ),
+    contexts=Contexts(batch_tokens=65536),
 )
 
 sarm_1b = replace(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sarm.config import UserError
@@ -106,3 +106,15 @@ def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
     model.load_state_dict(weights)
     model.model.to(dtype)
     return model.eval()
+
+
+def read_tensors(folder: Path, *names: str) -> list[torch.Tensor]:
+    """Some tensors of a reward model's folder, without the rest of the model.
+
+    Raises UserError if the file is missing or torn, or lacks one.
+    """
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return [file.get_tensor(name) for name in names]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a readable SARM: {error}. Train it again, or pass another --out.") from error

@@ -22,18 +22,24 @@ _PIN_DATE = (
 _PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
+Span = tuple[int, int]
+_NOWHERE: Span = (0, 0)
+
+
 class Tokens(NamedTuple):
     """Token ids of a conversation and how many of its first tokens were cut off."""
 
     ids: list[int]
     num_truncated: int
+    offsets: Sequence[Span] = ()
+    """Characters of the response that each token covers (empty spans elsewhere), where they were asked for."""
 
 
 class TextTokens(NamedTuple):
     """Token ids of a plain text without BOS, and the characters each token covers."""
 
     ids: list[int]
-    offsets: list[tuple[int, int]]
+    offsets: list[Span]
 
 
 class ChatTokenizer:
@@ -51,7 +57,7 @@ class ChatTokenizer:
         self.template = pin_template(tokenizer.chat_template)
         plain = tokenizer("a").input_ids
         self.bos_id = tokenizer.bos_token_id if plain and plain[0] == tokenizer.bos_token_id else None
-        self.end_of_turn_id = self._tokenise([self.render(_PROBE)])[0][-1]
+        self.end_of_turn_id = self._tokenise([self.render(_PROBE)])[0].ids[-1]
         if self.end_of_turn_id not in set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values()):
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} does not close the assistant's turn with a special token, so there is no token to reward. Pass another --model.name."
@@ -89,15 +95,28 @@ class ChatTokenizer:
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Tokens]:
         """Token ids of whole conversations, each ending in its rewarded token."""
-        return [self._truncate(ids) for ids in self._tokenise([self.render(c) for c in conversations])]
+        return [self._truncate(tokens) for tokens in self._tokenise([self.render(c) for c in conversations])]
 
-    def encode_responses(self, prompt: Sequence[Message], responses: Sequence[str]) -> list[Tokens]:
-        """Token ids of one prompt with each of its responses."""
-        return self.encode([[*prompt, {"role": "assistant", "content": response}] for response in responses])
+    def encode_responses(
+        self, prompt: Sequence[Message], responses: Sequence[str], *, offsets: bool = False
+    ) -> list[Tokens]:
+        """Token ids of one prompt with each of its responses, with `offsets` if asked for."""
+        conversations = [[*prompt, {"role": "assistant", "content": response}] for response in responses]
+        texts = [self.render(conversation) for conversation in conversations]
+        found = [self._truncate(tokens) for tokens in self._tokenise(texts, offsets=offsets)]
+        if not offsets:
+            return found
+        return [
+            tokens._replace(offsets=_within(text, response, tokens.offsets))
+            for text, response, tokens in zip(texts, responses, found, strict=True)
+        ]
 
-    def _tokenise(self, texts: list[str]) -> list[list[int]]:
+    def _tokenise(self, texts: list[str], *, offsets: bool = False) -> list[TextTokens]:
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=offsets)
+        spans = encoded.offset_mapping if offsets else [[] for _ in texts]
+        bos = [] if self.bos_id is None else [self.bos_id]
         sequences = []
-        for ids in self.tokenizer(texts, add_special_tokens=False).input_ids:
+        for ids, covered in zip(encoded.input_ids, spans, strict=True):
             end = len(ids)
             while end > 1 and not self.tokenizer.decode([ids[end - 1]]).strip():
                 end -= 1
@@ -105,16 +124,28 @@ class ChatTokenizer:
             if self.bos_id is not None:
                 while start < end and ids[start] == self.bos_id:
                     start += 1
-            sequences.append([*([] if self.bos_id is None else [self.bos_id]), *ids[start:end]])
+            sequences.append(TextTokens([*bos, *ids[start:end]], [_NOWHERE for _ in bos] + covered[start:end]))
         return sequences
 
-    def _truncate(self, ids: list[int]) -> Tokens:
+    def _truncate(self, tokens: TextTokens) -> Tokens:
+        ids, offsets = tokens
         excess = len(ids) - self.max_length
         if excess <= 0:
-            return Tokens(ids, 0)
-        if self.bos_id is None:
-            return Tokens(ids[excess:], excess)
-        return Tokens([self.bos_id, *ids[excess + 1 :]], excess)
+            return Tokens(ids, 0, offsets)
+        kept = 0 if self.bos_id is None else 1
+        return Tokens(ids[:kept] + ids[excess + kept :], excess, offsets[:kept] + offsets[excess + kept :])
+
+
+def _within(text: str, part: str, spans: Sequence[Span]) -> list[Span]:
+    """Spans of `text` as spans of the last place where it holds `part`, empty where they lie outside or it is not there."""
+    stripped = part.strip()
+    start = text.rfind(stripped) if stripped else -1
+    if start < 0:
+        return [_NOWHERE] * len(spans)
+    # Some templates strip what they are given.
+    shift = part.find(stripped) - start
+    inside = [(max(a, start), min(b, start + len(stripped))) for a, b in spans]
+    return [(a + shift, b + shift) if a < b else _NOWHERE for a, b in inside]
 
 
 def pin_template(template: str) -> str:

@@ -1,6 +1,6 @@
 """Prompts with all their distinct responses: what shares a forward pass, and what a split or an interval must keep together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -27,13 +27,16 @@ class PromptGroup(NamedTuple):
     tokens: list[Tokens]
     pairs: list[PairOfGroup]
 
-    def rows(self, row_tokens: int) -> list[Row]:
-        """The responses packed into rows, keyed (prompt_id, place of the response)."""
-        return answer_rows([((self.prompt_id, i), t.ids) for i, t in enumerate(self.tokens)], row_tokens)
+    def rows(self, row_tokens: int, columns: Mapping[Hashable, Sequence[int]] | None = None) -> list[Row]:
+        """The responses packed into rows, keyed (prompt_id, place of the response); `columns` as `answer_rows` takes them."""
+        return answer_rows([((self.prompt_id, i), t.ids) for i, t in enumerate(self.tokens)], row_tokens, columns)
 
 
-def prompt_groups(pairs: pa.Table, chat: ChatTokenizer) -> Iterator[PromptGroup]:
-    """The groups of a pairs/v1 table, in order of first appearance; each distinct response is tokenised once."""
+def prompt_groups(pairs: pa.Table, chat: ChatTokenizer, *, offsets: bool = False) -> Iterator[PromptGroup]:
+    """The groups of a pairs/v1 table, in order of first appearance; each distinct response is tokenised once.
+
+    With `offsets`, the tokens say which characters of the response they cover.
+    """
     members: dict[str, list[dict]] = {}
     for pair in pairs.select(["pair_id", "prompt_id", "prompt", "chosen", "rejected", "margin", "subset"]).to_pylist():
         members.setdefault(pair["prompt_id"], []).append(pair)
@@ -45,7 +48,7 @@ def prompt_groups(pairs: pa.Table, chat: ChatTokenizer) -> Iterator[PromptGroup]
         yield PromptGroup(
             prompt_id=prompt_id,
             responses=list(places),
-            tokens=chat.encode_responses(prompt_pairs[0]["prompt"], list(places)),
+            tokens=chat.encode_responses(prompt_pairs[0]["prompt"], list(places), offsets=offsets),
             pairs=[
                 PairOfGroup(p["pair_id"], places[p["chosen"]], places[p["rejected"]], p["margin"], p["subset"])
                 for p in prompt_pairs

@@ -6,7 +6,7 @@ of segments of its own, in lines as long as the longest row or as much longer as
 """
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,11 +54,15 @@ def text_row(key: Hashable, ids: Sequence[int], columns: Sequence[int]) -> Row:
     return Row(list(ids), [0] * len(ids), list(range(len(ids))), [((key, c), c) for c in columns])
 
 
-def answer_rows(answers: Sequence[tuple[Hashable, Sequence[int]]], row_tokens: int) -> list[Row]:
+def answer_rows(
+    answers: Sequence[tuple[Hashable, Sequence[int]]],
+    row_tokens: int,
+    columns: Mapping[Hashable, Sequence[int]] | None = None,
+) -> list[Row]:
     """Rows of at most `row_tokens` tokens holding all answers to one prompt (a longer single answer gets a row of its own).
 
     Each answer is (key, ids of prompt and answer); what the sequences of a row have in common is stored once. The wanted
-    column of an answer is its last token.
+    column of an answer is its last token, keyed `key`, and the tokens c that `columns[key]` names, keyed (key, c).
     """
     rows: list[Row] = []
     waiting = sorted(answers, key=lambda answer: len(answer[1]))
@@ -72,7 +76,7 @@ def answer_rows(answers: Sequence[tuple[Hashable, Sequence[int]]], row_tokens: i
                 break
             members.append(waiting.pop(0))
             shared = grown
-        rows.append(_shared_row(members, shared if len(members) > 1 else 0))
+        rows.append(_shared_row(members, shared if len(members) > 1 else 0, columns or {}))
     return rows
 
 
@@ -164,11 +168,14 @@ def _joined(members: Sequence[Row]) -> Row:
     return Row(ids, segments, positions, taken)
 
 
-def _shared_row(members: Sequence[tuple[Hashable, Sequence[int]]], shared: int) -> Row:
+def _shared_row(
+    members: Sequence[tuple[Hashable, Sequence[int]]], shared: int, columns: Mapping[Hashable, Sequence[int]]
+) -> Row:
     ids = list(members[0][1][:shared])
     segments, positions = [0] * shared, list(range(shared))
     taken: list[tuple[Hashable, int]] = []
     for number, (key, sequence) in enumerate(members, start=1):
+        taken += [((key, c), c if c < shared else len(ids) + c - shared) for c in columns.get(key, ())]
         ids += sequence[shared:]
         segments += [number] * (len(sequence) - shared)
         positions += range(shared, len(sequence))

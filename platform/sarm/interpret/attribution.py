@@ -156,6 +156,18 @@ def pair_explanation(scores: pa.Table, pair_id: str, weight_S: Float[np.ndarray,
     )
 
 
+def pair_contributions(scores: pa.Table, weight_S: NDArray[np.floating]) -> Active:
+    """What each latent adds to each margin of a PAIR_SCORES table, an entry a pair and latent, by pair then latent.
+
+    Raises as `feature_table`.
+    """
+    chosen, rejected = (_active(scores, side, weight_S) for side in ("chosen", "rejected"))
+    row, latent = (np.concatenate(parts) for parts in zip(chosen[:2], rejected[:2], strict=True))
+    key, place = np.unique(row * len(weight_S) + latent, return_inverse=True)
+    contribution = np.bincount(place, np.concatenate([chosen.contribution, -rejected.contribution]), len(key))
+    return Active(key // len(weight_S), key % len(weight_S), contribution.astype(np.float64))
+
+
 def _active(scores: pa.Table, side: str, weight_S: NDArray[np.floating]) -> Active:
     row_A, latent_A, value_A = _flat(scores, side, len(weight_S))
     return Active(row_A, latent_A, weight_S.astype(np.float64)[latent_A] * value_A)

@@ -1,7 +1,6 @@
 """Ray Data actors that hold a model: batches of texts or pairs in, activations or rewards out."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from sarm.data.artifacts import load_sarm
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.groups import prompt_groups
 from sarm.data.packing import Row, text_row, token_batches
-from sarm.data.sentences import sentence_end_tokens, sentence_ends
+from sarm.data.windows import text_windows
 from sarm.nn.backbone import load_backbone, residual_stream
 
 _PRINT_EVERY_SECONDS = 5.0
@@ -87,8 +86,8 @@ class TextActivations(_BackboneActor):
         places: dict[Any, dict[str, Any]] = {}
         unusable: list[dict[str, Any]] = []
         for row_id, text in zip(batch.column("row_id").to_pylist(), batch.column("text").to_pylist(), strict=True):
-            windows = self._windows(text)
-            for start, ids, columns in windows:
+            windows = text_windows(text, self._chat, self._max_length, sentences=self._extraction.unit == "sentence")
+            for start, ids, columns, _ in windows:
                 rows.append(text_row((row_id, start), ids, columns))
                 for column in columns:
                     places[(row_id, start), column] = {
@@ -100,25 +99,11 @@ class TextActivations(_BackboneActor):
                         "num_tokens": len(ids),
                         "truncated": False,
                     }
-            if not any(columns for _, _, columns in windows):
+            if not any(window.columns for window in windows):
                 unusable.append({"row_id": row_id, "side": "text", "reject": "no_sentence_end"})
         found = self._forward(rows)
         self._progress.add(batch.num_rows, sum(len(row.ids) for row in rows if row.taken))
         return _for_sink(places, found, unusable, self._extraction.dtype, self._schema)
-
-    def _windows(self, text: str) -> list[tuple[int, list[int], list[int]]]:
-        """(first token, ids, columns that are taken) of the text cut into windows of `max_length` tokens; never the BOS."""
-        encoded = self._chat.encode_text(text)
-        ends: Sequence[int] = range(len(encoded.ids))
-        if self._extraction.unit == "sentence":
-            ends = sentence_end_tokens(sentence_ends(text), encoded.offsets)
-        prefix = [] if self._chat.bos_id is None else [self._chat.bos_id]
-        width = self._max_length - len(prefix)
-        windows = []
-        for start in range(0, len(encoded.ids), width):
-            ids = prefix + encoded.ids[start : start + width]
-            windows.append((start, ids, [end - start + len(prefix) for end in ends if start <= end < start + width]))
-        return windows
 
 
 class ChatActivations(_BackboneActor):

@@ -63,6 +63,26 @@ def through_actors(
 
     Raises UserError if the actors do not fit the cluster.
     """
+    data = mapped(data, batch_rows, source, actor, arguments, run, cluster)
+    folder = Path(sink.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    data.write_datasink(sink)
+    remove_temporaries(folder)
+
+
+def mapped(
+    data: ray.data.Dataset,
+    batch_rows: int,
+    source: Source,
+    actor: type,
+    arguments: dict[str, Any],
+    run: Run,
+    cluster: Cluster,
+) -> ray.data.Dataset:
+    """What `run.num_actors` actors make of a data set, computed as it is read.
+
+    Raises UserError if the actors do not fit the cluster.
+    """
     context = DataContext.get_current()
     # The same order whatever the number of actors: what trains on it is then the same as well.
     context.execution_options.preserve_order = True
@@ -71,7 +91,7 @@ def through_actors(
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     threads = cluster.cpus_each(run, run.num_actors)
-    data = data.map_batches(
+    return data.map_batches(
         actor,
         fn_constructor_kwargs={**arguments, "source": source, "threads": threads},
         batch_size=batch_rows,
@@ -80,7 +100,3 @@ def through_actors(
         num_cpus=threads,
         num_gpus=1 if cluster.use_gpu else None,
     )
-    folder = Path(sink.path)
-    folder.mkdir(parents=True, exist_ok=True)
-    data.write_datasink(sink)
-    remove_temporaries(folder)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sarm.config import Data, Evaluation, Extraction, Model, Pipeline, Reward, Sae, identity
+from sarm.config import Contexts, Data, Evaluation, Extraction, Model, Pages, Pipeline, Reward, Sae, identity
 from sarm.data.activations import ACTIVATIONS
 from sarm.data.artifacts import SAE, SARM
+from sarm.interpret.context_store import CONTEXTS
 from sarm.manifest import refuse_other_config
 
-CORPUS, PAIRS, EVALUATION = "corpus/v1", "pairs/v1", "evaluation/v1"
+CORPUS, PAIRS, EVALUATION, PAGES = "corpus/v1", "pairs/v1", "evaluation/v1", "feature_pages/v1"
 _OF_TEXTS = ("texts", "text_field", "max_texts")
 
 # Where the baselines of reward training go, and what a report calls them.
@@ -39,6 +40,9 @@ class Folders:
     sarm = property(lambda self: self.out / "sarm")
     scalar_head = property(lambda self: self.out / "scalar_head")
     evaluation = property(lambda self: self.out / "evaluation")
+    contexts = property(lambda self: self.out / "contexts")
+    explanations = property(lambda self: self.out / "explanations")
+    pages = property(lambda self: self.out / "features")
 
     def states(self, name: str) -> Path:
         """Where the training of the folder of this name keeps its states."""
@@ -75,6 +79,16 @@ def evaluation_settings(evaluation: Evaluation, seed: int) -> Settings:
     return identity(evaluation, seed=seed)
 
 
+def contexts_settings(contexts: Contexts) -> Settings:
+    """What decides contexts/v1."""
+    return identity(contexts)
+
+
+def pages_settings(pages: Pages) -> Settings:
+    """What decides the feature pages."""
+    return identity(pages)
+
+
 def refuse_other_run(config: Pipeline) -> None:
     """Raise UserError if any stage folder was made with other settings, before the first stage is paid for."""
     folders, seed = Folders(config.run.out), config.run.seed
@@ -94,6 +108,10 @@ def refuse_other_run(config: Pipeline) -> None:
         folders.sarm: (SARM, reward_settings(config.model, config.reward, seed)),
         folders.scalar_head: (SARM, reward_settings(config.model, config.reward, seed)),
         folders.evaluation: (EVALUATION, evaluation_settings(config.evaluation, seed)),
+        folders.contexts: (CONTEXTS, contexts_settings(config.contexts)),
+        folders.pages: (PAGES, pages_settings(config.pages)),
     }
+    if not config.pages.in_pipeline:
+        plans = {folder: plan for folder, plan in plans.items() if folder not in (folders.contexts, folders.pages)}
     for folder, (schema, settings) in plans.items():
         refuse_other_config(folder, schema, settings)

@@ -1,0 +1,21 @@
+"""SARM and pairs (and corpus) -> contexts/v1: for each latent the texts that make it fire, how often it does, and which part drives it.
+
+python jobs/collect_contexts.py demo
+python jobs/collect_contexts.py demo --contexts.split heldout --contexts.corpus
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/collect_contexts.py demo
+"""
+
+from sarm.config import CollectContexts
+from sarm.runtime.job import run_job
+
+
+def main(config: CollectContexts) -> None:
+    from sarm.runtime.reading import collect
+    from sarm.runtime.session import open_session
+
+    with open_session(config) as session:
+        collect(session, config.contexts)
+
+
+if __name__ == "__main__":
+    run_job(CollectContexts, main, __doc__ or "")

@@ -1,0 +1,21 @@
+"""contexts/v1 -> feature pages: features.html (sort, filter, search), pages of features, features.md, a picture, SAEDashboard's JSON.
+
+python jobs/feature_pages.py demo
+python jobs/feature_pages.py demo --pages.features 200 --pages.explanations outputs/demo/explanations
+"""
+
+from sarm.config import FeaturePages
+from sarm.runtime.job import run_job
+
+
+def main(config: FeaturePages) -> None:
+    from sarm.runtime.reading import write_pages
+    from sarm.runtime.session import open_session
+
+    with open_session(config) as session:
+        write_pages(session, config.pages)
+    print(f"features  {session.folders.pages / 'features.html'}")
+
+
+if __name__ == "__main__":
+    run_job(FeaturePages, main, __doc__ or "")

@@ -1,0 +1,18 @@
+"""One conversation's reward as a sum of named features, sentence by sentence and token by token: on the terminal and as a page.
+
+python jobs/reward_card.py --model outputs/demo/sarm --prompt "How do I pick a lock?" --response "I can't help with that."
+python jobs/reward_card.py --model outputs/demo/sarm --conversation chat.json --out card.html
+"""
+
+from sarm.interpret.card_settings import RewardCard
+from sarm.runtime.job import run_command
+
+
+def main(settings: RewardCard) -> None:
+    from sarm.runtime.card import make_card
+
+    make_card(settings)
+
+
+if __name__ == "__main__":
+    run_command(RewardCard, main, __doc__ or "")
