@@ -101,6 +101,48 @@ CONTEXTS = pa.schema(
     ]
 )
 
+LATENT_CONTEXTS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("place", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("decile", pa.int8(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("activation", pa.float32(), nullable=False),
+        pa.field("text_id", pa.string(), nullable=False),
+        pa.field("pair_id", pa.string()),
+        pa.field("side", pa.string(), nullable=False),
+        pa.field("prompt_hash", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("span_start", pa.int32(), nullable=False),
+        pa.field("span_end", pa.int32(), nullable=False),
+    ]
+)
+
+# Bins of positive activations: what lies below the first edge or above the last counts in the outer bins.
+ACTIVATION_EDGES = tuple(2.0 ** (step / 2) for step in range(-20, 21))
+
+LATENT_SUMMARIES = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("place", pa.string(), nullable=False),
+        pa.field("count", pa.int64(), nullable=False),
+        pa.field("total", pa.int64(), nullable=False),
+        pa.field("density", pa.float64(), nullable=False),
+        pa.field("max", pa.float32(), nullable=False),
+        pa.field("mean", pa.float64(), nullable=False),
+        pa.field("quantiles", pa.list_(pa.float32()), nullable=False),
+        pa.field("chosen_mean", pa.float64()),
+        pa.field("rejected_mean", pa.float64()),
+        pa.field("weight", pa.float64()),
+        pa.field("histogram", pa.list_(pa.int64()), nullable=False),
+        pa.field("chosen_histogram", pa.list_(pa.int64())),
+        pa.field("rejected_histogram", pa.list_(pa.int64())),
+    ],
+    metadata={b"edges": json.dumps(ACTIVATION_EDGES).encode()},
+)
+
 LATENT_STATS = pa.schema(
     [
         pa.field("latent", pa.int32(), nullable=False),
