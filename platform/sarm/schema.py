@@ -177,6 +177,36 @@ EXPLANATIONS = pa.schema(
     ]
 )
 
+RATINGS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("place", pa.string(), nullable=False),
+        pa.field("rubric", pa.string(), nullable=False),
+        pa.field("judge", pa.string(), nullable=False),
+        pa.field("repeat", pa.int32(), nullable=False),
+        pa.field("rating", pa.int32()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+# One row for each text that an explanation was tested on: what the judge said of it, null where no answer could be used.
+JUDGED_TEXTS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("place", pa.string(), nullable=False),
+        pa.field("explainer", pa.string(), nullable=False),
+        pa.field("score", pa.string(), nullable=False),
+        pa.field("text_id", pa.string(), nullable=False),
+        pa.field("prompt_hash", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("decile", pa.int32(), nullable=False),
+        pa.field("activation", pa.float32(), nullable=False),
+        pa.field("said", pa.int32()),
+        pa.field("status", pa.string(), nullable=False),
+    ]
+)
+
 # Optional `pool.parquet` of contexts/v1: whole texts with every latent that fires there, so that silence is known, not presumed.
 CONTEXT_POOL = pa.schema(
     [
