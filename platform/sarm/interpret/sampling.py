@@ -121,7 +121,8 @@ class Pool:
         """At most `num` texts of each kind where the latent is silent; none twice, none that equals a positive."""
         fires_N = self._column(latent) > 0
         taken = {one.text for one in positives}
-        free = [i for i in np.flatnonzero((self._splits == split) & ~fires_N) if self.rows[i]["text"] not in taken]
+        silent = np.flatnonzero((self._splits == split) & ~fires_N).tolist()
+        free = [i for i in silent if self.rows[i]["text"] not in taken]
         found: list[Example] = []
         for kind in NEGATIVES:
             added = 0

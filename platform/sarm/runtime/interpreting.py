@@ -164,17 +164,19 @@ async def _interpret(
         samples = one.explained.samples
         if one.explained.status == "dead":
             return one
-        tasks = [
-            explaining.rate(samples, rubric, judge.spec.name, judge.ask, settings.repeats, settings.answer_format)
-            for judge in judges
-            for rubric in settings.rubrics
-        ]
-        one.scores, one.label_scores, *rated = await asyncio.gather(
+        rated = asyncio.gather(
+            *(
+                explaining.rate(samples, rubric, judge.spec.name, judge.ask, settings.repeats, settings.answer_format)
+                for judge in judges
+                for rubric in settings.rubrics
+            )
+        )
+        one.scores, one.label_scores, ratings = await asyncio.gather(
             explaining.score(one.explained, others.get(samples.latent), scoring),
             explaining.score_label(samples, one.label, scoring),
-            *tasks,
+            rated,
         )
-        one.ratings = [rating for part in rated for rating in part]
+        one.ratings = [rating for part in ratings for rating in part]
         return one
 
     return await _each(found, test, width, "scored")

@@ -82,9 +82,8 @@ class Endpoint:
             extra = {k: v for k, v in wanted.items() if v is not None and k not in self.without}
             extra[self.token_field] = max_tokens
             try:
-                answer = await self._client.chat.completions.create(
-                    model=self.spec.model, messages=list(messages), stream=False, **extra
-                )  # type: ignore[call-overload]
+                body: dict[str, Any] = {"model": self.spec.model, "messages": list(messages), "stream": False, **extra}
+                answer = await self._client.chat.completions.create(**body)
             except openai.APITimeoutError:
                 raise TransientError(f"no answer within {self.timeout:g} s") from None
             except openai.APIConnectionError as error:
