@@ -148,6 +148,8 @@ class Interpret:
     judging: Judging = Judging()
     place: Literal["rewarded", "sentence"] = "rewarded"
     """Where activations are read: at the rewarded token, or at sentence ends as in the papers."""
+    scored: Path | None = None
+    """Run folder with `pairs` and `evaluation`: its held-out answers are scored in full, so texts without a latent are known to be without it, and tests take them from there. Unset: presumed of texts that are no context of the latent."""
     latents: tuple[int, ...] = ()
     """Latents to explain; none: all that have contexts."""
     max_latents: int | None = None
@@ -177,4 +179,12 @@ class Interpret:
         check_least(self, "", max_latents=1, num_explain=2, num_test=2, num_negatives=1, candidates=1, intruder_trials=0, repeats=1)  # fmt: skip
         check(self, "texts_per_question", 1 <= self.texts_per_question <= 20, "between 1 and 20")
         check(self, "min_coverage", 0 <= self.min_coverage <= 1, "between 0 and 1")
+        check(
+            self,
+            "scored",
+            self.scored is None or self.place == "rewarded",
+            "unset for sentence ends, which no evaluation scores",
+        )
         object.__setattr__(self, "contexts", self.contexts.expanduser().absolute())
+        if self.scored is not None:
+            object.__setattr__(self, "scored", self.scored.expanduser().absolute())

@@ -96,7 +96,8 @@ class Pool:
         self._unit = self._fires @ sp.diags(1 / np.where(norms > 0, norms, 1.0)) if width else self._fires
         self._splits = np.array([split_of(row["prompt_hash"]) for row in rows])
         self._lengths = np.array([len(row["text"]) for row in rows])
-        self._sides = defaultdict(list)
+        self._order = np.array(sorted(range(len(rows)), key=lambda i: hash_share(rows[i]["text_id"])), dtype=np.intp)
+        self._sides: dict[str | None, list[int]] = defaultdict(list)
         for place, row in enumerate(rows):
             if row["pair_id"] is not None:
                 self._sides[row["pair_id"]].append(place)
@@ -119,14 +120,12 @@ class Pool:
 
     def negatives(self, latent: int, split: str, positives: Sequence[Example], num: int) -> list[Example]:
         """At most `num` texts of each kind where the latent is silent; none twice, none that equals a positive."""
-        fires_N = self._column(latent) > 0
+        free_N = (self._splits == split) & ~(self._column(latent) > 0)
         taken = {one.text for one in positives}
-        silent = np.flatnonzero((self._splits == split) & ~fires_N).tolist()
-        free = [i for i in silent if self.rows[i]["text"] not in taken]
         found: list[Example] = []
         for kind in NEGATIVES:
             added = 0
-            for i in self._ranked(kind, latent, free, positives):
+            for i in self._ranked(kind, latent, free_N, positives) if positives else ():
                 if added == num:
                     break
                 if (text := self.rows[i]["text"]) not in taken:
@@ -135,27 +134,34 @@ class Pool:
                     added += 1
         return found
 
-    def _ranked(self, kind: str, latent: int, free: Sequence[int], positives: Sequence[Example]) -> Iterable[int]:
-        by_hash = sorted(free, key=lambda i: _key(latent, kind, self.rows[i]["text_id"]))
+    def _ranked(self, kind: str, latent: int, free_N: NDArray[np.bool_], positives: Sequence[Example]) -> Iterable[int]:
+        """Places of free texts, the best of a kind first."""
         if kind == "paired":
-            pairs = {one.pair_id: one.side for one in positives if one.pair_id is not None}
-            return [i for i in by_hash if pairs.get(self.rows[i]["pair_id"], self.rows[i]["side"]) != self.rows[i]["side"]]  # fmt: skip
+            partners = [(i, one.side) for one in positives for i in self._sides.get(one.pair_id, ())]
+            return [i for i, side in partners if free_N[i] and self.rows[i]["side"] != side]
+        # One order by hash for all latents, begun at another place by each: hashing every text for every latent would take hours.
+        start = int(len(self._order) * hash_share(f"{latent}:{kind}"))
+        order = np.concatenate([self._order[start:], self._order[:start]])
+        free = order[free_N[order]]
         if kind == "neighbour":
-            return self._firing_neighbours(latent, by_hash)
+            return self._firing_neighbours(latent, free)
         if kind == "lexical":
-            if self._words is None or not positives or not by_hash:
+            if self._words is None or not len(free):
                 return []
-            near = (self._tfidf[by_hash] @ self._words.transform([one.text for one in positives]).T).max(axis=1)
+            near = (self._tfidf[free] @ self._words.transform([one.text for one in positives]).T).max(axis=1)
             near_F = np.asarray(near.todense()).ravel()
-            return [by_hash[i] for i in np.argsort(-near_F, kind="stable") if near_F[i] > 0]
+            best = np.argsort(-near_F, kind="stable")
+            return free[best[near_F[best] > 0]].tolist()
         # Of a few at random, the one whose length is nearest to that of a positive.
         lengths = [len(one.text) for one in positives]
-        groups = [by_hash[start : start + 8] for start in range(0, len(by_hash), 8)]
-        return [
-            min(group, key=lambda i: abs(self._lengths[i] - lengths[place % len(lengths)])) for place, group in enumerate(groups) if lengths
-        ]  # fmt: skip
+        picks = []
+        for place, first in enumerate(range(0, min(len(free), 8 * 64), 8)):
+            group = free[first : first + 8].tolist()
+            picks.append(min(group, key=lambda i: abs(int(self._lengths[i]) - lengths[place % len(lengths)])))
+        # The others follow, for where the first are taken by another kind.
+        return list(dict.fromkeys([*picks, *free.tolist()]))
 
-    def _firing_neighbours(self, latent: int, free: Sequence[int]) -> list[int]:
+    def _firing_neighbours(self, latent: int, free: NDArray[np.intp]) -> list[int]:
         if latent >= self._fires.shape[1]:
             return []
         cosine_S = np.asarray((self._unit.T @ self._unit[:, [latent]]).todense()).ravel()
@@ -164,7 +170,8 @@ class Pool:
         for other in np.argsort(-cosine_S, kind="stable")[:_NUM_NEIGHBOURS]:
             if cosine_S[other] > 0:
                 value_N = self._column(int(other))
-                ranked += [i for i in sorted(free, key=lambda i: -value_N[i]) if value_N[i] > 0]
+                firing = free[value_N[free] > 0]
+                ranked += firing[np.argsort(-value_N[firing], kind="stable")].tolist()
         return list(dict.fromkeys(ranked))
 
     def _column(self, latent: int) -> NDArray[np.float64]:

@@ -20,12 +20,14 @@ from sarm.interpret.explaining import Explained, Rated, Scores, Scoring
 from sarm.interpret.extractive import EXTRACTIVE, ExtractiveLabels
 from sarm.interpret.judge_settings import Interpret
 from sarm.interpret.sampling import Pool, Samples, draw_samples
+from sarm.interpret.silence import scored_texts
 from sarm.manifest import MANIFEST, StageFolder, write_atomically
 from sarm.runtime.interpret_report import build_page, measure, metrics
 from sarm.runtime.job import say
 from sarm.runtime.llm import Judge, open_judges
 from sarm.runtime.llm_endpoint import JudgeStoppedError
 from sarm.runtime.pages import write_page
+from sarm.runtime.plan import EVALUATION
 from sarm.runtime.tracking import StageRun, Tracker, flat_params, tracking_uri
 
 EXPLANATIONS = "explanations/v1"
@@ -57,17 +59,22 @@ def run_interpretation(settings: Interpret) -> Path:
     store = load_contexts(settings.contexts)
     latents = _latents(settings, store)
     config = {**identity(settings), "judging": identity(settings.judging), "prompts": questions.prompt_versions()}
-    config = {key: value for key, value in config.items() if key not in ("run", "contexts")}
-    folder = StageFolder(settings.run.out, EXPLANATIONS, config, {CONTEXTS: (settings.contexts, CONTEXTS)})
+    config = {key: value for key, value in config.items() if key not in ("run", "contexts", "scored")}
+    inputs = {CONTEXTS: (settings.contexts, CONTEXTS)}
+    if settings.scored is not None:
+        inputs[EVALUATION] = (settings.scored / "evaluation", EVALUATION)
+    folder = StageFolder(settings.run.out, EXPLANATIONS, config, inputs)
     if done := folder.finished():
         if not (settings.judging.retry_failed and done.counts["failed"]):
             say(f"already done, {folder.folder}")
             return folder.folder
         say(f"asking again what failed: {done.counts['failed']} answers")
-    return asyncio.run(_run(settings, store, latents, folder))
+    return asyncio.run(_run(settings, store, _pool(settings, store), latents, folder))
 
 
-async def _run(settings: Interpret, store: ContextStore, latents: Sequence[int], folder: StageFolder) -> Path:
+async def _run(
+    settings: Interpret, store: ContextStore, pool: Pool, latents: Sequence[int], folder: StageFolder
+) -> Path:
     started = time.monotonic()
     judges = open_judges(settings.judging)
     try:
@@ -80,9 +87,16 @@ async def _run(settings: Interpret, store: ContextStore, latents: Sequence[int],
         try:
             tracker.parent.log_params(flat_params(json.loads(as_json(settings))))
             tracker.parent.log_params({f"prompt.{kind}": version for kind, version in questions.prompt_versions().items()})  # fmt: skip
-            pool, known = _pool(settings, store)
             found = await _interpret(settings, store, pool, latents, judges)
-            failed = _write(settings, found, judges, known, folder.folder, time.monotonic() - started, tracker.parent)
+            failed = _write(
+                settings,
+                found,
+                judges,
+                pool.silence_is_known,
+                folder.folder,
+                time.monotonic() - started,
+                tracker.parent,
+            )
             folder.finish({"latents": len(found), "failed": failed, "seconds": round(time.monotonic() - started, 2)})
         except BaseException:
             tracker.parent.end("FAILED")
@@ -115,13 +129,17 @@ def _latents(settings: Interpret, store: ContextStore) -> list[int]:
     return [row["latent"] for row in ranked[: settings.max_latents]]
 
 
-def _pool(settings: Interpret, store: ContextStore) -> tuple[Pool, bool]:
+def _pool(settings: Interpret, store: ContextStore) -> Pool:
+    """Texts that tests draw from; silence is known where a folder of scored texts is there, and presumed otherwise."""
+    table = store.contexts.filter(pc.equal(store.contexts["place"], settings.place))
+    if settings.scored is not None:
+        return Pool(scored_texts(settings.scored, table.to_pylist()), silence_is_known=True)
     path = settings.contexts / POOL_FILE
     if path.exists():
-        rows = pq.read_table(path).filter(pc.equal(pc.field("place"), settings.place)).to_pylist()
-        return Pool(rows, silence_is_known=True), True
-    table = store.contexts.filter(pc.equal(store.contexts["place"], settings.place))
-    return Pool.of_contexts(table), False
+        return Pool(
+            pq.read_table(path).filter(pc.equal(pc.field("place"), settings.place)).to_pylist(), silence_is_known=True
+        )
+    return Pool.of_contexts(table)
 
 
 async def _interpret(
