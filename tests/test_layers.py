@@ -173,7 +173,7 @@ print("loaded:", sorted({HEAVY!r} & set(sys.modules)))
 """
 
 
-WITH_PRESETS = [job for job in SCRIPTS if job.stem not in ("compare", "convert_sae", "interpret")]
+WITH_PRESETS = [job for job in SCRIPTS if job.stem not in ("compare", "convert_sae", "interpret", "rate")]
 ANSWERS = [
     *(
         (job, arguments)
@@ -184,6 +184,7 @@ ANSWERS = [
     (ROOT / "jobs" / "compare.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["a", "b", "--dry-run"]),
     (ROOT / "jobs" / "interpret.py", ["--help"]),
+    (ROOT / "jobs" / "rate.py", ["--help"]),
     (ROOT / "jobs" / "interpret.py", ["contexts", "--judging.judges", "m@http://h:1/v1", "--dry-run"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--benchmarks", "rm_bench", "--dry-run"]),

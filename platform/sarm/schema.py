@@ -207,6 +207,15 @@ JUDGED_TEXTS = pa.schema(
     ]
 )
 
+# The texts that an explanation was written from (the first candidate's) and ratings were given for.
+SHOWN_TEXTS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("activation", pa.float32(), nullable=False),
+    ]
+)
+
 # Optional `pool.parquet` of contexts/v1: whole texts with every latent that fires there, so that silence is known, not presumed.
 CONTEXT_POOL = pa.schema(
     [

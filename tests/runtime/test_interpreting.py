@@ -1,5 +1,6 @@
 """The interpret job over real HTTP: files, MLflow, resumption, failures, two judges."""
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ from tests.runtime.judge_server import FAULTS, JudgeServer, dealt
 from sarm import schema
 from sarm.config import Run, UserError
 from sarm.interpret.extractive import EXTRACTIVE
-from sarm.interpret.judge_settings import Interpret, Judging
+from sarm.interpret.judge_settings import HumanRatings, Interpret, Judging
 from sarm.manifest import read_manifest, verify_files
+from sarm.runtime.human_ratings import run_ratings
 from sarm.runtime.interpreting import EXPLANATIONS, run_interpretation
 from sarm.runtime.llm_endpoint import JudgeStoppedError
 
@@ -142,6 +144,32 @@ def test_without_a_judge_there_are_labels_marked_as_such_and_no_scores(contexts,
     assert [word in row["explanation"] for word, row in zip(WORDS, sorted(rows, key=lambda r: r["latent"]), strict=True)] == [True] * 6  # fmt: skip
     assert {row["detection"] for row in rows} == {None}
     assert "No judge was named" in (out / "report.md").read_text()
+
+
+def test_people_rate_in_a_sheet_and_stand_beside_the_judges(contexts, server, tmp_path):
+    out = tmp_path / "out"
+    run_interpretation(settings(contexts, out, (f"m@{server.url}",)))
+    run_ratings(HumanRatings(explanations=out, sheet=tmp_path / "sheet.csv", num_items=6))
+    filled = []
+    for rater, level in (("ada", "5"), ("bob", "4")):
+        rows = list(csv.DictReader((tmp_path / "sheet.csv").open(encoding="utf-8-sig", newline="")))
+        assert len(rows) == 7
+        assert all(WORDS[int(row["latent"])] in row["context_1"] for row in rows)
+        path = tmp_path / f"{rater}.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows({**row, "rating": level, "rater_id": rater} for row in rows)
+        filled.append(path)
+    run = Run(out=tmp_path / "people")
+    run_ratings(HumanRatings(explanations=out, run=run, filled=tuple(filled)))
+    report = json.loads((run.out / "report.json").read_text())
+    assert report["people"]["safety"]["between"]["kappa"] == {"human:ada / human:bob": pytest.approx(0.0)}
+    assert report["people"]["safety"]["within"]["human:ada"]["ac2"] == 1.0
+    assert set(report["people_and_judges"]["safety"]["answered"]) == {"human:ada", "human:bob", "m"}
+    assert {row["judge"] for row in table(run.out, "ratings")} == {"human:ada", "human:bob", "m"}
+    with pytest.raises(UserError, match="two sheets are of ada"):
+        run_ratings(HumanRatings(explanations=out, run=run, filled=(filled[0], filled[0])))
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(contexts, server, tmp_path):

@@ -188,3 +188,26 @@ class Interpret:
         object.__setattr__(self, "contexts", self.contexts.expanduser().absolute())
         if self.scored is not None:
             object.__setattr__(self, "scored", self.scored.expanduser().absolute())
+
+
+@dataclass(frozen=True, kw_only=True)
+class HumanRatings:
+    """Write a sheet for people to rate latents in, or compare filled sheets with the judges."""
+
+    explanations: tyro.conf.Positional[Path]
+    """Folder that `jobs/interpret.py` wrote."""
+    run: Annotated[Run, Flat] = Run(out=Path("outputs/human-ratings"))
+    sheet: Path | None = None
+    """CSV file to write; it must not exist."""
+    rubric: Literal["monosemanticity", "safety"] = "safety"
+    """What the sheet asks for."""
+    num_items: int = 40
+    """Latents in the sheet, as equally as possible from each level that the judges gave; a tenth of them twice."""
+    filled: tuple[Path, ...] = ()
+    """Filled sheets, one rater each."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "", num_items=1)
+        if (self.sheet is None) == (not self.filled):
+            raise UserError("pass either --sheet FILE to write one, or --filled FILE ... to read filled ones.")
+        object.__setattr__(self, "explanations", self.explanations.expanduser().absolute())

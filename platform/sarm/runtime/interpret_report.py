@@ -76,7 +76,7 @@ def metrics(content: Mapping[str, Any]) -> dict[str, float | None]:
 def build_page(content: Mapping[str, Any]) -> Page:
     """The page of `report.json`."""
     facts = {"contexts": content["contexts"], "place": content["place"], **{f"latents {k}": n for k, n in content["statuses"].items()}}  # fmt: skip
-    sections = [_figures(content), *(_agreement(rubric, one) for rubric, one in content["agreement"].items())]
+    sections = [_figures(content), *(agreement_section(rubric, one) for rubric, one in content["agreement"].items())]
     if content["judges"]:
         names = ("judge", "answers_asked", "answers_cached", "requests", "prompt_tokens", "completion_tokens", "usd")
         rows = [tuple("unknown" if one[name] is None else one[name] for name in names) for one in content["judges"]]
@@ -112,7 +112,9 @@ def _figures(content: Mapping[str, Any]) -> Section:
     return Section(title="Figures", text=text, dots=Dots(rows=dots, low=0.0, high=1.0) if dots else None, columns=("figure", "mean", "latents measured"), rows=rows)  # fmt: skip
 
 
-def _agreement(rubric: str, one: Mapping[str, Any]) -> Section:
+def agreement_section(rubric: str, one: Mapping[str, Any]) -> Section:
+    """Agreement of raters on a rubric, as `agreement` measures it."""
+
     def shown(value: float | None) -> str:
         return "undefined" if value is None else f"{value:.3f}"
 

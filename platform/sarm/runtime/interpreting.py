@@ -249,6 +249,12 @@ def _write(
     pq.write_table(pa.Table.from_pylist(rows, schema=schema.EXPLANATIONS), out / "explanations.parquet")
     pq.write_table(pa.Table.from_pylist(ratings, schema=schema.RATINGS), out / "ratings.parquet")
     pq.write_table(pa.Table.from_pylist(texts, schema=schema.JUDGED_TEXTS), out / "examples.parquet")
+    shown = [
+        {"latent": one.explained.samples.latent, "text": example.text, "activation": example.activation}
+        for one in found
+        for example in (one.explained.samples.explain[0] if one.explained.samples.explain else ())
+    ]
+    pq.write_table(pa.Table.from_pylist(shown, schema=schema.SHOWN_TEXTS), out / "shown.parquet")
     prompts = out / "prompts"
     prompts.mkdir()
     for kind, version in questions.prompt_versions().items():
