@@ -54,6 +54,10 @@ def test_explanations_scores_ratings_and_costs_of_two_judges(contexts, server, t
         config = settings(contexts, out, judges, prices=("wise=1/2",))
         run_interpretation(config)
         asked = server.asked + second.asked
+        most = config.questions_per_latent()
+        assert {name: num for name, num in most.items() if name == "fool"} == {"fool": 2}
+        assert second.asked == 2 * len(WORDS)
+        assert server.asked <= most["wise"] * len(WORDS)
         run_interpretation(config)
         assert server.asked + second.asked == asked, "a finished folder asks nothing"
     verify_files(out, read_manifest(out, EXPLANATIONS))

@@ -154,9 +154,10 @@ def other_explanations(explained: Sequence[Explained]) -> dict[int, str]:
     known = [one for one in explained if one.text]
     others = {}
     for one in known:
-        differing = [o for o in known if o.samples.latent != one.samples.latent and o.text != one.text]
-        if differing:
-            others[one.samples.latent] = differing[int(len(differing) * hash_share(f"other:{one.samples.latent}"))].text
+        start = int(len(known) * hash_share(f"other:{one.samples.latent}"))
+        around = (known[(start + step) % len(known)] for step in range(len(known)))
+        if found := next((other.text for other in around if other.text != one.text), None):
+            others[one.samples.latent] = found
     return others
 
 

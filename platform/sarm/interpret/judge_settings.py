@@ -189,6 +189,18 @@ class Interpret:
         if self.scored is not None:
             object.__setattr__(self, "scored", self.scored.expanduser().absolute())
 
+    def questions_per_latent(self) -> dict[str, int]:
+        """How many questions each judge is asked about one latent, at most and without repair turns."""
+
+        def batches(num_fires: int) -> int:
+            return math.ceil((num_fires + 4 * self.num_negatives) / self.texts_per_question)
+
+        chosen = self.candidates * batches(max(2, self.num_test // 2)) if self.candidates > 1 else 0
+        # Detection, simulation, both baselines, and detection by the extractive label.
+        scored = self.candidates + chosen + 5 * batches(self.num_test) + self.intruder_trials
+        rated = self.repeats * len(self.rubrics)
+        return {spec.name: rated + (scored if place == 0 else 0) for place, spec in enumerate(self.judging.specs())}
+
 
 @dataclass(frozen=True, kw_only=True)
 class HumanRatings:
