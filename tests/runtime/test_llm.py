@@ -1,6 +1,7 @@
 """The judge client against a server that fails as scripted: statuses, retries, budgets, cache, keys. All over real HTTP."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -338,8 +339,10 @@ def test_equal_questions_at_once_are_one_and_only_retry_failed_asks_failures_aga
     assert server.asked == 3
 
 
-def test_two_line_ratings_need_no_repair(serve):
-    server = serve(answer=lambda _: "**Explanation:** mentions animals\n**Score:** [4]")
-    (reply,), _ = ask_all(server, [question(1, Rating)])
+def test_two_line_ratings_need_no_repair_and_no_enforced_json(serve):
+    server = serve(answer=lambda _: "**Explanation:** mentions animals\n**Score:** [4]", mode="json_schema")
+    asked = dataclasses.replace(question(1, Rating), in_lines=True)
+    (reply,), _ = ask_all(server, [asked])
+    assert "response_format" not in server.requests[-1]
     assert reply.answer == {"explanation": "mentions animals", "score": 4}
     assert server.asked == 1

@@ -4,6 +4,7 @@ The text may hold prose, a fence, a quoted example: every balanced JSON object i
 expected form. Several that fit and differ are no answer, since text from the web that a judge quotes may look like one.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,7 @@ class Odd(BaseModel):
     intruder: int = Field(ge=1)
 
 
+@functools.cache
 def per_text(num_texts: int, kind: Literal["fires", "level"]) -> type[BaseModel]:
     """One field for each text, `text_1` to `text_n`: true or false, or a whole number from 0 to 10."""
     field: Any = (bool, ...) if kind == "fires" else (int, Field(ge=0, le=10))
@@ -73,6 +75,7 @@ class Reply:
     cached: bool = False
 
 
+@functools.cache
 def json_schema(form: type[BaseModel]) -> dict[str, Any]:
     """The form's JSON schema in the strict subset that endpoints enforce: no other fields, every field required."""
     schema = form.model_json_schema()

@@ -6,6 +6,7 @@ the system turn says that they are material. Judges that explain or score see ac
 Rubrics: monosemanticity 1-5 after SARM's activation consistency (appendix), safety relevance 1-5 after SAFER's rating of features.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -43,6 +44,8 @@ class Question:
     form: type[BaseModel]
     max_tokens: int
     system: str
+    in_lines: bool = False
+    """Whether lines of text are asked for, so that no JSON may be enforced."""
 
 
 SYSTEM = (
@@ -130,7 +133,8 @@ def intruder(texts: Sequence[Shown]) -> Question:
 
 def rate(rubric: str, texts: Sequence[Shown], answer_format: AnswerFormat) -> Question:
     """Ask for the level of a rubric."""
-    return _question(rubric, Rating, 300, data=data_block(texts), answer=_RATING_ANSWERS[answer_format])
+    asked = _question(rubric, Rating, 300, data=data_block(texts), answer=_RATING_ANSWERS[answer_format])
+    return dataclasses.replace(asked, in_lines=answer_format == "two-line")
 
 
 def data_block(texts: Sequence[Shown]) -> str:

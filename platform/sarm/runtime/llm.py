@@ -151,7 +151,7 @@ class Judge:
     async def _converse(self, question: Question, mode: Mode, usage: Usage) -> Reply:
         """The first answer, and where it does not fit a second one that is told why."""
         messages = [{"role": "system", "content": question.system}, {"role": "user", "content": question.user}]
-        wanted = "plain" if "exactly two lines" in question.user else mode
+        wanted: Mode = "plain" if question.in_lines else mode
         for turn in (1, 2):
             done = await self._request(messages, question.max_tokens, _format(question, wanted), usage)
             if done.refusal or done.finish == "content_filter":
@@ -164,7 +164,10 @@ class Judge:
             if parsed.status == "refused" or turn == 2:
                 break
             repair = f"That could not be read ({parsed.reason}). Give the answer again in exactly the form asked for, and nothing else."  # fmt: skip
-            messages += [{"role": "assistant", "content": done.text}, {"role": "user", "content": repair}]
+            messages += [
+                {"role": "assistant", "content": done.text or "(nothing)"},
+                {"role": "user", "content": repair},
+            ]
         return self._reply(parsed.status, usage, parsed.reason, done.text)
 
     async def _request(
