@@ -11,7 +11,7 @@ import pyarrow.dataset as ds
 from sarm.config import UserError
 from sarm.manifest import read_manifest
 
-_PAIRS, _EVALUATION = "pairs/v1", "evaluation/v1"
+PAIRS, EVALUATION = "pairs/v1", "evaluation/v1"
 
 
 def scored_texts(run: Path, contexts: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -21,8 +21,8 @@ def scored_texts(run: Path, contexts: list[Mapping[str, Any]]) -> list[dict[str,
     with the contexts: they are of other data then.
     """
     pairs, evaluation = run / "pairs", run / "evaluation"
-    read_manifest(pairs, _PAIRS)
-    read_manifest(evaluation, _EVALUATION)
+    read_manifest(pairs, PAIRS)
+    read_manifest(evaluation, EVALUATION)
     texts = {row["pair_id"]: row for row in _rows(pairs)}
     known = {row["text_id"]: row for row in contexts}
     longest = max((len(row["text"]) for row in contexts), default=0)

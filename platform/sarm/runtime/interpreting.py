@@ -20,14 +20,13 @@ from sarm.interpret.explaining import Explained, Rated, Scores, Scoring
 from sarm.interpret.extractive import EXTRACTIVE, ExtractiveLabels
 from sarm.interpret.judge_settings import Interpret
 from sarm.interpret.sampling import Pool, Samples, draw_samples
-from sarm.interpret.silence import scored_texts
+from sarm.interpret.silence import EVALUATION, scored_texts
 from sarm.manifest import MANIFEST, StageFolder, write_atomically
 from sarm.runtime.interpret_report import build_page, measure, metrics
 from sarm.runtime.job import say
 from sarm.runtime.llm import Judge, open_judges
 from sarm.runtime.llm_endpoint import JudgeStoppedError
 from sarm.runtime.pages import write_page
-from sarm.runtime.plan import EVALUATION
 from sarm.runtime.tracking import StageRun, Tracker, flat_params, tracking_uri
 
 EXPLANATIONS = "explanations/v1"
