@@ -119,12 +119,12 @@ def data_of(user: str) -> list[dict[str, Any]]:
 
 
 def perfect(messages: list[dict[str, str]]) -> str:
-    """A judge that knows the planted words: it names the one that the texts share, and looks for the one that it is told."""
+    """A judge that knows the planted words: it names the one that the texts share, and looks for the first that it is told."""
     user = messages[1]["content"]
     rows = data_of(user)
     texts = [row["text"].split() for row in rows if "text" in row]
     said = next((row["description"] for row in rows if "description" in row), "")
-    word = next((word for word in WORDS if word in said), None)
+    word = min((word for word in WORDS if word in said), key=said.index, default=None)
     if '"hypothesis"' in user:
         shared = [word for word in WORDS if all(word in text for text in texts)]
         return json.dumps({"hypothesis": f"mentions the {shared[0]}", "polysemantic": False, "alternative": None})

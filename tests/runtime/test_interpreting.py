@@ -109,8 +109,8 @@ def test_under_faults_every_latent_is_explained_or_marked_and_a_second_run_asks_
 
 def test_a_stopped_run_leaves_no_finished_folder_and_goes_on_where_it_was(contexts, server, tmp_path):
     out = tmp_path / "out"
-    config = settings(contexts, out, (f"m@{server.url}",), (0, 1), max_tokens_total=12_000)
-    with pytest.raises(JudgeStoppedError, match="12,000 tokens"):
+    config = settings(contexts, out, (f"m@{server.url}",), (0, 1), max_tokens_total=4_000)
+    with pytest.raises(JudgeStoppedError, match="4,000 tokens"):
         run_interpretation(config)
     assert not (out / "manifest.json").exists()
     before = server.asked
