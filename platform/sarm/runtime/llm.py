@@ -24,6 +24,8 @@ from sarm.runtime.llm_pace import Pace
 Mode = Literal["json_schema", "json_object", "plain"]
 # Of a request that the server turns away for its own reasons, and of one that fails on the way.
 _MAX_THROTTLED, _MAX_FAILED = 40, 5
+# Of the first question of all: who waits for a mistyped address should not wait long.
+_MAX_FAILED_AT_FIRST = 3
 _MAX_BACKOFF = 30.0
 # Questions in a row without an answer after which the server is taken to be down.
 _DOWN_AFTER = 10
@@ -171,8 +173,8 @@ class Judge:
         return self._reply(parsed.status, usage, parsed.reason, done.text)
 
     async def _request(
-        self, messages: Messages, max_tokens: int, response_format: Mapping[str, Any] | None, usage: Usage
-    ) -> Completion:
+        self, messages: Messages, max_tokens: int, response_format: Mapping[str, Any] | None, usage: Usage, tries: int = _MAX_FAILED
+    ) -> Completion:  # fmt: skip
         """One answer from the server, however many requests that takes. Raises as Endpoint.send."""
         # Bytes, since a character of some scripts is a token or more.
         guess = int(sum(len(one["content"].encode()) for one in messages) / _BYTES_PER_TOKEN) + 8 * len(messages)
@@ -192,7 +194,7 @@ class Judge:
                     wait = self._wait(fault, failed + throttled)
                     if fault.throttled:
                         self.pace.throttled(sent, wait)
-                    if failed >= _MAX_FAILED or throttled >= _MAX_THROTTLED:
+                    if failed >= tries or throttled >= _MAX_THROTTLED:
                         raise
                 except JudgeStoppedError as stop:
                     self._stop(stop)
@@ -243,7 +245,7 @@ class Judge:
         modes: Sequence[Mode] = ("json_schema", "json_object")
         for mode in modes:
             try:
-                done = await self._request(messages, 60, _PROBE[mode], usage)
+                done = await self._request(messages, 60, _PROBE[mode], usage, _MAX_FAILED_AT_FIRST)
             except DeclinedError:
                 continue
             except TransientError as fault:
