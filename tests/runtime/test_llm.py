@@ -339,6 +339,13 @@ def test_equal_questions_at_once_are_one_and_only_retry_failed_asks_failures_aga
     assert server.asked == 3
 
 
+def test_answers_can_be_kept_shorter_than_questions_allow(serve):
+    server = serve()
+    ask_all(server, [question(1)], max_answer_tokens=7)
+    ask_all(server, [question(1)], max_answer_tokens=70)
+    assert [body["max_tokens"] for body in server.requests if "question" in body["messages"][-1]["content"]] == [7, 50]
+
+
 def test_two_line_ratings_need_no_repair_and_no_enforced_json(serve):
     server = serve(answer=lambda _: "**Explanation:** mentions animals\n**Score:** [4]", mode="json_schema")
     asked = dataclasses.replace(question(1, Rating), in_lines=True)

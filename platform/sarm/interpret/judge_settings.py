@@ -59,6 +59,8 @@ class Judging:
     """Stop before the answers of this folder have cost more tokens, answers from the cache included."""
     max_usd: float | None = field(default=None, metadata=OPERATIONAL)
     """Stop before they have cost more money; needs the price of every judge."""
+    max_answer_tokens: int | None = None
+    """Tokens of one answer at most, for slow local models; unset: what each question allows (60 to 400)."""
     concurrency: int = field(default=8, metadata=OPERATIONAL)
     """Requests to one judge at once, at most; fewer where the server says 429."""
     timeout: float = field(default=120.0, metadata=OPERATIONAL)
@@ -69,7 +71,7 @@ class Judging:
     """Ask again what ended as refused, invalid, truncated or api_error; without it such an end is final."""
 
     def __post_init__(self) -> None:
-        check_least(self, "judging.", max_tokens_total=1, concurrency=1)
+        check_least(self, "judging.", max_tokens_total=1, concurrency=1, max_answer_tokens=1)
         for name in ("timeout", "max_wait", "max_usd"):
             value = getattr(self, name)
             check(self, f"judging.{name}", value is None or (math.isfinite(value) and value > 0), "finite and above 0")

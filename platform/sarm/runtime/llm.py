@@ -5,6 +5,7 @@ What cannot be answered now (wrong key, dead server, spent budget) stops the run
 """
 
 import asyncio
+import dataclasses
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,8 @@ class Judge:
 
         Raises JudgeStoppedError if asking has to end; what is under way is still answered and written down.
         """
+        most = min(question.max_tokens, self.judging.max_answer_tokens or question.max_tokens)
+        question = dataclasses.replace(question, max_tokens=most)
         key = content_key("answer/v1", self.spec.base_url, self.spec.model, question.kind, question.system, question.user, question.max_tokens, json_schema(question.form), draw)  # fmt: skip
         # Equal questions at the same time are one question.
         if key not in self._under_way:
