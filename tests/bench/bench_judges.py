@@ -4,7 +4,7 @@
     independent   the same shares of all requests, repeated ones included; no client can stay below 1 / 0.45 = 2.22
     limited       a server that turns away what comes faster than 100 requests a second, and says when to come again
 
-Each over real HTTP on this machine, 400 questions (a latent's explanation each), 16 at once.
+Each over real HTTP on this machine, 100 questions (a latent's explanation each), 16 at once.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from sarm.interpret.questions import Question  # noqa: E402
 from sarm.runtime.llm import open_judges  # noqa: E402
 
 OUT = ROOT / "outputs" / "bench" / "judges.json"
-QUESTIONS, CONCURRENCY, TIMEOUT = 400, 16, 1.0
+QUESTIONS, CONCURRENCY, TIMEOUT = 100, 16, 1.0
 
 
 class Bucket:
