@@ -173,7 +173,17 @@ print("loaded:", sorted({HEAVY!r} & set(sys.modules)))
 """
 
 
-FLAGS_ONLY = ("compare", "convert_sae", "convert_sarm", "audit_features", "steer", "relabel", "reward_card")
+FLAGS_ONLY = (
+    "compare",
+    "convert_sae",
+    "convert_sarm",
+    "audit_features",
+    "steer",
+    "relabel",
+    "reward_card",
+    "interpret",
+    "rate",
+)
 WITH_PRESETS = [job for job in SCRIPTS if job.stem not in FLAGS_ONLY]
 ANSWERS = [
     *(
@@ -190,6 +200,9 @@ ANSWERS = [
     (ROOT / "jobs" / "compare.py", ["--help"]),
     (ROOT / "jobs" / "reward_card.py", ["--help"]),
     (ROOT / "jobs" / "compare.py", ["a", "b", "--dry-run"]),
+    (ROOT / "jobs" / "interpret.py", ["--help"]),
+    (ROOT / "jobs" / "rate.py", ["--help"]),
+    (ROOT / "jobs" / "interpret.py", ["contexts", "--judging.judges", "m@http://h:1/v1", "--dry-run"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--benchmarks", "rm_bench", "--dry-run"]),
 ]

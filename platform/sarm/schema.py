@@ -154,6 +154,84 @@ LATENT_STATS = pa.schema(
 )
 
 
+# What an interpreter says of a latent, and how that was tested. Only rows of status `ok` enter a statistic; what could not be
+# measured is null, never 0.
+EXPLANATIONS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("place", pa.string(), nullable=False),
+        pa.field("explainer", pa.string(), nullable=False),
+        pa.field("explanation", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("detection", pa.float64()),
+        pa.field("detection_low", pa.float64()),
+        pa.field("detection_high", pa.float64()),
+        pa.field("simulation", pa.float64()),
+        pa.field("intruder", pa.float64()),
+        pa.field("baseline_other", pa.float64()),
+        pa.field("baseline_none", pa.float64()),
+        pa.field("monosemanticity", pa.float64()),
+        pa.field("safety", pa.float64()),
+        pa.field("num_scored", pa.int32(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+RATINGS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("place", pa.string(), nullable=False),
+        pa.field("rubric", pa.string(), nullable=False),
+        pa.field("judge", pa.string(), nullable=False),
+        pa.field("repeat", pa.int32(), nullable=False),
+        pa.field("rating", pa.int32()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+# One row for each text that an explanation was tested on: what the judge said of it, null where no answer could be used.
+JUDGED_TEXTS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("place", pa.string(), nullable=False),
+        pa.field("explainer", pa.string(), nullable=False),
+        pa.field("score", pa.string(), nullable=False),
+        pa.field("text_id", pa.string(), nullable=False),
+        pa.field("prompt_hash", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("decile", pa.int32(), nullable=False),
+        pa.field("activation", pa.float32(), nullable=False),
+        pa.field("said", pa.int32()),
+        pa.field("status", pa.string(), nullable=False),
+    ]
+)
+
+# The texts that an explanation was written from (the first candidate's) and ratings were given for.
+SHOWN_TEXTS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("activation", pa.float32(), nullable=False),
+    ]
+)
+
+# Optional `pool.parquet` of contexts/v1: whole texts with every latent that fires there, so that silence is known, not presumed.
+CONTEXT_POOL = pa.schema(
+    [
+        pa.field("place", pa.string(), nullable=False),
+        pa.field("text_id", pa.string(), nullable=False),
+        pa.field("pair_id", pa.string()),
+        pa.field("side", pa.string(), nullable=False),
+        pa.field("prompt_hash", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("latents", pa.list_(pa.int32()), nullable=False),
+        pa.field("values", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+
+
 def activations(d_in: int, metadata: dict[str, Any]) -> pa.Schema:
     """activations/v1 for vectors of width `d_in`: one fixed-size binary of raw 16-bit values a row.
 

@@ -145,6 +145,8 @@ def describe(config: Any) -> str:
             lines.append(
                 f"activations  {2 * d_in / 1e3:.1f} kB each: {2 * d_in * 50e6 / 1e9:,.0f} GB for 50 M sentence ends"
             )
+    if asked := getattr(config, "questions_per_latent", None):
+        lines += [f"judge        {name}: at most {num} questions a latent" for name, num in asked().items()]
     if reward is not None:
         lines.append(
             f"training     {reward.epochs} epochs, {reward.batch_pairs} pairs a step, ZeRO {reward.zero_stage}, {run.num_workers} workers"

@@ -1,0 +1,21 @@
+"""Explain latents from their contexts, test every explanation on texts of other prompts, rate them; report, tables, MLflow.
+
+python jobs/interpret.py outputs/demo/contexts --out outputs/demo/explanations
+python jobs/interpret.py outputs/demo/contexts --out outputs/explained --judging.judges gpt-4o-mini --judging.prices gpt-4o-mini=0.15/0.6 --judging.max-usd 2
+python jobs/interpret.py outputs/demo/contexts --out outputs/explained --judging.judges qwen3@http://localhost:8000/v1 --judging.retry-failed
+
+Without a judge every latent gets an extractive label. Keys come from OPENAI_API_KEY, or --judging.keys HOST=env:NAME or HOST=file:PATH.
+"""
+
+from sarm.interpret.judge_settings import Interpret
+from sarm.runtime.job import run_command
+
+
+def main(settings: Interpret) -> None:
+    from sarm.runtime.interpreting import run_interpretation
+
+    run_interpretation(settings)
+
+
+if __name__ == "__main__":
+    run_command(Interpret, main, __doc__ or "")
