@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray.data
@@ -12,7 +12,7 @@ import torch
 
 from sarm import schema
 from sarm.config import Run
-from sarm.runtime.actors import Progress, Source, device_of_worker
+from sarm.runtime.actors import device_of_worker
 from sarm.runtime.benchmark_scoring import ALONE
 from sarm.runtime.cluster import connect
 from sarm.runtime.extraction import through_actors
@@ -22,6 +22,7 @@ from sarm.runtime.scorers import Request, load_scorer
 
 # Prompts of one batch of an actor: enough for rows of like length, few enough that a killed run loses little.
 BATCH_PROMPTS = 8
+_PRINT_EVERY_SECONDS = 5.0
 _REQUESTS = pa.schema(
     [
         pa.field("prompt", pa.string()),
@@ -30,6 +31,34 @@ _REQUESTS = pa.schema(
         pa.field("alone", pa.bool_()),
     ]
 )
+
+
+class Source(NamedTuple):
+    """What all actors of one pass have to read, for their progress lines."""
+
+    name: str
+    num_rows: int
+
+
+class Progress:
+    """Prints how far an actor is, every few seconds."""
+
+    def __init__(self, source: Source):
+        self._source, self._rows, self._tokens = source, 0, 0
+        self._started = self._printed = time.monotonic()
+
+    def add(self, rows: int, tokens: int) -> None:
+        self._rows, self._tokens = self._rows + rows, self._tokens + tokens
+        now = time.monotonic()
+        if now - self._printed >= _PRINT_EVERY_SECONDS or self._rows >= self._source.num_rows:
+            self._printed = now
+            elapsed = now - self._started
+            left = elapsed * max(0.0, self._source.num_rows / max(1, self._rows) - 1)
+            rate = self._tokens / max(elapsed, 1e-9)
+            print(
+                f"{self._source.name} {self._rows:,} of {self._source.num_rows:,} rows  {rate:,.0f} tokens/s  {left:.0f} s left",
+                flush=True,
+            )
 
 
 class CompletionScores:
@@ -75,9 +104,8 @@ def score_requests(
         through_actors(
             ray.data.from_arrow(blocks),
             BATCH_PROMPTS,
-            source,
             CompletionScores,
-            {"spec": spec, "batch_tokens": batch_tokens},
+            {"spec": spec, "batch_tokens": batch_tokens, "source": source},
             ParquetSink(folder, schema.COMPLETION_SCORES, 1),
             run,
             cluster,
