@@ -6,7 +6,9 @@ being computed when the process died twice is rejected. So no input can keep a p
 
 import json
 import os
+import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -118,21 +120,21 @@ class BlockActor:
         return pa.Table.from_pylist(done)
 
     def _do(self, block: Block) -> dict[str, Any]:
+        began = time.time()
         journal = Journal(self._journal_folder, block.number)
         table = read_block(block, self._columns)
         table = table if self._keep is None else self._keep(table)
         tables, cost = self._row_by_row(table, journal) if journal.is_careful else self._whole(table, journal)
         counts: dict[str, int] = {}
-        started = time.perf_counter()
         for target, output in self._outputs.items():
             part = finished_table(tables[target], output.table_schema, cost=asdict(cost))
             write_part(part, output.folder, block.number)
             counts[str(target)] = part.num_rows
         journal.done()
         return {
-            "number": block.number, "rows": table.num_rows, "outputs": sum(counts.values()), **asdict(cost),
-            "write_seconds": time.perf_counter() - started, "cpu_share": self._cpu_share(),
-            "rss": psutil.Process().memory_info().rss,
+            "number": block.number, "began": began, "ended": time.time(), "rows": block.num_rows, "outputs": sum(counts.values()), **asdict(cost),
+            "cpu_share": self._cpu_share(),
+            "rss": _peak_rss(),
         }  # fmt: skip
 
     def _whole(self, table: pa.Table, journal: Journal) -> tuple[Tables, Cost]:
@@ -189,6 +191,11 @@ class BlockActor:
         now, used = time.monotonic(), _cpu_seconds()
         before, self._last = self._last, (now, used)
         return (used - before[1]) / max(1e-9, now - before[0]) / self._threads
+
+
+def _peak_rss() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _cpu_seconds() -> float:
