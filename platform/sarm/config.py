@@ -87,7 +87,7 @@ class Data:
     """Sources of text and of preferences, and how they are cleaned and split."""
 
     texts: tuple[str, ...] = ()
-    """Text sources: files or globs (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), `hf:NAME[:SPLIT]`, `demo:openwebtext`, `demo:wikipedia`, `tiny:texts`."""
+    """Text sources: files or globs (.jsonl, .jsonl.gz, .jsonl.zst, a .tar of these, .parquet), `hf:NAME[:SPLIT]`, `demo:openwebtext`, `demo:wikipedia`, `tiny:texts`."""
     pairs: tuple[str, ...] = ()
     """Preference sources: files or globs as above, `hf:NAME[:SPLIT]`, `demo:harm`, `tiny:pairs`."""
     text_field: str = "text"

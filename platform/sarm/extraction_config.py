@@ -33,6 +33,9 @@ class Extraction:
     block_kilobytes: int = 1024
     """Text of a block, which is written whole or not at all; smaller where the corpus is small."""
 
+    calibrate: Annotated[bool, tyro.conf.arg(aliases=["--calibrate"])] = field(default=False, metadata=OPERATIONAL)
+    """With `--dry-run`: load the model, run it for seconds on this machine, and plan with its rate instead of an assumed one."""
+
     def __post_init__(self) -> None:
         _check_least(self, "extraction.", batch_tokens=64, limit_rows=1, limit_tokens=1, block_kilobytes=1)
         _check(self, "extraction.units", 0 < len(self.units) == len(set(self.units)), "one or more different units")

@@ -18,6 +18,7 @@ import tyro
 
 from sarm.config import Run, UserError, as_json
 from sarm.presets import PRESETS
+from sarm.runtime.extraction_cost import describe_extraction
 
 
 def run_job(
@@ -131,6 +132,14 @@ def describe(config: Any) -> str:
             lines.append(
                 f"activations  {2 * d_in / 1e3:.1f} kB each: {2 * d_in * 50e6 / 1e9:,.0f} GB for 50 M sentence ends"
             )
+    extraction = getattr(config, "extraction", None)
+    if extraction is not None and model is not None:
+        rate = None
+        if extraction.calibrate:
+            from sarm.runtime.calibration import tokens_per_second
+
+            rate = tokens_per_second(model, extraction)
+        lines.append(describe_extraction(run, model, extraction, rate))
     if reward is not None:
         lines.append(
             f"training     {reward.epochs} epochs, {reward.batch_pairs} pairs a step, ZeRO {reward.zero_stage}, {run.num_workers} workers"
