@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from sarm.config import Run, UserError
 from sarm.data.blocks import Block
@@ -257,9 +257,14 @@ def _checked(work: Pass, output: Output) -> dict[str, Any]:
     return counts
 
 
-def _cause_of(error: RayError) -> Exception:
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(error, RayTaskError) and isinstance(cause, UserError) else error
+def _cause_of(error: BaseException) -> BaseException:
+    """The user's mistake beneath Ray's wrappers, if there is one, else the error as it is."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, UserError):
+            return UserError(str(found.args[0]) if found.args else str(found))
+        found = getattr(found, "cause", None) or found.__cause__
+    return error
 
 
 def _first_line(error: Exception) -> str:
