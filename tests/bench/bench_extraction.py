@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 OUT = ROOT / "outputs" / "bench" / "extraction.json"
+ROUNDS = 2
 PEERS = ROOT / ".venv-bench" / "bin" / "python"
 BOUNDS = {
     "vs_bare_loop": (">=", 0.85),
@@ -32,7 +34,7 @@ BOUNDS = {
 def main() -> None:
     """Run the parts and write what was measured."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--texts", type=int, default=120)
+    parser.add_argument("--texts", type=int, default=80)
     parser.add_argument("--parts", nargs="*", default=["speed", "peers", "workers", "memory"])
     arguments = parser.parse_args()
     figures: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def write_corpora(folder: Path, num_texts: int) -> list[str]:
-    """`corpus` with the first passages, `half` of it, and `small` and ten times that for memory; returns the passages."""
+    """`corpus` with the first passages, and `small` and `large`, ten times that, for memory and workers; returns the passages."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -58,7 +60,7 @@ def write_corpora(folder: Path, num_texts: int) -> list[str]:
     from sarm.data.demo_source import demo_texts
 
     texts = [text for text in demo_texts("openwebtext") if isinstance(text, str)]
-    sizes = {"corpus": num_texts, "half": num_texts // 2, "small": 60, "large": 600}
+    sizes = {"corpus": num_texts, "small": 60, "large": 600}
     for name, size in sizes.items():
         # Passages are few: a larger corpus repeats them under other ids.
         chosen = [f"{texts[i % len(texts)]}" for i in range(size)]
@@ -69,20 +71,26 @@ def write_corpora(folder: Path, num_texts: int) -> list[str]:
 
 
 def speed(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
-    """The pass beside the bare loop over its batches."""
-    run = {"corpus": "corpus", "target": "out", "num_actors": 1, "cpus": 2}
-    (own,) = run_part("pass", folder, {"runs": [run]})
-    bare = run_part("loop", folder, {"corpus": "corpus"})
+    """The pass beside the bare loop over its batches, turn about."""
+    own, bare = [], []
+    for number in range(ROUNDS):
+        run = {"corpus": "corpus", "target": f"out{number}", "num_actors": 1, "cpus": 2}
+        own += run_part("pass", folder, {"runs": [run]})
+        found = run_part("loop", folder, {"corpus": "corpus"})
+        bare.append(found["tokens"] / found["seconds"])
+    rates = [one["tokens_per_second"] for one in own]
+    last = own[-1]
     return {
-        "tokens": own["tokens"],
-        "tokens_per_second": own["tokens_per_second"],
-        "bare_tokens_per_second": bare["tokens"] / bare["seconds"],
-        "vs_bare_loop": own["tokens_per_second"] * bare["seconds"] / bare["tokens"],
-        "whole_pass_seconds": own["seconds"],
-        "padding_share": own["padding_share"],
-        "audit_share": (own["audit_seconds"] + own["hashing"]) / own["seconds"],
-        "sentence_ends": own["rows"],
-        "bytes": own["bytes"],
+        "tokens": last["tokens"],
+        "tokens_per_second": statistics.median(rates),
+        "bare_tokens_per_second": statistics.median(bare),
+        "rounds": {"pass": rates, "loop": bare},
+        "vs_bare_loop": statistics.median(rates) / statistics.median(bare),
+        "whole_pass_seconds": last["seconds"],
+        "padding_share": last["padding_share"],
+        "audit_share": (last["audit_seconds"] + last["hashing"]) / last["seconds"],
+        "sentence_ends": last["rows"],
+        "bytes": last["bytes"],
     }
 
 
@@ -91,25 +99,24 @@ def peers(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, 
     from sarm.config import Model
     from sarm.data.models import model_folder
 
-    found = run_part("reference", folder, {"texts": texts[:24]})
+    found = run_part("reference", folder, {"texts": texts[:16]})
     own = figures["tokens_per_second"]
-    result = {
-        "reference_tokens_per_second": found["tokens"] / found["seconds"],
-        "vs_reference": own * found["seconds"] / found["tokens"],
-    }
-    options = {"texts": texts, "model_folder": model_folder(Model(name="demo:smollm2", layer=1)), "num_tokens": 8192}
-    found = run_part("sae_lens", folder, options, python=PEERS)
-    return result | {
-        "sae_lens_tokens_per_second": found["tokens"] / found["seconds"],
-        "vs_sae_lens": own * found["seconds"] / found["tokens"],
-        # Both hold the sentence ends of the passages; SAELens has no way to keep less than all tokens.
-        "bytes_vs_sae_lens": figures["bytes"] / figures["tokens"] * found["tokens"] / found["bytes"],
-    }
+    rate = found["tokens"] / found["seconds"]
+    result = {"reference_tokens_per_second": rate, "vs_reference": own / rate}
+    source = model_folder(Model(name="demo:smollm2", layer=1))
+    for name, stop in (("sae_lens", False), ("sae_lens_stopped", True)):
+        options = {"texts": texts, "model_folder": source, "num_tokens": 6144, "stop": stop}
+        found = run_part("sae_lens", folder, options, python=PEERS)
+        rate = found["tokens"] / found["seconds"]
+        result |= {f"{name}_tokens_per_second": rate, f"vs_{name}": own / rate}
+    # Both hold the sentence ends of the passages; SAELens has no way to keep less than all tokens.
+    return result | {"bytes_vs_sae_lens": figures["bytes"] / figures["tokens"] / found["bytes_a_token"]}
 
 
 def workers(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
-    """Two actors of one core each beside one."""
-    runs = [{"corpus": "half", "target": f"out{n}", "num_actors": n, "cpus": 1} for n in (1, 2)]
+    """Two actors of one core each beside one, on a shallow model, so that there are blocks enough to share out."""
+    common = {"corpus": "large", "cpus": 1, "layer": 3, "kilobytes": 16}
+    runs = [{**common, "target": f"out-{n}", "num_actors": n} for n in (1, 2)]
     one, two = run_part("pass", folder, {"runs": runs, "threads": 1})
     return {"two_worker_speedup": two["tokens_per_second"] / one["tokens_per_second"]}
 
@@ -150,6 +157,7 @@ def show(figures: dict[str, Any]) -> None:
         "bare_tokens_per_second",
         "reference_tokens_per_second",
         "sae_lens_tokens_per_second",
+        "sae_lens_stopped_tokens_per_second",
     ):
         if name in figures:
             print(f"  {name:<30}{figures[name]:9.0f}")

@@ -3,9 +3,7 @@
 `pass` is this project's; `loop`, `reference` and `sae_lens` are what it is compared with. Prints one JSON line at the end.
 """
 
-import itertools
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -39,7 +37,8 @@ def passes(folder: Path, runs: list[dict[str, Any]], threads: int = 2) -> list[d
         for one in runs:
             model = Model(name="demo:smollm2", layer=one.get("layer", LAYER), max_length=MAX_LENGTH)
             run = Run(out=folder, num_actors=one["num_actors"], cpus_per_worker=one["cpus"])
-            work = make_pass(folder / one["corpus"], folder / one["target"], model, Extraction())
+            extraction = Extraction(block_kilobytes=one.get("kilobytes", 1024))
+            work = make_pass(folder / one["corpus"], folder / one["target"], model, extraction)
             started = time.perf_counter()
             with peak_memory(0.2) as memory:
                 (counts,) = run_over(work, run, cluster).values()
@@ -138,23 +137,37 @@ def reference(folder: Path, texts: list[str], threads: int = 2) -> dict[str, flo
     return {"tokens": tokens, "seconds": time.perf_counter() - started}
 
 
-def sae_lens(folder: Path, texts: list[str], model_folder: str, num_tokens: int, threads: int = 2) -> dict[str, float]:
-    """`ActivationsStore` of SAELens over the same texts with its own model class, which stops behind the block."""
-    from datasets import Dataset
-    from sae_lens.training.activations_store import ActivationsStore
-    from transformer_lens import HookedTransformer
+def sae_lens(
+    folder: Path, texts: list[str], model_folder: str, num_tokens: int, stop: bool, threads: int = 2
+) -> dict[str, float]:
+    """`ActivationsStore` of SAELens over the same texts, with its class for Hugging Face models.
 
-    model = HookedTransformer.from_pretrained_no_processing(model_folder, device="cpu", dtype=torch.float32)
-    context, prompts = 256, 8
+    As shipped that class runs the whole model; with `stop` it is told to stop behind the block. Counts what went through the model.
+    """
+    from datasets import Dataset
+    from sae_lens.load_model import HookedProxyLM
+    from sae_lens.training.activations_store import ActivationsStore
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = f"model.layers.{LAYER - 1}"
+    ran = [0]
+
+    class Counted(HookedProxyLM):
+        def run_with_cache(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+            ran[0] += tokens.numel()
+            return super().run_with_cache(tokens, *args, **kwargs | ({"stop_at_layer": LAYER} if stop else {}))
+
+    language_model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    context, prompts = 256, 4
     store = ActivationsStore(
-        model=model,
+        model=Counted(language_model, AutoTokenizer.from_pretrained(model_folder), hook_names=[name]),
         dataset=Dataset.from_dict({"text": texts}),
         streaming=False,
-        hook_name=f"blocks.{LAYER - 1}.hook_resid_post",
+        hook_name=name,
         hook_head_index=None,
         context_size=context,
         d_in=576,
-        n_batches_in_buffer=2,
+        n_batches_in_buffer=4,
         total_training_tokens=num_tokens,
         store_batch_size_prompts=prompts,
         train_batch_size_tokens=context * prompts,
@@ -163,14 +176,12 @@ def sae_lens(folder: Path, texts: list[str], model_folder: str, num_tokens: int,
         device=torch.device("cpu"),
         dtype="float32",
     )
-    rows = size = 0
     started = time.perf_counter()
-    for batch in itertools.islice(iter(store.next_batch, None), num_tokens // (context * prompts)):
-        rows, size = rows + batch.shape[0], size + batch.numel() * batch.element_size()
+    with torch.inference_mode():
+        while ran[0] < num_tokens:
+            batch = store.next_batch()
     seconds = time.perf_counter() - started
-    # What the store had run ahead of what it gave out.
-    ran = store.n_dataset_processed
-    return {"tokens": rows, "seconds": seconds, "bytes": size, "texts": ran, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # fmt: skip
+    return {"tokens": ran[0], "seconds": seconds, "bytes_a_token": batch[0].numel() * batch.element_size()}
 
 
 if __name__ == "__main__":

@@ -82,11 +82,18 @@ def text_windows(
 
 
 def window_batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of the windows of which anything is taken, long to short, in batches of at most `batch_tokens` tokens with padding."""
+    """Numbers of the windows of which anything is taken, long to short, in batches of at most `batch_tokens` tokens with padding.
+
+    A batch that is large enough to keep the machine busy ends where windows get so short that padding would tell.
+    """
     order = sorted((n for n, window in enumerate(windows) if len(window.taken)), key=lambda n: -len(windows[n].ids))
     members: list[int] = []
     for n in order:
-        if members and (len(members) + 1) * len(windows[members[0]].ids) > batch_tokens:
+        longest = len(windows[members[0]].ids) if members else 0
+        is_full = (len(members) + 1) * longest > batch_tokens
+        if members and (
+            is_full or (len(members) * longest >= batch_tokens // 4 and len(windows[n].ids) < 0.9 * longest)
+        ):
             yield members
             members = []
         members.append(n)
