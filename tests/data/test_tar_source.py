@@ -39,7 +39,7 @@ def test_a_member_that_breaks_off_costs_its_own_rows(tmp_path):
     spec = archive(tmp_path / "a.tar", {"a.jsonl.zst": whole[: len(whole) // 2], "b.jsonl.zst": packed("Next.")})
     texts, reasons = outcome(spec)
     assert texts[-1] == "Next."
-    assert reasons == ["corrupt_file"]
+    assert set(reasons) == {"corrupt_file"}
 
 
 def test_an_archive_that_breaks_off_keeps_what_came_before(tmp_path):
@@ -50,4 +50,4 @@ def test_an_archive_that_breaks_off_keeps_what_came_before(tmp_path):
     (tmp_path / "a.tar").write_bytes(data[: 512 + 512 + 512 + 10])
     texts, reasons = outcome(spec)
     assert texts == ["One."]
-    assert reasons == ["corrupt_file"]
+    assert set(reasons) == {"corrupt_file"}

@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,8 +14,8 @@ from sarm import schema
 from sarm.config import Extraction, Model
 from sarm.data.activations import vectors
 from sarm.data.blocks import plan_blocks
-from sarm.data.parts import part_name, read_counts, write_rejected
-from sarm.runtime.actors import Target, TextActivations
+from sarm.data.parts import part_name, read_counts, with_sink_columns, write_rejected
+from sarm.runtime.actors import Cost, Target, TextActivations
 from sarm.runtime.block_actor import BEGUN, BlockActor, Output
 
 TEXTS = [f"Text {i} has a sentence. It has another one too!" for i in range(12)]
@@ -170,46 +169,40 @@ def test_an_error_of_every_row_is_the_programs_and_ends_the_pass(tmp_path, tiny_
     assert not list(outputs[Target("document", 1)].folder.glob("*.parquet"))
 
 
-DEADLY = """
-import os, sys
-from pathlib import Path
-import pyarrow.parquet as pq
-from sarm.runtime import block_actor
-from sarm.runtime.actors import Cost
-from sarm.data.parts import with_sink_columns
-from sarm import schema
-import pyarrow as pa
+class _Deadly:
+    """Copies its rows, and dies with its process at one of them."""
 
-class Deadly:
-    def __init__(self, threads): pass
-    def prepare(self, table): return table
-    def compute(self, table, beat):
-        ids = table.column("row_id").to_pylist()
-        if 3 in ids:
+    def __init__(self, threads: int):
+        pass
+
+    def prepare(self, table: pa.Table) -> pa.Table:
+        return table
+
+    def compute(self, table: pa.Table, beat) -> tuple[dict[str, pa.Table], Cost]:
+        if 3 in table.column("row_id").to_pylist():
             os._exit(9)
-        return {"x": self.of(ids, None)}, Cost()
-    def rejected(self, table, reason): return {"x": self.of(table.column("row_id").to_pylist(), reason)}
-    def of(self, ids, reason):
-        rows = [{"row_id": i, "text": "", "source": "", "reject": reason, "truncated": False} for i in ids]
-        return pa.Table.from_pylist(rows, schema=with_sink_columns(schema.CORPUS))
+        return self.rejected(table, None), Cost()
 
-from sarm.data.blocks import plan_blocks
-path, out = Path(sys.argv[1]), Path(sys.argv[2])
-blocks = {b.number: b for b in plan_blocks([path], 1024)}
-output = {"x": block_actor.Output(out, schema.CORPUS)}
-actor = block_actor.BlockActor(blocks, ("row_id", "text"), None, output, Deadly, {}, 1)
-actor(pa.table({"number": [0]}))
-"""
+    def rejected(self, table: pa.Table, reason: str | None) -> dict[str, pa.Table]:
+        ids = table.column("row_id").to_pylist()
+        rows = [{"row_id": i, "text": "", "source": "", "reject": reason, "truncated": False} for i in ids]
+        return {"x": pa.Table.from_pylist(rows, schema=with_sink_columns(schema.CORPUS))}
 
 
 def test_a_row_that_kills_the_process_is_found_and_rejected(tmp_path):
     path, out = corpus(tmp_path, TEXTS[:6]), tmp_path / "out"
     out.mkdir()
-    codes = []
+    blocks = {block.number: block for block in plan_blocks([path], 1024)}
+    codes: list[int] = []
     while not codes or (codes[-1] == 9 and len(codes) < 9):
-        done = subprocess.run([sys.executable, "-c", DEADLY, str(path), str(out)], capture_output=True, check=False)
-        codes.append(done.returncode)
-    assert codes == [9, 9, 9, 9, 0], done.stderr[-2000:]
+        child = os.fork()
+        if child == 0:
+            try:
+                run(BlockActor(blocks, ("row_id", "text"), None, {"x": Output(out, schema.CORPUS)}, _Deadly, {}, 1))
+            finally:
+                os._exit(0 if (out / part_name(0)).exists() else 1)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert codes == [9, 9, 9, 9, 0]
     assert read_counts(out)["rejected"] == {"killed_the_process": 1}
     assert sorted(pq.read_table(out / part_name(0)).column("row_id").to_pylist()) == [0, 1, 2, 4, 5]
     assert list((out / BEGUN).iterdir()) == []

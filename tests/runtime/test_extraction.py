@@ -85,11 +85,10 @@ def test_statistics_lie_with_the_data(extracted: Path) -> None:
 
 
 class Sleeps(TextActivations):
-    """Never comes back from its second block."""
+    """Does not come back from a block."""
 
     def compute(self, prepared, beat):
-        if min(prepared[0]) > 0:
-            time.sleep(600)
+        time.sleep(600)
         return super().compute(prepared, beat)
 
 
@@ -185,9 +184,8 @@ def test_a_pass_goes_on_with_the_blocks_that_are_missing_or_torn(tmp_path: Path,
 def test_a_hung_pass_ends_and_names_the_block_and_the_process(tmp_path: Path, preset: Pipeline) -> None:
     texts = [f"Sentence {i} is here. " * 9 for i in range(20)]
     work = text_pass(tmp_path / "in", texts, tmp_path / "out", preset.model, Sleeps)
-    with pytest.raises(StalledError, match=r"nothing has happened for 8 s: block 1 .* was begun by process \d+ on "):
+    with pytest.raises(StalledError, match=r"nothing has happened for 8 s: block \d+ .* was begun by process \d+ on "):
         do(work, stall_seconds=8.0)
-    assert (tmp_path / "out" / "part-000000.parquet").exists()
 
 
 @pytest.mark.usefixtures("ray_cluster")
