@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def write_corpora(folder: Path, num_texts: int) -> list[str]:
-    """`corpus` with the first passages, and `small` and `large`, ten times that, for memory and workers; returns the passages."""
+    """`corpus` with the first passages, `small` and `large`, ten times that, for memory, and `many` for workers; returns the passages."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -60,7 +60,7 @@ def write_corpora(folder: Path, num_texts: int) -> list[str]:
     from sarm.data.demo_source import demo_texts
 
     texts = [text for text in demo_texts("openwebtext") if isinstance(text, str)]
-    sizes = {"corpus": num_texts, "small": 60, "large": 600}
+    sizes = {"corpus": num_texts, "small": 60, "large": 600, "many": 300}
     for name, size in sizes.items():
         # Passages are few: a larger corpus repeats them under other ids.
         chosen = [f"{texts[i % len(texts)]}" for i in range(size)]
@@ -115,7 +115,7 @@ def peers(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, 
 
 def workers(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
     """Two actors of one core each beside one, on a shallow model, so that there are blocks enough to share out."""
-    common = {"corpus": "large", "cpus": 1, "layer": 3, "kilobytes": 16}
+    common = {"corpus": "many", "cpus": 1, "layer": 3, "kilobytes": 16}
     runs = [{**common, "target": f"out-{n}", "num_actors": n} for n in (1, 2)]
     one, two = run_part("pass", folder, {"runs": runs, "threads": 1})
     return {"two_worker_speedup": two["tokens_per_second"] / one["tokens_per_second"]}

@@ -40,7 +40,7 @@ def passes(folder: Path, runs: list[dict[str, Any]], threads: int = 2) -> list[d
             extraction = Extraction(block_kilobytes=one.get("kilobytes", 1024))
             work = make_pass(folder / one["corpus"], folder / one["target"], model, extraction)
             started = time.perf_counter()
-            with peak_memory(0.2) as memory:
+            with peak_memory() as memory:
                 (counts,) = run_over(work, run, cluster).values()
             seconds = time.perf_counter() - started
             files = sorted((folder / one["target"]).glob("part-*"))
@@ -111,7 +111,6 @@ def loop(folder: Path, corpus: str, threads: int = 2) -> dict[str, float]:
             tokens += sum(len(windows[n].ids) for n in members)
     backbone = load_backbone(model_folder(model), LAYER).eval()
     with torch.inference_mode():
-        backbone(input_ids=batches[0], use_cache=False)
         started = time.perf_counter()
         for ids in batches:
             backbone(input_ids=ids, use_cache=False)
