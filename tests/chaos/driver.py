@@ -24,7 +24,7 @@ class Slow(TextActivations):
     """Slow enough for a kill to find it at work."""
 
     def compute(self, prepared, beat):
-        time.sleep(0.4)
+        time.sleep(0.5)
         return super().compute(prepared, beat)
 
 

@@ -225,7 +225,7 @@ def check_whole(folder: Path) -> dict[str, int]:
 
 @pytest.mark.usefixtures("private_cluster")
 def test_a_killed_actor_and_a_killed_driver_lose_nothing(tmp_path):
-    disturb(tmp_path, ["actor", "driver"], num_texts=24, seed=1)
+    disturb(tmp_path, ["actor", "driver"], num_texts=60, seed=1)
     check_whole(tmp_path)
 
 
@@ -235,7 +235,7 @@ def test_many_kills_lose_nothing(tmp_path):
     seed = int(os.environ["SARM_CHAOS"] or 1)
     kills = ["raylet"] * 3 + ["actor"] * 3 + ["frozen"] * 2 + ["driver"] * 3
     random.Random(seed).shuffle(kills)
-    outcome = disturb(tmp_path, kills, num_texts=240, seed=seed)
+    outcome = disturb(tmp_path, kills, num_texts=900, seed=seed)
     outcome |= check_whole(tmp_path)
     assert outcome["rerun_seconds"] < 10
     out = ROOT / "outputs" / "bench" / "extraction_chaos.json"
