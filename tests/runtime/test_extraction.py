@@ -193,7 +193,7 @@ def test_a_starved_pass_ends_and_says_how_many_actors_have_room(tmp_path: Path, 
     work = text_pass(tmp_path / "in", ["A sentence."] * 20, tmp_path / "out", preset.model)
     run = Run(out=Path("unused"), num_actors=1, cpus_per_worker=40)
     with pytest.raises(StalledError, match=r"1 actors of 40 CPUs were asked for and the 1 nodes .* have room for 0"):
-        run_over(work, run, Cluster(num_nodes=1, num_cpus=99, num_gpus=0, is_local=False), stall_seconds=6.0)
+        run_over(work, run, Cluster(num_nodes=1, num_cpus=99, num_gpus=0, is_local=False), stall_seconds=3.0)
 
 
 def test_limits_keep_the_first_texts(extracted: Path, preset: Pipeline) -> None:
