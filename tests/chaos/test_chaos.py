@@ -149,8 +149,8 @@ def write_corpus(folder: Path, num_texts: int) -> None:
     pq.write_table(pa.table(rows, schema=schema.CORPUS), folder / "corpus.parquet", row_group_size=50)
 
 
-def disturb(folder: Path, kills: list[str], num_texts: int, seed: int) -> dict[str, object]:
-    """Run the pass under kills; what came of it."""
+def disturb(folder: Path, kills: list[str], num_texts: int, seed: int, *, rerun: bool) -> dict[str, object]:
+    """Run the pass under kills, and with `rerun` once more when it is done; what came of it."""
     write_corpus(folder, num_texts)
     cluster = ThreeNodes(seed)
     driver = Driver(cluster.address, folder)
@@ -179,14 +179,15 @@ def disturb(folder: Path, kills: list[str], num_texts: int, seed: int) -> dict[s
             log.append((kill, round(time.monotonic() - started, 1), parts()))
         driver.wait()
         seconds = time.monotonic() - started
-        driver.start()
-        driver.wait()
+        if rerun:
+            driver.start()
+            driver.wait()
     finally:
         driver.stop()
         cluster.stop()
     last = re.findall(r"done rows=(\d+) audited=(\d+) seconds=([\d.]+)", driver.said())[-1]
     return {
-        "kills": log, "driver_starts": driver.starts, "seconds": round(seconds, 1), "rerun_seconds": float(last[2]),
+        "kills": log, "driver_starts": driver.starts, "seconds": round(seconds, 1), "last_run_seconds": float(last[2]),
         "seed": seed, "texts": num_texts, "blocks": parts(),
     }  # fmt: skip
 
@@ -225,7 +226,7 @@ def check_whole(folder: Path) -> dict[str, int]:
 
 @pytest.mark.usefixtures("private_cluster")
 def test_a_killed_actor_and_a_killed_driver_lose_nothing(tmp_path):
-    disturb(tmp_path, ["actor", "driver"], num_texts=60, seed=1)
+    disturb(tmp_path, ["actor", "driver"], num_texts=60, seed=1, rerun=False)
     check_whole(tmp_path)
 
 
@@ -235,9 +236,9 @@ def test_many_kills_lose_nothing(tmp_path):
     seed = int(os.environ["SARM_CHAOS"] or 1)
     kills = ["raylet"] * 3 + ["actor"] * 3 + ["frozen"] * 2 + ["driver"] * 3
     random.Random(seed).shuffle(kills)
-    outcome = disturb(tmp_path, kills, num_texts=900, seed=seed)
+    outcome = disturb(tmp_path, kills, num_texts=900, seed=seed, rerun=True)
     outcome |= check_whole(tmp_path)
-    assert outcome["rerun_seconds"] < 10
+    assert outcome["last_run_seconds"] < 10
     out = ROOT / "outputs" / "bench" / "extraction_chaos.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(outcome, indent=2))
