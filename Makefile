@@ -12,7 +12,7 @@ BESIDE_OTHERS := sae sarm
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-formats test-official lint types bench ui lock clean
+.PHONY: help demo test test-chaos test-formats test-official lint types bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -57,6 +57,9 @@ bench: .venv-bench/.ready $(VENV)/.ready  ## figures, beside other libraries whe
 	@set -e; for name in $(BENCH); do \
 	  case " $(BESIDE_OTHERS) " in *" $$name "*) python=.venv-bench/bin/python;; *) python=$(BIN)/python;; esac; \
 	  $$python tests/bench/bench_$$name.py; done
+
+test-chaos: $(VENV)/.ready  ## extraction under kills of nodes, actors and drivers; SEED=2 for others
+	SARM_CHAOS=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos -s
 
 test-formats: $(VENV)/.ready .venv-bench/.ready  ## SAE files, exchanged with the libraries whose formats they are
 	$(BIN)/python -m pytest tests/formats tests/data/test_sae_formats.py

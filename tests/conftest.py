@@ -26,7 +26,7 @@ settings.load_profile("tests")
 
 
 # Folders and files whose tests share a cluster or a finished run.
-_SHARED = {"runtime": "cluster", "test_jobs": "chain", "test_submit": "chain"}
+_SHARED = {"runtime": "cluster", "test_jobs": "chain", "chaos": "chain", "test_submit": "chain"}
 
 
 def _group(path: Path) -> str:

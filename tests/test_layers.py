@@ -14,7 +14,17 @@ JOBS = sorted((ROOT / "jobs").glob("*.py"))
 SCRIPTS = [*JOBS, *sorted((ROOT / "tune").glob("*.py"))]
 MAX_LINES = 320
 
-BOTTOM = {"checks", "config", "sae_config", "reward_config", "reading_config", "schema", "manifest", "presets"}
+BOTTOM = {
+    "checks",
+    "config",
+    "extraction_config",
+    "sae_config",
+    "reward_config",
+    "reading_config",
+    "schema",
+    "manifest",
+    "presets",
+}
 SIBLINGS = {"train", "evaluate", "interpret", "audit"}
 EDGE_ONLY = {"ray", "deepspeed", "mlflow", "openai"}
 NN_LIBRARIES = {"torch", "transformers", "jaxtyping"}

@@ -16,6 +16,7 @@ from sarm.checks import OPERATIONAL as OPERATIONAL
 from sarm.checks import UserError as UserError
 from sarm.checks import check as _check
 from sarm.checks import check_least as _check_least
+from sarm.extraction_config import Extraction as Extraction
 from sarm.reading_config import Contexts as Contexts
 from sarm.reading_config import Pages as Pages
 from sarm.reward_config import Reward as Reward
@@ -91,7 +92,7 @@ class Data:
     """Sources of text and of preferences, and how they are cleaned and split."""
 
     texts: tuple[str, ...] = ()
-    """Text sources: files or globs (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), `hf:NAME[:SPLIT]`, `demo:openwebtext`, `demo:wikipedia`, `tiny:texts`."""
+    """Text sources: files or globs (.jsonl, .jsonl.gz, .jsonl.zst, a .tar of these, .parquet), `hf:NAME[:SPLIT]`, `demo:openwebtext`, `demo:wikipedia`, `tiny:texts`."""
     pairs: tuple[str, ...] = ()
     """Preference sources: files or globs as above, `hf:NAME[:SPLIT]`, `demo:harm`, `tiny:pairs`."""
     text_field: str = "text"
@@ -108,23 +109,6 @@ class Data:
     def __post_init__(self) -> None:
         _check(self, "data.heldout_share", 0 < self.heldout_share < 1, "between 0 and 1")
         _check_least(self, "data.", max_texts=1, max_pairs=1, max_pairs_per_prompt=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extraction:
-    """How activations are computed and stored."""
-
-    batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
-    """Tokens of one forward pass, padding included."""
-    dtype: Literal["float16", "bfloat16"] = "float16"
-    """16-bit format of stored activations; float16 is finer, bfloat16 never overflows."""
-    rows_per_file: int = 16384
-    """Activations of one Parquet file at most."""
-    unit: Literal["sentence", "token"] = "sentence"
-    """Which tokens of a text are taken: the last of each sentence, or all (for the papers' token-level SAE)."""
-
-    def __post_init__(self) -> None:
-        _check_least(self, "extraction.", batch_tokens=64, rows_per_file=1)
 
 
 @dataclass(frozen=True, kw_only=True)

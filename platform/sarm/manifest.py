@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from sarm.config import UserError
 
 MANIFEST = "manifest.json"
 CLAIM = "stage.json"
+# Hashing gives other threads way: several files at a time are as fast as the disk.
+_HASHING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,13 @@ class StageFolder:
             )
         return read_manifest(self.folder, self.schema) if (self.folder / MANIFEST).exists() else None
 
-    def claim(self, **notes: str) -> dict[str, str]:
-        """Take the folder, throwing away what an unfinished run of the same stage left; returns that run's notes.
+    def claim(self, *, resume: bool = False, **notes: str) -> dict[str, str]:
+        """Take the folder, throwing away what an unfinished run of the same stage left unless it can `resume` that; returns that run's notes.
 
         Notes are small facts that survive a restart, such as the MLflow run id.
         """
         previous = _read_claim(self.folder).get("notes", {}) if (self.folder / CLAIM).exists() else {}
-        if self.folder.exists():
+        if self.folder.exists() and not (resume and (self.folder / CLAIM).exists()):
             for path in self.folder.iterdir():
                 if path.name != CLAIM:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -130,6 +133,8 @@ class StageFolder:
             for p in self.folder.rglob("*")
             if p.is_file() and p.name not in (CLAIM, MANIFEST)
         )
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            hashes = list(pool.map(lambda name: known.get(name) or sha256_of(self.folder / name), names))
         manifest = Manifest(
             schema=self.schema,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -137,7 +142,7 @@ class StageFolder:
             config=self.config,
             inputs=self.inputs,
             counts=dict(counts),
-            files={name: known.get(name) or sha256_of(self.folder / name) for name in names},
+            files=dict(zip(names, hashes, strict=True)),
         )
         write_atomically(self.folder / MANIFEST, json.dumps(manifest.__dict__, indent=2, allow_nan=False))
         return manifest
@@ -183,13 +188,14 @@ def _read_claim(folder: Path) -> dict[str, Any]:
     return claim if isinstance(claim, dict) else {}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is seen whole or not at all."""
+def write_atomically(path: Path, text: str, *, sync: bool = True) -> None:
+    """Write a file that is seen whole or not at all; without `sync` it may be lost with the machine's power."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(path)
 
 

@@ -55,7 +55,7 @@ demo = Pipeline(
 _sarm = Pipeline(
     model=Model(dtype="bfloat16", max_length=4096),
     data=Data(texts=(_OPENWEBTEXT2,), pairs=(_SKYWORK,), heldout_share=0.02, max_pairs_per_prompt=None),
-    extraction=Extraction(batch_tokens=65536, rows_per_file=131072),
+    extraction=Extraction(batch_tokens=65536, units=("sentence",)),
     sae=Sae(batch_size=4096, lr=5e-4, chat_lr=3e-4),
     reward=Reward(
         lr=4e-6,
@@ -90,6 +90,7 @@ sarm_4b = replace(
 # 2 epochs, 128 pairs a device. It scripts the 1B model only: the 3B preset keeps its ratios (layer 21 of 28).
 _safer = replace(
     _sarm,
+    extraction=replace(_sarm.extraction, units=("document",)),
     data=Data(
         texts=(_OPENWEBTEXT2,),
         pairs=("hf:PKU-Alignment/PKU-SafeRLHF",),

@@ -43,7 +43,7 @@ class Reward:
     `random_encoder` (SARM whose SAE was never trained, all else equal), `random_linear` (the papers' looser variant of it: raw
     activations, a trained random linear map with a bias, no TopK), `token_sae` (SARM on the SAE of --reward.token-sae)."""
     token_sae: Path | None = field(default=None, metadata=OPERATIONAL)
-    """Finished SAE folder of another run, trained on all tokens (`--extraction.unit token`), for the `token_sae` baseline."""
+    """Finished SAE folder of another run, trained on all tokens (`--extraction.units token`), for the `token_sae` baseline."""
     encoder: Encoder = "pretrained"
     """What encodes: the SAE as it was pretrained, or one of the random encoders of `baselines`."""
     label_smoothing: float = 0.0

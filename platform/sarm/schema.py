@@ -231,6 +231,16 @@ CONTEXT_POOL = pa.schema(
     ]
 )
 
+REJECTED = pa.schema(
+    [
+        pa.field("row_id", pa.int64()),
+        pa.field("pair_id", pa.string()),
+        pa.field("side", pa.string()),
+        pa.field("position", pa.int32()),
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
 
 def activations(d_in: int, metadata: dict[str, Any]) -> pa.Schema:
     """activations/v1 for vectors of width `d_in`: one fixed-size binary of raw 16-bit values a row.

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,14 +13,17 @@ import torch
 from sarm import schema
 from sarm.config import Extraction, Model, Pipeline, Run, UserError
 from sarm.data.activations import ActivationStore
+from sarm.data.blocks import plan_blocks
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.models import model_folder
 from sarm.data.sentences import sentence_end_tokens, sentence_ends
 from sarm.manifest import read_manifest
 from sarm.nn.backbone import load_backbone
-from sarm.runtime.actors import Source, TextActivations
+from sarm.runtime.activation_stages import rows_within
+from sarm.runtime.actors import Target, TextActivations
+from sarm.runtime.block_actor import Output
 from sarm.runtime.cluster import Cluster
-from sarm.runtime.extraction import run_over
+from sarm.runtime.extraction import Pass, StalledError, run_over
 
 
 def one_by_one(model: Model, ids: list[int]) -> torch.Tensor:
@@ -29,7 +33,7 @@ def one_by_one(model: Model, ids: list[int]) -> torch.Tensor:
 
 
 def table_of(folder: Path) -> pa.Table:
-    return ds.dataset([str(p) for p in sorted(folder.glob("*.parquet"))]).to_table()
+    return ds.dataset([str(p) for p in sorted(folder.glob("part-*.parquet"))]).to_table()
 
 
 def test_every_sentence_end_of_the_corpus_is_there_once(extracted: Path, preset: Pipeline) -> None:
@@ -43,22 +47,6 @@ def test_every_sentence_end_of_the_corpus_is_there_once(extracted: Path, preset:
     found = list(zip(keys["row_id"].to_pylist(), keys["position"].to_pylist(), strict=True))
     assert len(found) == len(set(found))
     assert set(found) == expected
-
-
-def test_every_token_but_the_bos_is_taken_where_asked_for(extracted: Path, preset: Pipeline) -> None:
-    folder = model_folder(preset.model)
-    chat = load_chat_tokenizer(preset.model, folder)
-    texts = table_of(extracted / "corpus").slice(0, 3)
-    table_schema = schema.activations(64, {"d_in": 64})
-    extraction = dataclasses.replace(preset.extraction, unit="token")
-    actor = TextActivations(preset.model, folder, extraction, table_schema, Source("tokens", 3), 1)
-    found = actor(texts).to_pylist()
-    wanted = [
-        (row["row_id"], position, token)
-        for row in texts.to_pylist()
-        for position, token in enumerate(chat.encode_text(row["text"]).ids)
-    ]
-    assert sorted((row["row_id"], row["position"], row["token_id"]) for row in found) == sorted(wanted)
 
 
 def test_a_stored_sentence_end_equals_the_model_run_alone_to_16_bits(extracted: Path, preset: Pipeline) -> None:
@@ -96,31 +84,48 @@ def test_statistics_lie_with_the_data(extracted: Path) -> None:
     assert statistics["rows"] == len(vectors)
 
 
-def run_text(folder: Path, texts: list[str], target: Path, model: Model, num_actors: int = 1) -> dict:
-    folder.mkdir()
-    rows = {"row_id": [schema.stable_int(t) for t in texts], "text": texts, "source": ["t"] * len(texts)}
+class Sleeps(TextActivations):
+    """Does not come back from a block."""
+
+    def compute(self, prepared, beat):
+        time.sleep(600)
+        return super().compute(prepared, beat)
+
+
+def text_pass(folder: Path, texts: list[str], target: Path, model: Model, actor: type = TextActivations) -> Pass:
+    folder.mkdir(exist_ok=True)
+    rows = {"row_id": list(range(len(texts))), "text": texts, "source": ["t"] * len(texts)}
     pq.write_table(pa.table(rows, schema=schema.CORPUS), folder / "a.parquet", row_group_size=20)
-    table_schema = schema.activations(64, {"dtype": "float16", "layer": model.layer})
-    arguments = {
-        "model": model,
-        "folder": model_folder(model),
-        "extraction": Extraction(),
-        "table_schema": table_schema,
+    outputs = {
+        Target("document", 1): Output(target, schema.activations(64, {"dtype": "float16", "layer": model.layer}))
     }
-    run = Run(out=target, num_actors=num_actors, cpus_per_worker=1)
-    cluster = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)
-    return run_over(
-        Source("test", len(texts)),
-        [folder / "a.parquet"],
-        None,
-        TextActivations,
-        arguments,
-        table_schema,
-        target,
-        1000,
-        run,
-        cluster,
+    return Pass(
+        name="test",
+        blocks=plan_blocks([folder / "a.parquet"], 1),
+        columns=("row_id", "text"),
+        keep=None,
+        actor=actor,
+        arguments={
+            "model": model,
+            "folder": model_folder(model),
+            "extraction": Extraction(),
+            "schemas": {key: output.table_schema for key, output in outputs.items()},
+        },
+        outputs=outputs,
+        id_columns=("row_id",),
+        input_ids=lambda table: table.column("row_id").to_pylist(),
+        output_id="row_id",
     )
+
+
+def do(work: Pass, num_actors: int = 1, **options: float) -> dict:
+    run = Run(out=Path("unused"), num_actors=num_actors, cpus_per_worker=1)
+    (counts,) = run_over(work, run, Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False), **options).values()
+    return counts
+
+
+def run_text(folder: Path, texts: list[str], target: Path, model: Model, num_actors: int = 1) -> dict:
+    return do(text_pass(folder, texts, target, model), num_actors)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -133,7 +138,7 @@ def test_texts_without_a_sentence_end_are_counted_and_long_ones_cut_into_windows
     assert counts["rejected"] == {"no_sentence_end": 1}
     table = table_of(tmp_path / "out")
     assert counts["rows"] == table.num_rows == 31
-    positions = table.filter(pc.equal(table["row_id"], schema.stable_int(long.strip())))["position"].to_pylist()
+    positions = table.filter(pc.equal(table["row_id"], 2))["position"].to_pylist()
     assert positions == sorted(positions)
     assert len(set(positions)) == 30
     assert max(positions) > model.max_length
@@ -155,6 +160,51 @@ def test_a_corpus_of_which_nothing_is_usable_is_an_error_that_counts_the_reasons
 ) -> None:
     with pytest.raises(UserError, match="no_sentence_end"):
         run_text(tmp_path / "in", ["no end", "none here either"], tmp_path / "out", preset.model)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_pass_goes_on_with_the_blocks_that_are_missing_or_torn(tmp_path: Path, preset: Pipeline) -> None:
+    texts = [f"Sentence {i} is here. " * 9 for i in range(60)]
+    work = text_pass(tmp_path / "in", texts, tmp_path / "out", preset.model)
+    counts = do(work)
+    assert len(work.blocks) > 8
+    before = table_of(tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("part-*"))
+    stamps = {path: path.stat().st_mtime_ns for path in files}
+    files[1].unlink()
+    files[4].write_bytes(files[4].read_bytes()[:-7])
+    again = do(work)
+    assert {path for path in files if path.stat().st_mtime_ns != stamps[path]} == {files[1], files[4]}
+    assert table_of(tmp_path / "out").equals(before)
+    assert again["rows"] == counts["rows"] == 540
+    assert again["audited_rows"] == 60
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_hung_pass_ends_and_names_the_block_and_the_process(tmp_path: Path, preset: Pipeline) -> None:
+    texts = [f"Sentence {i} is here. " * 9 for i in range(20)]
+    work = text_pass(tmp_path / "in", texts, tmp_path / "out", preset.model, Sleeps)
+    with pytest.raises(StalledError, match=r"nothing has happened for 8 s: block \d+ .* was begun by process \d+ on "):
+        do(work, stall_seconds=8.0)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_starved_pass_ends_and_says_how_many_actors_have_room(tmp_path: Path, preset: Pipeline) -> None:
+    work = text_pass(tmp_path / "in", ["A sentence."] * 20, tmp_path / "out", preset.model)
+    run = Run(out=Path("unused"), num_actors=1, cpus_per_worker=40)
+    with pytest.raises(StalledError, match=r"1 actors of 40 CPUs were asked for and the 1 nodes .* have room for 0"):
+        run_over(work, run, Cluster(num_nodes=1, num_cpus=99, num_gpus=0, is_local=False), stall_seconds=3.0)
+
+
+def test_limits_keep_the_first_texts(extracted: Path, preset: Pipeline) -> None:
+    chat = load_chat_tokenizer(preset.model, model_folder(preset.model))
+    files = sorted((extracted / "corpus").glob("*.parquet"))
+    lengths = [len(chat.encode_text(text).ids) for text in table_of(extracted / "corpus")["text"].to_pylist()]
+    limit = sum(lengths[:7]) + lengths[7] - 1
+    assert rows_within(files, chat, limit) == 7
+    assert rows_within(files, chat, limit + 1) == 8
+    with pytest.raises(UserError, match="--limit-tokens"):
+        rows_within(files, chat, lengths[0] - 1)
 
 
 def test_manifests_name_their_inputs(extracted: Path) -> None:

@@ -4,6 +4,7 @@ N rows, D d_in. A vector is read back by reinterpreting bytes: `vectors(table)` 
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,13 @@ def activation_table(
     width = 2 * vectors_ND.shape[1]
     raw = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(bits), [None, pa.py_buffer(bits.tobytes())])
     arrays = [
-        raw if field.name == "activation" else pa.array(columns[field.name], field.type) for field in table_schema
+        raw if field.name == "activation" else _as_array(columns[field.name], field.type) for field in table_schema
     ]
     return pa.Table.from_arrays(arrays, schema=table_schema)
+
+
+def _as_array(values: Any, kind: pa.DataType) -> pa.Array:
+    return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
 def vectors(table: pa.Table, dtype: str) -> Float[Tensor, "rows d_in"]:
@@ -76,7 +81,7 @@ class ActivationStore:
     def __init__(self, folder: Path):
         self.folder = folder
         self.manifest = read_manifest(folder, ACTIVATIONS)
-        self.files = [folder / name for name in sorted(self.manifest.files) if name.endswith(".parquet")]
+        self.files = [folder / name for name in sorted(self.manifest.files) if re.fullmatch(r"part-\d+\.parquet", name)]
         if not self.files or not self.manifest.counts.get("rows"):
             raise UserError(f"{folder} holds no activations. Extract them from a corpus with sentences in it.")
         self.metadata: dict[str, Any] = self.manifest.counts["activations"]

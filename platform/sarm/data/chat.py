@@ -79,8 +79,10 @@ class ChatTokenizer:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_of_turn_id
 
     def encode_text(self, text: str) -> TextTokens:
-        """Token ids and character offsets of a plain text; nothing is inserted."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        """Token ids and character offsets of a plain text; nothing is inserted, and special tokens in it are text like any other."""
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        )
         return TextTokens(encoded.input_ids, encoded.offset_mapping)
 
     def render(self, messages: Sequence[Message]) -> str:

@@ -81,6 +81,11 @@ def answer_rows(
 
 
 def token_batches(rows: Iterable[Row], batch_tokens: int, pad_id: int, *, join: bool = True) -> list[TokenBatch]:
+    """`row_batches`, collated."""
+    return [collate(batch, pad_id, join=join) for batch in row_batches(rows, batch_tokens)]
+
+
+def row_batches(rows: Iterable[Row], batch_tokens: int) -> list[list[Row]]:
     """Rows sorted by length and cut into batches of at most `batch_tokens` tokens, padding included (at least one row each)."""
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
@@ -88,7 +93,7 @@ def token_batches(rows: Iterable[Row], batch_tokens: int, pad_id: int, *, join: 
             batches[-1].append(row)
         else:
             batches.append([row])
-    return [collate(batch, pad_id, join=join) for batch in batches]
+    return batches
 
 
 def padded_tokens(rows: Sequence[Row]) -> int:

@@ -17,6 +17,8 @@ from sarm.data import pair_sources, text_sources
 from sarm.data.rows import Reject
 
 ROWS_PER_GROUP = 1_000
+# A few texts of megabytes fill a group: it is held in memory whole, here and by whoever reads it.
+CHARACTERS_PER_GROUP = 16_000_000
 ROWS_PER_FILE = 100_000
 
 Record = TypeVar("Record")
@@ -46,6 +48,7 @@ def prepare_corpus(data: Data, folder: Path) -> dict[str, Any]:
                     continue
                 seen.add(row_id)
                 tally.sources[spec] += 1
+                tally.characters += len(record.text)
                 yield {"row_id": row_id, "text": record.text, "source": spec}
 
     num_rows = _write(rows(), schema.CORPUS, folder)
@@ -53,7 +56,7 @@ def prepare_corpus(data: Data, folder: Path) -> dict[str, Any]:
         raise UserError(
             f"no usable text in {', '.join(data.texts)} ({tally.describe()}). Check --data.texts and --data.text-field."
         )
-    return {"rows": num_rows, **tally.counts()}
+    return {"rows": num_rows, "characters": tally.characters, **tally.counts()}
 
 
 def prepare_pairs(data: Data, folder: Path) -> dict[str, Any]:
@@ -117,7 +120,7 @@ class _Tally:
         self.rejected: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
         self.corrupt_files: list[str] = []
-        self.duplicates = 0
+        self.duplicates = self.characters = 0
 
     def usable(self, records: Iterable[Record | Reject], spec: str) -> Iterator[Record]:
         """The records without the rejects, which are counted, under a progress bar."""
@@ -163,14 +166,14 @@ def _reverse_id(row: dict[str, Any]) -> str:
 def _write(rows: Iterable[dict[str, Any]], columns: pa.Schema, folder: Path) -> int:
     """Write rows as part-00000.parquet ...; returns their number. No file is made for no rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    num_rows = 0
+    num_rows = num_files = 0
     writer: pq.ParquetWriter | None = None
     try:
         for group in _groups(rows):
-            if writer is None or num_rows % ROWS_PER_FILE == 0:
+            if writer is None or num_rows // ROWS_PER_FILE >= num_files:
                 if writer is not None:
                     writer.close()
-                path = folder / f"part-{num_rows // ROWS_PER_FILE:05d}.parquet"
+                path, num_files = folder / f"part-{num_files:05d}.parquet", num_files + 1
                 writer = pq.ParquetWriter(path, columns, compression="zstd", write_page_checksum=True)
             writer.write_table(pa.Table.from_pylist(group, schema=columns))
             num_rows += len(group)
@@ -182,10 +185,12 @@ def _write(rows: Iterable[dict[str, Any]], columns: pa.Schema, folder: Path) -> 
 
 def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     group: list[dict[str, Any]] = []
+    characters = 0
     for row in rows:
         group.append(row)
-        if len(group) == ROWS_PER_GROUP:
+        characters += len(row.get("text", ""))
+        if len(group) == ROWS_PER_GROUP or characters > CHARACTERS_PER_GROUP:
             yield group
-            group = []
+            group, characters = [], 0
     if group:
         yield group

@@ -1,4 +1,4 @@
-"""Rows out of files and data sets: JSONL (plain, .gz, .zst), Parquet and Hugging Face data sets, always as a stream.
+"""Rows out of files and data sets: JSONL (plain, .gz, .zst, or in a .tar), Parquet and Hugging Face data sets, always as a stream.
 
 What is wrong with one row is a `Reject`, a value that the reader counts; what is wrong with a source is a UserError.
 """
@@ -7,19 +7,22 @@ import glob
 import gzip
 import json
 import re
+import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sarm.config import UserError
 
-EXTENSIONS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+EXTENSIONS = (*_LINES, ".parquet", ".tar")
 CHUNK_BYTES = 1 << 16
 BATCH_ROWS = 512
+_DAMAGE = (OSError, EOFError, zlib.error, pa.ArrowException, tarfile.TarError)
 # A whole chunk is unpacked at once, up to 30,000 times its size, so this bounds the memory that a hostile file can take.
 ZSTD_CHUNK_BYTES = 1 << 12
 
@@ -115,10 +118,16 @@ def file_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row 
 
     Of a file that breaks off or is damaged the rows before are kept, then one reject `corrupt_file` closes the stream.
     """
-    rows = _parquet_rows(path, columns) if path.name.endswith(".parquet") else _jsonl_rows(path)
+    if path.name.endswith(".tar"):
+        yield from _tar_rows(path)
+        return
     try:
-        yield from rows
-    except (OSError, EOFError, zlib.error, pa.ArrowException):
+        if path.name.endswith(".parquet"):
+            yield from _parquet_rows(path, columns)
+        else:
+            with path.open("rb") as file:
+                yield from _jsonl_rows(str(path), file)
+    except _DAMAGE:
         yield Reject("corrupt_file", str(path))
 
 
@@ -163,9 +172,27 @@ def _decoded(one_row: pa.RecordBatch) -> dict[str, Any] | None:
         return None
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row | Reject]:
-    for number, line in enumerate(_lines(_chunks(path)), start=1):
-        where = f"{path}:{number}"
+def _tar_rows(path: Path) -> Iterator[Row | Reject]:
+    """The rows of all files of lines in an archive, as OpenWebText2 ships; a damaged one costs its own rows."""
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                if not (member.isfile() and member.name.endswith(_LINES)):
+                    continue
+                where = f"{path}:{member.name}"
+                try:
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    yield from _jsonl_rows(where, file)
+                except _DAMAGE:
+                    yield Reject("corrupt_file", where)
+    except _DAMAGE:
+        yield Reject("corrupt_file", str(path))
+
+
+def _jsonl_rows(name: str, file: IO[bytes]) -> Iterator[Row | Reject]:
+    for number, line in enumerate(_lines(_chunks(name, file)), start=1):
+        where = f"{name}:{number}"
         if not line.strip():
             continue
         try:
@@ -191,32 +218,37 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield b"".join(tail)
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    if path.name.endswith(".zst"):
-        yield from _zstd_chunks(path)
-        return
-    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
-        # read1 hands over what it has: read would throw it away when the stream breaks off.
-        while chunk := file.read1(CHUNK_BYTES):
-            yield chunk
+def _chunks(name: str, file: IO[bytes]) -> Iterator[bytes]:
+    if name.endswith(".zst"):
+        yield from _zstd_chunks(name, file)
+    elif name.endswith(".gz"):
+        with gzip.open(file, "rb") as unpacked:
+            yield from _read_all(unpacked)
+    else:
+        yield from _read_all(file)
 
 
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
+def _read_all(file: Any) -> Iterator[bytes]:
+    # read1 hands over what it has: read would throw it away when the stream breaks off.
+    while chunk := file.read1(CHUNK_BYTES):
+        yield chunk
+
+
+def _zstd_chunks(name: str, file: IO[bytes]) -> Iterator[bytes]:
     """Every frame of a .zst file. Raises EOFError if the last one breaks off, which zstandard's own reader passes over."""
     import zstandard
 
     # Large corpora are often packed with `--long=31`.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     try:
-        with path.open("rb") as file:
-            frame = None
-            while packed := file.read(ZSTD_CHUNK_BYTES):
-                while packed:
-                    frame = frame or decompressor.decompressobj()
-                    yield frame.decompress(packed)
-                    packed = frame.unused_data if frame.eof else b""
-                    frame = None if frame.eof else frame
-            if frame is not None:
-                raise EOFError(f"{path} breaks off inside a frame")
+        frame = None
+        while packed := file.read(ZSTD_CHUNK_BYTES):
+            while packed:
+                frame = frame or decompressor.decompressobj()
+                yield frame.decompress(packed)
+                packed = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+        if frame is not None:
+            raise EOFError(f"{name} breaks off inside a frame")
     except zstandard.ZstdError as error:
         raise EOFError(str(error)) from error

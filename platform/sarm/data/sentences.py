@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 # A run of stops with the quotes, brackets, emphasis and footnote marks that close behind it; or a blank line.
 _STOP = re.compile(
-    r"""(?P<stop>[.!?…]+|[。！？｡।॥؟۔]+)(?P<close>(?:["'”’»)\]}」』】〉》*_`]|\[\d{1,3}\])*)|(?P<blank>\n[^\S\n]*\n)"""
+    r"""(?P<stop>[.!?…]+|[。！？｡।॥؟۔։።။]+)(?P<close>(?:["'”’»)\]}」』】〉》*_`]|\[\d{1,3}\])*)|(?P<blank>\n[^\S\n]*\n)"""
 )
-_FOREIGN_STOPS = frozenset("。！？｡।॥؟۔")
+_PUNCTUATION = re.compile(r"[.,?!;\n](?:\s*[.,?!;\n])*")
+_FOREIGN_STOPS = frozenset("。！？｡।॥؟۔։።။")
 _QUOTES = frozenset("\"'”’»)")
 _WORD = re.compile(r"\w")
 _NOT_SPACE = re.compile(r"\S")
@@ -28,7 +29,7 @@ def _words(text: str) -> frozenset[str]:
 # Something always follows these.
 _NEVER_LAST = _words(
     "mr mrs ms dr prof gen sen rep gov lt col capt sgt cmdr maj rev hon pres st mt messrs mme mlle "
-    "e.g i.e eg ie cf vs viz ca approx fig figs eq eqs sec ch vol pp ed eds al"
+    "e.g i.e eg ie cf vs viz ca approx incl ff fig figs eq eqs sec ch vol pp ed eds al"
 )
 # These only stand before a number: "No. 5", and otherwise they are words.
 _BEFORE_NUMBER = _words("no nos art p pg par")
@@ -48,7 +49,7 @@ _STARTERS = _words(
 def sentence_ends(text: str) -> list[int]:
     """Index of the last character of each sentence, increasing; closing quotes and brackets belong to the sentence.
 
-    Stops (`.` `!` `?`, CJK, Devanagari and Arabic ones) end a sentence unless they sit in an abbreviation, initial, number,
+    Stops (`.` `!` `?`, CJK, Indic, Arabic, Armenian, Ethiopic and Burmese ones) end a sentence unless they sit in an abbreviation, initial, number,
     address, file name or ellipsis; so does a blank line. A tail without a stop is not a sentence. Time is linear in the text.
     """
     ends: list[int] = []
@@ -66,6 +67,14 @@ def sentence_ends(text: str) -> list[int]:
         ends.append(last)
         word = _next_word(text, last + 1)
     return ends
+
+
+def punctuation_ends(text: str) -> list[int]:
+    """Index of the last character of every run of `. , ? ! ;` and newlines, white space between them included, as SAFER's code has it.
+
+    Decimals, abbreviations and addresses are cut. Its windows and its gap of five tokens between ends are not reproduced.
+    """
+    return [match.end() - 1 for match in _PUNCTUATION.finditer(text)]
 
 
 def sentence_end_tokens(ends: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[int]:

@@ -39,7 +39,7 @@ def check_source(spec: str, text_field: str = "text") -> None:
 def open_texts(spec: str, text_field: str = "text", limit: int | None = None) -> Iterator[TextRecord | Reject]:
     """The texts of one source in order, at most `limit` of them, and a `Reject` for each row without a usable text.
 
-    `spec` is a path or glob of .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, `hf:NAME[:SPLIT]`, `demo:openwebtext`,
+    `spec` is a path or glob of .jsonl, .jsonl.gz, .jsonl.zst, .tar (of such files) or .parquet files, `hf:NAME[:SPLIT]`, `demo:openwebtext`,
     `demo:wikipedia` or `tiny:texts`. Reasons: `bad_json`, `not_an_object`, `missing_text`, `not_a_string`, `empty`,
     `invalid_utf8`, `lone_surrogate`, `nul_byte`, `corrupt_file` (the rows before the damage are kept).
     Raises UserError, before the first text, for a source that does not exist or has no column `text_field`.

@@ -8,7 +8,7 @@ segments in the block from b * SEGMENTS_PER_BLOCK on, which begins with its shar
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,45 @@ def residual_stream(
     """Residual stream after the last kept block at every token."""
     masks = _masks(model.config, positions, segments, next(model.parameters()).dtype)
     return model(input_ids=input_ids, attention_mask=masks, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def residuals_at(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    rows: Int[Tensor, " taken"],
+    columns: Int[Tensor, " taken"],
+    input_ids: Int[Tensor, "rows columns"],
+    positions: Int[Tensor, "rows columns"] | None = None,
+    segments: Int[Tensor, "rows columns"] | None = None,
+) -> list[Float[Tensor, "taken d_in"]]:
+    """Residual stream after each of `layers` (`hidden_states[layer]`, without the final norm) at (`rows[n]`, `columns[n]`), from one pass.
+
+    Without segments every row is one sequence, padded on the right if at all: no token that is taken can see the padding, so no mask is
+    made and attention takes its causal kernel.
+    """
+    taken: dict[int, Tensor] = {}
+
+    def keep(layer: int, hidden_BLD: Tensor) -> None:
+        taken[layer] = hidden_BLD[rows, columns]
+
+    hooks = [
+        model.get_submodule(f"layers.{layer - 1}").register_forward_hook(
+            lambda _block, _inputs, output, layer=layer: keep(
+                layer, output if isinstance(output, Tensor) else output[0]
+            )
+        )
+        for layer in set(layers)
+    ]
+    try:
+        if segments is None:
+            model(input_ids=input_ids, use_cache=False)
+        else:
+            assert positions is not None
+            residual_stream(model, input_ids, positions, segments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [taken[layer] for layer in layers]
 
 
 def _masks(config: PretrainedConfig, positions: Tensor, segments: Tensor, dtype: torch.dtype) -> Any:

@@ -1,175 +1,227 @@
-"""Ray Data actors that hold a model: batches of texts or pairs in, activations or rewards out."""
+"""What actors compute: a table of texts or pairs in, activations out.
+
+Each has `prepare` (tokenising; may run beside another block's forward pass), `compute` (the forward passes, one block at a time) and
+`rejected` (rows for the sink that say why an input gave nothing).
+"""
 
 import time
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from sarm import schema
 from sarm.config import Extraction, Model
 from sarm.data.activations import activation_table
-from sarm.data.artifacts import load_sarm
 from sarm.data.chat import load_chat_tokenizer
-from sarm.data.groups import prompt_groups
-from sarm.data.packing import Row, text_row, token_batches
-from sarm.data.windows import text_windows
-from sarm.nn.backbone import load_backbone, residual_stream
+from sarm.data.groups import PromptGroup, prompt_groups
+from sarm.data.packing import Row, collate, row_batches
+from sarm.data.parts import with_sink_columns
+from sarm.data.windows import Places, Window, collate_windows, text_windows, window_batches
+from sarm.nn.backbone import load_backbone, residuals_at
 
-_PRINT_EVERY_SECONDS = 5.0
-
-
-class Source(NamedTuple):
-    """What all actors of one pass have to read, for their progress lines."""
-
-    name: str
-    num_rows: int
-
-
-class Progress:
-    """Prints how far an actor is, every few seconds."""
-
-    def __init__(self, source: Source):
-        self._source, self._rows, self._tokens = source, 0, 0
-        self._started = self._printed = time.monotonic()
-
-    def add(self, rows: int, tokens: int) -> None:
-        self._rows, self._tokens = self._rows + rows, self._tokens + tokens
-        now = time.monotonic()
-        if now - self._printed >= _PRINT_EVERY_SECONDS or self._rows >= self._source.num_rows:
-            self._printed = now
-            elapsed = now - self._started
-            left = elapsed * max(0.0, self._source.num_rows / max(1, self._rows) - 1)
-            rate = self._tokens / max(elapsed, 1e-9)
-            print(
-                f"{self._source.name} {self._rows:,} of {self._source.num_rows:,} rows  {rate:,.0f} tokens/s  {left:.0f} s left",
-                flush=True,
-            )
+# Reasons of a place by the code that `_stored` gives it.
+_REASONS = np.array([None, "not_finite", "overflow"], dtype=object)
+_BLANK = {
+    "row_id": 0,
+    "doc_id": "",
+    "side": "text",
+    "position": -1,
+    "token_id": -1,
+    "num_tokens": 0,
+    "truncated": False,
+}
 
 
-class _BackboneActor:
-    """Holds the truncated backbone on this worker's GPU, else on its cores."""
+class Target(NamedTuple):
+    """One folder of a pass: which tokens, after which block."""
+
+    unit: str
+    layer: int
+
+
+@dataclass
+class Cost:
+    """What forward passes took: tokens, tokens with padding, seconds."""
+
+    tokens: int = 0
+    padded_tokens: int = 0
+    forward_seconds: float = 0.0
+
+
+Tables = dict[Any, pa.Table]
+Beat = Callable[[], None]
+
+
+class _Backbone:
+    """The truncated backbone on this worker's GPU, else on its cores."""
 
     def __init__(
-        self, model: Model, folder: str, extraction: Extraction, table_schema: pa.Schema, source: Source, threads: int
+        self, model: Model, folder: str, extraction: Extraction, schemas: Mapping[Target, pa.Schema], threads: int
     ):
         torch.set_num_threads(threads)
-        self._device, self._extraction, self._schema = device_of_worker(), extraction, table_schema
+        self._device, self._extraction, self._schemas = device_of_worker(), extraction, dict(schemas)
         self._chat, self._max_length = load_chat_tokenizer(model, folder), model.max_length
+        self._layers = sorted({target.layer for target in schemas})
         dtype = getattr(torch, model.dtype)
-        backbone = load_backbone(folder, model.layer, dtype, revision=model.revision, gguf_file=model.gguf_file)
+        backbone = load_backbone(folder, self._layers[-1], dtype, revision=model.revision, gguf_file=model.gguf_file)
         self._backbone = backbone.eval().to(self._device)
-        self._progress = Progress(source)
+        self._stored_dtype = getattr(torch, extraction.dtype)
 
-    def _forward(self, rows: list[Row]) -> dict[Any, torch.Tensor]:
-        """Residual vector at every wanted place of the rows, in float32 on the CPU."""
-        found: dict[Any, torch.Tensor] = {}
-        for batch in token_batches(
-            [row for row in rows if row.taken], self._extraction.batch_tokens, self._chat.pad_id
-        ):
-            inputs = batch.model_inputs(self._device)
-            with torch.inference_mode():
-                hidden = residual_stream(
-                    self._backbone, inputs["input_ids"], inputs["position_ids"], inputs["segment_ids"]
-                )
-                taken = hidden[inputs["rewarded_rows"], inputs["rewarded_columns"]].float().cpu()
-            found.update(zip(batch.keys, taken, strict=True))
+    def _taken(self, cost: Cost, num_tokens: int, **inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(16-bit vectors, codes of `_REASONS`) for each layer, on their way to the CPU."""
+        started = time.perf_counter()
+        on_device = {name: tensor.to(self._device, non_blocking=True) for name, tensor in inputs.items()}
+        with torch.inference_mode():
+            found = [self._stored(x_ND) for x_ND in residuals_at(self._backbone, self._layers, **on_device)]
+        cost.tokens, cost.padded_tokens = cost.tokens + num_tokens, cost.padded_tokens + inputs["input_ids"].numel()
+        cost.forward_seconds += time.perf_counter() - started
         return found
 
+    def _stored(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        stored_ND = x_ND.to(self._stored_dtype)
+        is_finite = x_ND.isfinite().all(-1)
+        fits = stored_ND.isfinite().all(-1)
+        return _to_host(stored_ND), _to_host((~is_finite).byte() + 2 * (is_finite & ~fits).byte())
 
-class TextActivations(_BackboneActor):
-    """A batch of corpus/v1 rows in, one row per sentence end (or, as `extraction.unit` says, per token) out."""
+    def _split_on_oom(self, members: list[Any], forward: Callable[[list[Any]], Any]) -> list[tuple[list[Any], Any]]:
+        """(members, result) of parts that fit the memory; the result of a single one that does not is None."""
+        try:
+            return [(members, forward(members))]
+        except torch.OutOfMemoryError:
+            if len(members) == 1:
+                return [(members, None)]
+        # Behind the handler: the error holds the tensors of the pass that failed.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(members) // 2
+        return self._split_on_oom(members[:half], forward) + self._split_on_oom(members[half:], forward)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows: list[Row] = []
-        places: dict[Any, dict[str, Any]] = {}
-        unusable: list[dict[str, Any]] = []
-        for row_id, text in zip(batch.column("row_id").to_pylist(), batch.column("text").to_pylist(), strict=True):
-            windows = text_windows(text, self._chat, self._max_length, sentences=self._extraction.unit == "sentence")
-            for start, ids, columns, _ in windows:
-                rows.append(text_row((row_id, start), ids, columns))
-                for column in columns:
-                    places[(row_id, start), column] = {
-                        "row_id": row_id,
-                        "doc_id": f"{row_id:016x}",
-                        "side": "text",
-                        "position": start + column,
-                        "token_id": ids[column],
-                        "num_tokens": len(ids),
-                        "truncated": False,
-                    }
-            if not any(window.columns for window in windows):
-                unusable.append({"row_id": row_id, "side": "text", "reject": "no_sentence_end"})
-        found = self._forward(rows)
-        self._progress.add(batch.num_rows, sum(len(row.ids) for row in rows if row.taken))
-        return _for_sink(places, found, unusable, self._extraction.dtype, self._schema)
+    def _ready(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
+    def _table(self, target: Target, columns: dict[str, Any], x_ND: Tensor) -> pa.Table:
+        return activation_table(columns, x_ND, self._extraction.dtype, with_sink_columns(self._schemas[target]))
 
-class ChatActivations(_BackboneActor):
-    """A batch of pairs/v1 rows in, one row per pair and side out; each distinct response goes through the model once."""
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        groups = list(prompt_groups(batch, self._chat))
-        rows = [row for group in groups for row in group.rows(self._max_length)]
-        responses = self._forward(rows)
-        places, found = {}, {}
-        for group in groups:
-            for pair in group.pairs:
-                for side, place in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-                    tokens, key = group.tokens[place], (pair.pair_id, side)
-                    found[key] = responses[group.prompt_id, place]
-                    places[key] = {
-                        "row_id": schema.stable_int(pair.pair_id),
-                        # Pairs of one prompt share responses: what keeps documents apart has to keep prompts apart.
-                        "doc_id": group.prompt_id,
-                        "side": side,
-                        "position": len(tokens.ids) - 1,
-                        "token_id": tokens.ids[-1],
-                        "num_tokens": len(tokens.ids),
-                        "truncated": tokens.num_truncated > 0,
-                    }
-        self._progress.add(batch.num_rows, sum(len(row.ids) for row in rows))
-        return _for_sink(places, found, [], self._extraction.dtype, self._schema)
+    def _blank(self, target: Target, rows: Sequence[dict[str, Any]]) -> pa.Table:
+        width = self._schemas[target].field("activation").type.byte_width // 2
+        names = with_sink_columns(self._schemas[target]).names
+        columns = {name: [{**_BLANK, **row}[name] for row in rows] for name in names if name != "activation"}
+        return self._table(target, columns, torch.zeros(len(rows), width))
 
 
-class PairScores:
-    """A batch of pairs/v1 rows in, their rewards (and active latents, if the head has any) out."""
+class TextActivations(_Backbone):
+    """A table of corpus/v1 in; for every target one row for each token that its unit takes."""
 
-    def __init__(
-        self, model: Model, folder: str, reward_model: Path, extraction: Extraction, source: Source, threads: int
-    ):
-        torch.set_num_threads(threads)
-        self._device, self._extraction = device_of_worker(), extraction
-        self._chat, self._max_length = load_chat_tokenizer(model, folder), model.max_length
-        self._model = load_sarm(reward_model, getattr(torch, model.dtype)).to(self._device)  # type: ignore[arg-type]
-        self._progress = Progress(source)
+    def prepare(self, table: pa.Table) -> tuple[list[int], list[Window]]:
+        """Row ids, and the windows of all texts."""
+        units = sorted({target.unit for target in self._schemas})
+        row_ids = table.column("row_id").to_pylist()
+        texts = zip(row_ids, table.column("text").to_pylist(), strict=True)
+        splitter, chat, length = self._extraction.sentence_ends, self._chat, self._max_length
+        return row_ids, [w for i, text in texts for w in text_windows(i, text, units, splitter, chat, length)]
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        groups = list(prompt_groups(batch, self._chat))
-        rows = [row for group in groups for row in group.rows(self._max_length)]
-        scored: dict[Any, dict[str, Any]] = {}
-        for tokens in token_batches(rows, self._extraction.batch_tokens, self._chat.pad_id):
-            with torch.inference_mode():
-                output = self._model(**tokens.model_inputs(self._device))
-            for i, (key, reward) in enumerate(zip(tokens.keys, output.logits.squeeze(-1).cpu().tolist(), strict=True)):
-                scored[key] = {"reward": reward, **_active(output, i)}
-        out = []
-        for group in groups:
-            for pair in group.pairs:
-                record: dict[str, Any] = {
-                    "pair_id": pair.pair_id,
-                    "prompt_id": group.prompt_id,
-                    "subset": pair.subset,
-                    "truncated": False,
-                }
-                for side, place in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-                    values = scored[group.prompt_id, place] | {"tokens": len(group.tokens[place].ids)}
-                    record |= {f"{side}_{name}": value for name, value in values.items()}
-                    record["truncated"] |= group.tokens[place].num_truncated > 0
-                out.append(record)
-        self._progress.add(batch.num_rows, sum(len(row.ids) for row in rows))
-        return pa.Table.from_pylist(out, schema=_with_sink_columns(schema.PAIR_SCORES))
+    def compute(self, prepared: tuple[list[int], list[Window]], beat: Beat) -> tuple[Tables, Cost]:
+        """The tables of all targets, texts in their order."""
+        row_ids, windows = prepared
+        cost, done, failed = Cost(), [], []
+
+        def forward(members: list[int]) -> list[tuple[Tensor, Tensor]]:
+            batch = collate_windows(windows, members, self._chat.pad_id)
+            tokens = sum(len(windows[n].ids) for n in members)
+            return self._taken(cost, tokens, rows=batch.rows, columns=batch.columns, input_ids=batch.input_ids)
+
+        for batch in window_batches(windows, self._extraction.batch_tokens):
+            for members, found in self._split_on_oom(batch, forward):
+                if found is None:
+                    failed += members
+                else:
+                    done.append((members, found))
+            beat()
+        self._ready()
+        places = Places(windows, [n for members, _ in done for n in members])
+        tables: Tables = {}
+        for number, layer in enumerate(self._layers):
+            x_ND = torch.cat([found[number][0] for _, found in done]) if done else torch.zeros(0, 0)
+            codes = np.concatenate([found[number][1].numpy() for _, found in done] or [np.zeros(0, np.uint8)])
+            for target in self._schemas:
+                if target.layer != layer:
+                    continue
+                chosen = places.of(target.unit)
+                lost = [windows[n] for n in failed if target.unit in windows[n].columns]
+                rows = [{"row_id": w.row_id, "position": w.first, "reject": "out_of_memory"} for w in lost]
+                empty = set(row_ids) - set(places.row_ids[chosen].tolist()) - {w.row_id for w in lost}
+                reason = "no_token" if target.unit == "token" else "no_sentence_end"
+                rows += [{"row_id": i, "reject": reason} for i in row_ids if i in empty]
+                blank = self._blank(target, rows)
+                if len(chosen):
+                    columns = places.columns(chosen) | {"reject": pa.array(_REASONS[codes[chosen]], pa.string())}
+                    blank = pa.concat_tables([self._table(target, columns, x_ND[torch.from_numpy(chosen)]), blank])
+                tables[target] = blank
+        return tables, cost
+
+    def rejected(self, table: pa.Table, reason: str) -> Tables:
+        """What is left of texts that cannot be computed."""
+        rows = [{"row_id": row_id, "reject": reason} for row_id in table.column("row_id").to_pylist()]
+        return {target: self._blank(target, rows) for target in self._schemas}
+
+
+class ChatActivations(_Backbone):
+    """A table of pairs/v1 in; one row per pair and side for every target. Each distinct response goes through the model once."""
+
+    def prepare(self, table: pa.Table) -> list[PromptGroup]:
+        """The prompts with their responses, tokenised."""
+        return list(prompt_groups(table, self._chat))
+
+    def compute(self, prepared: list[PromptGroup], beat: Beat) -> tuple[Tables, Cost]:
+        """The tables of all targets, prompt by prompt."""
+        cost = Cost()
+        rows = [row for group in prepared for row in group.rows(self._max_length)]
+        place_of: dict[Any, int | None] = {}
+        found: list[list[tuple[Tensor, Tensor]]] = []
+
+        def forward(members: list[Row]) -> tuple[list[Any], list[tuple[Tensor, Tensor]]]:
+            batch = collate(members, self._chat.pad_id)
+            inputs = {"rows": batch.rows, "columns": batch.columns, "input_ids": batch.input_ids}
+            places = {"positions": batch.position_ids, "segments": batch.segment_ids}
+            return batch.keys, self._taken(cost, sum(len(row.ids) for row in members), **inputs, **places)
+
+        for part in row_batches(rows, self._extraction.batch_tokens):
+            for members, result in self._split_on_oom(part, forward):
+                if result is None:
+                    place_of.update({key: None for row in members for key, _ in row.taken})
+                    continue
+                start = sum(place is not None for place in place_of.values())
+                place_of.update({key: start + i for i, key in enumerate(result[0])})
+                found.append(result[1])
+            beat()
+        self._ready()
+        records = [record for group in prepared for record in _pair_places(group)]
+        where = [place_of[key] for key, _ in records]
+        index = torch.tensor([0 if place is None else place for place in where], dtype=torch.long)
+        tables: Tables = {}
+        for target in self._schemas:
+            number = self._layers.index(target.layer)
+            if not found:
+                tables[target] = self._blank(target, [row | {"reject": "out_of_memory"} for _, row in records])
+                continue
+            x_ND = torch.cat([result[number][0] for result in found])[index]
+            codes = torch.cat([result[number][1] for result in found])[index].numpy()
+            reasons = ["out_of_memory" if place is None else _REASONS[c] for place, c in zip(where, codes, strict=True)]
+            columns = {name: [row[name] for _, row in records] for name in _BLANK}
+            tables[target] = self._table(target, columns | {"reject": reasons}, x_ND)
+        return tables, cost
+
+    def rejected(self, table: pa.Table, reason: str) -> Tables:
+        """What is left of pairs that cannot be computed."""
+        ids = [schema.stable_int(pair_id) for pair_id in table.column("pair_id").to_pylist()]
+        rows = [{"row_id": i, "side": side, "reject": reason} for i in ids for side in ("chosen", "rejected")]
+        return {target: self._blank(target, rows) for target in self._schemas}
 
 
 def device_of_worker() -> torch.device:
@@ -177,34 +229,28 @@ def device_of_worker() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _for_sink(
-    places: dict[Any, dict[str, Any]],
-    found: dict[Any, torch.Tensor],
-    unusable: list[dict[str, Any]],
-    dtype: str,
-    table_schema: pa.Schema,
-) -> pa.Table:
-    """Rows for the sink: activations, those that 16 bits cannot hold marked, and inputs that gave none."""
-    d_in = table_schema.field("activation").type.byte_width // 2
-    keys = sorted(places)
-    x_ND = torch.stack([found[key] for key in keys]) if keys else torch.zeros(0, d_in)
-    fits = x_ND.to(getattr(torch, dtype)).isfinite().all(-1).tolist()
-    records = [{**places[key], "reject": None if ok else "not_finite"} for key, ok in zip(keys, fits, strict=True)]
-    blank = {"doc_id": "", "position": -1, "token_id": -1, "num_tokens": 0, "truncated": False}
-    records += [{**blank, **row} for row in unusable]
-    x_ND = torch.cat([x_ND, torch.zeros(len(unusable), d_in)])
-    names = (*table_schema.names[:-1], "reject", "truncated")
-    return activation_table(
-        {name: [record[name] for record in records] for name in names}, x_ND, dtype, _with_sink_columns(table_schema)
-    )
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory that is complete after the next synchronisation."""
+    if tensor.device.type != "cuda":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _with_sink_columns(table_schema: pa.Schema) -> pa.Schema:
-    return table_schema.append(pa.field("reject", pa.string())).append(pa.field("truncated", pa.bool_()))
-
-
-def _active(output: Any, i: int) -> dict[str, Any]:
-    if output.latent_values is None:
-        return {"latents": [], "values": []}
-    on = output.latent_values[i] != 0
-    return {"latents": output.latent_indices[i][on].tolist(), "values": output.latent_values[i][on].tolist()}
+def _pair_places(group: PromptGroup) -> list[tuple[tuple[str, int], dict[str, Any]]]:
+    """(key of the response, key columns) for both sides of every pair."""
+    found = []
+    for pair in group.pairs:
+        for side, place in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            tokens = group.tokens[place]
+            row = {
+                "row_id": schema.stable_int(pair.pair_id),
+                # Pairs of one prompt share responses: what keeps documents apart has to keep prompts apart.
+                "doc_id": group.prompt_id,
+                "side": side,
+                "position": len(tokens.ids) - 1,
+                "token_id": tokens.ids[-1],
+                "num_tokens": len(tokens.ids),
+                "truncated": tokens.num_truncated > 0,
+            }
+            found.append(((group.prompt_id, place), row))
+    return found

@@ -22,7 +22,8 @@ from sarm.data.packing import TokenBatch, token_batches
 from sarm.data.response_sentences import response_sentence_columns, take_also
 from sarm.nn.backbone import residual_stream
 from sarm.nn.sae import standardise
-from sarm.runtime.actors import Progress, Source, device_of_worker
+from sarm.runtime.actor_progress import Progress, Source
+from sarm.runtime.actors import device_of_worker
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.extraction import through_actors
 from sarm.runtime.parquet_sink import ParquetSink
@@ -114,9 +115,8 @@ def write_codes(
     through_actors(
         ray.data.from_arrow([pairs.slice(i, _BATCH_ROWS) for i in range(0, pairs.num_rows, _BATCH_ROWS)]),
         _BATCH_ROWS,
-        source,
         ResponseCodes,
-        {"reward_model": reward_model, "batch_tokens": batch_tokens},
+        {"reward_model": reward_model, "batch_tokens": batch_tokens, "source": source},
         ParquetSink(parts, RESPONSES, 1),
         run,
         cluster,

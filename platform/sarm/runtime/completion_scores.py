@@ -12,7 +12,8 @@ import torch
 
 from sarm import schema
 from sarm.config import Run
-from sarm.runtime.actors import Progress, Source, device_of_worker
+from sarm.runtime.actor_progress import Progress, Source
+from sarm.runtime.actors import device_of_worker
 from sarm.runtime.benchmark_scoring import ALONE
 from sarm.runtime.cluster import connect
 from sarm.runtime.extraction import through_actors
@@ -75,9 +76,8 @@ def score_requests(
         through_actors(
             ray.data.from_arrow(blocks),
             BATCH_PROMPTS,
-            source,
             CompletionScores,
-            {"spec": spec, "batch_tokens": batch_tokens},
+            {"spec": spec, "batch_tokens": batch_tokens, "source": source},
             ParquetSink(folder, schema.COMPLETION_SCORES, 1),
             run,
             cluster,

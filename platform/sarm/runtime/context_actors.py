@@ -19,9 +19,10 @@ from sarm.data.artifacts import load_sarm
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import Row, answer_rows, text_row, token_batches
-from sarm.data.windows import sentence_columns, text_windows
+from sarm.data.sentence_windows import sentence_columns, text_windows
 from sarm.interpret.context_texts import Ref, parts, sentence_spans, text_key
-from sarm.runtime.actors import Progress, Source, device_of_worker
+from sarm.runtime.actor_progress import Progress, Source
+from sarm.runtime.actors import device_of_worker
 
 SLICES = pa.schema(
     [

@@ -21,7 +21,7 @@ from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE, PLACES
 from sarm.interpret.context_tables import choose, context_tables, strongest, summaries
 from sarm.interpret.context_texts import fetch, shown
 from sarm.interpret.tallies import Tally, Units
-from sarm.runtime.actors import Source
+from sarm.runtime.actor_progress import Source
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.context_actors import DROPS, SLICES, ContextUnits, Reader, SentenceDrops
 from sarm.runtime.extraction import mapped
@@ -132,7 +132,7 @@ def on_cluster(run: Run, cluster: Cluster) -> Stream:
         size = -(-len(items) // _MAX_BLOCKS)
         # Blocks of few items, so that an actor that is free finds work.
         blocks = [pa.Table.from_pylist(list(items[i : i + size]), schema=columns) for i in range(0, len(items), size)]
-        data = mapped(ray.data.from_arrow(blocks), 1, source, actor, arguments, run, cluster)
+        data = mapped(ray.data.from_arrow(blocks), 1, actor, {**arguments, "source": source}, run, cluster)
         yield from data.iter_batches(batch_size=None, batch_format="pyarrow")
 
     return stream

@@ -15,15 +15,18 @@ from sarm import schema
 from sarm.config import Evaluation, Extraction, Model
 from sarm.data.activations import ActivationStore
 from sarm.data.artifacts import load_sae, load_sarm
+from sarm.data.blocks import plan_blocks
 from sarm.data.models import model_folder
+from sarm.data.parts import part_files
 from sarm.evaluate import pairs as measures
 from sarm.evaluate.probe import fit_probe
 from sarm.interpret.attribution import check_completeness, feature_table
 from sarm.interpret.contexts import ContextRecord, collect_contexts
 from sarm.manifest import read_manifest
 from sarm.nn.sae import standardise
-from sarm.runtime.actors import PairScores, Source
-from sarm.runtime.extraction import run_over
+from sarm.runtime.block_actor import Output
+from sarm.runtime.extraction import Pass, run_over
+from sarm.runtime.pair_scores import PairScores
 from sarm.runtime.plan import BASELINES
 from sarm.runtime.reward_training import load_pairs
 from sarm.runtime.session import Session, say
@@ -112,26 +115,34 @@ def _score(session: Session, extraction: Extraction, name: str, folder: Path) ->
         }
     )
     target = folder / f"{name}_scores"
-    arguments = {"model": model, "folder": model_folder(model), "reward_model": reward_model, "extraction": extraction}
     files = sorted(session.folders.pairs.glob("*.parquet"))
-    work = Source(f"score with {name}", read_manifest(session.folders.pairs, "pairs/v1").counts["splits"]["heldout"])
-    run_over(
-        work,
-        files,
-        _heldout,
-        PairScores,
-        arguments,
-        schema.PAIR_SCORES,
-        target,
-        extraction.rows_per_file,
-        session.run,
-        session.cluster,
+    work = Pass(
+        name=f"score with {name}",
+        blocks=plan_blocks(files, extraction.block_kilobytes, together="prompt_id"),
+        columns=("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset"),
+        keep=_heldout,
+        actor=PairScores,
+        arguments={
+            "model": model,
+            "folder": model_folder(model),
+            "reward_model": reward_model,
+            "extraction": extraction,
+        },
+        outputs={"scores": Output(target, schema.PAIR_SCORES)},
+        id_columns=("pair_id", "split"),
+        input_ids=_pair_ids,
+        output_id="pair_id",
     )
-    return ds.dataset([str(path) for path in sorted(target.glob("*.parquet"))]).to_table().replace_schema_metadata(None)
+    run_over(work, session.run, session.cluster)
+    return ds.dataset([str(path) for path in part_files(target)]).to_table().replace_schema_metadata(None)
 
 
 def _heldout(table: pa.Table) -> pa.Table:
     return table.filter(pc.equal(table.column("split"), "heldout"))
+
+
+def _pair_ids(table: pa.Table) -> list[str]:
+    return table.column("pair_id").to_pylist()
 
 
 def _records(session: Session, scores: pa.Table) -> Iterator[ContextRecord]:

@@ -20,6 +20,7 @@ import tyro
 from sarm.checks import StoppedError
 from sarm.config import Run, UserError, as_json
 from sarm.presets import PRESETS
+from sarm.runtime.extraction_cost import describe_extraction
 
 
 def run_job(
@@ -147,6 +148,14 @@ def describe(config: Any) -> str:
             )
     if asked := getattr(config, "questions_per_latent", None):
         lines += [f"judge        {name}: at most {num} questions a latent" for name, num in asked().items()]
+    extraction = getattr(config, "extraction", None)
+    if extraction is not None and model is not None:
+        rate = None
+        if extraction.calibrate:
+            from sarm.runtime.calibration import tokens_per_second
+
+            rate = tokens_per_second(model, extraction)
+        lines.append(describe_extraction(run, model, extraction, rate))
     if reward is not None:
         lines.append(
             f"training     {reward.epochs} epochs, {reward.batch_pairs} pairs a step, ZeRO {reward.zero_stage}, {run.num_workers} workers"

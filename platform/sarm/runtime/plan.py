@@ -1,5 +1,6 @@
 """Which folder each stage owns, and the settings that decide what it holds."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sarm.manifest import refuse_other_config
 
 CORPUS, PAIRS, EVALUATION, PAGES = "corpus/v1", "pairs/v1", "evaluation/v1", "feature_pages/v1"
 _OF_TEXTS = ("texts", "text_field", "max_texts")
+_EXTRACTION_OF_TEXTS = ("sentence_ends", "limit_rows", "limit_tokens")
 
 # Where the baselines of reward training go, and what a report calls them.
 BASELINES = {
@@ -59,9 +61,25 @@ def pairs_settings(data: Data) -> Settings:
     return {key: value for key, value in identity(data).items() if key not in _OF_TEXTS}
 
 
-def activation_settings(model: Model, extraction: Extraction, split: str) -> Settings:
-    """What decides activations/v1 of one split (`all` for texts)."""
-    return {**identity(model), **identity(extraction), "split": split}
+def activation_folders(folders: Folders, model: Model, extraction: Extraction) -> dict[tuple[str, str, int], Path]:
+    """Where (split, unit, layer) goes; the split of texts is `all`, the unit of pairs `chat`."""
+    names: list[tuple[str, str, str]] = [
+        ("all", unit, "text" if place == 0 else f"text-{unit}") for place, unit in enumerate(extraction.units)
+    ]
+    names += [("train", "chat", "chat"), ("heldout", "chat", "heldout")]
+    layers = {model.layer: folders.out / "activations"}
+    layers |= {n: folders.out / "activations" / f"layer{n}" for n in extraction.layers if n != model.layer}
+    return {(split, unit, n): root / name for split, unit, name in names for n, root in layers.items()}
+
+
+def activation_settings(model: Model, extraction: Extraction, split: str, unit: str, layer: int) -> Settings:
+    """What decides activations/v1 of one split (`all` for texts), unit and layer."""
+    stored = identity(extraction)
+    if split != "all":
+        stored = {key: value for key, value in stored.items() if key not in _EXTRACTION_OF_TEXTS}
+    stored.pop("units", None)
+    backbone = {**identity(model), "layer": layer}
+    return {**backbone, **stored, "dtype": extraction.dtype, "compute_dtype": model.dtype, "unit": unit, "split": split}
 
 
 def sae_settings(sae: Sae, seed: int) -> Settings:
@@ -92,17 +110,13 @@ def pages_settings(pages: Pages) -> Settings:
 def refuse_other_run(config: Pipeline) -> None:
     """Raise UserError if any stage folder was made with other settings, before the first stage is paid for."""
     folders, seed = Folders(config.run.out), config.run.seed
-    activations = {
-        folders.text_activations: "all",
-        folders.chat_activations: "train",
-        folders.heldout_activations: "heldout",
-    }
+    activations = activation_folders(folders, config.model, config.extraction)
     plans = {
         folders.corpus: (CORPUS, corpus_settings(config.data)),
         folders.pairs: (PAIRS, pairs_settings(config.data)),
         **{
-            folder: (ACTIVATIONS, activation_settings(config.model, config.extraction, split))
-            for folder, split in activations.items()
+            folder: (ACTIVATIONS, activation_settings(config.model, config.extraction, *key))
+            for key, folder in activations.items()
         },
         folders.sae: (SAE, sae_settings(config.sae, seed)),
         folders.sarm: (SARM, reward_settings(config.model, config.reward, seed)),
@@ -115,3 +129,9 @@ def refuse_other_run(config: Pipeline) -> None:
         plans = {folder: plan for folder, plan in plans.items() if folder not in (folders.contexts, folders.pages)}
     for folder, (schema, settings) in plans.items():
         refuse_other_config(folder, schema, settings)
+
+
+def with_figures(counts: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Counts, with those that a reader looks for first under `figures`."""
+    figures = {name: counts[name] for name in names if name in counts}
+    return {**counts, "figures": {**figures, "rejected": sum(counts.get("rejected", {}).values())}}

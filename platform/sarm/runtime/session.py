@@ -4,7 +4,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,23 +66,57 @@ class Session:
 
         `body` returns the stage's counts; `figures` among them are logged as metrics.
         """
-        if done := folder.finished():
-            say(f"{name}: already done, {folder.folder}")
-            return done
-        say(f"{name}: started")
+        return self.stages(name, {name: folder}, lambda child, _: {name: body(child)})[name]
+
+    def stages(
+        self,
+        name: str,
+        folders: Mapping[Any, StageFolder],
+        body: Callable[[StageRun, Sequence[Any]], Mapping[Any, Mapping[str, Any]]],
+        *,
+        resume: bool = False,
+    ) -> dict[Any, Manifest]:
+        """Do those of several stages that are not done, in one go: `body` gets their keys and returns the counts of each.
+
+        With `resume`, what an unfinished run left in the folders is kept for `body` to go on with.
+        """
+        manifests = {key: folder.finished() for key, folder in folders.items()}
+        for key, manifest in manifests.items():
+            if manifest is not None:
+                say(f"{name}: already done, {folders[key].folder}")
+        todo = [key for key, manifest in manifests.items() if manifest is None]
+        if todo:
+            say(f"{name}: started")
+            manifests |= self._do(name, {key: folders[key] for key in todo}, body, resume=resume)
+        return {key: manifest for key, manifest in manifests.items() if manifest is not None}
+
+    def _do(
+        self,
+        name: str,
+        folders: Mapping[Any, StageFolder],
+        body: Callable[[StageRun, Sequence[Any]], Mapping[Any, Mapping[str, Any]]],
+        *,
+        resume: bool,
+    ) -> dict[Any, Manifest]:
         started = time.monotonic()
-        notes = folder.claim()
-        with self.tracker.stage(name, notes.get("mlflow_run_id"), flat_params(folder.config)) as child:
-            folder.note(mlflow_run_id=child.run_id)
+        notes = [folder.claim(resume=resume) for folder in folders.values()]
+        config = next(iter(folders.values())).config
+        manifests = {}
+        with self.tracker.stage(name, notes[0].get("mlflow_run_id"), flat_params(config)) as child:
+            for folder in folders.values():
+                folder.note(mlflow_run_id=child.run_id)
             with peak_memory() as memory:
-                counts = dict(body(child))
-            counts |= {"seconds": round(time.monotonic() - started, 2), "peak_rss_gb": round(memory.peak / 1e9, 3)}
-            manifest = folder.finish(counts)
-            numbers = {key: value for key, value in counts.get("figures", {}).items() if isinstance(value, int | float)}
-            child.log_metrics({**numbers, "seconds": counts["seconds"], "peak_rss_gb": counts["peak_rss_gb"]})
-            child.log_artifact(folder.folder / "manifest.json")
-        say(f"{name}: done in {counts['seconds']:.0f} s")
-        return manifest
+                found = body(child, list(folders))
+            took = {"seconds": round(time.monotonic() - started, 2), "peak_rss_gb": round(memory.peak / 1e9, 3)}
+            for key, folder in folders.items():
+                counts = {**found[key], **took}
+                manifests[key] = folder.finish(counts)
+                figures = counts.get("figures", {})
+                numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
+                child.log_metrics({**numbers, **took})
+                child.log_artifact(folder.folder / "manifest.json")
+        say(f"{name}: done in {took['seconds']:.0f} s")
+        return manifests
 
     def __enter__(self) -> "Session":
         return self

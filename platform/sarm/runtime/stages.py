@@ -9,20 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from sarm import schema
 from sarm.config import AlsoSaes, Data, Evaluation, Extraction, Model, Reward, Sae, UserError
 from sarm.data import pair_sources, text_sources
-from sarm.data.activations import ACTIVATIONS, statistics_of
+from sarm.data.activations import ACTIVATIONS
 from sarm.data.artifacts import SAE, SARM
-from sarm.data.chat import ChatTokenizer
 from sarm.data.checkpoints import Checkpoints
 from sarm.data.models import check_model, model_folder
 from sarm.data.prepare import prepare_corpus, prepare_pairs
 from sarm.manifest import Manifest, StageFolder, read_manifest
 from sarm.runtime import plan
+from sarm.runtime.activation_stages import extract as extract
 from sarm.runtime.plan import CORPUS, EVALUATION, PAIRS
 from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
@@ -46,30 +42,14 @@ def prepare(session: Session, data: Data) -> None:
     if data.texts:
         corpus = StageFolder(folders.corpus, CORPUS, plan.corpus_settings(data))
         session.stage(
-            "prepare corpus", corpus, lambda _: _with_figures(prepare_corpus(data, corpus.folder), "rows", "duplicates")
+            "prepare corpus",
+            corpus,
+            lambda _: plan.with_figures(prepare_corpus(data, corpus.folder), "rows", "duplicates"),
         )
     pairs = StageFolder(folders.pairs, PAIRS, plan.pairs_settings(data))
-    session.stage("prepare pairs", pairs, lambda _: _with_figures(prepare_pairs(data, pairs.folder), "rows", "prompts"))
-
-
-def extract(session: Session, model: Model, extraction: Extraction) -> None:
-    """corpus/v1 and pairs/v1 -> activations/v1 at sentence ends, at the training responses' ends, and at the held-out ones'."""
-    chat = check_model(model)
-    folders = session.folders
-    of_texts = "extract sentence ends" if extraction.unit == "sentence" else "extract tokens"
-    passes = [
-        (of_texts, folders.text_activations, folders.corpus, CORPUS, "all"),
-        ("extract chat ends", folders.chat_activations, folders.pairs, PAIRS, "train"),
-        ("extract held-out chat ends", folders.heldout_activations, folders.pairs, PAIRS, "heldout"),
-    ]
-    for name, target, source, source_schema, split in passes:
-        if source_schema == CORPUS and not source.exists():
-            continue
-        settings = plan.activation_settings(model, extraction, split)
-        folder = StageFolder(target, ACTIVATIONS, settings, {source_schema: (source, source_schema)})
-        session.stage(
-            name, folder, functools.partial(_extract, session, model, extraction, chat, name, source, target, split)
-        )
+    session.stage(
+        "prepare pairs", pairs, lambda _: plan.with_figures(prepare_pairs(data, pairs.folder), "rows", "prompts")
+    )
 
 
 def train_sae(session: Session, sae: Sae, also: AlsoSaes = AlsoSaes()) -> None:
@@ -132,55 +112,6 @@ def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -
     )
 
 
-def _extract(
-    session: Session,
-    model: Model,
-    extraction: Extraction,
-    chat: ChatTokenizer,
-    name: str,
-    source: Path,
-    target: Path,
-    split: str,
-    child: StageRun,
-) -> Mapping[str, Any]:
-    from sarm.nn.backbone import read_config
-    from sarm.runtime.actors import ChatActivations, Source, TextActivations
-    from sarm.runtime.extraction import run_over
-
-    folder = model_folder(model)
-    d_in = read_config(folder, model.layer, revision=model.revision, gguf_file=model.gguf_file).hidden_size
-    metadata = {
-        "d_in": d_in,
-        "dtype": extraction.dtype,
-        "layer": model.layer,
-        "model": model.name,
-        "revision": model.revision,
-        "tokenizer": chat.tokenizer_hash,
-        "template": chat.template_hash,
-    }
-    table_schema = schema.activations(d_in, metadata)
-    is_text = split == "all"
-    read = read_manifest(source, CORPUS if is_text else PAIRS).counts
-    counts = run_over(
-        Source(name, read["rows"] if is_text else read["splits"][split]),
-        sorted(source.glob("*.parquet")),
-        None if is_text else functools.partial(_of_split, split=split),
-        TextActivations if is_text else ChatActivations,
-        {"model": model, "folder": folder, "extraction": extraction, "table_schema": table_schema},
-        table_schema,
-        target,
-        extraction.rows_per_file,
-        session.run,
-        session.cluster,
-    )
-    (target / "statistics.json").write_text(json.dumps(statistics_of(counts.pop("moments"))))
-    if counts["rejected"]:
-        child.log_table(
-            [{"reason": reason, "rows": rows} for reason, rows in counts["rejected"].items()], "rejected.json"
-        )
-    return {**_with_figures(counts, "rows", "truncated"), "activations": metadata}
-
-
 def _train_reward(
     session: Session,
     model: Model,
@@ -204,12 +135,3 @@ def _train_reward(
     child.log_figure(reward_curves(history), "reward_curves.png")
     child.register_model(target, f"{session.run.experiment}-{target.name}")
     return {"figures": result["figures"]}
-
-
-def _of_split(table: pa.Table, split: str) -> pa.Table:
-    return table.filter(pc.equal(table.column("split"), split))
-
-
-def _with_figures(counts: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    figures = {name: counts[name] for name in names if name in counts}
-    return {**counts, "figures": {**figures, "rejected": sum(counts.get("rejected", {}).values())}}

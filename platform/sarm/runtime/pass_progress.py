@@ -1,0 +1,71 @@
+"""How far a pass is: in the terminal every few seconds, in MLflow as metrics by block."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_PRINT_EVERY_SECONDS = 5.0
+
+
+class PassProgress:
+    """Sums what the actors say of their blocks."""
+
+    def __init__(self, name: str, num_rows: int, log: Callable[[Mapping[str, float], int], None] | None):
+        self._name, self._num_rows, self._log = name, num_rows, log
+        self._rows = self._outputs = self._blocks = self._tokens = self._padded = 0
+        self._forward = self._cpu = self._rss = 0.0
+        self._printed = time.monotonic()
+        self._began, self._ended = math.inf, 0.0
+
+    def add(self, done: Mapping[str, Any]) -> None:
+        """Take in one block."""
+        now = time.monotonic()
+        self._blocks, self._rows, self._outputs = (
+            self._blocks + 1,
+            self._rows + done["rows"],
+            self._outputs + done["outputs"],
+        )
+        self._tokens, self._padded = self._tokens + done["tokens"], self._padded + done["padded_tokens"]
+        self._forward, self._cpu = self._forward + done["forward_seconds"], done["cpu_share"]
+        self._rss = max(self._rss, done["rss"])
+        # From the first block on: starting actors and loading the model is not the pass's rate.
+        self._began, self._ended = min(self._began, done["began"]), max(self._ended, done["ended"])
+        if now - self._printed >= _PRINT_EVERY_SECONDS:
+            self._say(now)
+
+    def end(self) -> None:
+        """The last line."""
+        if self._blocks:
+            self._say(time.monotonic())
+
+    def figures(self) -> dict[str, Any]:
+        """What the pass took, for the manifest."""
+        if not self._blocks:
+            return {}
+        return {
+            "tokens_per_second": round(self._tokens / self._elapsed(), 1),
+            "padding_share": round(self._padding(), 4),
+            "forward_seconds": round(self._forward, 2),
+            "actor_rss_gb": round(self._rss / 1e9, 3),
+        }
+
+    def _elapsed(self) -> float:
+        return max(1e-9, self._ended - self._began)
+
+    def _padding(self) -> float:
+        return 1 - self._tokens / max(1, self._padded)
+
+    def _say(self, now: float) -> None:
+        self._printed = now
+        elapsed = self._elapsed()
+        rate, left = self._tokens / elapsed, elapsed * max(0.0, self._num_rows / max(1, self._rows) - 1)
+        print(
+            f"{self._name} {self._rows:,} of {self._num_rows:,} rows  {rate:,.0f} tokens/s  padding {self._padding():.1%}  "
+            f"CPU {self._cpu:.0%} of an actor's  {left:.0f} s left",
+            flush=True,
+        )
+        if self._log is not None:
+            metrics = {"rows": self._rows, "tokens": self._tokens, "tokens_per_second": rate, "seconds_left": left}
+            metrics |= {"padding_share": self._padding(), "cpu_share": self._cpu, "actor_rss_gb": self._rss / 1e9}
+            self._log({f"extraction/{name}": value for name, value in metrics.items()}, self._blocks)

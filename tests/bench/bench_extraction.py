@@ -1,0 +1,177 @@
+"""`make bench BENCH=extraction`: how close extraction is to a bare loop over the model, and how far from what is used today.
+
+The real SmolLM2 and OpenWebText passages; every part in processes of its own with the same threads, one after the other. Tokens are
+real ones: neither padding nor what is read twice counts. Writes outputs/bench/extraction.json and prints a table.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+OUT = ROOT / "outputs" / "bench" / "extraction.json"
+ROUNDS = 2
+PEERS = ROOT / ".venv-bench" / "bin" / "python"
+BOUNDS = {
+    "vs_bare_loop": (">=", 0.85),
+    "vs_reference": (">=", 3.0),
+    "vs_sae_lens": (">=", 1.2),
+    "two_worker_speedup": (">=", 1.8),
+    "rss_ratio_10x": ("<=", 1.10),
+    "bytes_vs_sae_lens": ("<=", 0.2),
+    "audit_share": ("<=", 0.02),
+}
+
+
+def main() -> None:
+    """Run the parts and write what was measured."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--texts", type=int, default=80)
+    parser.add_argument("--parts", nargs="*", default=["speed", "peers", "workers", "memory"])
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
+    with tempfile.TemporaryDirectory() as name:
+        folder, texts = Path(name), write_corpora(Path(name), arguments.texts)
+        for part in arguments.parts:
+            figures |= {"speed": speed, "peers": peers, "workers": workers, "memory": memory}[part](
+                folder, texts, figures
+            )
+    figures["machine"] = {"cpu": _cpu(), "threads": 2, "python": platform.python_version()}
+    figures["sizes"] = {"model": "SmolLM2-135M-Instruct", "layer": 15, "dtype": "float32", "texts": arguments.texts}
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(figures, indent=2))
+    show(figures)
+
+
+def write_corpora(folder: Path, num_texts: int) -> list[str]:
+    """`corpus` with the first passages, `small` and `large`, ten times that, for memory, and `many` for workers; returns the passages."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from sarm import schema
+    from sarm.data.demo_source import demo_texts
+
+    texts = [text for text in demo_texts("openwebtext") if isinstance(text, str)]
+    sizes = {"corpus": num_texts, "small": 60, "large": 600, "many": 300}
+    for name, size in sizes.items():
+        # Passages are few: a larger corpus repeats them under other ids.
+        chosen = [f"{texts[i % len(texts)]}" for i in range(size)]
+        rows = {"row_id": list(range(size)), "text": chosen, "source": ["bench"] * size}
+        (folder / name).mkdir()
+        pq.write_table(pa.table(rows, schema=schema.CORPUS), folder / name / "part-00000.parquet", row_group_size=1000)
+    return texts[:num_texts]
+
+
+def speed(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
+    """The pass beside the bare loop over its batches, turn about."""
+    own, bare = [], []
+    for number in range(ROUNDS):
+        run = {"corpus": "corpus", "target": f"out{number}", "num_actors": 1, "cpus": 2}
+        own += run_part("pass", folder, {"runs": [run]})
+        found = run_part("loop", folder, {"corpus": "corpus"})
+        bare.append(found["tokens"] / found["seconds"])
+    rates = [one["tokens_per_second"] for one in own]
+    last = own[-1]
+    return {
+        "tokens": last["tokens"],
+        "tokens_per_second": statistics.median(rates),
+        "bare_tokens_per_second": statistics.median(bare),
+        "rounds": {"pass": rates, "loop": bare},
+        "vs_bare_loop": statistics.median(rates) / statistics.median(bare),
+        "whole_pass_seconds": last["seconds"],
+        "padding_share": last["padding_share"],
+        "audit_share": (last["audit_seconds"] + last["hashing"]) / last["seconds"],
+        "sentence_ends": last["rows"],
+        "bytes": last["bytes"],
+    }
+
+
+def peers(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
+    """The papers' way and SAELens' store on the same passages."""
+    from sarm.config import Model
+    from sarm.data.models import model_folder
+
+    found = run_part("reference", folder, {"texts": texts[:16]})
+    own = figures["tokens_per_second"]
+    rate = found["tokens"] / found["seconds"]
+    result = {"reference_tokens_per_second": rate, "vs_reference": own / rate}
+    source = model_folder(Model(name="demo:smollm2", layer=1))
+    for name, stop in (("sae_lens", False), ("sae_lens_stopped", True)):
+        options = {"texts": texts, "model_folder": source, "num_tokens": 6144, "stop": stop}
+        found = run_part("sae_lens", folder, options, python=PEERS)
+        rate = found["tokens"] / found["seconds"]
+        result |= {f"{name}_tokens_per_second": rate, f"vs_{name}": own / rate}
+    # Both hold the sentence ends of the passages; SAELens has no way to keep less than all tokens.
+    return result | {"bytes_vs_sae_lens": figures["bytes"] / figures["tokens"] / found["bytes_a_token"]}
+
+
+def workers(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
+    """Two actors of one core each beside one, on a shallow model, so that there are blocks enough to share out."""
+    common = {"corpus": "many", "cpus": 1, "layer": 3, "kilobytes": 16}
+    runs = [{**common, "target": f"out-{n}", "num_actors": n} for n in (1, 2)]
+    one, two = run_part("pass", folder, {"runs": runs, "threads": 1})
+    return {"two_worker_speedup": two["tokens_per_second"] / one["tokens_per_second"]}
+
+
+def memory(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
+    """Ten times the corpus beside once, each with a Ray of its own; one block deep, since depth holds nothing more."""
+    peaks, actors = [], []
+    for corpus in ("small", "large"):
+        run = {"corpus": corpus, "target": f"out-{corpus}", "num_actors": 1, "cpus": 2, "layer": 1}
+        (found,) = run_part("pass", folder, {"runs": [run]})
+        peaks.append(found["peak"])
+        actors.append(found["actor_rss_gb"])
+    return {"rss_ratio_10x": peaks[1] / peaks[0], "actor_rss_ratio_10x": actors[1] / actors[0], "peak_gb": [p / 1e9 for p in peaks]}  # fmt: skip
+
+
+def run_part(part: str, folder: Path, options: dict[str, Any], python: Path | str = sys.executable) -> Any:
+    """One process of `extraction_parts.py`."""
+    threads = str(options.get("threads", 2))
+    # Only ours must be importable there: the peers' environment has its own versions of the rest.
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "platform"),
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+    }
+    command = [str(python), str(HERE / "extraction_parts.py"), part, str(folder), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{part} failed:\n{done.stderr[-3000:]}")
+    print(f"{part}: {done.stdout.splitlines()[-1][:300]}", flush=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures and the bounds as tables."""
+    for name in (
+        "tokens_per_second",
+        "bare_tokens_per_second",
+        "reference_tokens_per_second",
+        "sae_lens_tokens_per_second",
+        "sae_lens_stopped_tokens_per_second",
+    ):
+        if name in figures:
+            print(f"  {name:<30}{figures[name]:9.0f}")
+    for name, (relation, bound) in BOUNDS.items():
+        if name in figures:
+            met = figures[name] <= bound if relation == "<=" else figures[name] >= bound
+            print(f"  {name:<30}{figures[name]:9.3f}  {relation} {bound:<6}{'' if met else '  MISSED'}")
+    print(f"written to {OUT}")
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
