@@ -53,4 +53,4 @@ def scored_texts(run: Path, contexts: list[Mapping[str, Any]]) -> list[dict[str,
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    return ds.dataset([str(path) for path in sorted(folder.glob("*.parquet"))]).to_table().to_pylist()
+    return ds.dataset([str(path) for path in sorted(folder.glob("part-*.parquet"))]).to_table().to_pylist()

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from sarm.config import Evaluation
 from sarm.data.artifacts import load_sarm
+from sarm.data.parts import part_files
 from sarm.data.statistics import reliability_bins
 from sarm.interpret import figures
 from sarm.interpret.attribution import pair_explanation, top_features
@@ -37,7 +38,7 @@ def report(session: Session, title: str, evaluation: Evaluation) -> tuple[Report
     folders = session.folders
     manifests = _manifests(folders.out)
     metrics = json.loads((folders.evaluation / "metrics.json").read_text())
-    scores = ds.dataset([str(p) for p in sorted((folders.evaluation / "sarm_scores").glob("*.parquet"))]).to_table()
+    scores = ds.dataset([str(p) for p in part_files(folders.evaluation / "sarm_scores")]).to_table()
     features = pq.read_table(folders.evaluation / "features.parquet")
     contexts = pq.read_table(folders.evaluation / "contexts.parquet")
     raising, lowering = (
