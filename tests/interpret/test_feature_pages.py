@@ -16,7 +16,6 @@ from sarm.config import Pages, UserError
 from sarm.interpret.attribution import pair_contributions
 from sarm.interpret.feature_data import EXPLANATIONS, add_explanations, add_pairs, feature_names, features, nearest
 from sarm.interpret.feature_pages import histogram, write_feature_pages
-from sarm.interpret.labels import Background, label, labels
 from sarm.interpret.saedashboard import dashboard
 
 NUM_LATENTS = 45
@@ -168,15 +167,6 @@ def test_nearest_latents_are_those_of_the_largest_cosine_among_the_ones_that_fir
     assert [one["latent"] for one in found] == [1, 2, 3]
     assert found[0]["cosine"] == pytest.approx(1 / np.hypot(1, 0.05))
     assert [one["latent"] for one in nearest(W_dec, [0], [0, 2, 3])[0]] == [2, 3]
-
-
-def test_labels_are_the_terms_that_set_a_latents_texts_apart():
-    plain = [f"the weather of day {i} was a fine one and the sea was calm" for i in range(30)]
-    planted = [f"the {word} was a red herring and the sea was calm" for word in ("first", "second", "third", "fourth")]
-    found = labels({1: planted, 2: plain[:4]}, plain)
-    assert "red herring" in [term.term for term in found[1]]
-    assert found[1][0].share == 1.0
-    assert label(Background(plain).characteristic(plain[:1])) == "no characteristic terms"
 
 
 def test_names_come_from_explanations_then_from_terms(tmp_path):

@@ -13,8 +13,8 @@ from tests.runtime.judge_server import FAULTS, JudgeServer, dealt
 
 from sarm import schema
 from sarm.config import Run, UserError
-from sarm.interpret.extractive import EXTRACTIVE
 from sarm.interpret.judge_settings import HumanRatings, Interpret, Judging
+from sarm.interpret.labels import EXTRACTIVE
 from sarm.manifest import read_manifest, verify_files
 from sarm.runtime.human_ratings import run_ratings
 from sarm.runtime.interpreting import EXPLANATIONS, run_interpretation

@@ -16,6 +16,8 @@ _WORD = re.compile(r"[^\W\d_][\w'’-]*", re.UNICODE)
 _MIN_SCORE = 1.64
 _MIN_TEXTS = 2
 EXTRACTIVE = "extractive"
+"""The explainer's name in explanations/v1."""
+NO_TERMS = "no characteristic terms"
 
 
 class Term(NamedTuple):
@@ -76,7 +78,7 @@ def terms_of(text: str) -> frozenset[str]:
 
 def label(terms: Sequence[Term]) -> str:
     """The terms as one line."""
-    return ", ".join(term.term for term in terms) if terms else "no characteristic terms"
+    return ", ".join(term.term for term in terms) if terms else NO_TERMS
 
 
 def labels(texts_of: Mapping[int, Sequence[str]], more: Iterable[str] = ()) -> dict[int, list[Term]]:

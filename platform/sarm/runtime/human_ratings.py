@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from sarm import schema
 from sarm.config import UserError
 from sarm.interpret.agreement import agreement
-from sarm.interpret.extractive import EXTRACTIVE
 from sarm.interpret.judge_settings import HumanRatings
+from sarm.interpret.labels import EXTRACTIVE
 from sarm.interpret.rater_csv import read_sheet, sheet, write_sheet
 from sarm.manifest import MANIFEST, StageFolder, read_manifest, sha256_of, verify_files, write_atomically
 from sarm.runtime.interpret_report import agreement_section

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sarm.interpret.agreement import agreement
-from sarm.interpret.extractive import EXTRACTIVE
+from sarm.interpret.labels import EXTRACTIVE
 from sarm.runtime.pages import Dots, Page, Section, share, span
 
 FIGURES = ("detection", "simulation", "intruder", "baseline_other", "baseline_none", "monosemanticity", "safety")

@@ -17,8 +17,8 @@ from sarm.config import UserError, as_json, identity
 from sarm.interpret import explaining, questions
 from sarm.interpret.context_store import CONTEXTS, ContextStore, load_contexts
 from sarm.interpret.explaining import Explained, Rated, Scores, Scoring
-from sarm.interpret.extractive import EXTRACTIVE, ExtractiveLabels
 from sarm.interpret.judge_settings import Interpret
+from sarm.interpret.labels import EXTRACTIVE, Background, label
 from sarm.interpret.sampling import Pool, Samples, draw_samples
 from sarm.interpret.silence import EVALUATION, scored_texts
 from sarm.manifest import MANIFEST, StageFolder, write_atomically
@@ -144,7 +144,7 @@ def _pool(settings: Interpret, store: ContextStore) -> Pool:
 async def _interpret(
     settings: Interpret, store: ContextStore, pool: Pool, latents: Sequence[int], judges: Sequence[Judge]
 ) -> list[Found]:
-    labels = ExtractiveLabels([row["text"] for row in pool.rows])
+    background = Background(row["text"] for row in pool.rows)
     at_place = store.latents.filter(pc.equal(store.latents["place"], settings.place))
     largest = dict(zip(at_place["latent"].to_pylist(), at_place["max"].to_pylist(), strict=True))
     sizes = {name: getattr(settings, name) for name in ("num_explain", "num_test", "num_negatives", "candidates", "intruder_trials")}  # fmt: skip
@@ -155,7 +155,7 @@ async def _interpret(
 
     def label_of(samples: Samples) -> str:
         # Of the explaining texts only: it is tested on the others, as any explanation is.
-        return labels.label([one.text for sample in samples.explain for one in sample])
+        return label(background.characteristic([one.text for sample in samples.explain for one in sample]))
 
     if not judges:
         found = []
