@@ -3,7 +3,7 @@ import pytest
 from scipy.optimize import minimize
 
 from sarm.config import UserError
-from sarm.evaluate.probe import C_GRID, _fit, fit_probe
+from sarm.evaluate.probe import C_GRID, fit_head, fit_probe
 
 
 def activations(num_pairs, d_in, seed, signal=1.0):
@@ -36,7 +36,7 @@ def test_fit_minimises_the_pairwise_loss_that_the_docstring_states():
     def loss(w_D):
         return 0.1 * np.logaddexp(0, -x_ND @ w_D).sum() + w_D @ w_D / 2
 
-    np.testing.assert_allclose(_fit(x_ND, 0.1), minimize(loss, np.zeros(5)).x, atol=2e-3)
+    np.testing.assert_allclose(fit_head(x_ND, 0.1), minimize(loss, np.zeros(5)).x, atol=2e-3)
 
 
 def test_probe_does_not_depend_on_the_scale_of_a_feature_and_survives_a_constant_one():

@@ -37,7 +37,7 @@ def work(extracted: Path, preset: Pipeline, tmp_path_factory: pytest.TempPathFac
 
     folder = tmp_path_factory.mktemp("audit")
     x = standardise(ActivationStore(extracted / "activations" / "chat").read_sides()[1])
-    sae = TopKSae(x.shape[1], 96, 8)
+    sae = TopKSae(x.shape[1], 96, 24)
     sae.initialise_(x, torch.Generator().manual_seed(0))
     (folder / "sae").mkdir()
     save_sae(sae, folder / "sae", {"activations": {"model": preset.model.name, "layer": preset.model.layer}})

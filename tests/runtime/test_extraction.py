@@ -184,8 +184,8 @@ def test_a_pass_goes_on_with_the_blocks_that_are_missing_or_torn(tmp_path: Path,
 def test_a_hung_pass_ends_and_names_the_block_and_the_process(tmp_path: Path, preset: Pipeline) -> None:
     texts = [f"Sentence {i} is here. " * 9 for i in range(20)]
     work = text_pass(tmp_path / "in", texts, tmp_path / "out", preset.model, Sleeps)
-    with pytest.raises(StalledError, match=r"nothing has happened for 8 s: block \d+ .* was begun by process \d+ on "):
-        do(work, stall_seconds=8.0)
+    with pytest.raises(StalledError, match=r"nothing has happened for 20 s: block \d+ .* was begun by process \d+ on "):
+        do(work, stall_seconds=20.0)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -208,8 +208,8 @@ def trained(
             trainings[folder.name] = reward_worker, task
         if workers == 2:
             whole = replace(WHOLE, zero_stage=3)
-            task = reward_task(extracted, sae_folder, root / "zero 3, whole", tracking, preset, whole, workers)
-            trainings["zero 3, whole"] = reward_worker, task
+            task = reward_task(extracted, sae_folder, root / "zero 3 whole", tracking, preset, whole, workers)
+            trainings["zero 3 whole"] = reward_worker, task
         run = Run(out=extracted, num_workers=workers, cpus_per_worker=1)
         results = run_workers(
             "trained", one_after_another, list(trainings.values()), run, root / f"run{workers}", CLUSTER, 1
@@ -306,7 +306,7 @@ def test_sharded_the_sae_learns_from_the_whole_objective_as_in_one_process(
     trained: dict[str, tuple[Path, dict[str, Any]]],
 ) -> None:
     losses, weights = in_one_process(extracted, sae_folder, tracking, preset, WHOLE)
-    folder, result = trained["zero 3, whole"]
+    folder, result = trained["zero 3 whole"]
     found = torch.tensor([entry["loss"] for entry in result["history"]])
     torch.testing.assert_close(found, torch.tensor(losses), rtol=0, atol=1e-5)
     after, before = load_file(folder / "model.safetensors"), load_sae(sae_folder)[0].state_dict()

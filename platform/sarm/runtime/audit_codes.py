@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sarm.data.artifacts import load_sarm
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.groups import prompt_groups
 from sarm.data.packing import TokenBatch, token_batches
-from sarm.data.response_sentences import response_sentence_columns, take_also
+from sarm.data.sentence_windows import sentence_columns
 from sarm.nn.backbone import residual_stream
 from sarm.nn.sae import standardise
 from sarm.runtime.actor_progress import Progress, Source
@@ -42,29 +42,25 @@ class ResponseCodes:
         self._batch_tokens, self._progress = batch_tokens, Progress(source)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        prompts = dict(zip(batch["prompt_id"].to_pylist(), batch["prompt"].to_pylist(), strict=True))
         rows, out = [], {}
-        columns: dict[Any, list[int]] = {}
-        for group in prompt_groups(batch, self._chat):
-            own_rows = group.rows(self._chat.max_length)
-            lengths: dict[Any, int] = {}
+        columns: dict[Hashable, Sequence[int]] = {}
+        for group in prompt_groups(batch, self._chat, offsets=True):
             for place, (text, tokens) in enumerate(zip(group.responses, group.tokens, strict=True)):
                 key = (group.prompt_id, place)
-                lengths[key] = len(tokens.ids)
-                columns[key] = response_sentence_columns(self._chat, prompts[group.prompt_id], text, tokens)
+                columns[key] = list(sentence_columns(text, tokens.offsets))
                 out[key] = {
                     "response_id": schema.stable_id(group.prompt_id, text),
                     "prompt_id": group.prompt_id,
                     "num_tokens": len(tokens.ids),
                     "truncated": tokens.num_truncated > 0,
                 }
-            rows += [take_also(row, columns, lengths) for row in own_rows]
+            rows += group.rows(self._chat.max_length, columns)
         found: dict[Any, dict[str, Any]] = {}
         for packed in token_batches(rows, self._batch_tokens, self._chat.pad_id):
             found.update(zip(packed.keys, self._encode(packed), strict=True))
         for key, record in out.items():
             record |= found[key]
-            ends = [found[key, i] for i in range(len(columns[key]))]
+            ends = [found[key, column] for column in columns[key]]
             record["sentence_sizes"] = [len(end["latents"]) for end in ends]
             record["sentence_latents"] = [latent for end in ends for latent in end["latents"]]
             record["sentence_values"] = [value for end in ends for value in end["values"]]
