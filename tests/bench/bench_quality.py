@@ -24,7 +24,7 @@ from sarm.config import Reward, Run
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.models import model_folder
 from sarm.data.packing import token_batches
-from sarm.evaluate.statistics import cluster_bootstrap, pair_credit
+from sarm.data.statistics import cluster_bootstrap, pair_credit
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.runtime.head_start import start_head_
 from sarm.runtime.reward_models import build_model
