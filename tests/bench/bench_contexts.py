@@ -30,7 +30,7 @@ from sarm.nn.architectures import build_sae
 from sarm.nn.backbone import residual_stream
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import standardise
-from sarm.runtime.actors import Source
+from sarm.runtime.actor_progress import Source
 from sarm.runtime.context_actors import ContextUnits
 from sarm.runtime.context_collection import pair_slices, reader_of, tally_units, text_slices
 
