@@ -36,35 +36,38 @@ class Entries(NamedTuple):
 
 @runtime_checkable
 class Rule(Protocol):
-    """One step's selection: `see` every chunk in order, or `take` what it would have found there, then `entries`.
-
-    `width` is how many of a row's largest are all that the rule looks at, None where it looks at all.
-    """
-
-    @property
-    def width(self) -> int | None: ...
+    """One step's selection: `see` every chunk in order, then `entries`."""
 
     def see(self, pre_CS: Tensor) -> None: ...
-
-    def take(self, values_CW: Tensor, latents_CW: Tensor, num_latents: int) -> None: ...
 
     def entries(self, pre_acts: PreActs) -> Entries: ...
 
 
-class TopKRule:
-    """The K largest of each row, ReLU'd unless `signed`; among all workers' latents where `group` splits the dictionary."""
+class LargestRule:
+    """A rule that needs no more of a row than its `width` largest: they may be given to `take` in place of the row to `see`."""
 
-    def __init__(self, num_rows: int, k: int, signed: bool = False, group: dist.ProcessGroup | None = None):
-        self._num_rows, self._k, self._signed, self._group = num_rows, k, signed, group
-        self.width = k
+    def __init__(self, width: int):
+        self.width = width
         self._seen: list[tuple[Tensor, Tensor]] = []
+        self._num_latents = 0
 
     def see(self, pre_CS: Tensor) -> None:
+        """Look at a chunk of rows."""
         num_latents = pre_CS.shape[1]
         self.take(*largest(pre_CS, min(self.width, num_latents)), num_latents)
 
     def take(self, values_CW: Tensor, latents_CW: Tensor, num_latents: int) -> None:
+        """The largest of each row of a chunk, by descending value, among this many latents."""
+        self._num_latents = num_latents
         self._seen.append((values_CW, latents_CW))
+
+
+class TopKRule(LargestRule):
+    """The K largest of each row, ReLU'd unless `signed`; among all workers' latents where `group` splits the dictionary."""
+
+    def __init__(self, num_rows: int, k: int, signed: bool = False, group: dist.ProcessGroup | None = None):
+        super().__init__(k)
+        self._num_rows, self._k, self._signed, self._group = num_rows, k, signed, group
 
     def entries(self, pre_acts: PreActs) -> Entries:
         values_BK, latents_BK = (torch.cat(part) for part in zip(*self._seen, strict=True))
@@ -78,7 +81,7 @@ class TopKRule:
         return found if is_mine is None else found.at(is_mine.flatten())
 
 
-class BatchTopKRule:
+class BatchTopKRule(LargestRule):
     """The K * B largest positive of the whole batch (BatchTopK, Bussmann et al. 2024, section 3), exactly.
 
     `group` is the workers over which the batch's rows or the dictionary's latents are dealt; `num_rows` is the whole batch's.
@@ -86,20 +89,10 @@ class BatchTopKRule:
     """
 
     def __init__(self, num_rows: int, k: int, group: dist.ProcessGroup | None = None):
-        self._total, self._group = num_rows * k, group
         # Few rows have more than four times the average; those are looked at again.
-        self.width = 4 * k
-        self._seen: list[tuple[Tensor, Tensor]] = []
-        self._num_latents = 0
+        super().__init__(4 * k)
+        self._total, self._group = num_rows * k, group
         self.threshold: float | None = None
-
-    def see(self, pre_CS: Tensor) -> None:
-        num_latents = pre_CS.shape[1]
-        self.take(*largest(pre_CS, min(self.width, num_latents)), num_latents)
-
-    def take(self, values_CW: Tensor, latents_CW: Tensor, num_latents: int) -> None:
-        self._num_latents = num_latents
-        self._seen.append((values_CW, latents_CW))
 
     def entries(self, pre_acts: PreActs) -> Entries:
         values_BW, latents_BW = (torch.cat(part) for part in zip(*self._seen, strict=True))
@@ -139,7 +132,6 @@ class JumpRule:
 
     def __init__(self, threshold_S: Tensor, bandwidth: float):
         self._threshold, self._half = threshold_S, bandwidth / 2
-        self.width = None
         self._seen: list[Entries] = []
         self._num_rows = 0
 
@@ -150,9 +142,6 @@ class JumpRule:
         is_edge = (pre - threshold).abs() < self._half
         self._seen.append(Entries(pre * is_on, latent, row + self._num_rows, is_on, is_edge))
         self._num_rows += len(pre_CS)
-
-    def take(self, values_CW: Tensor, latents_CW: Tensor, num_latents: int) -> None:
-        raise NotImplementedError("A threshold is compared with every pre-activation.")
 
     def entries(self, pre_acts: PreActs) -> Entries:
         return Entries(*(torch.cat(part) for part in zip(*self._seen, strict=True)))

@@ -17,7 +17,7 @@ from torch import Tensor
 from .architectures import JumpReluSae
 from .sae import Sae, bag_weight_gradient
 from .screening import Screen, is_worth_it
-from .selection import Entries, Rule, TopKRule
+from .selection import Entries, LargestRule, Rule, TopKRule
 
 
 class Bags(NamedTuple):
@@ -212,21 +212,20 @@ def _select(centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, plan: Plan) -> tuple[
     def again(rows: Tensor) -> Tensor:
         return torch.addmm(b_S, centred_BD[rows], W_SD.T)
 
-    width, num_latents = plan.rule.width, len(W_SD)
-    screened = None
-    if width is not None and is_worth_it(W_SD, width):
-        screened = plan.workspace.screen.largest(centred_BD, W_SD, b_S, width)
+    rule, screened = plan.rule, None
+    if isinstance(rule, LargestRule) and is_worth_it(W_SD, rule.width):
+        screened = plan.workspace.screen.largest(centred_BD, W_SD, b_S, rule.width)
+        if screened is not None:
+            rule.take(*screened, len(W_SD))
     if screened is None:
-        _see(plan.rule, centred_BD, W_SD, b_S, plan.workspace)
-    else:
-        plan.rule.take(*screened, num_latents)
+        _see(rule, centred_BD, W_SD, b_S, plan.workspace)
     aux = None
     if plan.dead is not None:
         aux_rule = TopKRule(len(centred_BD), plan.aux_k, group=plan.latent_group)
         _see(aux_rule, centred_BD, W_SD[plan.dead], b_S[plan.dead], plan.workspace)
         aux = aux_rule.entries(again)
         aux = aux._replace(latents=plan.dead[aux.latents])
-    return plan.rule.entries(again), aux
+    return rule.entries(again), aux
 
 
 def _see(rule: Rule, centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, workspace: Workspace) -> None:

@@ -19,6 +19,7 @@ from sarm.data.artifacts import load_sarm
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.groups import prompt_groups
 from sarm.data.packing import TokenBatch, token_batches
+from sarm.data.parts import with_sink_columns
 from sarm.data.sentence_windows import sentence_columns
 from sarm.nn.backbone import residual_stream
 from sarm.nn.sae import standardise
@@ -65,8 +66,7 @@ class ResponseCodes:
             record["sentence_latents"] = [latent for end in ends for latent in end["latents"]]
             record["sentence_values"] = [value for end in ends for value in end["values"]]
         self._progress.add(batch.num_rows, sum(len(row.ids) for row in rows))
-        sink_columns = [pa.field("reject", pa.string()), pa.field("truncated", pa.bool_())]
-        return pa.Table.from_pylist(list(out.values()), schema=pa.schema([*RESPONSES, *sink_columns]))
+        return pa.Table.from_pylist(list(out.values()), schema=with_sink_columns(RESPONSES))
 
     def _encode(self, packed: TokenBatch) -> list[dict[str, Any]]:
         inputs = packed.model_inputs(self._model.device)

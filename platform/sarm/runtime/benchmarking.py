@@ -20,7 +20,8 @@ from sarm.runtime.benchmark_scoring import Scores, all_cached, items_table, make
 from sarm.runtime.job import say
 from sarm.runtime.models import ModelSpec, check_tokenizer, find_model
 from sarm.runtime.pages import share, span, write_page
-from sarm.runtime.tracking import Tracker, flat_params, tracking_uri
+from sarm.runtime.session import tracked_folder
+from sarm.runtime.tracking import flat_params, tracking_uri
 
 BENCHMARK = "benchmarks/v1"
 
@@ -45,11 +46,8 @@ def run_benchmarks(settings: Benchmarking) -> Path:
     alone = alone[: settings.drift_items]
     if not all_cached(spec, texts, alone):
         check_tokenizer(spec)
-    notes = folder.claim()
-    tracker = Tracker(settings.run, settings.run.out.name, notes.get("mlflow_run_id"))
-    folder.note(mlflow_run_id=tracker.parent.run_id)
-    try:
-        tracker.parent.log_params(flat_params(json.loads(as_json(settings))))
+    with tracked_folder(folder, settings.run) as own_run:
+        own_run.log_params(flat_params(json.loads(as_json(settings))))
         scores = score_all(spec, texts, alone, settings.batch_tokens, settings.run)
         table = items_table(items, scores)
         pq.write_table(table, folder.folder / "items.parquet", write_page_checksum=True)
@@ -58,17 +56,13 @@ def run_benchmarks(settings: Benchmarking) -> Path:
         content["seconds"] = round(time.monotonic() - started, 2)
         write_atomically(folder.folder / "report.json", json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False))  # fmt: skip
         write_page(build_page(content), folder.folder)
-        tracker.parent.log_metrics(metrics(content))
+        own_run.log_metrics(metrics(content))
         for name in ("report.json", "report.md", "report.html", "items.parquet"):
-            tracker.parent.log_artifact(folder.folder / name)
+            own_run.log_artifact(folder.folder / name)
         counts = {
             key: content["scoring"][key] for key in ("num_cached", "num_scored", "forward_tokens", "forward_seconds")
         }
         folder.finish({**counts, "seconds": content["seconds"]})
-    except BaseException:
-        tracker.parent.end("FAILED")
-        raise
-    tracker.parent.end("FINISHED")
     _say_figures(content)
     say(f"report: {folder.folder / 'report.html'}")
     return folder.folder  # fmt: skip

@@ -18,7 +18,8 @@ from sarm.runtime.benchmark_report import TITLES
 from sarm.runtime.benchmarking import BENCHMARK
 from sarm.runtime.job import say
 from sarm.runtime.pages import Dots, Page, Section, share, span, write_page
-from sarm.runtime.tracking import StageRun, Tracker, tracking_uri
+from sarm.runtime.session import tracked_folder
+from sarm.runtime.tracking import StageRun, tracking_uri
 
 COMPARISON = "comparison/v1"
 # What makes scores of two runs mean different things even for one model.
@@ -58,20 +59,13 @@ def run_comparison(settings: Comparison) -> Path:
         )
         for name in common
     }
-    notes = folder.claim()
-    tracker = Tracker(settings.run, settings.run.out.name, notes.get("mlflow_run_id"))
-    folder.note(mlflow_run_id=tracker.parent.run_id)
-    try:
+    with tracked_folder(folder, settings.run) as own_run:
         content = {"title": "Comparison of two reward models", **_facts(reports, folders), "benchmarks": found}
         write_atomically(folder.folder / "report.json", json.dumps(content, indent=2, ensure_ascii=False))
         pictures = _pictures(found, folder.folder)
         write_page(_page(content, pictures), folder.folder)
-        _log(tracker.parent, content, folder.folder)
+        _log(own_run, content, folder.folder)
         folder.finish({name: one["num_rows"] for name, one in found.items()})
-    except BaseException:
-        tracker.parent.end("FAILED")
-        raise
-    tracker.parent.end("FINISHED")
     for name, one in found.items():
         if overall := one["figures"].get("overall"):
             say(f"{name}: A - B = {share(overall['difference'])}, 95 % {span(overall['difference_ci95'])}")

@@ -12,6 +12,7 @@ import torch
 
 from sarm import schema
 from sarm.config import Run
+from sarm.data.parts import with_sink_columns
 from sarm.runtime.actor_progress import Progress, Source
 from sarm.runtime.actors import device_of_worker
 from sarm.runtime.benchmark_scoring import ALONE
@@ -62,8 +63,7 @@ class CompletionScores:
             for record, own in zip(records, scored, strict=True)
             for completion_id, one in zip(record["ids"], own, strict=True)
         ]
-        sink_columns = [pa.field("reject", pa.string()), pa.field("truncated", pa.bool_())]
-        return pa.Table.from_pylist(rows, schema=pa.schema([*schema.COMPLETION_SCORES, *sink_columns]))
+        return pa.Table.from_pylist(rows, schema=with_sink_columns(schema.COMPLETION_SCORES))
 
 
 def score_requests(

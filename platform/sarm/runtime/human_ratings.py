@@ -18,7 +18,8 @@ from sarm.runtime.interpret_report import agreement_section
 from sarm.runtime.interpreting import EXPLANATIONS
 from sarm.runtime.job import say
 from sarm.runtime.pages import Page, write_page
-from sarm.runtime.tracking import Tracker, tracking_uri
+from sarm.runtime.session import tracked_folder
+from sarm.runtime.tracking import tracking_uri
 
 HUMAN_RATINGS = "human_ratings/v1"
 
@@ -66,24 +67,17 @@ def _compare(settings: HumanRatings, folder_id: str, judged: list[dict[str, Any]
         "people": {rubric: agreement(human, rubric) for rubric in rubrics},
         "people_and_judges": {rubric: agreement([*human, *own], rubric) for rubric in rubrics},
     }
-    notes = folder.claim()
-    tracker = Tracker(settings.run, settings.run.out.name, notes.get("mlflow_run_id"))
-    folder.note(mlflow_run_id=tracker.parent.run_id)
-    try:
+    with tracked_folder(folder, settings.run) as own_run:
         pq.write_table(pa.Table.from_pylist([*human, *own], schema=schema.RATINGS), folder.folder / "ratings.parquet")
         write_atomically(folder.folder / "report.json", json.dumps(content, indent=2, allow_nan=False))
         sections = [agreement_section(f"{name.replace('_', ' ')}: {rubric}", one) for name, of in content.items() for rubric, one in of.items()]  # fmt: skip
         note = "What people agree on among themselves is the most that a judge can be asked to agree with them."
         facts = {"explanations": settings.explanations, "raters": len(raters), "latents rated": len(rated)}
         write_page(Page(title="Ratings by people", facts=facts, notes=[note], sections=sections), folder.folder)
-        tracker.parent.log_metrics({f"{name}/{figure}_{rubric}": one["between"][figure] for name, of in content.items() for rubric, one in of.items() for figure in ("alpha", "ac2")})  # fmt: skip
+        own_run.log_metrics({f"{name}/{figure}_{rubric}": one["between"][figure] for name, of in content.items() for rubric, one in of.items() for figure in ("alpha", "ac2")})  # fmt: skip
         for name in ("ratings.parquet", "report.json", "report.md", "report.html"):
-            tracker.parent.log_artifact(folder.folder / name)
+            own_run.log_artifact(folder.folder / name)
         folder.finish({"ratings": len(human), "raters": len(raters)})
-    except BaseException:
-        tracker.parent.end("FAILED")
-        raise
-    tracker.parent.end("FINISHED")
     say(f"report: {folder.folder / 'report.html'}")
     return folder.folder
 

@@ -27,7 +27,8 @@ from sarm.runtime.job import say
 from sarm.runtime.llm import Judge, open_judges
 from sarm.runtime.llm_endpoint import JudgeStoppedError
 from sarm.runtime.pages import write_page
-from sarm.runtime.tracking import StageRun, Tracker, flat_params, tracking_uri
+from sarm.runtime.session import tracked_folder
+from sarm.runtime.tracking import StageRun, flat_params, tracking_uri
 
 EXPLANATIONS = "explanations/v1"
 POOL_FILE = "pool.parquet"
@@ -80,12 +81,9 @@ async def _run(
         for judge in judges:
             await judge.prepare()
         (folder.folder / MANIFEST).unlink(missing_ok=True)
-        notes = folder.claim()
-        tracker = Tracker(settings.run, settings.run.out.name, notes.get("mlflow_run_id"))
-        folder.note(mlflow_run_id=tracker.parent.run_id)
-        try:
-            tracker.parent.log_params(flat_params(json.loads(as_json(settings))))
-            tracker.parent.log_params({f"prompt.{kind}": version for kind, version in questions.prompt_versions().items()})  # fmt: skip
+        with tracked_folder(folder, settings.run) as own_run:
+            own_run.log_params(flat_params(json.loads(as_json(settings))))
+            own_run.log_params({f"prompt.{kind}": version for kind, version in questions.prompt_versions().items()})  # fmt: skip
             found = await _interpret(settings, store, pool, latents, judges)
             failed = _write(
                 settings,
@@ -94,13 +92,9 @@ async def _run(
                 pool.silence_is_known,
                 folder.folder,
                 time.monotonic() - started,
-                tracker.parent,
+                own_run,
             )
             folder.finish({"latents": len(found), "failed": failed, "seconds": round(time.monotonic() - started, 2)})
-        except BaseException:
-            tracker.parent.end("FAILED")
-            raise
-        tracker.parent.end("FINISHED")
     except BaseException:
         for judge in judges:
             judge.halt(JudgeStoppedError("the run is ending"))

@@ -127,6 +127,23 @@ class Session:
         self._stack.close()
 
 
+@contextlib.contextmanager
+def tracked_folder(folder: StageFolder, run: Run) -> Iterator[StageRun]:
+    """Claim the folder of a job that is one stage, and its own MLflow run, continued if the folder has been worked on before.
+
+    The run ends as the body does; the body finishes the folder.
+    """
+    notes = folder.claim()
+    tracker = Tracker(run, run.out.name, notes.get("mlflow_run_id"))
+    folder.note(mlflow_run_id=tracker.parent.run_id)
+    try:
+        yield tracker.parent
+    except BaseException as error:
+        tracker.parent.end(ended_by(error))
+        raise
+    tracker.parent.end(ended_by(None))
+
+
 def open_session(config: Any) -> Session:
     """The session of a job's config: named after its output folder, with the whole config as the parent run's parameters.
 
