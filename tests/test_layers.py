@@ -24,6 +24,8 @@ BOTTOM = {
     "schema",
     "manifest",
     "presets",
+    "tune_config",
+    "tune_presets",
 }
 SIBLINGS = {"train", "evaluate", "interpret", "audit"}
 EDGE_ONLY = {"ray", "deepspeed", "mlflow", "openai"}

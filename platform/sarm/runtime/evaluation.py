@@ -39,10 +39,10 @@ def evaluate(
 ) -> Mapping[str, Any]:
     """Write scores, `metrics.json`, features and contexts into `folder`; returns the stage's counts."""
     settings = (evaluation.resamples, session.run.seed)
-    scores = {"sarm": _score(session, extraction, "sarm", folder)}
+    scores = {"sarm": score_heldout(session, extraction, "sarm", folder)}
     for name in BASELINES:
         if (session.folders.out / name).exists():
-            scores[name] = _score(session, extraction, name, folder)
+            scores[name] = score_heldout(session, extraction, name, folder)
     say("evaluate: fitting the logistic probe on frozen activations")
     scores["probe"] = probe_scores(session, scores["sarm"])
     metrics: dict[str, Any] = {name: measures.measure_pairs(table, *settings) for name, table in scores.items()}
@@ -104,7 +104,8 @@ def probe_scores(session: Session, like: pa.Table) -> pa.Table:
     return like
 
 
-def _score(session: Session, extraction: Extraction, name: str, folder: Path) -> pa.Table:
+def score_heldout(session: Session, extraction: Extraction, name: str, folder: Path) -> pa.Table:
+    """PAIR_SCORES of the held-out pairs by the reward model `name` of the session, kept in `folder`."""
     say(f"evaluate: scoring held-out pairs with {name}")
     reward_model = session.folders.out / name
     config = read_manifest(reward_model, "sarm/v1").config

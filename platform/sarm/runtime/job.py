@@ -12,27 +12,34 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tyro
 
 from sarm.checks import StoppedError
-from sarm.config import Run, UserError, as_json
+from sarm.config import Pipeline, Run, UserError, as_json
 from sarm.presets import PRESETS
 from sarm.runtime.extraction_cost import describe_extraction
 
 
 def run_job(
-    config_type: type, job: Callable[[Any], None], description: str, arguments: Sequence[str] | None = None
+    config_type: type,
+    job: Callable[[Any], None],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    presets: Mapping[str, tuple[str, Pipeline]] = PRESETS,
+    explain: Callable[[Any], str] | None = None,
 ) -> None:
     """Parse the command line into `config_type`, starting from the preset it names, and run `job` on it.
+
+    `explain` is what `--dry-run` prints, `describe` if there is none.
 
     Exits with status 2 and one line for a user's mistake, 75 (try again) after SIGTERM, once what it was training is saved, 130
     for an interrupt, and leaves other errors to Python.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    _guarded(lambda: parse(config_type, description, arguments), job, arguments)
+    _guarded(lambda: parse(config_type, description, arguments, presets), job, arguments, explain or describe)
 
 
 def run_command(
@@ -41,16 +48,18 @@ def run_command(
     """`run_job` for a job without presets: every setting is a flag."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     script = f"python {os.path.relpath(sys.argv[0])}"
-    _guarded(lambda: _parse_flags(config_type, arguments, script, description.strip()), job, arguments)
+    _guarded(lambda: _parse_flags(config_type, arguments, script, description.strip()), job, arguments, describe)
 
 
-def _guarded(parsed: Callable[[], Any], job: Callable[[Any], None], arguments: Sequence[str]) -> None:
+def _guarded(
+    parsed: Callable[[], Any], job: Callable[[Any], None], arguments: Sequence[str], explain: Callable[[Any], str]
+) -> None:
     debug = "--debug" in arguments
     try:
         config = parsed()
         run = getattr(config, "run", None)
         if run is not None and run.dry_run:
-            print(describe(config))
+            print(explain(config))
             return
         before = signal.signal(signal.SIGTERM, _stop)
         try:
@@ -79,7 +88,12 @@ def say(message: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {message}", flush=True)
 
 
-def parse(config_type: type, description: str, arguments: Sequence[str]) -> Any:
+def parse(
+    config_type: type,
+    description: str,
+    arguments: Sequence[str],
+    presets: Mapping[str, tuple[str, Pipeline]] = PRESETS,
+) -> Any:
     """The config that the preset and flags on the command line make.
 
     Raises UserError for an unknown preset, flag or value; exits with status 0 after printing help.
@@ -88,16 +102,16 @@ def parse(config_type: type, description: str, arguments: Sequence[str]) -> Any:
     script = f"python {os.path.relpath(sys.argv[0])}" if sys.argv[0] else "job"
     if name in ("-h", "--help"):
         print(f"{description.strip()}\n\nusage: {script} PRESET [--flag value ...]\n\npresets:")
-        print("\n".join(f"  {key:<10}{summary}" for key, (summary, _) in PRESETS.items()))
-        print(f"\nall flags with their help and defaults: {script} demo --help")
+        print("\n".join(f"  {key:<10}{summary}" for key, (summary, _) in presets.items()))
+        print(f"\nall flags with their help and defaults: {script} {list(presets)[1]} --help")
         sys.exit(0)
-    if name not in PRESETS:
-        guess = difflib.get_close_matches(name, PRESETS, 1)
+    if name not in presets:
+        guess = difflib.get_close_matches(name, presets, 1)
         hint = f", did you mean {guess[0]}?" if guess else "."
         raise UserError(
-            f"the first argument is a preset ({', '.join(PRESETS)}), got {name or 'nothing'}{hint} Try {script} --help."
+            f"the first argument is a preset ({', '.join(presets)}), got {name or 'nothing'}{hint} Try {script} --help."
         )
-    summary, preset = PRESETS[name]
+    summary, preset = presets[name]
     about = f"{description.strip().splitlines()[0]} Preset {name}: {summary}."
     return _parse_flags(config_type, flags, f"{script} {name}", about, default=preset.part(config_type))
 

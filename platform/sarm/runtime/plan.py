@@ -50,6 +50,10 @@ class Folders:
         """Where the training of the folder of this name keeps its states."""
         return self.out / "training" / name
 
+    def activations(self, name: str, layer: int, first_layer: int) -> Path:
+        """Where the activations `name` of one of a pass's layers go; those of the first have no folder of their own."""
+        return self.out / "activations" / ("" if layer == first_layer else f"layer{layer}") / name
+
 
 def corpus_settings(data: Data) -> Settings:
     """What decides corpus/v1."""
@@ -67,9 +71,8 @@ def activation_folders(folders: Folders, model: Model, extraction: Extraction) -
         ("all", unit, "text" if place == 0 else f"text-{unit}") for place, unit in enumerate(extraction.units)
     ]
     names += [("train", "chat", "chat"), ("heldout", "chat", "heldout")]
-    layers = {model.layer: folders.out / "activations"}
-    layers |= {n: folders.out / "activations" / f"layer{n}" for n in extraction.layers if n != model.layer}
-    return {(split, unit, n): root / name for split, unit, name in names for n, root in layers.items()}
+    layers = dict.fromkeys((model.layer, *extraction.layers))
+    return {(split, unit, n): folders.activations(name, n, model.layer) for split, unit, name in names for n in layers}
 
 
 def activation_settings(model: Model, extraction: Extraction, split: str, unit: str, layer: int) -> Settings:
@@ -82,9 +85,10 @@ def activation_settings(model: Model, extraction: Extraction, split: str, unit: 
     return {**backbone, **stored, "dtype": extraction.dtype, "compute_dtype": model.dtype, "unit": unit, "split": split}
 
 
-def sae_settings(sae: Sae, seed: int) -> Settings:
-    """What decides the SAE."""
-    return identity(sae, seed=seed)
+def sae_settings(sae: Sae, seed: int, init_seed: int | None = None) -> Settings:
+    """What decides the SAE: `seed` the order of rows, and the first weights too if `init_seed` does not."""
+    settings = identity(sae, seed=seed)
+    return settings if init_seed in (None, seed) else {**settings, "init_seed": init_seed}
 
 
 def reward_settings(model: Model, reward: Reward, seed: int) -> Settings:

@@ -1,5 +1,6 @@
 """Reward-model training on Ray Train with DeepSpeed ZeRO: what each worker runs, and the trainer that starts them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from sarm.runtime.cluster import Cluster
 from sarm.runtime.head_start import start_head_
 from sarm.runtime.reward_models import build_model, merge_adapters_
 from sarm.runtime.tracking import StageRun
-from sarm.runtime.trainer import Progress, run_workers, worker_device
+from sarm.runtime.trainer import Progress, report_progress, run_workers, worker_device
 from sarm.runtime.training_states import WorkerStates
 from sarm.runtime.zero import ZeroEngine
 from sarm.runtime.zero_shards import Shards, load_moments_, load_weights_, reshard, shards, weights
@@ -50,6 +51,7 @@ class RewardTask:
     folder: Path
     tracking: StageRun
     states: Checkpoints
+    report_steps: int = 0
 
     @property
     def name(self) -> str:
@@ -57,13 +59,13 @@ class RewardTask:
         return self.folder.name
 
 
-def train_on_cluster(task: RewardTask, cluster: Cluster) -> dict[str, Any]:
+def train_on_cluster(task: RewardTask, cluster: Cluster, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train on the cluster's workers and leave the model in `task.folder`; returns its figures and history.
 
     Goes on from the newest of `task.states` if there is one.
     """
     threads = cluster.cpus_each(task.run, task.run.num_workers)
-    return run_workers(task.name, reward_worker, task, task.run, task.folder, cluster, threads, task.states)
+    return run_workers(task.name, reward_worker, task, task.run, task.folder, cluster, threads, task.states, callbacks)
 
 
 def load_pairs(folder: Path, split: str) -> pa.Table:
@@ -138,9 +140,13 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         shared = {"training": training.state_dict(), "history": progress.history}
         return shared, {"shards": shards(engine), "best": best}
 
+    def after_step() -> None:
+        report_progress(task.report_steps, training.num_steps, progress.history)
+        states.after_step(training.num_steps, state)
+
     training.run(
         lambda step, metrics: progress(step, {**metrics, "seconds_checkpoints": states.seconds}),
-        lambda: states.after_step(training.num_steps, state),
+        after_step,
     )
     if validation:
         # The best weights are gathered as a state is read: from the disk.

@@ -41,9 +41,7 @@ def train_saes(
     inputs = {f"activations/{name}": (path, ACTIVATIONS) for name, path in used.items()}
     todo: list[tuple[SaeStage, StageFolder]] = []
     for one in wanted:
-        settings = plan.sae_settings(one.sae, session.run.seed)
-        if one.init_seed != session.run.seed:
-            settings["init_seed"] = one.init_seed
+        settings = plan.sae_settings(one.sae, session.run.seed, one.init_seed)
         folder = StageFolder(one.folder, SAE, settings, inputs)
         if folder.finished() is None:
             todo.append((one, folder))
@@ -89,7 +87,7 @@ def train_saes(
                 claim(number + 1)
             else:
                 results.extend(train())
-            return _written(one.folder, results[number], child)
+            return {**_written(one.folder, results[number], child), "one_read": [other.name for other, _ in todo]}
 
         session.stage(one.name, folder, body)
 

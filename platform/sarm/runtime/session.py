@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -17,7 +17,14 @@ from sarm.runtime.job import say
 from sarm.runtime.plan import Folders
 from sarm.runtime.tracking import StageRun, Tracker, ended_by, flat_params, tracking_uri
 
-_RUN_FILE = "run.json"
+RUN_FILE = "run.json"
+
+
+class Reports(NamedTuple):
+    """Callbacks of Ray Train's controller that hear of a training every `every_steps` steps; 0 is never."""
+
+    every_steps: int = 0
+    callbacks: Sequence[Any] = ()
 
 
 @dataclass
@@ -27,13 +34,19 @@ class Session:
     run: Run
     name: str
     params: Mapping[str, Any]
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Tags of its MLflow run."""
+    own_folders: Folders | None = None
+    """Where its stages write, if not each in its usual place under `run.out`."""
+    reports: Reports = Reports()
+    """To whom else its reward training tells how it goes."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _cluster: Cluster | None = None
     _tracker: Tracker | None = None
 
     @property
     def folders(self) -> Folders:
-        return Folders(self.run.out)
+        return self.own_folders or Folders(self.run.out)
 
     @property
     def cluster(self) -> Cluster:
@@ -51,9 +64,9 @@ class Session:
     def tracker(self) -> Tracker:
         """The MLflow parent run, continued under the id in `run.json` if the output folder has been worked on before."""
         if self._tracker is None:
-            path = self.run.out / _RUN_FILE
+            path = self.run.out / RUN_FILE
             known = json.loads(path.read_text()) if path.exists() else {}
-            self._tracker = Tracker(self.run, self.name, known.get("mlflow_run_id"))
+            self._tracker = Tracker(self.run, self.name, known.get("mlflow_run_id"), self.tags)
             self._tracker.parent.log_params(flat_params(self.params))
             self.run.out.mkdir(parents=True, exist_ok=True)
             write_atomically(

@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sarm.config import AlsoSaes, Data, Evaluation, Extraction, Model, Reward, Sae, UserError
 from sarm.data import pair_sources, text_sources
@@ -20,8 +20,12 @@ from sarm.manifest import Manifest, StageFolder, read_manifest
 from sarm.runtime import plan
 from sarm.runtime.activation_stages import extract as extract
 from sarm.runtime.plan import CORPUS, EVALUATION, PAIRS
+from sarm.runtime.sae_stages import SaeStage, finish_training, train_saes
 from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
+
+if TYPE_CHECKING:
+    from sarm.runtime.reward_models import Variant
 
 
 def check_sources(data: Data) -> None:
@@ -54,8 +58,6 @@ def prepare(session: Session, data: Data) -> None:
 
 def train_sae(session: Session, sae: Sae, also: AlsoSaes = AlsoSaes()) -> None:
     """activations/v1 -> SAE, and `also` others beside it, all from one read."""
-    from sarm.runtime.sae_stages import SaeStage, train_saes
-
     folders, seed = session.folders, session.run.seed
     wanted = [SaeStage("train SAE", folders.sae, sae, seed)]
     for name, other, init_seed in also.beside(sae, seed):
@@ -67,30 +69,28 @@ def train_sae(session: Session, sae: Sae, also: AlsoSaes = AlsoSaes()) -> None:
 def train_sarm(session: Session, model: Model, reward: Reward) -> None:
     """pairs/v1 and SAE -> SARM, and its baselines beside it."""
     from sarm.runtime import reward_models
-    from sarm.runtime.sae_stages import finish_training
 
     check_model(model)
-    folders = session.folders
-    trainings = reward_models.variants(model, reward, folders.sae)
+    trainings = reward_models.variants(model, reward, session.folders.sae)
     for sae in dict.fromkeys(one.sae for one in trainings if one.sae):
         read_manifest(sae, SAE)
         reward_models.check_sae(sae, model)
         reward_models.check_width(sae, model)
-    head_start = folders.chat_activations if reward.head_init == "probe" else None
-    inputs = {PAIRS: (folders.pairs, PAIRS)} | ({"activations/chat": (head_start, ACTIVATIONS)} if head_start else {})
     for one in trainings:
-        target = folders.out / one.folder
-        needed = inputs | ({SAE: (one.sae, SAE)} if one.sae else {})
-        folder = StageFolder(target, SARM, plan.reward_settings(one.model, one.reward, session.run.seed), needed)
-        states = Checkpoints(folders.states(one.folder), {"config": folder.config, "inputs": folder.inputs})
-        session.stage(
-            one.stage,
-            folder,
-            functools.partial(
-                _train_reward, session, one.model, one.reward, folders.pairs, one.sae, head_start, target, states
-            ),
-        )
-        finish_training(states)
+        train_reward_model(session, one)
+
+
+def train_reward_model(session: Session, one: "Variant") -> Path:
+    """pairs/v1, and an SAE if it has one, -> one reward model; returns its folder."""
+    folders, target = session.folders, session.folders.out / one.folder
+    head_start = folders.chat_activations if one.reward.head_init == "probe" else None
+    inputs = {PAIRS: (folders.pairs, PAIRS)} | ({"activations/chat": (head_start, ACTIVATIONS)} if head_start else {})
+    inputs |= {SAE: (one.sae, SAE)} if one.sae else {}
+    folder = StageFolder(target, SARM, plan.reward_settings(one.model, one.reward, session.run.seed), inputs)
+    states = Checkpoints(folders.states(one.folder), {"config": folder.config, "inputs": folder.inputs})
+    session.stage(one.stage, folder, functools.partial(_train_reward, session, one, head_start, target, states))
+    finish_training(states)
+    return target
 
 
 def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -> Manifest:
@@ -113,23 +113,25 @@ def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -
 
 
 def _train_reward(
-    session: Session,
-    model: Model,
-    reward: Reward,
-    pairs: Path,
-    sae: Path | None,
-    head_start: Path | None,
-    target: Path,
-    states: Checkpoints,
-    child: StageRun,
+    session: Session, one: "Variant", head_start: Path | None, target: Path, states: Checkpoints, child: StageRun
 ) -> Mapping[str, Any]:
     from sarm.interpret.figures import reward_curves
     from sarm.runtime import reward_training
 
     task = reward_training.RewardTask(
-        session.run, model, model_folder(model), reward, pairs, sae, head_start, target, child, states
+        session.run,
+        one.model,
+        model_folder(one.model),
+        one.reward,
+        session.folders.pairs,
+        one.sae,
+        head_start,
+        target,
+        child,
+        states,
+        session.reports.every_steps,
     )
-    result = reward_training.train_on_cluster(task, session.cluster)
+    result = reward_training.train_on_cluster(task, session.cluster, session.reports.callbacks)
     history = {target.name: result["history"]}
     (target / "history.json").write_text(json.dumps(history))
     child.log_figure(reward_curves(history), "reward_curves.png")

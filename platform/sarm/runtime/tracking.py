@@ -86,6 +86,11 @@ class StageRun:
         """Log a text file."""
         _client(self.uri).log_text(self.run_id, text, name)
 
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or replace tags."""
+        for key, value in tags.items():
+            _client(self.uri).set_tag(self.run_id, key, value)
+
     def end(self, status: str) -> None:
         """Close the run as FINISHED, FAILED or KILLED."""
         _client(self.uri).set_terminated(self.run_id, status)
@@ -97,7 +102,9 @@ class Tracker:
     Raises UserError if the tracking server cannot be reached or refuses.
     """
 
-    def __init__(self, run: Run, run_name: str, parent_run_id: str | None = None):
+    def __init__(
+        self, run: Run, run_name: str, parent_run_id: str | None = None, tags: Mapping[str, str] | None = None
+    ):
         self.uri = tracking_uri(run)
         run.out.parent.mkdir(parents=True, exist_ok=True)
         for name, value in _ENVIRONMENT.items():
@@ -107,8 +114,8 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.WARNING)
         try:
             self._client = _client(self.uri)
-            self._experiment_id = self._experiment(run)
-            self.parent = self._run(run_name, parent_run_id, {})
+            self.experiment_id = self._experiment(run)
+            self.parent = self._run(run_name, parent_run_id, dict(tags or {}))
         except MlflowException as error:
             raise UserError(
                 f"MLflow at {self.uri} cannot be used: {str(error).splitlines()[0]} Pass another --mlflow-uri."
@@ -135,7 +142,7 @@ class Tracker:
                     return StageRun(self.uri, run_id)
             except MlflowException:
                 pass  # another database: the old id means nothing there, so a new run is made
-        created = self._client.create_run(self._experiment_id, tags={**tags, MLFLOW_RUN_NAME: name})
+        created = self._client.create_run(self.experiment_id, tags={**tags, MLFLOW_RUN_NAME: name})
         return StageRun(self.uri, created.info.run_id)
 
     def _experiment(self, run: Run) -> str:

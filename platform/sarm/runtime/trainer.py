@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,12 +16,14 @@ import ray.train.torch
 import torch
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.util.placement_group import get_current_placement_group
 
 from sarm.checks import StoppedError
 from sarm.config import Run
 from sarm.data.checkpoints import Checkpoints
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.job import say
+from sarm.runtime.placement import note_placement_group
 from sarm.runtime.tracking import StageRun
 
 Task = TypeVar("Task")
@@ -43,6 +45,7 @@ def run_workers(
     cluster: Cluster,
     threads: int,
     states: Checkpoints | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     """Run `worker(task)` on `run.num_workers` Ray Train workers in one process group and return what rank 0 returned.
 
@@ -58,7 +61,7 @@ def run_workers(
     while True:
         try:
             with _stopping_on_sigterm(states):
-                result = _fit(name, worker, task, run, folder, cluster, threads)
+                result = _fit(name, worker, task, run, folder, cluster, threads, callbacks)
         except ray.train.WorkerGroupError as error:
             cause = _cause(error)
             if states is None or not _has_died(cause):
@@ -75,19 +78,28 @@ def run_workers(
 
 
 def _fit(
-    name: str, worker: Callable[[Any], Any], task: Any, run: Run, folder: Path, cluster: Cluster, threads: int
+    name: str,
+    worker: Callable[[Any], Any],
+    task: Any,
+    run: Run,
+    folder: Path,
+    cluster: Cluster,
+    threads: int,
+    callbacks: Sequence[Any],
 ) -> Any:
     storage = folder / ".ray_train"
     trainer = ray.train.torch.TorchTrainer(
         _call,
-        train_loop_config={"worker": worker, "task": task, "threads": threads},
+        train_loop_config={"worker": worker, "task": task, "threads": threads, "storage": storage},
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.num_workers,
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": threads, **({"GPU": 1} if cluster.use_gpu else {})},
         ),
         # The same name would continue an older experiment's state.
-        run_config=ray.train.RunConfig(name=f"{name}-{uuid.uuid4().hex[:8]}", storage_path=str(storage)),
+        run_config=ray.train.RunConfig(
+            name=f"{name}-{uuid.uuid4().hex[:8]}", storage_path=str(storage), callbacks=list(callbacks)
+        ),
     )
     try:
         result: Any = trainer.fit()
@@ -98,6 +110,8 @@ def _fit(
 
 def _call(config: dict[str, Any]) -> Any:
     torch.set_num_threads(config["threads"])
+    if (group := get_current_placement_group()) is not None:
+        note_placement_group(config["storage"], group.id.hex())
     if not torch.cuda.is_available():
         # Before anything imports deepspeed, which looks for accelerators on import.
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -144,6 +158,22 @@ def worker_device() -> torch.device:
 def workers_on_device(device: torch.device) -> int:
     """How many workers share this one's device: all of the machine where it is the CPU."""
     return 1 if device.type == "cuda" else ray.train.get_context().get_local_world_size()
+
+
+def report_progress(every_steps: int, step: int, history: Sequence[Mapping[str, float]]) -> None:
+    """Tell Ray Train's callbacks how training goes, every `every_steps` steps; all workers call it together after each step.
+
+    `history` is the first worker's. `loss` is the newest validation's, or the mean over the steps since the last report.
+    """
+    if not every_steps or step % every_steps:
+        return
+    if not history:
+        ray.train.report({})
+        return
+    recent = history[-every_steps:]
+    measured = [entry["validation_loss"] for entry in history if "validation_loss" in entry]
+    loss = measured[-1] if measured else sum(entry["loss"] for entry in recent) / len(recent)
+    ray.train.report({"step": step, "percent": round(100 * history[-1]["progress"]), "loss": loss})
 
 
 class Progress:
