@@ -32,6 +32,8 @@ class Sweep:
     centre: tuple[int, int, int] | None = None
     """(layer, width, k) that `axes` goes through, and that the components other than `sarm` are compared at; unset, the components
     are compared at every layer, width and k."""
+    centre_seeds: tuple[int, ...] = ()
+    """Seeds that only the cells at the centre have besides: how much chance there is in a difference, without paying for it everywhere."""
     search: Literal["grid", "asha", "random", "optuna"] = "grid"
     """All cells; all, but the worse ones stopped early (`asha`); `num_samples` of them drawn at random; or as many as Optuna proposes."""
     num_samples: int = 8
@@ -60,7 +62,12 @@ class Sweep:
             check(self, f"sweep.{name}", len(values) == len(set(values)), "different values: cells would be repeated")
         for name in ("layers", "widths", "ks"):
             check(self, f"sweep.{name}", min(getattr(self, name)) >= 1, "1 or more")
-        check(self, "sweep.seeds", min(self.seeds) >= 0, "0 or more")
+        check(self, "sweep.seeds", min(self.seeds + self.centre_seeds) >= 0, "0 or more")
+        both = self.seeds + self.centre_seeds
+        check(
+            self, "sweep.centre_seeds", len(both) == len(set(both)), "seeds that are not among --sweep.seeds, each once"
+        )
+        check(self, "sweep.centre", self.centre is not None or not self.centre_seeds, "given for --sweep.centre-seeds")
         check(self, "sweep.centre", self.design == "grid" or self.centre is not None, "given for --sweep.design axes")
         if self.centre is not None:
             for value, name in zip(self.centre, ("layers", "widths", "ks"), strict=True):

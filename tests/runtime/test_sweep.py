@@ -59,6 +59,11 @@ def test_every_cell_has_a_row_in_every_form_of_the_table(config, swept):
     table = pq.read_table(swept.folder / "table.parquet").to_pylist()
     assert [(row["width"], row["status"], row["d_sae"]) for row in table] == [(2, "done", 128), (4, "done", 256)]
     assert all(0 <= row["ci95_low"] <= row["heldout_accuracy"] <= row["ci95_high"] <= 1 for row in table)
+    wide, narrow = (next(row for row in table if row["width"] == width) for width in (4, 2))
+    assert wide["minus_centre"] is None, "it is the centre"
+    gain = narrow["heldout_accuracy"] - wide["heldout_accuracy"]
+    assert narrow["minus_centre"] == pytest.approx(gain)
+    assert narrow["minus_centre_low"] <= gain <= narrow["minus_centre_high"]
     assert all(row["fvu_heldout"] > 0 and row["training_seconds"] > 0 for row in table)
     assert len((swept.folder / "table.csv").read_text().splitlines()) == 3
     assert "| sarm | 1 | 4x | 8 | 1 |" in (swept.folder / "table.md").read_text()
@@ -68,10 +73,14 @@ def test_every_cell_has_a_row_in_every_form_of_the_table(config, swept):
 def test_what_is_shared_is_done_once(config, swept):
     (parent,) = runs(config)
     stages = [run.data.tags[MLFLOW_RUN_NAME] for run in runs(config, parent.info.run_id)]
-    assert {name[:20] for name in stages if not name.startswith("sarm-")} == {"train SAE layer1-x2-", "train SAE layer1-x4-"}
+    assert {name[:20] for name in stages if not name.startswith("sarm-")} == {
+        "train SAE layer1-x2-",
+        "train SAE layer1-x4-",
+    }
     reads = [json.loads(path.read_text())["counts"]["one_read"] for path in config.run.out.glob("sae/*/manifest.json")]
     assert len(reads) == 2
-    assert reads[0] == reads[1] and len(reads[0]) == 2, "one read for both"
+    assert [len(read) for read in reads] == [2, 2], "one read for both"
+    assert reads[0] == reads[1]
     costs = json.loads((swept.folder / "costs.json").read_text())
     assert costs["sweep_seconds"] >= max(row["training_seconds"] for row in swept.rows)
 

@@ -56,6 +56,18 @@ def test_axes_go_through_the_centre_and_components_stand_at_it():
     }
 
 
+def test_more_seeds_at_the_centre_are_for_the_centre_alone():
+    sweep = replace(GRID, centre=(1, 4, 8), components=("sarm", "scalar"), seeds=(0,), centre_seeds=(1, 2))
+    more = [cell for cell in cells_of(sweep) if cell.seed]
+    assert more == [
+        Cell(1, 4, 8, "sarm", 1),
+        Cell(1, 4, 8, "sarm", 2),
+        Cell(1, 0, 0, "scalar", 1),
+        Cell(1, 0, 0, "scalar", 2),
+    ]
+    assert len(cells_of(sweep)) == 8 + 1 + 4
+
+
 def test_the_papers_grid_is_its_table():
     sarm = [c for c in cells_of(ABLATIONS["paper-3b"][1].sweep) if c.component == "sarm" and c.seed == 0]
     assert [c.layer for c in sarm if c[1:3] == (16, 144)] == [7, 10, 14, 21, 28]
@@ -111,6 +123,8 @@ def test_a_cells_folder_does_not_depend_on_the_other_cells(tiny):
         ({"seeds": (-1,)}, "0 or more"),
         ({"design": "axes", "centre": None}, "--sweep.centre"),
         ({"centre": (3, 4, 8)}, "among --sweep.layers"),
+        ({"centre_seeds": (1,), "centre": None}, "given for --sweep.centre-seeds"),
+        ({"centre_seeds": (0,)}, "not among --sweep.seeds"),
         ({"grace_percent": 0}, "between 1 and 99"),
     ],
 )
@@ -172,10 +186,10 @@ def test_as_many_trials_run_at_once_as_the_cluster_has_room_for(tiny):
 
 def test_a_dry_run_counts_what_would_be_done():
     said = describe_sweep(ABLATIONS["smollm2"][1])
-    assert "14 of sarm, random_encoder, scalar; 12 SAEs" in said
+    assert "20 of sarm, random_encoder, scalar; 14 SAEs" in said
     assert {"GPU-hours", "disk", "time"} <= {line.split()[0] for line in said.splitlines() if line}
     one = replace(ABLATIONS["smollm2"][1], sweep=Sweep(layers=(8,), widths=(8,), ks=(14,)))
-    assert hours(describe_sweep(one)) < hours(said) / 10
+    assert hours(describe_sweep(one)) < hours(said) / 12
 
 
 def hours(said: str) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sarm.interpret.figures import BLUE, GREY, LINES, ORANGE, _figure, _legend, _percent
-from sarm.interpret.sweep_table import METRIC, Row, Setting, seed_interval, settings_of
+from sarm.interpret.sweep_table import METRIC, Row, Setting, settings_of
 
 _AXES = {"layer": "layer of the SAE", "width": "dictionary size (x d_in)", "k": "active latents (k)"}
 
@@ -14,13 +14,14 @@ _AXES = {"layer": "layer of the SAE", "width": "dictionary size (x d_in)", "k": 
 def accuracy_by_axis(rows: Sequence[Row], centre: tuple[int, int, int] | None) -> Figure:
     """One panel an axis: the mean over the SARM cells at each value (the other axes at the centre, where there is one).
 
-    Bars are 95 % intervals over those cells; of a single cell, over its held-out prompts. Lines across are the other components.
+    Bars are 95 % intervals over held-out prompts, small points all SARM cells. Lines across are the other components.
     """
     done = [row for row in rows if row["status"] == "done"]
     figure, panels = _figure(len(_AXES))
     names = list(_AXES)
     for place, (axes, (name, label)) in enumerate(zip(panels, _AXES.items(), strict=True)):
         mine = [row for row in done if row["component"] == "sarm"]
+        axes.plot([r[name] for r in mine], [r[METRIC] for r in mine], ".", color=GREY, alpha=0.5, markersize=4)
         if centre is not None:
             mine = [r for r in mine if all(r[other] == centre[i] for i, other in enumerate(names) if i != place)]
         points = [
@@ -61,6 +62,5 @@ def accuracy_by_cost(settings: Sequence[Setting]) -> Figure:
 
 
 def _mean(rows: Sequence[Row]) -> tuple[float, float, float]:
-    values = [row[METRIC] for row in rows]
-    interval = seed_interval(values) if len(values) > 1 else (rows[0]["ci95_low"], rows[0]["ci95_high"])
-    return float(np.mean(values)), *interval
+    mean, low, high = (float(np.mean([row[name] for row in rows])) for name in (METRIC, "ci95_low", "ci95_high"))
+    return mean, low, high

@@ -9,11 +9,16 @@ from scipy import stats
 
 AXES = ("component", "layer", "width", "k")
 METRIC = "heldout_accuracy"
+DIFFERENCE = ("minus_centre", "minus_centre_low", "minus_centre_high")
 Row = Mapping[str, Any]
 
 
 class Setting(NamedTuple):
-    """All seeds of one (component, layer, width, k); the interval is Student's t over two or more seeds, else the bootstrap's over prompts."""
+    """All seeds of one (component, layer, width, k).
+
+    `low` and `high` are the 95 % bounds over held-out prompts, the mean of the seeds' own; `seeds_low` and `seeds_high` Student's over
+    the seeds, NaN for one. `minus_centre` is the difference from the SARM at the centre with the same seed, on the same prompts.
+    """
 
     component: str
     layer: int
@@ -23,6 +28,11 @@ class Setting(NamedTuple):
     mean: float
     low: float
     high: float
+    seeds_low: float
+    seeds_high: float
+    minus_centre: float
+    minus_centre_low: float
+    minus_centre_high: float
     fvu: float
     seconds: float
 
@@ -35,11 +45,15 @@ def settings_of(rows: Sequence[Row]) -> list[Setting]:
     for key in keys:
         own = [row for row in done if tuple(row[name] for name in AXES) == key]
         values = np.array([row[METRIC] for row in own], float)
-        low, high = seed_interval(values) if len(own) > 1 else (own[0]["ci95_low"], own[0]["ci95_high"])
-        fvu = float(np.mean([row.get("fvu_heldout") or math.nan for row in own]))
-        seconds = float(np.mean([row["training_seconds"] for row in own]))
-        found.append(Setting(*key, len(own), float(values.mean()), low, high, fvu, seconds))  # type: ignore[call-arg]
+        means = [_mean(own, name) for name in ("ci95_low", "ci95_high", *DIFFERENCE, "fvu_heldout", "training_seconds")]
+        over_seeds = seed_interval(values) if len(own) > 1 else (math.nan, math.nan)
+        found.append(Setting(*key, len(own), float(values.mean()), *means[:2], *over_seeds, *means[2:]))  # type: ignore[call-arg]
     return sorted(found, key=lambda setting: -setting.mean)
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    values = [value for row in rows if (value := row.get(name)) is not None]
+    return float(np.mean(values)) if values else math.nan
 
 
 def seed_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -60,23 +74,37 @@ def as_markdown(rows: Sequence[Row], name: str) -> str:
     lines = [
         f"# {name}",
         "",
-        "| component | layer | width | k | seeds | held-out accuracy | 95 % interval | FVU | training s |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| component | layer | width | k | seeds | held-out accuracy | 95 % over prompts | over seeds | minus the centre | FVU | training s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for s in settings_of(rows):
         width, k = (f"{s.width}x", str(s.k)) if s.width else ("", "")
         fvu = "" if math.isnan(s.fvu) else f"{s.fvu:.3f}"
-        lines.append(
-            f"| {s.component} | {s.layer or 'all'} | {width} | {k} | {s.num_seeds} | {s.mean:.3f} | {s.low:.3f} to {s.high:.3f} | {fvu} | {s.seconds:.0f} |"
-        )
+        over_seeds = "" if math.isnan(s.seeds_low) else f"{s.seeds_low:.3f} to {s.seeds_high:.3f}"
+        minus = f"{s.minus_centre:+.3f} ({s.minus_centre_low:+.3f} to {s.minus_centre_high:+.3f})"
+        cells = [
+            s.component,
+            s.layer or "all",
+            width,
+            k,
+            s.num_seeds,
+            f"{s.mean:.3f}",
+            f"{s.low:.3f} to {s.high:.3f}",
+            over_seeds,
+            "" if math.isnan(s.minus_centre) else minus,
+            fvu,
+            f"{s.seconds:.0f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     without = [row for row in rows if row["status"] != "done"]
     if without:
         lines += ["", "| without a result | why |", "|---|---|"]
         lines += [f"| {row['cell']} | {row['status']}: {str(row['reason']).replace('|', '/')} |" for row in without]
     lines += [
         "",
-        "Intervals: Student's t over two or more seeds, else over resampled held-out prompts of the one seed. The best cell was chosen on "
-        "the same held-out pairs, so its own figure flatters it.",
+        "Intervals are 95 %: over resampled held-out prompts (the mean of the seeds' bounds), and Student's t over the seeds. Minus the "
+        "centre: paired, against the SARM at the centre with the same seed on the same prompts. The best cell was chosen on these "
+        "held-out pairs, so its own figure flatters it.",
         "",
     ]
     return "\n".join(lines)

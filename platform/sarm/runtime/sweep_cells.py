@@ -50,7 +50,7 @@ def cells_of(sweep: Sweep) -> list[Cell]:
         _cell(*point, component, seed)
         for component in sweep.components
         for point in (points if component == "sarm" else compared)
-        for seed in sweep.seeds
+        for seed in (*sweep.seeds, *(sweep.centre_seeds if point == sweep.centre else ()))
     ]
     found = list(dict.fromkeys(found))
     if sweep.search != "random":

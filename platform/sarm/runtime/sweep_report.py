@@ -11,9 +11,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from sarm.data.artifacts import SAE
+from sarm.evaluate.pairs import accuracy_difference
 from sarm.interpret.figures import save_figure
 from sarm.interpret.sweep_figures import accuracy_by_axis, accuracy_by_cost
-from sarm.interpret.sweep_table import as_markdown, best_row, settings_of
+from sarm.interpret.sweep_table import DIFFERENCE, as_markdown, best_row, settings_of
 from sarm.manifest import MANIFEST, read_manifest, write_atomically
 from sarm.runtime.job import say
 from sarm.runtime.plan import EVALUATION
@@ -29,6 +30,7 @@ _FIGURES = {
     "heldout_accuracy": pa.float64(),
     "ci95_low": pa.float64(),
     "ci95_high": pa.float64(),
+    **{name: pa.float64() for name in DIFFERENCE},
     "heldout_margin": pa.float64(),
     "fvu_heldout": pa.float64(),
     "alive_at_reward": pa.float64(),
@@ -83,8 +85,24 @@ def rows_of(plan: SweepPlan) -> list[dict[str, Any]]:
         row = {"cell": plan.name(cell), **axes_of(plan, cell), "status": status, "reason": reason}
         if status == "done":
             row |= result_of(plan, cell, read_manifest(plan.cell_folder(cell) / "evaluation", EVALUATION))
+            row |= dict(zip(DIFFERENCE, _minus_centre(plan, cell), strict=True))
         rows.append({name: row.get(name) for name in _SCHEMA.names})
     return rows
+
+
+def _minus_centre(plan: SweepPlan, cell: Cell) -> tuple[float | None, ...]:
+    """The cell's accuracy minus that of the SARM at the centre with its seed, and the bounds over prompts; None without such a cell."""
+    centre = plan.config.sweep.centre
+    other = Cell(*centre, "sarm", cell.seed) if centre else None
+    if other is None or other == cell or other not in plan.cells or status_of(plan, other)[0] != "done":
+        return None, None, None
+    found = accuracy_difference(_scores(plan, cell), _scores(plan, other), plan.config.evaluation.resamples, cell.seed)
+    return found["difference"], *found["difference_ci95"]
+
+
+def _scores(plan: SweepPlan, cell: Cell) -> pa.Table:
+    (folder,) = (plan.cell_folder(cell) / "evaluation").glob("*_scores")
+    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))])
 
 
 def report(session: Session, plan: SweepPlan, seconds: float) -> Report:
