@@ -161,8 +161,7 @@ def truth_figures() -> dict[str, float]:
     found = train_on(centred, Sae(**settings), 1500)
     shifted = random_features(64, 256, 4, 2.5, torch.Generator().manual_seed(0))
     plain, revived = (
-        train_on(shifted, Sae(dead_after_rows=20_000, aux_k=aux_k, **settings), 5000, centred=False)
-        for aux_k in (0, 32)
+        train_on(shifted, Sae(dead_after_rows=5_000, aux_k=aux_k, **settings), 8000, centred=False) for aux_k in (0, 32)
     )
     return {
         "recovered": found.recovered,

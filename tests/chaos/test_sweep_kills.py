@@ -69,6 +69,8 @@ def test_kills_of_driver_and_worker_change_nothing(tmp_path):
     clean, disturbed = tmp_path / "clean", tmp_path / "disturbed"
     assert start(clean).wait(timeout=600) == 0, (tmp_path / "clean.log").read_text()[-3000:]
 
+    assert (tmp_path / "clean.log").read_text().count("extract sentence ends: started") == 1, "one pass for both layers"
+
     sweep = start(disturbed)
     wait_for(lambda: any(disturbed.glob("sae/*/stage.json")), sweep)
     kill_driver(sweep)

@@ -82,7 +82,11 @@ def test_what_is_shared_is_done_once(config, swept):
     assert [len(read) for read in reads] == [2, 2], "one read for both"
     assert reads[0] == reads[1]
     costs = json.loads((swept.folder / "costs.json").read_text())
-    assert costs["sweep_seconds"] >= max(row["training_seconds"] for row in swept.rows)
+    own = sum(row["training_seconds"] + row["evaluation_seconds"] for row in swept.rows)
+    assert costs["cells_seconds"] == pytest.approx(own)
+    at_once = costs["trials_at_once"]
+    stages = at_once * costs["shared_seconds"] + own
+    assert costs["overhead"] == pytest.approx(at_once * costs["sweep_seconds"] / stages)
 
 
 def test_mlflow_has_a_run_for_each_cell_with_a_tag_for_every_axis(config, swept):
@@ -101,7 +105,8 @@ def test_mlflow_has_a_run_for_each_cell_with_a_tag_for_every_axis(config, swept)
         assert run.info.run_id in swept.compare
     assert parent.data.tags["best_cell"] == swept.best["cell"]
     (version,) = client(config).search_model_versions(f"name = '{config.run.out.name}'")
-    assert client(config).get_run(version.run_id).data.tags[MLFLOW_RUN_NAME] == swept.best["cell"]
+    assert version.run_id == parent.info.run_id
+    assert version.source.endswith(f"best/{swept.best['cell']}")
 
 
 def test_a_finished_sweep_does_nothing_again(config, swept, capsys):

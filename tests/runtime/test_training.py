@@ -15,6 +15,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from sarm.checks import StoppedError
 from sarm.config import Pipeline, Reward, Run, Sae, UserError, identity
 from sarm.data.artifacts import load_sae
 from sarm.data.chat import load_chat_tokenizer
@@ -114,6 +115,19 @@ def worker_that_counts(task: SaeTask) -> dict[str, Any] | None:
     return result and {**result, "steps_taken": taken}
 
 
+def worker_that_is_stopped(task: SaeTask) -> dict[str, Any] | None:
+    """`sae_worker`, asked to stop whenever it begins, until it is done; how often it stopped is `stops` of the result."""
+    stops = 0
+    while True:
+        task.states.request_stop()
+        try:
+            result = sae_worker(task)
+        except StoppedError:
+            stops += 1
+        else:
+            return result and {**result, "stops": stops}
+
+
 @pytest.fixture(scope="module")
 def killed(extracted: Path, tmp_path_factory: pytest.TempPathFactory, tracking: StageRun, preset: Pipeline) -> Path:
     """What a training whose only worker was killed had saved."""
@@ -182,8 +196,8 @@ def trained(
         split="latents",
         aux_k=8,
         dead_after_rows=200,
-        text_epochs=1,
-        chat_epochs=1,
+        text_epochs=2,
+        chat_epochs=2,
     )
     narrow = replace(preset.sae, d_sae=96, k=5)
     saes = {
@@ -207,6 +221,8 @@ def trained(
             task = reward_task(extracted, sae_folder, folder, tracking, preset, reward, workers)
             trainings[folder.name] = reward_worker, task
         if workers == 2:
+            task = sae_task(extracted, root / "latents, stopped", tracking, nested, workers)
+            trainings["latents, stopped"] = worker_that_is_stopped, task
             whole = replace(WHOLE, zero_stage=3)
             task = reward_task(extracted, sae_folder, root / "zero 3 whole", tracking, preset, whole, workers)
             trainings["zero 3 whole"] = reward_worker, task
@@ -235,6 +251,18 @@ def test_two_workers_that_split_a_dictionary_with_thresholds_learn_what_one_lear
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=2e-4, msg=name)
     assert two["threshold"].unique().numel() == 1
     assert result_one["figures"]["fvu_chat"] == pytest.approx(result_two["figures"]["fvu_chat"], rel=1e-3)
+
+
+def test_a_split_dictionary_that_is_stopped_and_continued_ends_as_if_it_had_not_been(
+    trained: dict[str, tuple[Path, dict[str, Any]]],
+) -> None:
+    (folder, wanted), (stopped, result) = trained["latents"], trained["latents, stopped"]
+    assert result["stops"] >= 2
+    weights, again = load_sae(folder)[0].state_dict(), load_sae(stopped)[0].state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    for phase, history in wanted["history"].items():
+        assert [entry["loss"] for entry in result["history"][phase]] == [entry["loss"] for entry in history]
+    assert result["figures"] == wanted["figures"]
 
 
 def test_saes_that_learn_from_one_read_learn_what_each_learns_alone(

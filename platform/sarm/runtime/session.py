@@ -40,6 +40,8 @@ class Session:
     """Where its stages write, if not each in its usual place under `run.out`."""
     reports: Reports = Reports()
     """To whom else its reward training tells how it goes."""
+    registers_models: bool = True
+    """Whether each of its reward models is copied to MLflow and registered there."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _cluster: Cluster | None = None
     _tracker: Tracker | None = None

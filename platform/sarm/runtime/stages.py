@@ -135,5 +135,6 @@ def _train_reward(
     history = {target.name: result["history"]}
     (target / "history.json").write_text(json.dumps(history))
     child.log_figure(reward_curves(history), "reward_curves.png")
-    child.register_model(target, f"{session.run.experiment}-{target.name}")
+    if session.registers_models:
+        child.register_model(target, f"{session.run.experiment}-{target.name}")
     return {"figures": result["figures"]}

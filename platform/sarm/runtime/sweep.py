@@ -10,7 +10,7 @@ from sarm.runtime.job import say
 from sarm.runtime.session import Session, open_session
 from sarm.runtime.sweep_cells import Cell, check_sweep
 from sarm.runtime.sweep_plan import SweepFolders, SweepPlan, claim_sweep, refuse_other_sweep, sweep_plan
-from sarm.runtime.sweep_report import Report, report
+from sarm.runtime.sweep_report import Report, Spent, report
 from sarm.runtime.sweep_stages import share
 from sarm.runtime.sweep_trials import check_search, run_trials, status_of, trials_at_once
 from sarm.tune_config import Ablation
@@ -54,19 +54,20 @@ def todo(plan: SweepPlan) -> list[Cell]:
 
 
 def _run(session: Session, plan: SweepPlan) -> Report:
-    started, missing, sweep = time.monotonic(), todo(plan), plan.config.sweep
+    started, missing, sweep, spent = time.monotonic(), todo(plan), plan.config.sweep, None
     num_samples = 1
     if sweep.search == "optuna":
         # Optuna may propose a cell again, which costs nothing.
         num_samples = sweep.num_samples - (len(plan.cells) - len(missing))
     if missing and num_samples > 0:
         # Before anything is paid for.
-        trials_at_once(plan.config.sweep, plan.config.run, session.cluster)
+        at_once = trials_at_once(plan.config.sweep, plan.config.run, session.cluster)
         claim_sweep(plan.config)
         share(session, plan)
         parent = session.tracker.parent
         plan = plan._replace(mlflow_uri=session.tracker.uri, parent_run_id=parent.run_id)
         run_trials(plan, missing, session.cluster, num_samples)
+        spent = Spent(time.monotonic() - started, at_once, len(missing) == len(plan.cells))
     else:
         say("all cells are done")
-    return report(session, plan, time.monotonic() - started if missing else 0.0)
+    return report(session, plan, spent)

@@ -23,7 +23,6 @@ from sarm.runtime.sweep_cells import Cell
 from sarm.runtime.sweep_plan import SweepPlan
 from sarm.runtime.sweep_stages import axes_of, result_of
 from sarm.runtime.sweep_trials import status_of
-from sarm.runtime.tracking import StageRun
 
 _LOCAL_UI = "http://127.0.0.1:5000"
 _FIGURES = {
@@ -75,6 +74,14 @@ class Report(NamedTuple):
         return "\n".join([*lines, f"table        {self.folder / 'table.md'}", f"compare      {self.compare}"])
 
 
+class Spent(NamedTuple):
+    """Wall-clock seconds of a run over the cells that were missing, and how many trials the cluster had room for."""
+
+    seconds: float
+    trials_at_once: int
+    did_all: bool
+
+
 def rows_of(plan: SweepPlan) -> list[dict[str, Any]]:
     """A row for each cell that was tried, in the order of the grid."""
     rows = []
@@ -105,8 +112,8 @@ def _scores(plan: SweepPlan, cell: Cell) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))])
 
 
-def report(session: Session, plan: SweepPlan, seconds: float) -> Report:
-    """Write the report, and log it where it is new."""
+def report(session: Session, plan: SweepPlan, spent: Spent | None) -> Report:
+    """Write the report, and log it where it is new; `spent` is what this run took to do its cells, None if it had none to do."""
     folder = plan.config.run.out / "report"
     rows, parent = rows_of(plan), session.tracker.parent
     before = _read(folder / "table.md")
@@ -126,7 +133,7 @@ def report(session: Session, plan: SweepPlan, seconds: float) -> Report:
     parent.log_artifact(folder, "report")
     parent.log_table(rows, "cells.json")
     parent.set_tags({"mlflow.note.content": f"[compare the cells]({compare})\n\n{text}"})
-    costs = _costs(plan, seconds)
+    costs = costs_of(plan, spent)
     (folder / "costs.json").write_text(json.dumps(costs, indent=2))
     parent.log_metrics({**costs, "num_cells": len(rows)})
     if best is not None:
@@ -140,16 +147,19 @@ def report(session: Session, plan: SweepPlan, seconds: float) -> Report:
 
 
 def _register(session: Session, plan: SweepPlan, best: Mapping[str, Any]) -> None:
-    """A version of the model named after the sweep, from the best cell's run: a new best is a new version."""
+    """A version of the model named after the sweep, on the sweep's run: a new best is a new version."""
     cell, name = next(cell for cell in plan.cells if plan.name(cell) == best["cell"]), plan.config.run.out.name
     folder = plan.cell_folder(cell) / ("sarm_token_sae" if cell.component == "token_sae" else "sarm")
-    StageRun(session.tracker.uri, _run_id(plan, cell)).register_model(folder, name)
+    session.tracker.parent.register_model(folder, name, f"best/{best['cell']}")
     session.tracker.parent.set_tags({"registered_model": name})
     say(f"registered {best['cell']} as the newest version of {name}")
 
 
-def _costs(plan: SweepPlan, seconds: float) -> dict[str, float]:
-    """Seconds of the distinct stages, each as its manifest says, and of this run if it did any of them."""
+def costs_of(plan: SweepPlan, spent: Spent | None) -> dict[str, float]:
+    """What the distinct stages took, each as its manifest says, and what the run took; `overhead` is one over the other.
+
+    In seconds of a trial's share of the cluster: a stage that cells share has all shares, a cell's own has one.
+    """
     root = plan.config.run.out
     shared = [root / name for name in ("corpus", "pairs")] + sorted((root / "activations").glob("*/*"))
     done = [path for path in shared if (path / MANIFEST).exists()]
@@ -163,8 +173,14 @@ def _costs(plan: SweepPlan, seconds: float) -> dict[str, float]:
             reads[together] = max(reads.get(together, 0.0), counts["seconds"])
     cells = [row for row in rows_of(plan) if row["status"] == "done"]
     own = sum(row["training_seconds"] + row["evaluation_seconds"] for row in cells)
-    stages = sum(passes) + sum(reads.values()) + own
-    return {"stages_seconds": stages, **({"sweep_seconds": seconds} if seconds else {})}
+    found = {"shared_seconds": sum(passes) + sum(reads.values()), "cells_seconds": own}
+    if spent is None:
+        return found
+    found |= {"sweep_seconds": spent.seconds, "trials_at_once": spent.trials_at_once}
+    if spent.did_all:
+        stages = found["shared_seconds"] * spent.trials_at_once + own
+        found["overhead"] = spent.seconds * spent.trials_at_once / stages
+    return found
 
 
 def _is_done(plan: SweepPlan, key: Any) -> bool:

@@ -73,7 +73,8 @@ def cell_session(plan: SweepPlan, cell: Cell, reports: Reports) -> Session:
     axes = axes_of(plan, cell)
     folders = CellFolders(run.out, plan.config.run.out, cell.layer or plan.layers[0], key and plan.sae_folder(key))
     tags = {MLFLOW_PARENT_RUN_ID: plan.parent_run_id, **{name: str(value) for name, value in axes.items()}}
-    return Session(run, plan.name(cell), axes, tags, folders, reports)
+    # Of a sweep's models only the best is registered, by the sweep.
+    return Session(run, plan.name(cell), axes, tags, folders, reports, registers_models=False)
 
 
 def axes_of(plan: SweepPlan, cell: Cell) -> dict[str, Any]:

@@ -64,14 +64,16 @@ class StageRun:
         else:
             _client(self.uri).log_artifact(self.run_id, str(path), folder)
 
-    def register_model(self, folder: Path, name: str) -> None:
-        """Copy a model's folder to the run and make it the newest version of a registered model, once for each run."""
+    def register_model(self, folder: Path, name: str, place: str = "model") -> None:
+        """Copy a model's folder to a place in the run and make it the newest version of a registered model, once for each place."""
         client = _client(self.uri)
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
-        if not client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'"):
-            client.log_artifacts(self.run_id, str(folder), "model")
-            client.create_model_version(name, f"runs:/{self.run_id}/model", self.run_id)
+        source = f"runs:/{self.run_id}/{place}"
+        known = client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
+        if source not in [version.source for version in known]:
+            client.log_artifacts(self.run_id, str(folder), place)
+            client.create_model_version(name, source, self.run_id)
 
     def log_table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Log rows as a table that MLflow's run comparison shows."""
