@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,19 @@ from sarm.config import Pipeline, Run, UserError
 from sarm.data.artifacts import SARM, load_sarm, save_sae, save_sarm
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.models import model_folder
+from sarm.interpret.agreement import agreement
 from sarm.manifest import StageFolder
 from sarm.nn.sae import TopKSae, standardise
 from sarm.presets import PRESETS
 from sarm.runtime import plan
 from sarm.runtime.audit_folder import read_audit
-from sarm.runtime.auditing import audit
+from sarm.runtime.audit_page import write_audit_page
+from sarm.runtime.auditing import audit, choose_features
 from sarm.runtime.head_start import start_head_
 from sarm.runtime.relabelling import relabel
 from sarm.runtime.reward_models import build_model
 from sarm.runtime.reward_training import load_pairs
+from sarm.runtime.safety_ratings import SafetyRatings
 from sarm.runtime.session import open_session
 from sarm.runtime.steering import steer
 
@@ -194,6 +198,26 @@ def test_the_page_is_one_escaped_file_and_mlflow_has_a_child_per_stage(audited):
     runs = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     names = {run.data.tags["mlflow.runName"] for run in runs}
     assert names >= {"cache codes", "choose features", "test causes"}
+
+
+def test_only_latents_that_raters_find_safe_are_selected_and_the_page_says_how_they_agree(audited, work, extracted):
+    before = [one["latent"] for one in json.loads((audited / "features" / "selection.json").read_text())["selected"]]
+    rows = [
+        {"latent": latent, "rubric": "safety", "judge": judge, "repeat": 0, "rating": 5 if latent == before[0] else 2}
+        for latent in before
+        for judge in ("one", "two")
+    ]
+    given = SafetyRatings({before[0]: 5.0, **dict.fromkeys(before[1:], 2.0)}, agreement(rows, "safety"))
+    asked = settings(work, extracted, "rated")
+    shutil.copytree(audited / "codes", asked.run.out / "codes")
+    with open_session(asked) as session:
+        choose_features(session, asked, given)
+    chosen = json.loads((asked.run.out / "features" / "selection.json").read_text())
+    assert [one["latent"] for one in chosen["selected"]] == before[:1]
+    assert chosen["rated"] == len(before)
+    page = write_audit_page(asked.run.out).read_text()
+    assert "Agreement on safety" in page
+    assert f"{len(before)} latents have a valid rating" in page
 
 
 def test_asking_again_is_a_no_op(audited, work, extracted, capsys):

@@ -41,7 +41,7 @@ class AuditFeatures:
     site: Literal["reward", "sentence"] = "reward"
     """Where features are chosen: at the rewarded token, or over the ends of the response's sentences."""
     ratings: Path | None = None
-    """CSV with columns `latent` and `rating` (1-5), optionally `rater` and `status`; only latents whose median rating reaches `min_rating` are selected."""
+    """Ratings 1-5 on safety: a folder of jobs/interpret.py or jobs/rate.py, or a CSV with `latent` and `rating`, optionally `rater` and `status`. Only latents whose median rating reaches `min_rating` are selected."""
     min_rating: float = 5.0
     """Smallest median rating of a safety feature (SAFER: 5)."""
     permutations: int = 10_000

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from sarm.manifest import MANIFEST, write_atomically
 from sarm.runtime.audit_sections import relabelling_sections, signed, signed_span, steering_sections
+from sarm.runtime.interpret_report import agreement_section
 from sarm.runtime.pages import Page, Section, share, to_html, to_markdown
 
 _SHOWN = 32
@@ -93,6 +94,8 @@ def _features(out: Path, facts: dict[str, Any]) -> Iterable[Section]:
             for row in table.slice(0, _SHOWN).to_pylist()
         ],
     )
+    if content.get("agreement"):
+        yield agreement_section("safety", content["agreement"])
     yield Section(
         title="Other thresholds",
         text="How many features would be selected, and how far they overlap with those in use (Jaccard).",

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from sarm.audit.codes import CODES, AuditCodes, completeness, read_codes
 from sarm.audit.contrast import Contrast, contrast, off_target_firing
-from sarm.audit.selection import Selection, read_ratings, select, sensitivity
+from sarm.audit.selection import Selection, select, sensitivity
 from sarm.audit.settings import SITES, AuditFeatures
 from sarm.config import UserError, identity
 from sarm.data.artifacts import load_sarm
@@ -24,6 +24,7 @@ from sarm.runtime.audit_folder import FEATURES
 from sarm.runtime.audit_page import write_audit_page
 from sarm.runtime.causal_tests import test_causes
 from sarm.runtime.models import hash_of_folder
+from sarm.runtime.safety_ratings import SafetyRatings, safety_ratings
 from sarm.runtime.session import Session, say
 from sarm.runtime.tracking import StageRun
 
@@ -34,7 +35,7 @@ def audit(session: Session, settings: AuditFeatures) -> Path:
     Raises UserError for unusable models, sources or ratings, before a cluster starts and before anything is written.
     """
     sarm_settings(settings.sarm)
-    ratings = None if settings.ratings is None else read_ratings(settings.ratings)
+    ratings = None if settings.ratings is None else safety_ratings(settings.ratings, settings.sarm)
     limits = {"select": settings.limit, "target": settings.limit, "off_target": settings.limit_off_target}
     pairs = audit_pairs({role: getattr(settings, role) for role in ROLES}, limits)
     cache_codes(session, settings, pairs)
@@ -66,13 +67,14 @@ def cache_codes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
     session.stage("cache codes", folder, body)
 
 
-def choose_features(session: Session, settings: AuditFeatures, ratings: Mapping[int, float] | None) -> None:
+def choose_features(session: Session, settings: AuditFeatures, given: SafetyRatings | None) -> None:
     """Contrast scores of every latent at both sites, and the selection, in `features`."""
     out = session.run.out
     names = ("max_features", "rank", "fdr", "max_off_target", "site", "min_rating", "permutations", "resamples")
     asked = {
         name: value for name, value in identity(settings, seed=session.run.seed).items() if name in (*names, "seed")
     }
+    ratings = given and given.median
     rated = None if ratings is None else {str(latent): rating for latent, rating in sorted(ratings.items())}
     folder = StageFolder(out / "features", FEATURES, {**asked, "ratings": rated}, {CODES: (out / "codes", CODES)})
 
@@ -98,6 +100,7 @@ def choose_features(session: Session, settings: AuditFeatures, ratings: Mapping[
             "num_off_pairs": codes.role("off_select").num_pairs,
             "completeness": gap,
             "rated": len(ratings) if ratings is not None else None,
+            "agreement": given and given.agreement,
         }
         write_atomically(folder.folder / "selection.json", json.dumps(content, indent=2))
         child.log_artifact(folder.folder / "selection.json")

@@ -43,10 +43,10 @@ def run_ratings(settings: HumanRatings) -> Path:
         write_sheet(settings.sheet, sheet(folder_id, settings.rubric, with_texts, texts, settings.num_items))
         say(f"sheet: {settings.sheet}")
         return settings.sheet
-    return _compare(settings, folder_id, judged)
+    return _compare(settings, folder_id, manifest.counts.get("model"), judged)
 
 
-def _compare(settings: HumanRatings, folder_id: str, judged: list[dict[str, Any]]) -> Path:
+def _compare(settings: HumanRatings, folder_id: str, model: str | None, judged: list[dict[str, Any]]) -> Path:
     tracking_uri(settings.run)
     latents, place = [row["latent"] for row in judged], judged[0]["place"]
     sheets = [read_sheet(path, folder_id, place, latents) for path in settings.filled]
@@ -77,7 +77,7 @@ def _compare(settings: HumanRatings, folder_id: str, judged: list[dict[str, Any]
         own_run.log_metrics({f"{name}/{figure}_{rubric}": one["between"][figure] for name, of in content.items() for rubric, one in of.items() for figure in ("alpha", "ac2")})  # fmt: skip
         for name in ("ratings.parquet", "report.json", "report.md", "report.html"):
             own_run.log_artifact(folder.folder / name)
-        folder.finish({"ratings": len(human), "raters": len(raters)})
+        folder.finish({"ratings": len(human), "raters": len(raters), "model": model})
     say(f"report: {folder.folder / 'report.html'}")
     return folder.folder
 

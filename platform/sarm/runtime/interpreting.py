@@ -17,6 +17,7 @@ from sarm.config import UserError, as_json, identity
 from sarm.interpret import explaining, questions
 from sarm.interpret.context_store import CONTEXTS, ContextStore, load_contexts
 from sarm.interpret.explaining import Explained, Rated, Scores, Scoring
+from sarm.interpret.feature_data import EXPLANATIONS
 from sarm.interpret.judge_settings import Interpret
 from sarm.interpret.labels import EXTRACTIVE, Background, label
 from sarm.interpret.sampling import Pool, Samples, draw_samples
@@ -30,7 +31,6 @@ from sarm.runtime.pages import write_page
 from sarm.runtime.session import tracked_folder
 from sarm.runtime.tracking import StageRun, flat_params, tracking_uri
 
-EXPLANATIONS = "explanations/v1"
 POOL_FILE = "pool.parquet"
 _FILES = ("explanations.parquet", "ratings.parquet", "examples.parquet", "report.json", "report.md", "report.html")
 
@@ -94,7 +94,8 @@ async def _run(
                 time.monotonic() - started,
                 own_run,
             )
-            folder.finish({"latents": len(found), "failed": failed, "seconds": round(time.monotonic() - started, 2)})
+            took = round(time.monotonic() - started, 2)
+            folder.finish({"latents": len(found), "failed": failed, "model": store.facts.get("model"), "seconds": took})
     except BaseException:
         for judge in judges:
             judge.halt(JudgeStoppedError("the run is ending"))
