@@ -29,7 +29,7 @@ from sarm.runtime.session import RUN_FILE, Reports
 from sarm.runtime.sweep_cells import Cell, cell_at
 from sarm.runtime.sweep_plan import SweepPlan
 from sarm.runtime.sweep_stages import do_cell
-from sarm.runtime.tracking import StageRun
+from sarm.runtime.tracking import StageRun, outbox_of
 from sarm.tune_config import Sweep
 
 # A trial waits for its workers; room for it must not be taken from them.
@@ -236,7 +236,8 @@ class Watch(tune.Callback):
     def _end_run(self, trial: Any, status: str) -> None:
         with contextlib.suppress(OSError, KeyError, json.JSONDecodeError):
             known = json.loads((self._folder(trial) / RUN_FILE).read_text())
-            StageRun(known["mlflow_uri"], known["mlflow_run_id"]).end(status)
+            outbox = outbox_of(self._plan.run(cell_of(self._plan, trial.config)))
+            StageRun(known["mlflow_uri"], known["mlflow_run_id"], outbox).end(status)
 
 
 def _reason(trial: Any) -> str:

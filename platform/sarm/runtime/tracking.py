@@ -7,19 +7,20 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from sarm.checks import StoppedError
 from sarm.config import Run, UserError
+from sarm.runtime.outbox import Outbox, flush_run, is_away, outbox, patiently, send_left
 
 # Without these a dead server blocks every call for minutes.
 _ENVIRONMENT = {
@@ -28,74 +29,81 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-_MAX_METRICS, _MAX_PARAMS, _MAX_PARAM_LENGTH = 1000, 100, 6000
+_MAX_PARAM_LENGTH = 6000
+_OUTBOX = ".mlflow-outbox"
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """One MLflow run, by absolute URI and id."""
+    """One MLflow run, by absolute URI and id; what is logged goes through the outbox in `outbox`, which all processes see."""
 
     uri: str
     run_id: str
+    outbox: Path
 
-    def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
-        """Log finite numbers; others are left out, since MLflow would store an infinity as a huge number."""
+    def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0, series: str | None = None) -> None:
+        """Log finite numbers; others are left out, since MLflow would store an infinity as a huge number.
+
+        Never waits. With `series`, one of the metrics, steps that the run has already are left out.
+        """
+        finite = {key: float(value) for key, value in metrics.items() if value is not None and math.isfinite(value)}
         now = int(time.time() * 1000)
-        finite = [Metric(k, float(v), now, step) for k, v in metrics.items() if v is not None and math.isfinite(v)]
-        for start in range(0, len(finite), _MAX_METRICS):
-            _client(self.uri).log_batch(self.run_id, metrics=finite[start : start + _MAX_METRICS])
-
-    def last_step(self, metric: str) -> int:
-        """The highest step that has this metric, -1 if none has: MLflow appends what is logged twice."""
-        return max((entry.step for entry in _client(self.uri).get_metric_history(self.run_id, metric)), default=-1)
+        self._box.put({"kind": "metrics", "step": step, "time": now, "series": series, "metrics": finite})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters that the run does not have yet: MLflow's cannot change, and a restarted run logs the same again."""
-        client = _client(self.uri)
-        known = client.get_run(self.run_id).data.params
-        new = [Param(k, str(v)[:_MAX_PARAM_LENGTH]) for k, v in params.items() if k not in known]
-        for start in range(0, len(new), _MAX_PARAMS):
-            client.log_batch(self.run_id, params=new[start : start + _MAX_PARAMS])
+        self._log("params", params={key: str(value)[:_MAX_PARAM_LENGTH] for key, value in params.items()})
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a file (or a whole folder) to the run."""
-        if path.is_dir():
-            _client(self.uri).log_artifacts(self.run_id, str(path), folder)
-        else:
-            _client(self.uri).log_artifact(self.run_id, str(path), folder)
+        self._log("artifact", path=str(path.absolute()), folder=folder, is_copy=False)
 
     def register_model(self, folder: Path, name: str, place: str = "model") -> None:
         """Copy a model's folder to a place in the run and make it the newest version of a registered model, once for each place."""
-        client = _client(self.uri)
-        if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name)
-        source = f"runs:/{self.run_id}/{place}"
-        known = client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
-        if source not in [version.source for version in known]:
-            client.log_artifacts(self.run_id, str(folder), place)
-            client.create_model_version(name, source, self.run_id)
+        self._log("model", path=str(folder.absolute()), name=name, place=place)
 
     def log_table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Log rows as a table that MLflow's run comparison shows."""
-        columns = {key: [row.get(key) for row in rows] for key in (rows[0] if rows else {})}
-        _client(self.uri).log_table(self.run_id, columns, name)
+        self._log(
+            "table", columns={key: [row.get(key) for row in rows] for key in (rows[0] if rows else {})}, name=name
+        )
 
     def log_figure(self, figure: Any, name: str) -> None:
         """Log a matplotlib figure as a picture."""
-        _client(self.uri).log_figure(self.run_id, figure, name)
+        self._log_new_file(name, figure.savefig)
 
     def log_text(self, text: str, name: str) -> None:
         """Log a text file."""
-        _client(self.uri).log_text(self.run_id, text, name)
+        self._log_new_file(name, lambda path: path.write_text(text))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags."""
-        for key, value in tags.items():
-            _client(self.uri).set_tag(self.run_id, key, value)
+        self._log("tags", tags=dict(tags))
+
+    def flush(self) -> None:
+        """Wait until MLflow has what this and ended processes logged, unless it is away."""
+        flush_run(self.uri, self.run_id, self.outbox)
 
     def end(self, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED."""
-        _client(self.uri).set_terminated(self.run_id, status)
+        """Close the run as FINISHED, FAILED or KILLED, once MLflow has what this and ended processes logged."""
+        self._box.put({"kind": "end", "status": status})
+        self.flush()
+
+    def _log(self, kind: str, **content: Any) -> None:
+        """Log something that a reader may look for at once: waits for MLflow, unless it is away."""
+        self._box.put({"kind": kind, **content})
+        self._box.flush()
+
+    def _log_new_file(self, name: str, write: Callable[[Path], Any]) -> None:
+        place, _, file_name = name.rpartition("/")
+        folder = self.outbox / f"files-{uuid.uuid4().hex[:12]}"
+        folder.mkdir(parents=True)
+        write(folder / file_name)
+        self._log("artifact", path=str(folder / file_name), folder=place or None, is_copy=True)
+
+    @property
+    def _box(self) -> Outbox:
+        return outbox(self.uri, self.run_id, self.outbox)
 
 
 class Tracker:
@@ -107,7 +115,7 @@ class Tracker:
     def __init__(
         self, run: Run, run_name: str, parent_run_id: str | None = None, tags: Mapping[str, str] | None = None
     ):
-        self.uri = tracking_uri(run)
+        self.uri, self._outbox = tracking_uri(run), outbox_of(run)
         run.out.parent.mkdir(parents=True, exist_ok=True)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -117,6 +125,7 @@ class Tracker:
         try:
             self._client = _client(self.uri)
             self.experiment_id = self._experiment(run)
+            send_left(self._outbox)
             self.parent = self._run(run_name, parent_run_id, dict(tags or {}))
         except MlflowException as error:
             raise UserError(
@@ -126,7 +135,7 @@ class Tracker:
     @contextmanager
     def stage(self, name: str, run_id: str | None, params: Mapping[str, Any]) -> Iterator[StageRun]:
         """A child run, continued if `run_id` still exists; closed as KILLED if the body was stopped, as FAILED if it raises."""
-        child = self._run(name, run_id, {MLFLOW_PARENT_RUN_ID: self.parent.run_id})
+        child = patiently(self.uri, lambda: self._run(name, run_id, {MLFLOW_PARENT_RUN_ID: self.parent.run_id}))
         child.log_params(params)
         try:
             yield child
@@ -141,11 +150,13 @@ class Tracker:
                 found = self._client.get_run(run_id)
                 if found.info.lifecycle_stage == "active":
                     self._client.update_run(run_id, status="RUNNING")
-                    return StageRun(self.uri, run_id)
-            except MlflowException:
+                    return StageRun(self.uri, run_id, self._outbox)
+            except MlflowException as error:
+                if is_away(error):
+                    raise
                 pass  # another database: the old id means nothing there, so a new run is made
         created = self._client.create_run(self.experiment_id, tags={**tags, MLFLOW_RUN_NAME: name})
-        return StageRun(self.uri, created.info.run_id)
+        return StageRun(self.uri, created.info.run_id, self._outbox)
 
     def _experiment(self, run: Run) -> str:
         if found := self._client.get_experiment_by_name(run.experiment):
@@ -153,6 +164,11 @@ class Tracker:
         # A bare sqlite store would put artifacts into whatever folder the job was started from.
         location = (run.out.parent / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
         return self._client.create_experiment(run.experiment, artifact_location=location)
+
+
+def outbox_of(run: Run) -> Path:
+    """Where the records of a run's folder wait for MLflow: beside its database, seen by all processes."""
+    return (run.out.parent / _OUTBOX).absolute()
 
 
 def tracking_uri(run: Run) -> str:

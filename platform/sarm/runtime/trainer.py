@@ -23,6 +23,7 @@ from sarm.config import Run
 from sarm.data.checkpoints import Checkpoints
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.job import say
+from sarm.runtime.outbox import close_all
 from sarm.runtime.placement import note_placement_group
 from sarm.runtime.tracking import StageRun
 
@@ -119,6 +120,8 @@ def _call(config: dict[str, Any]) -> Any:
         return config["worker"](config["task"])
     except StoppedError as stopped:
         return _Stopped(str(stopped))
+    finally:
+        close_all()
 
 
 @contextlib.contextmanager
@@ -185,14 +188,10 @@ class Progress:
         self._title = f"{name} {behind}".rstrip()
         self._started = self._printed = time.monotonic()
         self._done_before: float | None = None
-        self._last_logged: int | None = None
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        if self._last_logged is None:
-            # A training that goes on from a state repeats the steps after it.
-            self._last_logged = self._tracking.last_step(f"{self._name}/progress")
-        if step > self._last_logged:
-            self._tracking.log_metrics({f"{self._name}/{key}": value for key, value in metrics.items()}, step)
+        named = {f"{self._name}/{key}": value for key, value in metrics.items()}
+        self._tracking.log_metrics(named, step, series=f"{self._name}/progress")
         self.history.append({"step": step, **metrics})
         now, done = time.monotonic(), metrics["progress"]
         is_first = self._done_before is None

@@ -1,0 +1,334 @@
+"""What is said to MLflow, in order, by a thread of its own: training never waits for a server, and an outage loses nothing.
+
+Every record is in a file before it is in memory. The file is emptied once MLflow has all of it; what a process leaves when it is killed, or
+when it ends while MLflow is away, the next one on the same outputs sends.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from requests.exceptions import RequestException
+
+from sarm.runtime.job import say
+
+Record = Mapping[str, Any]
+Answer = TypeVar("Answer")
+_MAX_METRICS, _MAX_PARAMS = 1000, 100
+# Seconds until MLflow is asked again, the last for good.
+_WAITS = (1.0, 2.0, 5.0, 10.0, 30.0)
+# What the end of a process still waits for a server that does not answer.
+LAST_SECONDS = 15.0
+# A new run needs an id from the server.
+PATIENCE_SECONDS = 600.0
+_AWAY = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+# All else that its client raises has one code, INTERNAL_ERROR, be it that a path is wrong or that there is no server.
+_AWAY_MESSAGES = ("API request to", "OperationalError", "database is locked")
+_SUFFIX = ".jsonl"
+
+
+class Outbox:
+    """Records of one process for one run."""
+
+    def __init__(self, uri: str, run_id: str, folder: Path):
+        self._uri, self._run_id = uri, run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"{run_id}.{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}{_SUFFIX}"
+        self._file = _locked(self._path, create=True)
+        assert self._file is not None
+        self._write({"uri": uri, "run_id": run_id})
+        self._queue: deque[Record] = deque()
+        self._last_steps: dict[str, int] = {}
+        self._changed = threading.Condition()
+        self._refused: MlflowException | None = None
+        self._num_failures = 0
+        self._is_closing = self._has_sent_left = False
+        self._thread = threading.Thread(target=self._send_all, name=f"mlflow {run_id}", daemon=True)
+        self._thread.start()
+
+    def put(self, record: Record) -> None:
+        """Take a record; it is sent in the background."""
+        with self._changed:
+            self._write(record)
+            self._queue.append(record)
+            self._changed.notify_all()
+
+    def flush(self, seconds_away: float = 0.0) -> bool:
+        """Wait until MLflow has everything, but at most `seconds_away` while it does not answer; returns whether it has.
+
+        Raises MlflowException for a record that it refused.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queue or self._num_failures > 0)
+            if self._queue and seconds_away:
+                self._changed.wait_for(lambda: not self._queue, seconds_away)
+            refused, self._refused = self._refused, None
+            if refused is not None:
+                raise refused
+            return not self._queue
+
+    def close(self, seconds_away: float = LAST_SECONDS) -> bool:
+        """Flush and end; what could not be sent stays in the file. Returns whether everything was sent."""
+        with contextlib.suppress(MlflowException):
+            self.flush(seconds_away)
+        with self._changed:
+            self._is_closing = True
+            is_sent = not self._queue
+            self._changed.notify_all()
+        if is_sent:
+            self._path.unlink(missing_ok=True)
+        assert self._file is not None
+        self._file.close()
+        return is_sent
+
+    def _write(self, record: Record) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def _send_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._is_closing)
+                if self._is_closing:
+                    return
+                records = _together(self._queue)
+            try:
+                if not self._has_sent_left:
+                    # First, or steps that a killed process left would seem to be there already.
+                    self._has_sent_left = send_left(self._path.parent, self._run_id)
+                send(self._uri, self._run_id, records, self._last_steps)
+            except (MlflowException, RequestException, OSError) as error:
+                if is_away(error):
+                    self._wait(error)
+                    continue
+                # One that MLflow will never take must not hold up the others.
+                refused = error if isinstance(error, MlflowException) else MlflowException(str(error))
+                self._sent(len(records), refused)
+            else:
+                self._sent(len(records), None)
+
+    def _sent(self, count: int, refused: MlflowException | None) -> None:
+        with self._changed:
+            if self._num_failures:
+                say(f"MLflow at {self._uri} answers again")
+            self._num_failures = 0
+            for _ in range(count):
+                self._queue.popleft()
+            if refused is not None:
+                self._refused = refused
+            if not self._queue and self._file is not None and not self._file.closed:
+                self._file.truncate(0)
+                self._file.seek(0)
+                self._write({"uri": self._uri, "run_id": self._run_id})
+            self._changed.notify_all()
+
+    def _wait(self, error: Exception) -> None:
+        with self._changed:
+            if not self._num_failures:
+                say(
+                    f"MLflow at {self._uri} does not answer ({str(error)[:80]}): what is logged waits in {self._path.parent}"
+                )
+            wait = _WAITS[min(self._num_failures, len(_WAITS) - 1)]
+            self._num_failures += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_closing, wait)
+
+
+def _together(queue: Sequence[Record]) -> list[Record]:
+    """The first records that are sent as one: metrics that follow each other, else one."""
+    found: list[Record] = []
+    for record in queue:
+        if found and (record["kind"] != "metrics" or len(found) == _MAX_METRICS):
+            break
+        found.append(record)
+        if record["kind"] != "metrics":
+            break
+    return found
+
+
+def send(uri: str, run_id: str, records: Sequence[Record], last_steps: dict[str, int]) -> None:
+    """Do what the records say; raises what MLflow raises.
+
+    Records with a `series` (the name of a metric that each of its steps has) are left out up to the last step that the run has of it:
+    a training that goes on from a state repeats the steps after it.
+    """
+    client = MlflowClient(tracking_uri=uri)
+    kind = records[0]["kind"]
+    if kind == "metrics":
+        metrics = []
+        for record in records:
+            series, step = record.get("series"), record["step"]
+            if series is not None:
+                if series not in last_steps:
+                    history = client.get_metric_history(run_id, series)
+                    last_steps[series] = max((entry.step for entry in history), default=-1)
+                if step <= last_steps[series]:
+                    continue
+            metrics += [Metric(key, value, record["time"], step) for key, value in record["metrics"].items()]
+        for start in range(0, len(metrics), _MAX_METRICS):
+            client.log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS])
+        for record in records:
+            if (series := record.get("series")) is not None:
+                last_steps[series] = max(last_steps[series], record["step"])
+        return
+    (record,) = records
+    if kind == "params":
+        known = client.get_run(run_id).data.params
+        new = [Param(key, value) for key, value in record["params"].items() if key not in known]
+        for start in range(0, len(new), _MAX_PARAMS):
+            client.log_batch(run_id, params=new[start : start + _MAX_PARAMS])
+    elif kind == "tags":
+        for key, value in record["tags"].items():
+            client.set_tag(run_id, key, value)
+    elif kind == "artifact":
+        _send_file(client, run_id, Path(record["path"]), record["folder"])
+        if record["is_copy"]:
+            Path(record["path"]).unlink(missing_ok=True)
+    elif kind == "table":
+        client.log_table(run_id, record["columns"], record["name"])
+    elif kind == "model":
+        _register(client, run_id, Path(record["path"]), record["name"], record["place"])
+    elif kind == "end":
+        client.set_terminated(run_id, record["status"])
+    else:
+        raise ValueError(f"unknown record {kind!r}")
+
+
+def _send_file(client: MlflowClient, run_id: str, path: Path, folder: str | None) -> None:
+    if path.is_dir():
+        client.log_artifacts(run_id, str(path), folder)
+    elif path.exists():
+        client.log_artifact(run_id, str(path), folder)
+    else:
+        say(f"{path} was deleted before MLflow could take it")
+
+
+def _register(client: MlflowClient, run_id: str, folder: Path, name: str, place: str) -> None:
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    source = f"runs:/{run_id}/{place}"
+    known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    if source not in [version.source for version in known]:
+        _send_file(client, run_id, folder, place)
+        client.create_model_version(name, source, run_id)
+
+
+def is_away(error: Exception) -> bool:
+    """Whether MLflow could not be asked, so that asking again helps; False if it refused."""
+    if isinstance(error, MlflowException):
+        return error.error_code in _AWAY or any(words in str(error) for words in _AWAY_MESSAGES)
+    answer = getattr(error, "response", None)
+    return isinstance(error, RequestException) and (
+        answer is None or answer.status_code == 429 or answer.status_code >= 500
+    )
+
+
+def patiently(uri: str, ask: Callable[[], Answer]) -> Answer:
+    """What MLflow answers to a question that cannot wait in an outbox; asked again while it is away, for `PATIENCE_SECONDS`."""
+    deadline, num_failures = time.monotonic() + PATIENCE_SECONDS, 0
+    while True:
+        try:
+            return ask()
+        except (MlflowException, RequestException) as error:
+            if not is_away(error) or time.monotonic() > deadline:
+                raise
+            if not num_failures:
+                say(
+                    f"MLflow at {uri} does not answer ({str(error)[:80]}): waiting for it, {PATIENCE_SECONDS:.0f} s at most"
+                )
+            time.sleep(_WAITS[min(num_failures, len(_WAITS) - 1)])
+            num_failures += 1
+
+
+_open: dict[tuple[str, str, Path], Outbox] = {}
+_lock = threading.Lock()
+
+
+def outbox(uri: str, run_id: str, folder: Path) -> Outbox:
+    """This process's outbox of a run."""
+    with _lock:
+        if (found := _open.get((uri, run_id, folder))) is None:
+            found = _open[uri, run_id, folder] = Outbox(uri, run_id, folder)
+        return found
+
+
+def flush_run(uri: str, run_id: str, folder: Path) -> None:
+    """Send what this process and ended ones have for a run, as far as MLflow answers; raises MlflowException for what it refused."""
+    with _lock:
+        found = _open.get((uri, run_id, folder))
+    if found is not None:
+        found.flush()
+    send_left(folder, run_id)
+
+
+@atexit.register
+def close_all() -> None:
+    """End this process's outboxes; says where the rest lies if MLflow is away."""
+    with _lock:
+        boxes = [(folder, box) for (_, _, folder), box in _open.items()]
+        _open.clear()
+    seconds = LAST_SECONDS
+    for folder, box in boxes:
+        if not box.close(seconds):
+            # Others would only wait for the same server.
+            seconds = 0.0
+            say(f"MLflow has not got everything: the rest is in {folder}, and the next job on these outputs sends it")
+    for folder in {folder for folder, _ in boxes}:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def send_left(folder: Path, run_id: str = "*") -> bool:
+    """Send what ended processes left in a folder, up to the first that MLflow cannot take now; returns whether it took all."""
+    for path in sorted(folder.glob(f"{run_id}.*{_SUFFIX}"), key=lambda path: path.stat().st_mtime):
+        with contextlib.suppress(FileNotFoundError):
+            if (file := _locked(path, create=False)) is None:
+                continue
+            with file:
+                header, *records = _whole_lines(file)
+                last_steps: dict[str, int] = {}
+                try:
+                    while records:
+                        together = _together(records)
+                        send(header["uri"], header["run_id"], together, last_steps)
+                        del records[: len(together)]
+                except (MlflowException, RequestException, OSError) as error:
+                    if is_away(error):
+                        return False
+                    say(f"MLflow refused what {path} holds: {str(error)[:200]}")
+                path.unlink(missing_ok=True)
+    return True
+
+
+def _whole_lines(file: IO[str]) -> list[dict[str, Any]]:
+    """The records of a file whose writer may have been killed in the middle of a line."""
+    found = []
+    for line in file:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found or [{}]
+
+
+def _locked(path: Path, *, create: bool) -> IO[str] | None:
+    """The file, locked as long as it is open; None if another process has it."""
+    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+    file = os.fdopen(descriptor, "r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
