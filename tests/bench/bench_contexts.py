@@ -22,8 +22,8 @@ import torch
 
 from sarm.config import Contexts
 from sarm.data.activations import ActivationStore
-from sarm.data.artifacts import load_sarm, save_sarm
 from sarm.data.packing import token_batches
+from sarm.data.sarm_artifacts import load_sarm, save_sarm
 from sarm.interpret.context_tables import choose
 from sarm.interpret.tallies import Tally, Units
 from sarm.nn.architectures import build_sae

@@ -73,9 +73,9 @@ def worker(task: RewardTask) -> None:
     RewardTraining._step, Checkpoints.write, Checkpoints._commit = step, timed_write, sized_commit  # type: ignore[method-assign]
     log = task.tracking.log_metrics
 
-    def keep(metrics, step=0):
+    def keep(metrics, step=0, series=None):
         note(logged=step, stood_still=metrics.get("sarm/seconds_checkpoints", 0.0))
-        log(metrics, step)
+        log(metrics, step, series)
 
     object.__setattr__(task.tracking, "log_metrics", keep)
     try:

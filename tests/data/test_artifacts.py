@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from sarm.config import Model, UserError
-from sarm.data.artifacts import load_sae, load_sarm, save_sae, save_sarm
+from sarm.data.artifacts import load_sae, save_sae
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.data.sarm_artifacts import load_sarm, save_sarm
 from sarm.nn.architectures import build_sae, options_of
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from sarm.config import Model
-from sarm.data.artifacts import load_sarm, save_sarm
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.packing import answer_rows, collate
+from sarm.data.sarm_artifacts import load_sarm, save_sarm
 from sarm.nn.backbone import FAMILIES, load_backbone, residual_stream
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import Codes, TopKSae, dense, standardise

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from sarm.data.artifacts import save_sarm
 from sarm.data.chat import ChatTokenizer
+from sarm.data.sarm_artifacts import save_sarm
 from sarm.nn.architectures import build_sae
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification

@@ -12,7 +12,7 @@ from tests.interpret.hostile import STRINGS
 from tests.runtime.random_sarm import random_sarm
 
 from sarm.config import UserError
-from sarm.data.artifacts import load_sarm
+from sarm.data.sarm_artifacts import load_sarm
 from sarm.interpret.card_settings import RewardCard
 from sarm.interpret.reward_card import card, print_card, write_card
 from sarm.runtime.card import make_card, read_prefixes

@@ -15,7 +15,7 @@ from tests.runtime.random_sarm import D_SAE, random_sarm
 
 from sarm import schema
 from sarm.config import Contexts, Pipeline, Run, UserError
-from sarm.data.artifacts import load_sarm
+from sarm.data.sarm_artifacts import load_sarm
 from sarm.data.sentences import sentence_ends
 from sarm.interpret.context_store import load_contexts
 from sarm.interpret.context_tables import Chosen, strongest

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from sarm.config import Model, Reward, UserError
-from sarm.data.artifacts import load_sarm, save_sae, save_sarm
+from sarm.data.artifacts import save_sae
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.groups import PairOfGroup, PromptGroup
+from sarm.data.sarm_artifacts import load_sarm, save_sarm
 from sarm.nn.architectures import build_sae
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.sae import standardise

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from sarm.config import UserError
-from sarm.data.artifacts import save_sarm
 from sarm.data.chat import ChatTokenizer
+from sarm.data.sarm_artifacts import save_sarm
 from sarm.evaluate.settings import Benchmarking
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
 
 from sarm.config import UserError
 
@@ -47,6 +45,9 @@ def fit_probe(
 
     Raises UserError with fewer than 3 prompts or with activations that are not finite.
     """
+    # A second of imports, which workers that fit no probe can do without.
+    from sklearn.model_selection import GroupKFold
+
     num_prompts = len(np.unique(prompt_ids_N))
     if num_prompts < 3:
         raise UserError(
@@ -73,4 +74,6 @@ def fit_head(x_ND: Float[np.ndarray, "pairs d_in"], C: float) -> Float[np.ndarra
     # solver its two classes at half the cost of mirroring all rows.
     labels_N = np.arange(len(x_ND)) % 2
     turned_ND = np.where(labels_N[:, None] == 1, x_ND, -x_ND)
+    from sklearn.linear_model import LogisticRegression
+
     return LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(turned_ND, labels_N).coef_[0]

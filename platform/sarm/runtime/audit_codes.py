@@ -15,11 +15,11 @@ import torch
 from sarm import schema
 from sarm.audit.codes import CODE_PAIRS, RESPONSES
 from sarm.config import Model, Run, UserError
-from sarm.data.artifacts import load_sarm
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.groups import prompt_groups
 from sarm.data.packing import TokenBatch, token_batches
 from sarm.data.parts import with_sink_columns
+from sarm.data.sarm_artifacts import load_sarm
 from sarm.data.sentence_windows import sentence_columns
 from sarm.nn.backbone import residual_stream
 from sarm.nn.sae import standardise

@@ -9,7 +9,7 @@ import numpy as np
 from sarm.audit.codes import CODES, AuditCodes, read_codes
 from sarm.audit.selection import Selection
 from sarm.config import UserError
-from sarm.data.artifacts import load_sarm
+from sarm.data.sarm_artifacts import load_sarm
 from sarm.manifest import read_manifest
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.runtime.models import hash_of_folder

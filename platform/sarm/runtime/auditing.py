@@ -16,8 +16,8 @@ from sarm.audit.contrast import Contrast, contrast, off_target_firing
 from sarm.audit.selection import Selection, select, sensitivity
 from sarm.audit.settings import SITES, AuditFeatures
 from sarm.config import UserError, identity
-from sarm.data.artifacts import load_sarm
 from sarm.data.audit_pairs import ROLES, audit_pairs
+from sarm.data.sarm_artifacts import load_sarm
 from sarm.manifest import StageFolder, write_atomically
 from sarm.runtime.audit_codes import sarm_settings, write_codes
 from sarm.runtime.audit_folder import FEATURES

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from sarm.config import Contexts, UserError
-from sarm.data.artifacts import load_sarm
 from sarm.data.chat import ChatTokenizer, Message
+from sarm.data.sarm_artifacts import load_sarm
 from sarm.interpret.card_settings import RewardCard
 from sarm.interpret.context_store import load_contexts
 from sarm.interpret.feature_data import feature_names

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import torch
 
 from sarm.config import Model
-from sarm.data.artifacts import load_sarm
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import Row, answer_rows, text_row, token_batches
+from sarm.data.sarm_artifacts import load_sarm
 from sarm.data.sentence_windows import sentence_columns, text_windows
 from sarm.interpret.context_texts import Ref, parts, sentence_spans, text_key
 from sarm.runtime.actor_progress import Progress, Source

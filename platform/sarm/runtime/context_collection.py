@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from sarm.config import Contexts, Model, Run, UserError
-from sarm.data.artifacts import read_tensors
+from sarm.data.sarm_artifacts import read_tensors
 from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE, PLACES
 from sarm.interpret.context_tables import choose, context_tables, strongest, summaries
 from sarm.interpret.context_texts import fetch, shown

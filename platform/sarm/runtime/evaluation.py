@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 from sarm import schema
 from sarm.config import Evaluation, Extraction, Model
 from sarm.data.activations import ActivationStore
-from sarm.data.artifacts import load_sae, load_sarm
+from sarm.data.artifacts import load_sae
 from sarm.data.blocks import plan_blocks
 from sarm.data.models import model_folder
 from sarm.data.parts import part_files
+from sarm.data.sarm_artifacts import load_sarm
 from sarm.evaluate import pairs as measures
 from sarm.evaluate.probe import fit_probe
 from sarm.interpret.attribution import check_completeness, feature_table

@@ -9,11 +9,11 @@ import torch
 
 from sarm import schema
 from sarm.config import Extraction, Model
-from sarm.data.artifacts import load_sarm
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import collate, row_batches
 from sarm.data.parts import with_sink_columns
+from sarm.data.sarm_artifacts import load_sarm
 from sarm.runtime.actors import Beat, Cost, Tables, device_of_worker
 
 

@@ -74,7 +74,7 @@ def write_pages(session: Session, pages: Pages) -> Manifest:
     store = load_contexts(folders.contexts, hash_of_folder(folders.sarm))
 
     def body(child: StageRun) -> Mapping[str, Any]:
-        from sarm.data.artifacts import read_tensors
+        from sarm.data.sarm_artifacts import read_tensors
         from sarm.interpret.figures import contribution_bars, save_figure
 
         config = json.loads((folders.sarm / "config.json").read_text())

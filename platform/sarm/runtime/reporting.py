@@ -11,8 +11,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from sarm.config import Evaluation
-from sarm.data.artifacts import load_sarm
 from sarm.data.parts import part_files
+from sarm.data.sarm_artifacts import load_sarm
 from sarm.data.statistics import reliability_bins
 from sarm.interpret import figures
 from sarm.interpret.attribution import pair_explanation, top_features

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from sarm.config import Model, Reward, Run, UserError
-from sarm.data.artifacts import save_sarm
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import token_batches
+from sarm.data.sarm_artifacts import save_sarm
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.head_start import start_head_

@@ -16,7 +16,6 @@ from sarm.data.shuffled_rows import ShuffledRows, memory_for_rows
 from sarm.nn.architectures import BatchTopKSae, build_sae
 from sarm.nn.sae import Sae, standardise
 from sarm.runtime.cluster import Cluster
-from sarm.runtime.sae_cross_entropy import cross_entropy_figures
 from sarm.runtime.sae_folder import count_latents, write_sae_folder
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.trainer import Progress, run_workers, worker_device, workers_on_device
@@ -172,6 +171,9 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         heldout = {name: rows[name].heldout for name in names}
         of_sae |= write_sae_folder(sae, member.sae, member.folder, stores, heldout, task.run.seed, device)
         if task.corpus is not None and member.sae.cross_entropy_texts:
+            # Seconds of imports, for a language model that is rarely asked for.
+            from sarm.runtime.sae_cross_entropy import cross_entropy_figures
+
             metadata, share = stores[names[0]].metadata, member.sae.heldout_share
             of_sae |= cross_entropy_figures(sae, task.corpus, metadata, member.sae.cross_entropy_texts, share, device)
         results.append({"figures": of_sae, "history": history})

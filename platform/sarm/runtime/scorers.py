@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from sarm.config import UserError
-from sarm.data.artifacts import load_sarm
 from sarm.data.chat import ChatTokenizer
 from sarm.data.packing import Row, TokenBatch, answer_rows, text_row, token_batches
+from sarm.data.sarm_artifacts import load_sarm
 from sarm.runtime.models import ModelSpec, load_function, sarm_tokenizer
 
 Message = dict[str, str]

@@ -1,0 +1,75 @@
+"""SARM folders: what `save_pretrained` of a `transformers` model and tokenizer write, with the template pinned and the code beside it.
+
+Apart from SAE folders, since `transformers`' models take seconds to import, which SAE training can do without.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from sarm.config import UserError
+from sarm.data.chat import ChatTokenizer
+from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+
+
+def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder: Path) -> None:
+    """Write a model that `AutoModelForSequenceClassification` loads, its tokenizer, and copies of the code it needs."""
+    code = Path(__file__).parent.parent / "nn"
+    model.config.auto_map = {
+        "AutoConfig": "modeling_sarm.SarmConfig",
+        "AutoModelForSequenceClassification": "modeling_sarm.SarmForSequenceClassification",
+    }
+    model.save_pretrained(folder)
+    chat.tokenizer.chat_template = chat.template
+    # `save_pretrained` writes the side that the tokenizer was made with.
+    chat.tokenizer.truncation_side = chat.tokenizer.init_kwargs["truncation_side"] = "left"
+    chat.tokenizer.model_max_length = chat.max_length
+    chat.tokenizer.save_pretrained(folder)
+    for name in ("modeling_sarm.py", "backbone.py", "architectures.py", "sae.py", "losses.py"):
+        shutil.copyfile(code / name, folder / name)
+
+
+def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequenceClassification:
+    """The reward model of a folder.
+
+    Raises UserError if it is not one, or weights are missing, surplus or of another shape.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no reward model (no config.json). Train one first, or pass another --out.")
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind != SarmConfig.model_type:
+            raise ValueError(f"its model type is {kind}")
+        config = SarmConfig.from_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is not a readable reward model: {error}. Train it again, or pass another --out."
+        ) from error
+    model = SarmForSequenceClassification(config)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise UserError(
+            f"{folder} does not fit its config: {len(wrong)} weights differ, first {wrong[0]}: got {found.get(wrong[0])}, expected {expected.get(wrong[0])}."
+        )
+    model.load_state_dict(weights)
+    model.model.to(dtype)
+    return model.eval()
+
+
+def read_tensors(folder: Path, *names: str) -> list[torch.Tensor]:
+    """Some tensors of a reward model's folder, without the rest of the model.
+
+    Raises UserError if the file is missing or torn, or lacks one.
+    """
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return [file.get_tensor(name) for name in names]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a readable SARM: {error}. Train it again, or pass another --out.") from error
