@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from sarm.config import Run
-from sarm.runtime import outbox
+from sarm.runtime import mlflow_calls, outbox
 from sarm.runtime.tracking import StageRun, Tracker
 from sarm.runtime.trainer import Progress
 
@@ -26,7 +26,8 @@ SEND = outbox.send
 def parent(tmp_path, monkeypatch, mlflow_db) -> Iterator[StageRun]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(mlflow_db, tmp_path / "mlflow.db")
-    monkeypatch.setattr(outbox, "_WAITS", (0.01,))
+    monkeypatch.setattr(outbox, "WAITS", (0.01,))
+    monkeypatch.setattr(mlflow_calls, "WAITS", (0.01,))
     monkeypatch.setattr(outbox, "LAST_SECONDS", 0.05)
     yield Tracker(Run(out=tmp_path / "a"), "a").parent
     outbox.close_all()
@@ -86,7 +87,7 @@ def test_what_could_not_be_sent_waits_for_the_next_job_on_these_outputs(parent, 
 _KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from sarm.runtime import outbox
+    from sarm.runtime import mlflow_calls, outbox
     from sarm.runtime.tracking import StageRun
     from sarm.runtime.trainer import Progress
     from mlflow.exceptions import MlflowException
@@ -120,7 +121,7 @@ def test_a_process_killed_in_an_outage_and_the_one_that_goes_on_leave_each_step_
 def test_records_of_a_process_that_lives_are_its_own_affair(parent, monkeypatch):
     monkeypatch.setattr(outbox, "send", away)
     parent.log_metrics({"loss": 1.0}, 1)
-    monkeypatch.setattr(outbox, "_WAITS", (60.0,))
+    monkeypatch.setattr(outbox, "WAITS", (60.0,))
     before = files(parent)
     monkeypatch.setattr(outbox, "send", SEND)
     assert outbox.send_left(parent.outbox), "nothing of an ended process was left"
@@ -148,11 +149,11 @@ def test_a_question_that_needs_an_answer_is_asked_again_for_a_while(parent, monk
             away()
         return "run"
 
-    assert outbox.patiently("http://h", ask) == "run"
+    assert mlflow_calls.patiently("http://h", ask) == "run"
     assert len(asked) == 4
-    monkeypatch.setattr(outbox, "PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(mlflow_calls, "PATIENCE_SECONDS", -1.0)
     with pytest.raises(MlflowException):
-        outbox.patiently("http://h", away)
+        mlflow_calls.patiently("http://h", away)
 
 
 def answer(status: int) -> requests.HTTPError:
@@ -176,4 +177,4 @@ def answer(status: int) -> requests.HTTPError:
     ],
 )
 def test_what_asking_again_helps_against(error, expected):
-    assert outbox.is_away(error) is expected
+    assert mlflow_calls.is_away(error) is expected

@@ -20,7 +20,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from sarm.checks import StoppedError
 from sarm.config import Run, UserError
-from sarm.runtime.outbox import Outbox, flush_run, is_away, outbox, patiently, send_left
+from sarm.runtime.mlflow_calls import is_away, patiently
+from sarm.runtime.outbox import Outbox, flush_run, outbox, send_left
 
 # Without these a dead server blocks every call for minutes.
 _ENVIRONMENT = {
