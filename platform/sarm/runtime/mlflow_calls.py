@@ -3,6 +3,7 @@
 A record is a dictionary that JSON takes, with its `kind` and what that needs.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def send(uri: str, run_id: str, records: Sequence[Record], last_steps: dict[str,
     elif kind == "artifact":
         _send_file(client, run_id, Path(record["path"]), record["folder"])
         if record["is_copy"]:
-            Path(record["path"]).unlink(missing_ok=True)
+            shutil.rmtree(Path(record["path"]).parent, ignore_errors=True)
     elif kind == "table":
         client.log_table(run_id, record["columns"], record["name"])
     elif kind == "model":
