@@ -58,8 +58,8 @@ bench: .venv-bench/.ready $(VENV)/.ready  ## figures, beside other libraries whe
 	  case " $(BESIDE_OTHERS) " in *" $$name "*) python=.venv-bench/bin/python;; *) python=$(BIN)/python;; esac; \
 	  $$python tests/bench/bench_$$name.py; done
 
-test-chaos: $(VENV)/.ready  ## extraction under kills of nodes, actors and drivers; SEED=2 for others
-	SARM_CHAOS=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos -s
+test-chaos: $(VENV)/.ready  ## kills of nodes, actors, drivers and MLflow, hosts that are cut off; SEED=2 for others
+	SARM_CHAOS=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos tests/hosts -s
 
 test-formats: $(VENV)/.ready .venv-bench/.ready  ## SAE files, exchanged with the libraries whose formats they are
 	$(BIN)/python -m pytest tests/formats tests/data/test_sae_formats.py

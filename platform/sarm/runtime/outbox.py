@@ -222,7 +222,9 @@ def _locked(path: Path, *, create: bool) -> IO[str] | None:
     file = os.fdopen(descriptor, "r+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
+    except OSError as error:
+        # A file system without locks cannot say whether the writer lives: what it left is for someone to send by hand.
+        if isinstance(error, BlockingIOError) or not create:
+            file.close()
+            return None
     return file
