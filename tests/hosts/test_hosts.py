@@ -58,11 +58,13 @@ class Cluster:
         ]  # fmt: skip
         self._start(HEAD, "ray-1", str(BIN / "ray"), *head)
         self.wait_for(lambda: self.job("list").returncode == 0, "the head's jobs server")
+        # One after the other: on two cores they would time out together.
         for host in range(2, HOSTS + 1):
-            address = self.hosts.address(host)
-            self._start(host, f"ray-{host}", str(BIN / "ray"), "start", f"--address={self.hosts.address(HEAD)}:{GCS}", f"--node-ip-address={address}", *common)  # fmt: skip
+            address = f"--node-ip-address={self.hosts.address(host)}"
+            join = ["start", f"--address={self.hosts.address(HEAD)}:{GCS}", address, *common]
+            self._start(host, f"ray-{host}", str(BIN / "ray"), *join)
+            self.wait_for(lambda host=host: self.num_nodes() == host, f"node {host}")
         self.start_mlflow()
-        self.wait_for(lambda: self.num_nodes() == HOSTS, f"{HOSTS} nodes")
 
     def num_nodes(self) -> int:
         line = [str(BIN / "ray"), "status", "--address", f"{self.hosts.address(HEAD)}:{GCS}"]
@@ -109,7 +111,7 @@ class Cluster:
         deadline = time.monotonic() + SECONDS
         while not is_there():
             assert time.monotonic() < deadline, f"no {what}: {self.said()}"
-            time.sleep(0.2)
+            time.sleep(1)
 
     def said(self) -> str:
         return "\n".join(f"{path.name}: {path.read_text()[-1500:]}" for path in sorted(self.root.glob("*.log")))
