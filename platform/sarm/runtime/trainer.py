@@ -29,6 +29,7 @@ from sarm.runtime.tracking import StageRun
 
 Task = TypeVar("Task")
 _PRINT_EVERY_SECONDS = 5.0
+_FEW_WORKERS = 16
 
 
 class _Stopped(NamedTuple):
@@ -58,6 +59,9 @@ def run_workers(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # One process less to start: a machine that goes away is seen by its workers' death, and the job's own end by SIGTERM.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    if run.num_workers <= _FEW_WORKERS:
+        # How often the controller looks after its workers: their death, and their end, is seen that much sooner.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     restarts, newest = 0, -1
     while True:
         try:
