@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 OUT = ROOT / "outputs" / "bench" / "extraction.json"
 ROUNDS = 2
+# Of the model in `workers`: shallow enough for a corpus of several dozen blocks.
+WORKERS_LAYER = 7
 PEERS = ROOT / ".venv-bench" / "bin" / "python"
 BOUNDS = {
     "vs_bare_loop": (">=", 0.85),
@@ -77,7 +80,7 @@ def speed(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, 
         run = {"corpus": "corpus", "target": f"out{number}", "num_actors": 1, "cpus": 2}
         own += run_part("pass", folder, {"runs": [run]})
         found = run_part("loop", folder, {"corpus": "corpus"})
-        bare.append(found["tokens"] / found["seconds"])
+        bare.append(_rate(found))
     rates = [one["tokens_per_second"] for one in own]
     last = own[-1]
     return {
@@ -101,24 +104,33 @@ def peers(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, 
 
     found = run_part("reference", folder, {"texts": texts[:16]})
     own = figures["tokens_per_second"]
-    rate = found["tokens"] / found["seconds"]
+    rate = _rate(found)
     result = {"reference_tokens_per_second": rate, "vs_reference": own / rate}
     source = model_folder(Model(name="demo:smollm2", layer=1))
     for name, stop in (("sae_lens", False), ("sae_lens_stopped", True)):
         options = {"texts": texts, "model_folder": source, "num_tokens": 6144, "stop": stop}
         found = run_part("sae_lens", folder, options, python=PEERS)
-        rate = found["tokens"] / found["seconds"]
+        rate = _rate(found)
         result |= {f"{name}_tokens_per_second": rate, f"vs_{name}": own / rate}
     # Both hold the sentence ends of the passages; SAELens has no way to keep less than all tokens.
     return result | {"bytes_vs_sae_lens": figures["bytes"] / figures["tokens"] / found["bytes_a_token"]}
 
 
 def workers(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
-    """Two actors of one core each beside one, on a shallow model, so that there are blocks enough to share out."""
-    common = {"corpus": "many", "cpus": 1, "layer": 3, "kilobytes": 16}
+    """Two actors of one core each beside one, and two bare loops beside one, which is all that this machine gives."""
+    common = {"corpus": "many", "cpus": 1, "layer": WORKERS_LAYER, "kilobytes": 8}
     runs = [{**common, "target": f"out-{n}", "num_actors": n} for n in (1, 2)]
     one, two = run_part("pass", folder, {"runs": runs, "threads": 1})
-    return {"two_worker_speedup": two["tokens_per_second"] / one["tokens_per_second"]}
+    options = {"corpus": "many", "layer": WORKERS_LAYER, "threads": 1}
+    (alone,) = run_parts("loop", folder, [options])
+    both = run_parts("loop", folder, [options | {"beside": 2}] * 2)
+    ceiling = sum(map(_rate, both)) / _rate(alone)
+    return {
+        "two_worker_speedup": two["tokens_per_second"] / one["tokens_per_second"],
+        "two_process_ceiling": ceiling,
+        "workers_tokens_per_second": {"one": one["tokens_per_second"], "two": two["tokens_per_second"]},
+        "processes_tokens_per_second": {"one": _rate(alone), "two": [_rate(found) for found in both]},
+    }
 
 
 def memory(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +145,24 @@ def memory(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str,
 
 
 def run_part(part: str, folder: Path, options: dict[str, Any], python: Path | str = sys.executable) -> Any:
-    """One process of `extraction_parts.py`."""
+    """What one process of `extraction_parts.py` found."""
+    return run_parts(part, folder, [options], python)[0]
+
+
+def run_parts(
+    part: str, folder: Path, options: Sequence[dict[str, Any]], python: Path | str = sys.executable
+) -> list[Any]:
+    """What processes of `extraction_parts.py` found that ran at once, one for each of `options`."""
+    processes = [_start(part, folder, one, python) for one in options]
+    ended = [(process, *process.communicate()) for process in processes]
+    for process, said, errors in ended:
+        if process.returncode:
+            raise SystemExit(f"{part} failed:\n{errors[-3000:]}")
+        print(f"{part}: {said.splitlines()[-1][:300]}", flush=True)
+    return [json.loads(said.splitlines()[-1]) for _, said, _ in ended]
+
+
+def _start(part: str, folder: Path, options: dict[str, Any], python: Path | str) -> "subprocess.Popen[str]":
     threads = str(options.get("threads", 2))
     # Only ours must be importable there: the peers' environment has its own versions of the rest.
     environment = {
@@ -143,11 +172,11 @@ def run_part(part: str, folder: Path, options: dict[str, Any], python: Path | st
         "MKL_NUM_THREADS": threads,
     }
     command = [str(python), str(HERE / "extraction_parts.py"), part, str(folder), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{part} failed:\n{done.stderr[-3000:]}")
-    print(f"{part}: {done.stdout.splitlines()[-1][:300]}", flush=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def _rate(found: dict[str, float]) -> float:
+    return found["tokens"] / found["seconds"]
 
 
 def show(figures: dict[str, Any]) -> None:

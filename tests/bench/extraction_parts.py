@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -89,8 +90,11 @@ def _row_ids(table: Any) -> list[int]:
     return table.column("row_id").to_pylist()
 
 
-def loop(folder: Path, corpus: str, threads: int = 2) -> dict[str, float]:
-    """The truncated model over the very batches of the pass, tokenised beforehand; nothing is taken out or written."""
+def loop(folder: Path, corpus: str, layer: int = LAYER, beside: int = 1, threads: int = 2) -> dict[str, float]:
+    """The truncated model over the very batches of the pass, tokenised beforehand; nothing is taken out or written.
+
+    Begins when `beside` processes in all are ready.
+    """
     from sarm.config import Extraction, Model
     from sarm.data.blocks import read_block
     from sarm.data.chat import load_chat_tokenizer
@@ -98,7 +102,7 @@ def loop(folder: Path, corpus: str, threads: int = 2) -> dict[str, float]:
     from sarm.data.windows import collate_windows, text_windows, window_batches
     from sarm.nn.backbone import load_backbone
 
-    model = Model(name="demo:smollm2", layer=LAYER, max_length=MAX_LENGTH)
+    model = Model(name="demo:smollm2", layer=layer, max_length=MAX_LENGTH)
     chat = load_chat_tokenizer(model, model_folder(model))
     work = make_pass(folder / corpus, folder / "unused", model, Extraction())
     batches, tokens = [], 0
@@ -109,7 +113,12 @@ def loop(folder: Path, corpus: str, threads: int = 2) -> dict[str, float]:
         for members in window_batches(windows, Extraction().batch_tokens):
             batches.append(collate_windows(windows, members, chat.pad_id).input_ids)
             tokens += sum(len(windows[n].ids) for n in members)
-    backbone = load_backbone(model_folder(model), LAYER).eval()
+    backbone = load_backbone(model_folder(model), layer).eval()
+    ready = folder / f"ready-{beside}"
+    ready.mkdir(exist_ok=True)
+    (ready / str(os.getpid())).touch()
+    while len(list(ready.iterdir())) < beside:
+        time.sleep(0.01)
     with torch.inference_mode():
         started = time.perf_counter()
         for ids in batches:

@@ -4,7 +4,6 @@ Each has `prepare` (tokenising; may run beside another block's forward pass), `c
 `rejected` (rows for the sink that say why an input gave nothing).
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from sarm.data.packing import Row, collate, row_batches
 from sarm.data.parts import with_sink_columns
 from sarm.data.windows import Places, Window, collate_windows, text_windows, window_batches
 from sarm.nn.backbone import load_backbone, residuals_at
+from sarm.runtime.usage import ForwardClock
 
 # Reasons of a place by the code that `_stored` gives it.
 _REASONS = np.array([None, "not_finite", "overflow"], dtype=object)
@@ -70,16 +70,15 @@ class _Backbone:
         dtype = getattr(torch, model.dtype)
         backbone = load_backbone(folder, self._layers[-1], dtype, revision=model.revision, gguf_file=model.gguf_file)
         self._backbone = backbone.eval().to(self._device)
+        self._clock = ForwardClock(self._device)
         self._stored_dtype = getattr(torch, extraction.dtype)
 
     def _taken(self, cost: Cost, num_tokens: int, **inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(16-bit vectors, codes of `_REASONS`) for each layer, on their way to the CPU."""
-        started = time.perf_counter()
         on_device = {name: tensor.to(self._device, non_blocking=True) for name, tensor in inputs.items()}
-        with torch.inference_mode():
+        with torch.inference_mode(), self._clock.running():
             found = [self._stored(x_ND) for x_ND in residuals_at(self._backbone, self._layers, **on_device)]
         cost.tokens, cost.padded_tokens = cost.tokens + num_tokens, cost.padded_tokens + inputs["input_ids"].numel()
-        cost.forward_seconds += time.perf_counter() - started
         return found
 
     def _stored(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,9 +100,11 @@ class _Backbone:
         half = len(members) // 2
         return self._split_on_oom(members[:half], forward) + self._split_on_oom(members[half:], forward)
 
-    def _ready(self) -> None:
+    def _ready(self, cost: Cost) -> None:
+        """Wait for all passes, and add up their time."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
+        cost.forward_seconds += self._clock.seconds()
 
     def _table(self, target: Target, columns: dict[str, Any], x_ND: Tensor) -> pa.Table:
         return activation_table(columns, x_ND, self._extraction.dtype, with_sink_columns(self._schemas[target]))
@@ -143,7 +144,7 @@ class TextActivations(_Backbone):
                 else:
                     done.append((members, found))
             beat()
-        self._ready()
+        self._ready(cost)
         places = Places(windows, [n for members, _ in done for n in members])
         tables: Tables = {}
         for number, layer in enumerate(self._layers):
@@ -200,7 +201,7 @@ class ChatActivations(_Backbone):
                 place_of.update({key: start + i for i, key in enumerate(result[0])})
                 found.append(result[1])
             beat()
-        self._ready()
+        self._ready(cost)
         records = [record for group in prepared for record in _pair_places(group)]
         where = [place_of[key] for key, _ in records]
         index = torch.tensor([0 if place is None else place for place in where], dtype=torch.long)

@@ -6,9 +6,7 @@ being computed when the process died twice is rejected. So no input can keep a p
 
 import json
 import os
-import resource
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import psutil
 import pyarrow as pa
 import torch
 
@@ -24,6 +21,7 @@ from sarm.data.blocks import Block, read_block
 from sarm.data.parts import finished_table, write_part
 from sarm.manifest import write_atomically
 from sarm.runtime.actors import Beat, Cost, Tables
+from sarm.runtime.usage import Usage
 
 BEGUN = "begun"
 _WHOLE_ATTEMPTS, _DEATHS_OF_A_ROW = 2, 2
@@ -111,7 +109,7 @@ class BlockActor:
         self._actor = actor(**arguments, threads=threads)
         # One block in the forward pass at a time; beside it another is read and tokenised, or written.
         self._forward = threading.Lock()
-        self._last = (time.monotonic(), _cpu_seconds())
+        self._usage = Usage()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         # Threads of Ray's pool start with torch's default.
@@ -133,8 +131,7 @@ class BlockActor:
         journal.done()
         return {
             "number": block.number, "began": began, "ended": time.time(), "rows": block.num_rows, "outputs": sum(counts.values()), **asdict(cost),
-            "cpu_share": self._cpu_share(),
-            "rss": _peak_rss(),
+            **self._usage.taken(),
         }  # fmt: skip
 
     def _whole(self, table: pa.Table, journal: Journal) -> tuple[Tables, Cost]:
@@ -185,22 +182,6 @@ class BlockActor:
             total,
             errors,
         )
-
-    def _cpu_share(self) -> float:
-        """Cores' worth of time that this process used since the block before, per core that it was given."""
-        now, used = time.monotonic(), _cpu_seconds()
-        before, self._last = self._last, (now, used)
-        return (used - before[1]) / max(1e-9, now - before[0]) / self._threads
-
-
-def _peak_rss() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _cpu_seconds() -> float:
-    times = psutil.Process().cpu_times()
-    return times.user + times.system
 
 
 def _reason(error: Exception) -> str:

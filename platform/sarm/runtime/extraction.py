@@ -76,7 +76,9 @@ def run_over(
     missing = _missing(work)
     if len(missing) < len(work.blocks):
         say(f"{work.name}: {len(work.blocks) - len(missing):,} of {len(work.blocks):,} blocks are done already")
-    progress = PassProgress(work.name, sum(block.num_rows for block in missing), log)
+    num_rows = sum(block.num_rows for block in missing)
+    actors = min(run.num_actors, len(missing))
+    progress = PassProgress(work.name, num_rows, log, num_actors=actors, threads=threads, use_gpu=cluster.use_gpu)
     while missing:
         try:
             for done in _watched(work, missing, threads, run.num_actors, cluster.use_gpu, stall_seconds):

@@ -9,12 +9,22 @@ _PRINT_EVERY_SECONDS = 5.0
 
 
 class PassProgress:
-    """Sums what the actors say of their blocks."""
+    """Sums what `num_actors` actors of `threads` cores each say of their blocks."""
 
-    def __init__(self, name: str, num_rows: int, log: Callable[[Mapping[str, float], int], None] | None):
+    def __init__(
+        self,
+        name: str,
+        num_rows: int,
+        log: Callable[[Mapping[str, float], int], None] | None,
+        *,
+        num_actors: int,
+        threads: int,
+        use_gpu: bool,
+    ):
         self._name, self._num_rows, self._log = name, num_rows, log
+        self._num_actors, self._threads, self._use_gpu = num_actors, threads, use_gpu
         self._rows = self._outputs = self._blocks = self._tokens = self._padded = 0
-        self._forward = self._cpu = self._rss = 0.0
+        self._forward = self._cpu = self._rss = self._gpu_memory = 0.0
         self._printed = time.monotonic()
         self._began, self._ended = math.inf, 0.0
 
@@ -27,8 +37,8 @@ class PassProgress:
             self._outputs + done["outputs"],
         )
         self._tokens, self._padded = self._tokens + done["tokens"], self._padded + done["padded_tokens"]
-        self._forward, self._cpu = self._forward + done["forward_seconds"], done["cpu_share"]
-        self._rss = max(self._rss, done["rss"])
+        self._forward, self._cpu = self._forward + done["forward_seconds"], self._cpu + done["cpu_seconds"]
+        self._rss, self._gpu_memory = max(self._rss, done["rss"]), max(self._gpu_memory, done["gpu_memory"])
         # From the first block on: starting actors and loading the model is not the pass's rate.
         self._began, self._ended = min(self._began, done["began"]), max(self._ended, done["ended"])
         if now - self._printed >= _PRINT_EVERY_SECONDS:
@@ -47,7 +57,7 @@ class PassProgress:
             "tokens_per_second": round(self._tokens / self._elapsed(), 1),
             "padding_share": round(self._padding(), 4),
             "forward_seconds": round(self._forward, 2),
-            "actor_rss_gb": round(self._rss / 1e9, 3),
+            **{name: round(value, 3) for name, value in self._use().items()},
         }
 
     def _elapsed(self) -> float:
@@ -56,16 +66,27 @@ class PassProgress:
     def _padding(self) -> float:
         return 1 - self._tokens / max(1, self._padded)
 
+    def _use(self) -> dict[str, float]:
+        """Shares of the actors' cores and GPUs that were at work (a GPU: in forward passes), and memory of the largest actor."""
+        seconds = self._elapsed() * self._num_actors
+        use = {"cpu_share": self._cpu / seconds / self._threads, "actor_rss_gb": self._rss / 1e9}
+        if self._use_gpu:
+            use["gpu_share"] = self._forward / seconds
+            use["gpu_memory_gb"] = self._gpu_memory / 1e9
+        return use
+
     def _say(self, now: float) -> None:
         self._printed = now
         elapsed = self._elapsed()
         rate, left = self._tokens / elapsed, elapsed * max(0.0, self._num_rows / max(1, self._rows) - 1)
+        use = self._use()
+        gpu = f"GPU {use['gpu_share']:.0%} busy, {use['gpu_memory_gb']:.1f} GB  " if self._use_gpu else ""
         print(
             f"{self._name} {self._rows:,} of {self._num_rows:,} rows  {rate:,.0f} tokens/s  padding {self._padding():.1%}  "
-            f"CPU {self._cpu:.0%} of an actor's  {left:.0f} s left",
+            f"{gpu}CPU {use['cpu_share']:.0%} busy, {use['actor_rss_gb']:.1f} GB  {left:.0f} s left",
             flush=True,
         )
         if self._log is not None:
             metrics = {"rows": self._rows, "tokens": self._tokens, "tokens_per_second": rate, "seconds_left": left}
-            metrics |= {"padding_share": self._padding(), "cpu_share": self._cpu, "actor_rss_gb": self._rss / 1e9}
+            metrics |= {"padding_share": self._padding(), **use}
             self._log({f"extraction/{name}": value for name, value in metrics.items()}, self._blocks)
