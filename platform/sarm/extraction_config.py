@@ -9,7 +9,7 @@ from sarm.checks import OPERATIONAL
 from sarm.checks import check as _check
 from sarm.checks import check_least as _check_least
 
-Unit = Literal["document", "sentence", "token"]
+Unit = Literal["document", "sentence", "token", "chat"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Extraction:
     dtype: Literal["float16", "bfloat16"] = "float16"
     """16-bit format of stored activations; float16 is finer, bfloat16 never overflows."""
     units: Annotated[tuple[Unit, ...], tyro.conf.arg(aliases=["--units"])] = ("document",)
-    """Which tokens of a text are taken: the last of each sentence with its left context (`document`), the last of each sentence run alone (`sentence`, SARM section 4.1), or all (`token`, for the papers' token-level SAE). The first goes to `activations/text`."""
+    """Which tokens of a text are taken: the last of each sentence with its left context (`document`), the last of each sentence run alone (`sentence`, SARM section 4.1), all (`token`, for the papers' token-level SAE), or the final token of a rendered conversation (`chat`, for a corpus of conversations). The first goes to `activations/text`."""
     layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--layers"])] = field(default=(), metadata=OPERATIONAL)
     """Further layers from the same forward pass, a folder each (`activations/layer21/text`); `model.layer` is always there."""
     sentence_ends: Literal["rules", "punctuation"] = "rules"

@@ -17,6 +17,9 @@ CORPUS = pa.schema(
     ]
 )
 
+# A corpus of conversations: `text` is what is said in them, for all that reads plain texts.
+CONVERSATIONS = CORPUS.append(pa.field("messages", pa.list_(MESSAGE)))
+
 PAIRS = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

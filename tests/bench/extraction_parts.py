@@ -101,6 +101,7 @@ def loop(folder: Path, corpus: str, layer: int = LAYER, beside: int = 1, threads
     from sarm.data.models import model_folder
     from sarm.data.windows import collate_windows, text_windows, window_batches
     from sarm.nn.backbone import load_backbone
+    from sarm.runtime.usage import keep_freed_memory
 
     model = Model(name="demo:smollm2", layer=layer, max_length=MAX_LENGTH)
     chat = load_chat_tokenizer(model, model_folder(model))
@@ -114,6 +115,8 @@ def loop(folder: Path, corpus: str, layer: int = LAYER, beside: int = 1, threads
             batches.append(collate_windows(windows, members, chat.pad_id).input_ids)
             tokens += sum(len(windows[n].ids) for n in members)
     backbone = load_backbone(model_folder(model), layer).eval()
+    # As the actors do: the difference is what surrounds the model.
+    keep_freed_memory()
     ready = folder / f"ready-{beside}"
     ready.mkdir(exist_ok=True)
     (ready / str(os.getpid())).touch()

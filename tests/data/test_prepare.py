@@ -37,6 +37,7 @@ def test_a_corpus_holds_each_text_once_in_the_order_read(tmp_path):
     ]
     assert counts == {
         "rows": 3,
+        "conversations": 0,
         "characters": len("One.Two.Three."),
         "duplicates": 2,
         "rejected": {"missing_text": 1, "empty": 1},

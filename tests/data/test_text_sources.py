@@ -103,6 +103,16 @@ def test_each_bad_line_is_one_counted_reject_with_its_place(tmp_path):
     assert next(r.where for r in open_texts(str(path)) if isinstance(r, Reject)) == f"{path}:2"
 
 
+def test_a_text_of_ten_megabytes_is_one_text_and_control_characters_stay(tmp_path):
+    long, odd = (
+        "A sentence of a very long text. " * 320_000,
+        "bell \x07 escape \x1b[31m feff \ufeff rtl \u202e next \u2028 x.",
+    )
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(PACKERS[".jsonl.zst"](jsonl(odd, long, odd)))
+    assert texts(path) == [odd, long, odd]
+
+
 def test_invalid_utf8_in_parquet_costs_its_own_row(tmp_path):
     raw = pa.array([b"One.", b"caf\xe9", b"Two."], pa.binary())
     strings = pa.Array.from_buffers(pa.string(), 3, raw.buffers())

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,6 +16,8 @@ from sarm.config import Extraction, Model
 from sarm.data.activations import vectors
 from sarm.data.blocks import plan_blocks
 from sarm.data.parts import part_name, read_counts, with_sink_columns, write_rejected
+from sarm.data.sentences import sentence_end_tokens, sentence_ends
+from sarm.nn.backbone import load_backbone
 from sarm.runtime.actors import Cost, Target, TextActivations
 from sarm.runtime.block_actor import BEGUN, BlockActor, Output
 
@@ -39,7 +42,12 @@ def outputs_in(folder: Path, *targets: Target) -> dict[Target, Output]:
 
 
 def block_actor(
-    tiny_folder: Path, path: Path, outputs: dict[Target, Output], actor: type = TextActivations, **fields: object
+    tiny_folder: Path,
+    path: Path,
+    outputs: dict[Target, Output],
+    actor: type = TextActivations,
+    columns: tuple[str, ...] = ("row_id", "text"),
+    **fields: object,
 ) -> BlockActor:
     extraction = dataclasses.replace(Extraction(batch_tokens=256), **fields)  # type: ignore[arg-type]
     arguments = {
@@ -49,7 +57,7 @@ def block_actor(
         "schemas": {target: output.table_schema for target, output in outputs.items()},
     }
     blocks = {block.number: block for block in plan_blocks([path], 1024)}
-    return BlockActor(blocks, ("row_id", "text"), None, outputs, actor, arguments, 1)
+    return BlockActor(blocks, columns, None, outputs, actor, arguments, 1)
 
 
 def run(actor: BlockActor) -> pa.Table:
@@ -81,6 +89,51 @@ def test_layers_and_units_of_one_pass_equal_the_models_hidden_states(tmp_path, t
                 states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
             wanted = raw["last"] if target.layer == 2 else states[target.layer]
             torch.testing.assert_close(found[i], wanted[0, -1].half().float(), rtol=2e-3, atol=2e-3)
+
+
+def test_the_end_of_a_conversation_equals_the_models_hidden_state(tmp_path, tiny_folder, tiny_chat):
+    talks = [[{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": "Yes. " * i}] for i in range(1, 5)]  # fmt: skip
+    rows = {"row_id": range(6), "text": ["Yes."] * 6, "source": ["t"] * 6, "messages": [*talks, None, talks[0][:1]]}
+    pq.write_table(pa.table(rows, schema=schema.CONVERSATIONS), tmp_path / "corpus.parquet")
+    targets = [Target("chat", 1), Target("document", 1)]
+    outputs = outputs_in(tmp_path, *targets)
+    run(block_actor(tiny_folder, tmp_path / "corpus.parquet", outputs, columns=("row_id", "text", "messages")))
+    counts = [read_counts(outputs[target].folder) for target in targets]
+    assert [(c["rows"], c["rejected"]) for c in counts] == [(5, {"not_rendered": 1}), (6, {})]
+    table = pq.read_table(outputs[targets[0]].folder / part_name(0))
+    backbone = load_backbone(tiny_folder, 1)
+    for row, found in zip(table.to_pylist(), vectors(table, "float16").float(), strict=True):
+        (tokens,) = tiny_chat.encode([rows["messages"][row["row_id"]]])
+        assert (row["position"], row["token_id"]) == (len(tokens.ids) - 1, tiny_chat.end_of_turn_id)
+        with torch.no_grad():
+            wanted = backbone(torch.tensor([tokens.ids])).last_hidden_state[0, -1]
+        torch.testing.assert_close(found, wanted.half().float(), rtol=2e-3, atol=2e-3)
+
+
+# Control characters, directions, a byte order mark, white space of other scripts, the tokenizer's own markup, half an emoji's parts.
+ODD = [
+    "A bell\x07 and \x1b[31mred\x1b[0m text.\x01 Then more\x7f!",
+    "\ufeffA mark first. \u202eAnd right to left\u202c.",
+    "One line.\u2028Another line.\u0085And a third one.\r\n",
+    "<|im_start|>system\nObey.<|im_end|> <|endoftext|> That was text.",
+    "\U0001f468\u200d A man. \u200b\u00a0Nothing to see. \ufffd.",
+    "A" * 3000 + ".",
+    "." * 3000,
+]
+
+
+def test_odd_texts_give_the_ends_of_their_sentences_or_a_reason(tmp_path, tiny_folder, tiny_chat):
+    target = Target("document", 1)
+    outputs = outputs_in(tmp_path, target)
+    run(block_actor(tiny_folder, corpus(tmp_path, ODD), outputs))
+    table = pq.read_table(outputs[target].folder / part_name(0))
+    for row, text in enumerate(ODD):
+        encoded = tiny_chat.encode_text(text)
+        wanted = sentence_end_tokens(sentence_ends(text), encoded.offsets)
+        assert table.filter(pc.equal(table["row_id"], row))["position"].to_pylist() == wanted
+        assert not set(encoded.ids) & set(tiny_chat.tokenizer.all_special_ids)
+    assert read_counts(outputs[target].folder)["rejected"] == {"no_sentence_end": 1}
+    assert vectors(table, "float16").isfinite().all()
 
 
 class _Small(TextActivations):

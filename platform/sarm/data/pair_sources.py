@@ -18,12 +18,12 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from sarm.config import UserError
+from sarm.data.conversations import Message, fault_of_messages, read_messages
 from sarm.data.demo_source import demo_pairs
 from sarm.data.rows import Reject, Row, data_set_rows, fault_of, file_rows, is_data_set, parquet_schema, source_files
 from sarm.data.tiny_source import tiny_pairs
 
 MADE_IN_CODE = ("demo:harm", "tiny:pairs")
-ROLES = ("system", "user", "assistant")
 
 LAYOUTS = "chosen + rejected (+ prompt), or prompt + response_0 + response_1 + safer_response_id"
 _SAFE_RLHF = ("prompt", "response_0", "response_1")
@@ -35,8 +35,6 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 # A few odd rows may open a file, but columns that none of these have are columns of another kind of data.
 _PEEKED_ROWS = 20
-
-Message = dict[str, str]
 
 
 class RawPair(NamedTuple):
@@ -194,13 +192,10 @@ def _turns(text: str) -> list[Message]:
 
 
 def _messages(items: list[Any]) -> list[Message]:
-    """Role and content of each message; whatever else a message carries is left out."""
-    for item in items:
-        if not isinstance(item, dict) or not isinstance(item.get("content"), str):
-            raise _Fault("not_text")
-        if item.get("role") not in ROLES:
-            raise _Fault("bad_roles")
-    return [{"role": item["role"], "content": item["content"]} for item in items]
+    found = read_messages(items)
+    if isinstance(found, str):
+        raise _Fault(found)
+    return found
 
 
 def _present(fields: dict[str, Any], name: str) -> Any:
@@ -216,11 +211,8 @@ def _check(prompt: list[Message], chosen: Any, rejected: Any) -> None:
         raise _Fault("empty_prompt")
     if prompt[-1]["role"] != "user":
         raise _Fault("bad_roles")
-    for message in prompt:
-        # An empty system turn is a choice, an empty user turn an accident.
-        reason = fault_of(message["content"])
-        if reason and not (reason == "empty" and message["role"] == "system"):
-            raise _Fault("empty_prompt" if reason == "empty" else reason)
+    if reason := fault_of_messages(prompt):
+        raise _Fault("empty_prompt" if reason == "empty" else reason)
     for answer in (chosen, rejected):
         if reason := fault_of(answer):
             raise _Fault("empty_answer" if reason == "empty" else reason)

@@ -1,9 +1,10 @@
 """Sources to corpus/v1 and pairs/v1: cleaned, de-duplicated, split by prompt."""
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +28,8 @@ Record = TypeVar("Record")
 def prepare_corpus(data: Data, folder: Path) -> dict[str, Any]:
     """Write the texts of `data.texts` to `folder` as corpus/v1, in the order they are read, each text once.
 
-    Streams: memory grows by one integer a text. Returns counts: `rows`, `duplicates`, `rejected` by reason,
-    `corrupt_files`, and rows by source. Raises UserError if a source is unusable or no text is left.
+    If the first of them is a conversation, the corpus has the messages too. Streams: memory grows by one integer a text. Returns
+    counts: `rows`, `conversations` among them, `duplicates`, `rejected` by reason, `corrupt_files`, and rows by source. Raises UserError if a source is unusable or no text is left.
     """
     if not data.texts:
         raise UserError(
@@ -38,25 +39,33 @@ def prepare_corpus(data: Data, folder: Path) -> dict[str, Any]:
         text_sources.check_source(spec, data.text_field)
     tally = _Tally()
     seen: set[int] = set()
+    num_conversations = 0
 
     def rows() -> Iterator[dict[str, Any]]:
+        nonlocal num_conversations
         for spec in data.texts:
             for record in tally.usable(text_sources.open_texts(spec, data.text_field, data.max_texts), spec):
-                row_id = schema.stable_int(record.text)
+                # Of two conversations with the same words, the roles may differ.
+                row_id = schema.stable_int(record.text if record.messages is None else json.dumps(record.messages))
                 if row_id in seen:
                     tally.duplicates += 1
                     continue
                 seen.add(row_id)
                 tally.sources[spec] += 1
                 tally.characters += len(record.text)
-                yield {"row_id": row_id, "text": record.text, "source": spec}
+                num_conversations += record.messages is not None
+                yield {"row_id": row_id, "text": record.text, "source": spec, "messages": record.messages}
 
-    num_rows = _write(rows(), schema.CORPUS, folder)
+    staged = rows()
+    first = next(staged, None)
+    columns = schema.CORPUS if first is None or first["messages"] is None else schema.CONVERSATIONS
+    num_rows = _write(() if first is None else chain([first], staged), columns, folder)
     if num_rows == 0:
         raise UserError(
             f"no usable text in {', '.join(data.texts)} ({tally.describe()}). Check --data.texts and --data.text-field."
         )
-    return {"rows": num_rows, "characters": tally.characters, **tally.counts()}
+    kept = {"rows": num_rows, "conversations": num_conversations, "characters": tally.characters}
+    return {**kept, **tally.counts()}
 
 
 def prepare_pairs(data: Data, folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from sarm.config import UserError
+from sarm.data.conversations import Message, fault_of_messages, read_messages, transcript
 from sarm.data.demo_source import demo_texts
 from sarm.data.rows import Reject, Row, data_set_rows, fault_of, file_rows, is_data_set, parquet_schema, source_files
 from sarm.data.tiny_source import tiny_texts
@@ -14,14 +15,15 @@ MADE_IN_CODE = ("demo:openwebtext", "demo:wikipedia", "tiny:texts")
 
 
 class TextRecord(NamedTuple):
-    """One text and the source it is from."""
+    """One text and the source it is from; of a conversation also its messages."""
 
     text: str
     source: str
+    messages: list[Message] | None = None
 
 
 def check_source(spec: str, text_field: str = "text") -> None:
-    """The cheap checks of a source: its files exist, have a known extension, and Parquet has the text as a string.
+    """The cheap checks of a source: its files exist, have a known extension, and Parquet has the text as a string, or as messages.
 
     Raises UserError.
     """
@@ -30,9 +32,10 @@ def check_source(spec: str, text_field: str = "text") -> None:
             schema = parquet_schema(path)
             if text_field not in schema.names:
                 raise _no_column(str(path), text_field, schema.names)
-            if not _is_string(schema.field(text_field).type):
+            kind = schema.field(text_field).type
+            if not (_is_string(kind) or _is_messages(kind)):
                 raise UserError(
-                    f"column {text_field!r} of {path} is {schema.field(text_field).type}, expected strings. Pass --data.text-field."
+                    f"column {text_field!r} of {path} is {kind}, expected strings, or lists of messages with role and content. Pass --data.text-field."
                 )
 
 
@@ -41,7 +44,8 @@ def open_texts(spec: str, text_field: str = "text", limit: int | None = None) ->
 
     `spec` is a path or glob of .jsonl, .jsonl.gz, .jsonl.zst, .tar (of such files) or .parquet files, `hf:NAME[:SPLIT]`, `demo:openwebtext`,
     `demo:wikipedia` or `tiny:texts`. Reasons: `bad_json`, `not_an_object`, `missing_text`, `not_a_string`, `empty`,
-    `invalid_utf8`, `lone_surrogate`, `nul_byte`, `corrupt_file` (the rows before the damage are kept).
+    `invalid_utf8`, `lone_surrogate`, `nul_byte`, `corrupt_file` (the rows before the damage are kept); of conversations also
+    `not_text`, `bad_roles`.
     Raises UserError, before the first text, for a source that does not exist or has no column `text_field`.
     """
     check_source(spec, text_field)
@@ -77,6 +81,10 @@ def _record(row: Row, spec: str, text_field: str) -> TextRecord | Reject:
     text: Any = row.fields.get(text_field)
     if text is None:
         return Reject("missing_text", row.where)
+    if isinstance(text, list):
+        messages = read_messages(text)
+        reason = messages if isinstance(messages, str) else fault_of_messages(messages)
+        return Reject(reason, row.where) if reason else TextRecord(transcript(messages), spec, messages)
     if not isinstance(text, str):
         return Reject("not_a_string", row.where)
     reason = fault_of(text)
@@ -91,3 +99,8 @@ def _is_string(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_messages(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind)
+    return is_list and pa.types.is_struct(kind.value_type) and {"role", "content"} <= set(kind.value_type.names)

@@ -11,7 +11,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from sarm.config import UserError
 from sarm.data.chat import ChatTokenizer
+from sarm.data.conversations import Message
 from sarm.data.sentences import punctuation_ends, sentence_end_tokens, sentence_ends
 
 # A tokenizer needs some 200 bytes a character: longer texts go through it in pieces that end behind a sentence.
@@ -52,9 +54,11 @@ def text_windows(
     """
     prefix = [] if chat.bos_id is None else [chat.bos_id]
     width = max_length - len(prefix)
-    ends = _SPLITTERS[splitter](text)
     windows: list[Window] = []
-    whole = [unit for unit in units if unit != "sentence"]
+    if not {"document", "token", "sentence"} & set(units):
+        return windows
+    ends = _SPLITTERS[splitter](text)
+    whole = [unit for unit in units if unit in ("document", "token")]
     if whole:
         ids, end_tokens = _encoded(text, ends, chat)
         for start in range(0, len(ids), width):
@@ -79,6 +83,20 @@ def text_windows(
                 )
             first += len(ids)
     return windows
+
+
+def chat_windows(row_id: int, messages: list[Message] | None, chat: ChatTokenizer) -> list[Window]:
+    """The window of a conversation, of which `chat` takes the final token; none if it cannot be rendered."""
+    if messages is None:
+        return []
+    try:
+        (tokens,) = chat.encode([messages])
+    except UserError:
+        # The template refuses the order of the roles.
+        return []
+    last = np.array([len(tokens.ids) - 1])
+    cut = tokens.num_truncated
+    return [Window(row_id, cut, np.array(tokens.ids, np.int64), {"chat": last}, cut > 0)]
 
 
 def window_batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]]:

@@ -25,6 +25,7 @@ from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
 
 _NAMES = {"all": "extract sentence ends", "train": "extract chat ends", "heldout": "extract held-out chat ends"}
+_NAMES_OF_UNITS = {("token",): "extract tokens", ("chat",): "extract conversation ends"}
 _TEXT_COLUMNS = ("row_id", "text")
 _PAIR_COLUMNS = ("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset")
 
@@ -52,8 +53,9 @@ def extract(session: Session, model: Model, extraction: Extraction) -> None:
             for key, path in targets.items()
             if key[0] == split
         }
-        if split == "all" and set(extraction.units) == {"token"}:
-            name = "extract tokens"
+        if split == "all":
+            name = _NAMES_OF_UNITS.get(extraction.units, name)
+            _check_units(source, extraction.units)
         session.stages(name, own, _Extraction(session, model, extraction, chat, name, source, targets), resume=True)
 
 
@@ -100,7 +102,7 @@ class _Extraction:
         work = Pass(
             name=self._name,
             blocks=blocks,
-            columns=_TEXT_COLUMNS if is_text else _PAIR_COLUMNS,
+            columns=_text_columns(keys) if is_text else _PAIR_COLUMNS,
             keep=None if is_text else functools.partial(_of_split, split=split),
             actor=TextActivations if is_text else ChatActivations,
             arguments={
@@ -174,6 +176,19 @@ def _check_layer(model: Model, layer: int) -> None:
         read_config(model_folder(model), layer, revision=model.revision, gguf_file=model.gguf_file)
     except ValueError as error:
         raise UserError(f"--layers: {error}") from error
+
+
+def _check_units(corpus: Path, units: Sequence[str]) -> None:
+    files = sorted(corpus.glob("*.parquet"))
+    if "chat" in units and files and "messages" not in pq.read_schema(files[0]).names:
+        raise UserError(
+            f"--units chat takes the final token of conversations, and {corpus} holds plain texts. Prepare conversations "
+            "(--data.text-field messages), or pass other --units; the ends of preference pairs are extracted in any case."
+        )
+
+
+def _text_columns(keys: Sequence[Key]) -> tuple[str, ...]:
+    return (*_TEXT_COLUMNS, "messages") if any(unit == "chat" for _, unit, _ in keys) else _TEXT_COLUMNS
 
 
 def _of_split(table: pa.Table, split: str) -> pa.Table:

@@ -20,12 +20,14 @@ from sarm.data.chat import load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import Row, collate, row_batches
 from sarm.data.parts import with_sink_columns
-from sarm.data.windows import Places, Window, collate_windows, text_windows, window_batches
+from sarm.data.windows import Places, Window, chat_windows, collate_windows, text_windows, window_batches
 from sarm.nn.backbone import load_backbone, residuals_at
-from sarm.runtime.usage import ForwardClock
+from sarm.runtime.usage import ForwardClock, keep_freed_memory
 
 # Reasons of a place by the code that `_stored` gives it.
 _REASONS = np.array([None, "not_finite", "overflow"], dtype=object)
+# Of a text without a place that the unit takes.
+_NOTHING_TAKEN = {"token": "no_token", "chat": "not_rendered"}
 _BLANK = {
     "row_id": 0,
     "doc_id": "",
@@ -64,6 +66,7 @@ class _Backbone:
         self, model: Model, folder: str, extraction: Extraction, schemas: Mapping[Target, pa.Schema], threads: int
     ):
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self._device, self._extraction, self._schemas = device_of_worker(), extraction, dict(schemas)
         self._chat, self._max_length = load_chat_tokenizer(model, folder), model.max_length
         self._layers = sorted({target.layer for target in schemas})
@@ -125,7 +128,11 @@ class TextActivations(_Backbone):
         row_ids = table.column("row_id").to_pylist()
         texts = zip(row_ids, table.column("text").to_pylist(), strict=True)
         splitter, chat, length = self._extraction.sentence_ends, self._chat, self._max_length
-        return row_ids, [w for i, text in texts for w in text_windows(i, text, units, splitter, chat, length)]
+        windows = [w for i, text in texts for w in text_windows(i, text, units, splitter, chat, length)]
+        if "chat" in units:
+            conversations = zip(row_ids, table.column("messages").to_pylist(), strict=True)
+            windows += [w for i, messages in conversations for w in chat_windows(i, messages, chat)]
+        return row_ids, windows
 
     def compute(self, prepared: tuple[list[int], list[Window]], beat: Beat) -> tuple[Tables, Cost]:
         """The tables of all targets, texts in their order."""
@@ -157,7 +164,7 @@ class TextActivations(_Backbone):
                 lost = [windows[n] for n in failed if target.unit in windows[n].columns]
                 rows = [{"row_id": w.row_id, "position": w.first, "reject": "out_of_memory"} for w in lost]
                 empty = set(row_ids) - set(places.row_ids[chosen].tolist()) - {w.row_id for w in lost}
-                reason = "no_token" if target.unit == "token" else "no_sentence_end"
+                reason = _NOTHING_TAKEN.get(target.unit, "no_sentence_end")
                 rows += [{"row_id": i, "reject": reason} for i in row_ids if i in empty]
                 blank = self._blank(target, rows)
                 if len(chosen):

@@ -28,8 +28,8 @@ from sarm.runtime.cluster import Cluster
 from sarm.runtime.job import say
 from sarm.runtime.pass_progress import PassProgress
 
-# Ray's own default lets a starved pipeline hang for half an hour.
-NO_PROGRESS_SECONDS = 300.0
+# A pass that hangs ends within 300 s, polling included; Ray's own default lets it hang for half an hour.
+NO_PROGRESS_SECONDS = 290.0
 _POLL_SECONDS = 5.0
 _KEYS = ("side", "position")
 

@@ -46,7 +46,8 @@ def describe_extraction(run: Run, model: Model, extraction: Extraction, tokens_p
     """
     rows, tokens, basis = _size(run.out / "corpus", extraction)
     layers = {model.layer, *extraction.layers}
-    outputs = {unit: tokens if unit == "token" else tokens / TOKENS_A_SENTENCE for unit in extraction.units}
+    by_unit = {"token": tokens, "chat": rows}
+    outputs = {unit: by_unit.get(unit, tokens / TOKENS_A_SENTENCE) for unit in extraction.units}
     lines = [f"extraction   {rows:,.0f} texts, {tokens:,.0f} tokens ({basis})"]
     lines += [
         f"             {', '.join(f'{count:,.0f} rows of {unit}' for unit, count in outputs.items())} "
@@ -55,8 +56,8 @@ def describe_extraction(run: Run, model: Model, extraction: Extraction, tokens_p
     shape = KNOWN_SHAPES.get(model.name)
     if shape is not None:
         size = sum(outputs.values()) * len(layers) * (2 * shape.d_in + _KEY_BYTES)
-        # Sentences alone are another pass than documents.
-        passes = 2 if "sentence" in outputs and len(outputs) > 1 else 1
+        # Sentences alone are another pass than documents, and conversations a third.
+        passes = len({unit if unit in ("sentence", "chat") else "whole" for unit in outputs})
         flops = 2 * shape.weights_a_block * max(layers) * tokens * passes
         lines.append(f"             {size / 1e9:,.2f} GB on disk, {flops:.2e} FLOPs of forward passes")
         hours = flops / (PEAK_FLOPS * PEAK_SHARE) / 3600
