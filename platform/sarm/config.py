@@ -96,7 +96,7 @@ class Data:
     pairs: tuple[str, ...] = ()
     """Preference sources: files or globs as above, `hf:NAME[:SPLIT]`, `demo:harm`, `tiny:pairs`."""
     text_field: str = "text"
-    """Column that holds the text."""
+    """Column that holds the text, or conversations as lists of messages."""
     max_texts: int | None = None
     """Keep at most this many texts of each source."""
     max_pairs: int | None = None

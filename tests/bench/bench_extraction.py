@@ -63,7 +63,7 @@ def write_corpora(folder: Path, num_texts: int) -> list[str]:
     from sarm.data.demo_source import demo_texts
 
     texts = [text for text in demo_texts("openwebtext") if isinstance(text, str)]
-    sizes = {"corpus": num_texts, "small": 60, "large": 600, "many": 600}
+    sizes = {"corpus": num_texts, "small": 60, "large": 600, "many": 400}
     for name, size in sizes.items():
         # Passages are few: a larger corpus repeats them under other ids.
         chosen = [f"{texts[i % len(texts)]}" for i in range(size)]

@@ -101,7 +101,7 @@ def test_the_end_of_a_conversation_equals_the_models_hidden_state(tmp_path, tiny
     counts = [read_counts(outputs[target].folder) for target in targets]
     assert [(c["rows"], c["rejected"]) for c in counts] == [(5, {"not_rendered": 1}), (6, {})]
     table = pq.read_table(outputs[targets[0]].folder / part_name(0))
-    backbone = load_backbone(tiny_folder, 1)
+    backbone = load_backbone(str(tiny_folder), 1)
     for row, found in zip(table.to_pylist(), vectors(table, "float16").float(), strict=True):
         (tokens,) = tiny_chat.encode([rows["messages"][row["row_id"]]])
         assert (row["position"], row["token_id"]) == (len(tokens.ids) - 1, tiny_chat.end_of_turn_id)
