@@ -90,10 +90,12 @@ def _row_ids(table: Any) -> list[int]:
     return table.column("row_id").to_pylist()
 
 
-def loop(folder: Path, corpus: str, layer: int = LAYER, beside: int = 1, threads: int = 2) -> dict[str, float]:
+def loop(
+    folder: Path, corpus: str, layer: int = LAYER, beside: int = 1, number: int = 0, threads: int = 2
+) -> dict[str, float]:
     """The truncated model over the very batches of the pass, tokenised beforehand; nothing is taken out or written.
 
-    Begins when `beside` processes in all are ready.
+    Begins when `beside` processes in all are ready for round `number`.
     """
     from sarm.config import Extraction, Model
     from sarm.data.blocks import read_block
@@ -117,7 +119,7 @@ def loop(folder: Path, corpus: str, layer: int = LAYER, beside: int = 1, threads
     backbone = load_backbone(model_folder(model), layer).eval()
     # As the actors do: the difference is what surrounds the model.
     keep_freed_memory()
-    ready = folder / f"ready-{beside}"
+    ready = folder / f"ready-{beside}-{number}"
     ready.mkdir(exist_ok=True)
     (ready / str(os.getpid())).touch()
     while len(list(ready.iterdir())) < beside:

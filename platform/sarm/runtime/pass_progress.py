@@ -25,7 +25,7 @@ class PassProgress:
         self._num_actors, self._threads, self._use_gpu = num_actors, threads, use_gpu
         self._rows = self._outputs = self._blocks = self._tokens = self._padded = 0
         self._forward = self._cpu = self._rss = self._gpu_memory = 0.0
-        self._printed = time.monotonic()
+        self._printed, self._said_blocks = time.monotonic(), 0
         self._began, self._ended = math.inf, 0.0
 
     def add(self, done: Mapping[str, Any]) -> None:
@@ -45,8 +45,8 @@ class PassProgress:
             self._say(now)
 
     def end(self) -> None:
-        """The last line."""
-        if self._blocks:
+        """The last line, unless it has been said."""
+        if self._said_blocks < self._blocks:
             self._say(time.monotonic())
 
     def figures(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class PassProgress:
         return use
 
     def _say(self, now: float) -> None:
-        self._printed = now
+        self._printed, self._said_blocks = now, self._blocks
         elapsed = self._elapsed()
         rate, left = self._tokens / elapsed, elapsed * max(0.0, self._num_rows / max(1, self._rows) - 1)
         use = self._use()
