@@ -83,7 +83,9 @@ def _record(row: Row, spec: str, text_field: str) -> TextRecord | Reject:
         return Reject("missing_text", row.where)
     if isinstance(text, list):
         messages = read_messages(text)
-        reason = messages if isinstance(messages, str) else fault_of_messages(messages)
+        if isinstance(messages, str):
+            return Reject(messages, row.where)
+        reason = fault_of_messages(messages)
         return Reject(reason, row.where) if reason else TextRecord(transcript(messages), spec, messages)
     if not isinstance(text, str):
         return Reject("not_a_string", row.where)

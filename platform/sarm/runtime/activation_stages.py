@@ -25,7 +25,7 @@ from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
 
 _NAMES = {"all": "extract sentence ends", "train": "extract chat ends", "heldout": "extract held-out chat ends"}
-_NAMES_OF_UNITS = {("token",): "extract tokens", ("chat",): "extract conversation ends"}
+_NAMES_OF_UNIT = {"token": "extract tokens", "chat": "extract conversation ends"}
 _TEXT_COLUMNS = ("row_id", "text")
 _PAIR_COLUMNS = ("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset")
 
@@ -54,7 +54,7 @@ def extract(session: Session, model: Model, extraction: Extraction) -> None:
             if key[0] == split
         }
         if split == "all":
-            name = _NAMES_OF_UNITS.get(extraction.units, name)
+            name = _NAMES_OF_UNIT.get("".join(extraction.units), name)
             _check_units(source, extraction.units)
         session.stages(name, own, _Extraction(session, model, extraction, chat, name, source, targets), resume=True)
 
