@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -276,23 +274,3 @@ def test_the_journal_names_who_is_at_work(tmp_path, tiny_folder):
     run(block_actor(tiny_folder, corpus(tmp_path, TEXTS), outputs, Looks))
     assert seen[0]["attempts"] == 1
     assert {"host", "pid", "beat"} <= seen[0].keys()
-
-
-def test_one_thread_makes_all_calls_of_the_model(tmp_path, tiny_folder):
-    threads = []
-
-    class Remembers(TextActivations):
-        def __init__(self, *arguments, **named):
-            threads.append(threading.get_ident())
-            super().__init__(*arguments, **named)
-
-        def compute(self, prepared, beat):
-            threads.append(threading.get_ident())
-            return super().compute(prepared, beat)
-
-    outputs = outputs_in(tmp_path, Target("document", 1))
-    actor = block_actor(tiny_folder, corpus(tmp_path, TEXTS), outputs, Remembers)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, [actor] * 4))
-    assert len(threads) >= 5
-    assert len(set(threads)) == 1

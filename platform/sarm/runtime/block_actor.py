@@ -4,13 +4,12 @@ A block that kills its process is tried twice as a whole, then text by text with
 being computed when the process died twice is rejected. So no input can keep a pass from ending.
 """
 
-import functools
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -106,14 +105,15 @@ class BlockActor:
     ):
         self._blocks, self._columns, self._keep, self._outputs = blocks, columns, keep, outputs
         self._journal_folder = next(iter(outputs.values())).folder
-        # One block in the forward pass at a time; beside it another is read and tokenised, or written. On cores one thread makes all
-        # calls of torch: each that does has OpenMP threads of its own, and where there are more of them than cores, libgomp
-        # puts them to sleep behind every operation instead of keeping them ready for the next.
-        self._forward = ThreadPoolExecutor(max_workers=1)
-        self._actor = self._forward.submit(actor, **arguments, threads=threads).result()
+        self._threads = threads
+        self._actor = actor(**arguments, threads=threads)
+        # One block in the forward pass at a time; beside it another is read and tokenised, or written.
+        self._forward = threading.Lock()
         self._usage = Usage()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        # Threads of Ray's pool start with torch's default.
+        torch.set_num_threads(self._threads)
         done = [self._do(self._blocks[number]) for number in batch.column("number").to_pylist()]
         return pa.Table.from_pylist(done)
 
@@ -125,7 +125,7 @@ class BlockActor:
         tables, cost = self._row_by_row(table, journal) if journal.is_careful else self._whole(table, journal)
         counts: dict[str, int] = {}
         for target, output in self._outputs.items():
-            part = self._finished(tables[target], output.table_schema, cost)
+            part = finished_table(tables[target], output.table_schema, cost=asdict(cost))
             write_part(part, output.folder, block.number)
             counts[str(target)] = part.num_rows
         journal.done()
@@ -134,28 +134,25 @@ class BlockActor:
             **self._usage.taken(),
         }  # fmt: skip
 
-    def _finished(self, table: pa.Table, table_schema: pa.Schema, cost: Cost) -> pa.Table:
-        finish = functools.partial(finished_table, table, table_schema, cost=asdict(cost))
-        # A GPU need not wait for it.
-        return finish() if torch.cuda.is_available() else self._forward.submit(finish).result()
-
     def _whole(self, table: pa.Table, journal: Journal) -> tuple[Tables, Cost]:
         try:
             prepared = self._actor.prepare(table)
-            return self._forward.submit(self._actor.compute, prepared, journal.beat).result()
+            with self._forward:
+                return self._actor.compute(prepared, journal.beat)
         # Whatever one row can raise in a tokenizer, a template or a model: the other rows are computed without it.
         except Exception as error:
             if table.num_rows == 1:
                 return self._actor.rejected(table, _reason(error)), Cost()
             first = error
-        tables, cost, errors = self._forward.submit(self._each, table, journal, mark=False).result()
+        tables, cost, errors = self._each(table, journal, mark=False)
         if errors == table.num_rows:
             # Not the rows: the program, the model or the machine.
             raise first
         return tables, cost
 
     def _row_by_row(self, table: pa.Table, journal: Journal) -> tuple[Tables, Cost]:
-        tables, cost, _ = self._forward.submit(self._each, table, journal, mark=True).result()
+        with self._forward:
+            tables, cost, _ = self._each(table, journal, mark=True)
         return tables, cost
 
     def _each(self, table: pa.Table, journal: Journal, *, mark: bool) -> tuple[Tables, Cost, int]:
