@@ -74,6 +74,8 @@ def connect(run: Run) -> Iterator[Cluster]:
             object_store_memory=_LOCAL_OBJECT_STORE,
             include_dashboard=False,
             runtime_env={"worker_process_setup_hook": quiet_worker},
+            # Ray's own default, 15, lets whatever else runs here come first, and a torch operation wait for its slowest thread.
+            _system_config={"worker_niceness": 0},
             logging_level=logging.WARNING,
         )
     else:
