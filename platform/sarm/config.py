@@ -6,6 +6,7 @@ The flags of a job are the fields below (`--sae.k 27`), and their help texts are
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -28,6 +29,25 @@ Flat = tyro.conf.arg(name="")
 
 
 Job = TypeVar("Job")
+
+
+def _check_place(out: Path) -> None:
+    """Raise UserError for an output folder that the shell or a mistyped address made."""
+    text = str(out)
+    reason = ""
+    if not out.name:
+        reason = "it names no folder of its own"
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        reason = "it is an address, and stages write files: mount the bucket and pass its path"
+    elif "$" in text:
+        reason = "it holds a variable that the shell did not fill in"
+    elif any(ord(character) < 32 for character in text):
+        reason = "it holds control characters"
+    elif any(len(part.encode("utf-8", "replace")) > 200 for part in out.parts):
+        reason = "a part of it is longer than 200 bytes"
+    if reason:
+        shown = repr(text if len(text) <= 60 else text[:60] + "...")
+        raise UserError(f"the output folder {shown} cannot be used: {reason}. Pass --out FOLDER.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +78,9 @@ class Run:
     """Show the traceback of an error instead of one line."""
 
     def __post_init__(self) -> None:
+        _check_place(self.out)
+        is_name = 0 < len(self.experiment) <= 100 and re.fullmatch(r"[A-Za-z0-9][\w .+()-]*", self.experiment, re.ASCII)
+        _check(self, "experiment", bool(is_name), "1 to 100 letters, digits, spaces and ._+-()")
         # Ray Train changes the workers' directory, so a relative path would mean another folder there.
         object.__setattr__(self, "out", self.out.expanduser().absolute())
         _check_least(self, "", num_workers=1, num_actors=1, cpus_per_worker=0, max_restarts=0)

@@ -9,18 +9,21 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sarm.config import UserError
+from sarm.untrusted import inside, parse_json, read_json
 
 MANIFEST = "manifest.json"
 CLAIM = "stage.json"
 # Hashing gives other threads way: several files at a time are as fast as the disk.
 _HASHING_THREADS = 4
+# What readers look for by its ending: another file of this kind would be read as if it belonged here.
+_DATA = (".parquet", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,10 @@ def read_manifest(folder: Path, schema: str) -> Manifest:
             f"{schema}: {folder} has no {MANIFEST}, so it is unfinished. Run the stage that writes it again."
         )
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        manifest = _parsed(path.read_bytes())
+        for name in manifest.files:
+            inside(folder, name)
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{schema}: {path} is not a manifest ({error}). Delete the folder and run its stage again."
         ) from error
@@ -66,14 +71,17 @@ def read_manifest(folder: Path, schema: str) -> Manifest:
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Raise UserError unless every file that the manifest lists is there with the bytes it had when it was written."""
-    for name, digest in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{manifest.schema}: {path} is missing. Delete {folder} and run its stage again.")
-        if (found := sha256_of(path)) != digest:
+    """Raise UserError unless every file that the manifest lists is there with the bytes it had when it was written, and no other data."""
+    again = f"Delete {folder} and run its stage again."
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if missing := sorted(manifest.files.keys() - there):
+        raise UserError(f"{manifest.schema}: {folder / missing[0]} is missing. {again}")
+    if strange := sorted(name for name in there - manifest.files.keys() if name.endswith(_DATA)):
+        raise UserError(f"{manifest.schema}: {folder / strange[0]} is not of this folder. Move it away.")
+    for name, found in zip(manifest.files, _hashes(folder, list(manifest.files)), strict=True):
+        if found != manifest.files[name]:
             raise UserError(
-                f"{manifest.schema}: {path} has changed (sha256 {found[:12]}, expected {digest[:12]}). Delete {folder} and run its stage again."
+                f"{manifest.schema}: {folder / name} has changed (sha256 {found[:12]}, expected {manifest.files[name][:12]}). {again}"
             )
 
 
@@ -87,11 +95,18 @@ class StageFolder:
         self, folder: Path, schema: str, config: dict[str, Any], inputs: Mapping[str, tuple[Path, str]] | None = None
     ):
         self.folder, self.schema, self.config = folder, schema, json.loads(json.dumps(config))
-        self.inputs = {
-            name: sha256_of(path / MANIFEST)
-            for name, (path, input_schema) in (inputs or {}).items()
-            if read_manifest(path, input_schema)
-        }
+        self.inputs: dict[str, str] = {}
+        self._read: list[tuple[Path, Manifest]] = []
+        for name, (path, input_schema) in (inputs or {}).items():
+            self._read.append((path, read_manifest(path, input_schema)))
+            self.inputs[name] = sha256_of(path / MANIFEST)
+
+    def verify_inputs(self, known: set[Path]) -> None:
+        """Raise UserError unless the input folders hold what was written there; those in `known` were looked at already, and others join it."""
+        for path, manifest in self._read:
+            if path not in known:
+                verify_files(path, manifest)
+                known.add(path)
 
     def finished(self) -> Manifest | None:
         """The manifest if this very stage is already done, None if it has to be done.
@@ -133,8 +148,8 @@ class StageFolder:
             for p in self.folder.rglob("*")
             if p.is_file() and p.name not in (CLAIM, MANIFEST)
         )
-        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-            hashes = list(pool.map(lambda name: known.get(name) or sha256_of(self.folder / name), names))
+        unknown = [name for name in names if name not in known]
+        known |= dict(zip(unknown, _hashes(self.folder, unknown), strict=True))
         manifest = Manifest(
             schema=self.schema,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -142,9 +157,9 @@ class StageFolder:
             config=self.config,
             inputs=self.inputs,
             counts=dict(counts),
-            files=dict(zip(names, hashes, strict=True)),
+            files={name: known[name] for name in names},
         )
-        write_atomically(self.folder / MANIFEST, json.dumps(manifest.__dict__, indent=2, allow_nan=False))
+        write_atomically(self.folder / MANIFEST, _with_checksum(manifest))
         return manifest
 
     def _write_claim(self, notes: dict[str, str]) -> None:
@@ -152,6 +167,29 @@ class StageFolder:
             self.folder / CLAIM,
             json.dumps({"schema": self.schema, "config": self.config, "inputs": self.inputs, "notes": notes}, indent=2),
         )
+
+
+def _hashes(folder: Path, names: Sequence[str]) -> list[str]:
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        return list(pool.map(lambda name: sha256_of(folder / name), names))
+
+
+def _with_checksum(manifest: Manifest) -> str:
+    """The manifest as JSON whose last field is the hash of all its other bytes."""
+    text = json.dumps({**manifest.__dict__, "checksum": ""}, indent=2, allow_nan=False)
+    before, _, after = text.rpartition('""')
+    return f'{before}"{hashlib.sha256(text.encode()).hexdigest()}"{after}'
+
+
+def _parsed(content: bytes) -> Manifest:
+    """Raises ValueError or TypeError unless it is a manifest, and the one that was written; those of before checksums have none."""
+    text = content.decode("utf-8")
+    fields = parse_json(text)
+    if (checksum := fields.pop("checksum", None)) is not None:
+        before, _, after = text.rpartition(str(checksum))
+        if hashlib.sha256(f"{before}{after}".encode()).hexdigest() != checksum:
+            raise ValueError("it has changed since it was written")
+    return Manifest(**fields)
 
 
 def refuse_other_config(folder: Path, schema: str, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -182,8 +220,8 @@ def refuse_other_config(folder: Path, schema: str, config: dict[str, Any]) -> di
 
 def _read_claim(folder: Path) -> dict[str, Any]:
     try:
-        claim = json.loads((folder / CLAIM).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        claim = read_json(folder / CLAIM)
+    except ValueError as error:
         raise UserError(f"{folder / CLAIM} is torn ({error}). Delete the folder and run its stage again.") from error
     return claim if isinstance(claim, dict) else {}
 

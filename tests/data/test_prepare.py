@@ -85,7 +85,10 @@ def test_every_source_is_checked_before_anything_is_written(tmp_path):
 
 def test_a_corpus_without_a_usable_text_is_an_error_that_says_why(tmp_path):
     spec = write(tmp_path / "a.jsonl", {"body": "x"}, {"text": ""})
-    with pytest.raises(UserError, match=r"no usable text .*1 missing_text, 1 empty.*--data.text-field"):
+    with pytest.raises(
+        UserError,
+        match=r"no usable text .*1 missing_text, first .*a\.jsonl:1; 1 empty, first .*a\.jsonl:2.*--data.text-field",
+    ):
         prepare_corpus(Data(texts=(spec,)), tmp_path / "out")
     with pytest.raises(UserError, match=r"Pass --data\.texts"):
         prepare_corpus(Data(), tmp_path / "out")
@@ -155,7 +158,9 @@ def test_without_a_cap_every_pair_is_kept(tmp_path):
 
 def test_pairs_of_which_none_is_usable_are_an_error_that_says_why(tmp_path):
     spec = write(tmp_path / "a.jsonl", *pairs_of("Hi?", ("Same.", "Same."), ("", "No.")))
-    with pytest.raises(UserError, match=r"no usable pair .*1 equal_answers, 1 empty_answer"):
+    with pytest.raises(
+        UserError, match=r"no usable pair .*1 equal_answers, first .*a\.jsonl:1; 1 empty_answer, first .*a\.jsonl:2"
+    ):
         prepare_pairs(Data(pairs=(spec,)), tmp_path / "out")
     with pytest.raises(UserError, match=r"Pass --data\.pairs"):
         prepare_pairs(Data(), tmp_path / "out")

@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
+import ray
 
 from sarm.config import Run, UserError
-from sarm.runtime.cluster import Cluster, connect
+from sarm.runtime.cluster import Cluster, check_machine, connect, nodes_without
 
 
 def cluster(**changes: object) -> Cluster:
@@ -32,3 +35,24 @@ def test_a_variable_that_lets_parquet_run_code_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setenv("RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE", "1")
     with pytest.raises(UserError, match="lets Parquet files run code"), connect(Run()):
         pass
+
+
+def test_nodes_that_do_not_see_the_output_folder_are_named(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (node,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+    assert nodes_without(tmp_path / "out") == []
+    assert list((tmp_path / "out").iterdir()) == [], "and nothing stays there"
+    # What is written here is seen by nobody else: a disk of this machine alone.
+    monkeypatch.setattr(Path, "touch", lambda path: None)
+    assert nodes_without(tmp_path / "out") == [node]
+
+
+def test_what_cannot_fit_this_machine_is_refused_before_a_cluster_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="900 workers"):
+        check_machine(Run(num_workers=900, num_actors=900))
+    # One of the two may be meant for another stage, on another machine.
+    check_machine(Run(num_workers=900))
+    check_machine(Run(num_workers=900, num_actors=900, ray_address="cluster:6379"))

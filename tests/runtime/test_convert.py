@@ -16,7 +16,7 @@ from sarm.runtime.convert import convert_sae
 from sarm.runtime.convert_options import ConvertSae
 from sarm.runtime.job import run_command
 from sarm.runtime.reward_models import check_sae
-from sarm.runtime.sae_training import check_activations
+from sarm.runtime.sae_stages import check_activations
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ class Steer:
     def __post_init__(self) -> None:
         _least(self, resamples=100, controls=10)
         for name in (self.name, self.undo):
-            if name is not None and not re.fullmatch(r"[\w.-]+", name):
+            if name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", name):
                 raise UserError(f"a name is made of letters, digits, dots and dashes, got {name!r}. Pass --name.")
         if self.edit == "goal" and not (self.goal and self.goal > 0 and self.tolerance > 0 and self.max_change > 0):
             raise UserError("an edit by goal needs --goal, --tolerance and --max-change above 0.")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sarm.config import UserError
 from sarm.manifest import read_manifest
+from sarm.untrusted import read_json
 
 ACTIVATIONS = "activations/v1"
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -147,6 +148,16 @@ class ActivationStore:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 return file.read_row_group(number, columns=list(columns))
         except (OSError, pa.ArrowException) as error:
+            raise self._damaged(path, error) from error
+
+    def spread(self) -> list[float]:
+        """Standard deviation of each dimension, as written with the data; ones where a store has no statistics."""
+        if "statistics.json" not in self.manifest.files:
+            return [1.0] * self.d_in
+        path = self.folder / "statistics.json"
+        try:
+            return [float(value) for value in read_json(path)["std"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(path, error) from error
 
     def _damaged(self, path: Path, error: Exception) -> UserError:

@@ -1,6 +1,5 @@
 """SAE folders: SAELens' layout (`cfg.json`, `sae_weights.safetensors`), with everything needed to use the SAE again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sarm.config import UserError
+from sarm.data.finite import not_finite
 from sarm.data.sae_lens_layout import CONFIG, WEIGHTS, write_sae_lens
 from sarm.data.sae_weights import weights_of
 from sarm.nn.architectures import ARCHITECTURES, build_sae
 from sarm.nn.sae import Sae
+from sarm.untrusted import read_json
 
 SAE = "sae/v1"
 SARM = "sarm/v1"
@@ -32,7 +33,7 @@ def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
     Raises UserError if files are missing or torn, or the weights are of another shape than `cfg.json` says.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = read_json(folder / CONFIG)
         weights = load_file(folder / WEIGHTS)
         # A jumprelu SAE from elsewhere has no k, and none is needed unless it is trained on.
         here = {"architecture": config["architecture"], "k": config["k"] if config["architecture"] == "topk" else 1}
@@ -48,6 +49,10 @@ def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         raise UserError(f"{folder / WEIGHTS} holds shapes {found}, cfg.json says {expected}.")
+    if broken := not_finite(weights.items()):
+        raise UserError(
+            f"{folder / WEIGHTS} holds NaN or infinite values in {broken}. The SAE is broken; train it again."
+        )
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
             tensor.copy_(weights[name])

@@ -163,7 +163,11 @@ def load_chat_tokenizer(model: Model, folder: str | Path) -> ChatTokenizer:
     """
     from transformers import AutoTokenizer
 
-    source = {"revision": model.revision, **({"gguf_file": model.gguf_file} if model.gguf_file else {})}
+    source = {
+        "revision": model.revision,
+        "trust_remote_code": False,
+        **({"gguf_file": model.gguf_file} if model.gguf_file else {}),
+    }
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **source)
     except (OSError, ValueError) as error:

@@ -1,9 +1,11 @@
 """From a model's name to its files, and the checks that need no weights."""
 
 from pathlib import Path
+from typing import Any
 
 from sarm.config import Model, UserError
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.data.model_files import check_model_files
 
 
 def model_folder(model: Model) -> str:
@@ -24,6 +26,23 @@ def model_folder(model: Model) -> str:
     return model.name
 
 
+def backbone_of(model: Model, folder: str, layer: int, dtype: Any) -> Any:
+    """The first `layer` blocks of the model in `folder`, with their weights in a torch `dtype`.
+
+    Raises UserError if a weight is missing or not finite.
+    """
+    from sarm.data.finite import not_finite
+    from sarm.nn.backbone import load_backbone
+
+    try:
+        backbone = load_backbone(folder, layer, dtype, revision=model.revision, gguf_file=model.gguf_file)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if broken := not_finite(backbone.named_parameters()):
+        raise UserError(f"{folder} holds NaN or infinite values in {broken}. The weights are broken; get another copy.")
+    return backbone
+
+
 def check_model(model: Model) -> ChatTokenizer:
     """The model's tokenizer, after checking that the model exists, is supported, has `layer` blocks and fits the tokenizer.
 
@@ -32,6 +51,8 @@ def check_model(model: Model) -> ChatTokenizer:
     from sarm.nn.backbone import read_config
 
     folder = model_folder(model)
+    if Path(folder).expanduser().is_dir() and not model.gguf_file:
+        check_model_files(Path(folder).expanduser())
     try:
         config = read_config(folder, model.layer, revision=model.revision, gguf_file=model.gguf_file)
     except ValueError as error:

@@ -17,10 +17,12 @@ from transformers import AutoConfig, AutoModel
 
 from sarm.config import UserError
 from sarm.data.chat import ChatTokenizer
+from sarm.data.model_files import inside_cache
 from sarm.nn.architectures import DenseSae, options_of
 from sarm.nn.backbone import FAMILIES, without_final_norm
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import Sae, TopKSae
+from sarm.untrusted import read_json
 
 # Theirs -> ours, and whether one is the other's transpose.
 _SAE_KEYS = {
@@ -46,7 +48,7 @@ def read_papers_sarm(folder: Path, chat: ChatTokenizer, given: PapersFields) -> 
     Raises UserError if it is of another layout, something is missing, or shapes do not fit.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         weights = dict(_tensors(folder))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
@@ -134,7 +136,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the folder's safetensors files; with an index, of the files that it names."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        paths = [inside_cache(folder, name) for name in sorted(set(read_json(index)["weight_map"].values()))]
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths:

@@ -129,6 +129,7 @@ class _Tally:
         self.rejected: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
         self.corrupt_files: list[str] = []
+        self._first: dict[str, str] = {}
         self.duplicates = self.characters = 0
 
     def usable(self, records: Iterable[Record | Reject], spec: str) -> Iterator[Record]:
@@ -141,6 +142,7 @@ class _Tally:
                 yield record
                 continue
             self.rejected[record.reason] += 1
+            self._first.setdefault(record.reason, record.where)
             if record.reason == "corrupt_file":
                 self.corrupt_files.append(record.where)
 
@@ -155,7 +157,8 @@ class _Tally:
 
     def describe(self) -> str:
         """What was rejected, for an error message."""
-        return "rejected: " + (", ".join(f"{n} {reason}" for reason, n in self.rejected.most_common()) or "nothing")
+        reasons = (f"{n} {reason}, first {self._first[reason]}" for reason, n in self.rejected.most_common())
+        return "rejected: " + ("; ".join(reasons) or "nothing")
 
 
 def _pair_row(pair: pair_sources.RawPair, heldout_share: float) -> dict[str, Any]:

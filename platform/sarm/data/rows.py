@@ -3,6 +3,7 @@
 What is wrong with one row is a `Reject`, a value that the reader counts; what is wrong with a source is a UserError.
 """
 
+import base64
 import glob
 import gzip
 import json
@@ -25,6 +26,8 @@ BATCH_ROWS = 512
 _DAMAGE = (OSError, EOFError, zlib.error, pa.ArrowException, tarfile.TarError)
 # A whole chunk is unpacked at once, up to 30,000 times its size, so this bounds the memory that a hostile file can take.
 ZSTD_CHUNK_BYTES = 1 << 12
+# A row is held in memory whole.
+MAX_LINE_BYTES = 1 << 26
 
 
 class Reject(NamedTuple):
@@ -103,14 +106,49 @@ def _neighbours(path: Path) -> str:
 def parquet_schema(path: Path) -> pa.Schema:
     """The columns of a Parquet file.
 
-    Raises UserError if the file is empty, truncated or no Parquet.
+    Raises UserError if the file is empty, truncated or no Parquet, or has a column of an extension type.
     """
     try:
+        if _names_extension_type(path):
+            raise UserError(
+                f"{path} has a column of an extension type, which may hold code. Write it again with plain columns."
+            )
         return pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path} ({path.stat().st_size} bytes) cannot be read as Parquet: empty, truncated or something else. Copy it again."
         ) from error
+
+
+def _names_extension_type(path: Path) -> bool:
+    """Whether the file's footer has Arrow's mark of an extension type.
+
+    Looked for in the bytes: what such a column means is decided by whoever registered its name, Ray's own unpickle it, and Arrow asks
+    them as soon as the file is opened.
+    """
+    with path.open("rb") as file:
+        file.seek(-min(8, file.seek(0, 2)), 2)
+        end = file.read()
+        length = min(int.from_bytes(end[:4], "little"), _MAX_FOOTER_BYTES, file.tell() - 8) if len(end) == 8 else 0
+        file.seek(-8 - max(length, 0), 2) if length > 0 else file.seek(0, 2)
+        footer = file.read()
+    return any(mark in footer for mark in _EXTENSION_MARKS)
+
+
+def _in_base64(word: bytes) -> tuple[bytes, ...]:
+    """What every base64 text with this word in it has in it, wherever the word begins."""
+    found = []
+    for before in range(3):
+        encoded = base64.b64encode(bytes(before) + word)
+        # Characters at both ends depend on what stands beside the word.
+        whole = (before + len(word)) // 3 * 4
+        found.append(encoded[(0, 2, 3)[before] : whole])
+    return tuple(found)
+
+
+# Arrow keeps its schema in the footer as base64.
+_EXTENSION_MARKS = (b"ARROW:extension:name", *_in_base64(b"ARROW:extension:name"))
+_MAX_FOOTER_BYTES = 1 << 26
 
 
 def file_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row | Reject]:
@@ -193,6 +231,9 @@ def _tar_rows(path: Path) -> Iterator[Row | Reject]:
 def _jsonl_rows(name: str, file: IO[bytes]) -> Iterator[Row | Reject]:
     for number, line in enumerate(_lines(_chunks(name, file)), start=1):
         where = f"{name}:{number}"
+        if line is None:
+            yield Reject("line_too_long", where)
+            continue
         if not line.strip():
             continue
         try:
@@ -205,17 +246,21 @@ def _jsonl_rows(name: str, file: IO[bytes]) -> Iterator[Row | Reject]:
             yield Row(fields, where) if isinstance(fields, dict) else Reject("not_an_object", where)
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
+    """Lines without their ends; None for one that is longer than any row may be, and is passed over."""
     tail: list[bytes] = []
+    size = 0
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
-        tail.append(first)
+        size += len(first)
+        if size <= MAX_LINE_BYTES:
+            tail.append(first)
         if others:
-            yield b"".join(tail)
+            yield b"".join(tail) if size <= MAX_LINE_BYTES else None
             yield from others[:-1]
-            tail = [others[-1]]
-    if any(tail):
-        yield b"".join(tail)
+            tail, size = [others[-1]], len(others[-1])
+    if size:
+        yield b"".join(tail) if size <= MAX_LINE_BYTES else None
 
 
 def _chunks(name: str, file: IO[bytes]) -> Iterator[bytes]:

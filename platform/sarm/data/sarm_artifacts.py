@@ -3,7 +3,6 @@
 Apart from SAE folders, since `transformers`' models take seconds to import, which SAE training can do without.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,9 @@ from safetensors.torch import load_file
 
 from sarm.config import UserError
 from sarm.data.chat import ChatTokenizer
+from sarm.data.finite import not_finite
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.untrusted import read_json
 
 
 def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder: Path) -> None:
@@ -41,12 +42,12 @@ def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no reward model (no config.json). Train one first, or pass another --out.")
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        kind = read_json(folder / "config.json").get("model_type")
         if kind != SarmConfig.model_type:
             raise ValueError(f"its model type is {kind}")
         config = SarmConfig.from_pretrained(folder)
         weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a readable reward model: {error}. Train it again, or pass another --out."
         ) from error
@@ -58,6 +59,8 @@ def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
         raise UserError(
             f"{folder} does not fit its config: {len(wrong)} weights differ, first {wrong[0]}: got {found.get(wrong[0])}, expected {expected.get(wrong[0])}."
         )
+    if broken := not_finite(weights.items()):
+        raise UserError(f"{folder} holds NaN or infinite values in {broken}. The model is broken; train it again.")
     model.load_state_dict(weights)
     model.model.to(dtype)
     return model.eval()

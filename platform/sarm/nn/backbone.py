@@ -193,7 +193,7 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _source(revision: str, gguf_file: str) -> dict[str, Any]:
-    return {"revision": revision, **({"gguf_file": gguf_file} if gguf_file else {})}
+    return {"revision": revision, "trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
 
 
 @contextlib.contextmanager

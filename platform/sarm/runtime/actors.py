@@ -18,10 +18,11 @@ from sarm.config import Extraction, Model
 from sarm.data.activations import activation_table
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
+from sarm.data.models import backbone_of
 from sarm.data.packing import Row, collate, row_batches
 from sarm.data.parts import with_sink_columns
 from sarm.data.windows import Places, Window, chat_windows, collate_windows, text_windows, window_batches
-from sarm.nn.backbone import load_backbone, residuals_at
+from sarm.nn.backbone import residuals_at
 from sarm.runtime.usage import ForwardClock, keep_freed_memory
 
 # Reasons of a place by the code that `_stored` gives it.
@@ -71,7 +72,7 @@ class _Backbone:
         self._chat, self._max_length = load_chat_tokenizer(model, folder), model.max_length
         self._layers = sorted({target.layer for target in schemas})
         dtype = getattr(torch, model.dtype)
-        backbone = load_backbone(folder, self._layers[-1], dtype, revision=model.revision, gguf_file=model.gguf_file)
+        backbone = backbone_of(model, folder, self._layers[-1], dtype)
         self._backbone = backbone.eval().to(self._device)
         self._clock = ForwardClock(self._device)
         self._stored_dtype = getattr(torch, extraction.dtype)

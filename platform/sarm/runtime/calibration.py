@@ -5,8 +5,8 @@ import time
 import torch
 
 from sarm.config import Extraction, Model
-from sarm.data.models import model_folder
-from sarm.nn.backbone import load_backbone, residuals_at
+from sarm.data.models import backbone_of, model_folder
+from sarm.nn.backbone import residuals_at
 from sarm.runtime.actors import device_of_worker
 
 _SECONDS = 5.0
@@ -17,7 +17,7 @@ def tokens_per_second(model: Model, extraction: Extraction) -> float:
     """Forward passes of made-up windows of 256 tokens through the truncated model on this machine's GPU, else its cores."""
     device, layer = device_of_worker(), max([model.layer, *extraction.layers])
     dtype = getattr(torch, model.dtype)
-    backbone = load_backbone(model_folder(model), layer, dtype, revision=model.revision, gguf_file=model.gguf_file)
+    backbone = backbone_of(model, model_folder(model), layer, dtype)
     backbone = backbone.eval().to(device)
     width = min(_WINDOW, model.max_length, extraction.batch_tokens)
     rows = max(1, extraction.batch_tokens // width)

@@ -1,6 +1,5 @@
 """`jobs/reward_card.py`: a SARM, one conversation, and names for its features -> a card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from sarm.interpret.reward_card import Prefixes, card, print_card, write_card
 from sarm.nn.sae import Codes, dense
 from sarm.runtime.context_collection import reader_of
 from sarm.runtime.models import hash_of_folder
+from sarm.untrusted import read_json
 
 
 def make_card(settings: RewardCard) -> dict[str, Any]:
@@ -85,9 +85,9 @@ def _conversation(settings: RewardCard) -> list[Message]:
         return [{"role": "user", "content": settings.prompt}, {"role": "assistant", "content": settings.response}]
     path = settings.conversation
     try:
-        messages = json.loads(path.read_text(encoding="utf-8"))
+        messages = read_json(path, max_bytes=1 << 20)
         found = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no conversation ({type(error).__name__}: {error}). Write a list of {{role, content}}.") from error  # fmt: skip
     if not found or found[-1]["role"] != "assistant":
         raise UserError(f"{path} ends with {found[-1]['role'] if found else 'nothing'}, expected the assistant's turn, which is what is rewarded.")  # fmt: skip

@@ -4,11 +4,14 @@ import logging
 import os
 import signal
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sarm.config import Run, UserError
 
@@ -62,12 +65,12 @@ def connect(run: Run) -> Iterator[Cluster]:
     if unsafe := [name for name in _UNSAFE_VARIABLES if os.environ.get(name)]:
         raise UserError(f"{unsafe[0]} is set, which lets Parquet files run code. Unset it.")
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    address = run.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _address(run)
     if ray.is_initialized():
         yield _describe(is_local=False)
         return
     if address == "local":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = _cores()
         ray.init(
             address="local",
             num_cpus=cores + _SPARE_SLOTS,
@@ -92,6 +95,44 @@ def connect(run: Run) -> Iterator[Cluster]:
         yield _describe(is_local=address == "local")
     finally:
         ray.shutdown()
+
+
+def nodes_without(folder: Path) -> list[str]:
+    """Addresses of the cluster's nodes that do not see a file which is written into the folder here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".seen-by-all-{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        asked = {
+            node["NodeManagerAddress"]: _sees.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(str(probe))
+            for node in ray.nodes()
+            if node["Alive"]
+        }
+        return sorted(address for address, answer in asked.items() if not ray.get(answer))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+@ray.remote(num_cpus=0)
+def _sees(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _address(run: Run) -> str:
+    return run.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def check_machine(run: Run) -> None:
+    """Raise UserError if the run's cluster would be started here and neither workers nor actors would fit it."""
+    if _address(run) == "local" and not ray.is_initialized():
+        here = Cluster(num_nodes=1, num_cpus=_cores(), num_gpus=0, is_local=True)
+        here.cpus_each(run, min(run.num_workers, run.num_actors))
 
 
 def quiet_worker() -> None:

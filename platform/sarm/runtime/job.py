@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -21,6 +22,7 @@ from sarm.checks import StoppedError
 from sarm.config import Pipeline, Run, UserError, as_json
 from sarm.presets import PRESETS
 from sarm.runtime.extraction_cost import describe_extraction
+from sarm.untrusted import holds_a_secret
 
 
 def run_job(
@@ -56,6 +58,7 @@ def _guarded(
 ) -> None:
     debug = "--debug" in arguments
     try:
+        _refuse_arguments(arguments)
         config = parsed()
         run = getattr(config, "run", None)
         if run is not None and run.dry_run:
@@ -77,6 +80,21 @@ def _guarded(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(130)
+
+
+def _refuse_arguments(arguments: Sequence[str]) -> None:
+    """Raise UserError for a key among the arguments, which would end in process lists, logs and MLflow, and for a flag that stands there twice."""
+    flag = ""
+    for argument in arguments:
+        flag = argument.partition("=")[0] if argument.startswith("--") else flag
+        if holds_a_secret(argument):
+            # Not shown: that would be one more log that has it.
+            raise UserError(
+                f"{flag or 'an argument'} seems to hold a key or a password. Set it in the environment or a file: OPENAI_API_KEY, HF_TOKEN, MLFLOW_TRACKING_PASSWORD, --judging.keys HOST=file:PATH."
+            )
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    if repeated := [flag for flag in flags if flags.count(flag) > 1]:
+        raise UserError(f"{repeated[0]} is given twice, and only one could count. Pass it once.")
 
 
 def _stop(*_: Any) -> None:
@@ -150,6 +168,8 @@ def describe(config: Any) -> str:
         return "\n".join([*lines, f"model        {model}"])
     if model is not None:
         lines.append(f"model        {model.name}, first {model.layer} blocks")
+        if model.revision == "main" and ":" not in model.name and not Path(model.name).exists():
+            lines.append("             its revision main may move: pin a commit with --model.revision")
     if sae is not None:
         lines.append(f"dictionary   {sae.d_sae:,} latents, {sae.k} active")
         if model is not None and (d_in := KNOWN_WIDTHS.get(model.name)):

@@ -8,10 +8,11 @@ import email.utils
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx2
 import openai
 
 from sarm.config import UserError
@@ -22,6 +23,7 @@ _RETRIED = (408, 409, 425, 429)
 # What servers may refuse, and what is done without it.
 _RENAMED = {"max_tokens": "max_completion_tokens"}
 _DROPPED = ("temperature", "response_format")
+_MAX_BODY_BYTES = 256 * 1024
 
 
 class JudgeStoppedError(UserError):
@@ -44,6 +46,28 @@ class DeclinedError(Exception):
 
     reason: str
     by_filter: bool = False
+
+
+class _Capped(httpx2.AsyncByteStream):
+    """A body that breaks off where it is longer than any answer to our questions, so that one without an end is not read to it."""
+
+    def __init__(self, body: Any):
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        left = _MAX_BODY_BYTES
+        async for chunk in self._body:
+            left -= len(chunk)
+            if left < 0:
+                raise TransientError(f"the body of the answer has more than {_MAX_BODY_BYTES:,} bytes")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+
+
+async def _cap(response: Any) -> None:
+    response.stream = _Capped(response.stream)
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,14 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         self._client = openai.AsyncOpenAI(
-            api_key=self.key, base_url=self.spec.base_url, timeout=self.timeout, max_retries=0
+            api_key=self.key,
+            base_url=self.spec.base_url,
+            timeout=self.timeout,
+            max_retries=0,
+            # Questions go where the user sent them: another host would be told what is asked.
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_cap]}),
+            # The cap counts what arrives: packed, it could be a thousand times as much.
+            default_headers={"Accept-Encoding": "identity"},
         )
 
     async def send(self, messages: Messages, max_tokens: int, response_format: Mapping[str, Any] | None) -> Completion:
@@ -87,6 +118,8 @@ class Endpoint:
             except openai.APITimeoutError:
                 raise TransientError(f"no answer within {self.timeout:g} s") from None
             except openai.APIConnectionError as error:
+                if isinstance(error.__cause__, TransientError):
+                    raise error.__cause__ from None
                 raise TransientError(
                     self._clean(f"no connection ({error.__cause__ or error})"), unreachable=True
                 ) from None
@@ -120,6 +153,8 @@ class Endpoint:
         status, name = error.status_code, f"{self.spec.model} at {self.spec.base_url}"
         said = self._clean(" ".join(error.message.split()))[:200]
         code = f"{error.code or ''} {error.type or ''}"
+        if 300 <= status < 400:
+            return JudgeStoppedError(f"{name} sends its callers elsewhere (HTTP {status}), which is not followed. Pass the address that answers to --judging.judges.")  # fmt: skip
         if status in (401, 403):
             return JudgeStoppedError(f"{name} refused the key (HTTP {status}: {said}). Set the right one, see --judging.keys, and run the same command.")  # fmt: skip
         if status == 404:

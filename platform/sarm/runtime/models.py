@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sarm.config import Model, UserError
+from sarm.data.artifacts import SARM
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.data.model_files import check_model_files
 from sarm.evaluate.settings import Benchmarking
-from sarm.manifest import sha256_of
+from sarm.manifest import MANIFEST, read_manifest, sha256_of, verify_files
+from sarm.untrusted import read_json
 
 DEFAULT_LENGTH = 2048
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -48,11 +50,12 @@ def find_model(settings: Benchmarking) -> ModelSpec:
     config = _config(folder, name)
     if config.get("model_type") == "sarm":
         return _sarm(folder, config, settings)
+    check_model_files(folder)
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        num_labels = AutoConfig.from_pretrained(folder).num_labels
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        num_labels = AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]} Pass another --model.") from error
     if num_labels != 1 or not any("SequenceClassification" in one for one in config.get("architectures") or []):
@@ -134,6 +137,9 @@ def check_tokenizer(spec: ModelSpec) -> None:
 
 
 def _sarm(folder: Path, config: dict[str, Any], settings: Benchmarking) -> ModelSpec:
+    if (folder / MANIFEST).exists():
+        verify_files(folder, read_manifest(folder, SARM))
+    check_model_files(folder, own_code=True)
     known = config.get("provenance") or {}
     # The template's file is part of the folder's hash; its own hash is for the reader.
     template, length = known.get("template", ""), known.get("max_length", DEFAULT_LENGTH)
@@ -165,8 +171,8 @@ def _folder(name: str, revision: str) -> Path:
 
 def _config(folder: Path, name: str) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+        return dict(read_json(folder / "config.json"))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{name} holds no model (config.json: {error}). Pass --model with a model's folder.") from error
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from sarm.config import Model, Reward, UserError
 from sarm.data.artifacts import load_sae
 from sarm.data.chat import ChatTokenizer
-from sarm.data.models import model_folder
+from sarm.data.models import backbone_of, model_folder
 from sarm.nn.architectures import DenseSae, options_of
-from sarm.nn.backbone import load_backbone, read_config, read_depth
+from sarm.nn.backbone import read_config, read_depth
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import Sae
 
@@ -94,7 +94,7 @@ def build_model(
 
     Equal arguments give equal weights. Raises UserError if low-rank adapters are asked for and `peft` is not installed.
     """
-    backbone = load_backbone(model_folder, model.layer, revision=model.revision, gguf_file=model.gguf_file)
+    backbone = backbone_of(model, model_folder, model.layer, torch.float32)
     sae = None if sae_folder is None else encoder_of(load_sae(sae_folder)[0], reward, seed)
     config = SarmConfig(
         backbone=backbone.config.to_dict(),

@@ -5,11 +5,12 @@ What needs torch or Ray is imported inside, so that a finished stage is a no-op 
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sarm.config import Sae
+from sarm.config import Sae, UserError
 from sarm.data.activations import ACTIVATIONS, ActivationStore
 from sarm.data.artifacts import SAE
 from sarm.data.checkpoints import Checkpoints
@@ -49,6 +50,7 @@ def train_saes(
             session.stage(one.name, folder, lambda _: {})
     if not todo:
         return
+    check_activations(first, {name: ActivationStore(path) for name, path in used.items()})
     states = Checkpoints(in_training, _identity([folder for _, folder in todo]))
     children: list[StageRun] = []
     results: list[dict[str, Any]] = []
@@ -56,7 +58,6 @@ def train_saes(
     def train() -> list[dict[str, Any]]:
         from sarm.runtime import sae_training
 
-        sae_training.check_activations(first, {name: ActivationStore(path) for name, path in used.items()})
         members = [
             sae_training.SaeMember(one.sae, one.init_seed, one.folder, child, one.folder.name)
             for (one, _), child in zip(todo, children, strict=True)
@@ -93,6 +94,27 @@ def train_saes(
 
     claim(0)
     finish_training(states)
+
+
+def check_activations(sae: Sae, stores: dict[str, ActivationStore]) -> None:
+    """Raise UserError unless the folders hold activations of one model and layer, with enough rows to train and measure on and something to tell them apart."""
+    kinds = {name: {k: v for k, v in store.metadata.items() if k != "dtype"} for name, store in stores.items()}
+    first, *others = kinds.items()
+    for name, kind in others:
+        if kind != first[1]:
+            raise UserError(
+                f"{name} activations are of {kind}, {first[0]} activations of {first[1]}. Extract both with one --model."
+            )
+    for name, store in stores.items():
+        needed = max(32, sae.batch_size)
+        if store.num_rows < needed:
+            raise UserError(
+                f"the {name} phase has {store.num_rows} activations, at least {needed} are needed (one batch). Add sources, or pass a smaller --sae.batch-size or --sae.{name}-epochs 0."
+            )
+        if not any(0 < value < math.inf for value in store.spread()):
+            raise UserError(
+                f"the activations in {store.folder} are all alike (every standard deviation is 0 or not finite), so there is nothing to learn from. Look at their model and texts."
+            )
 
 
 def finish_training(states: Checkpoints) -> None:

@@ -85,23 +85,6 @@ def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
     return run_workers("sae", sae_worker, task, task.run, task.folder, cluster, threads, task.states)
 
 
-def check_activations(sae: configs.Sae, stores: dict[str, ActivationStore]) -> None:
-    """Raise UserError unless the folders hold activations of one model and layer, with enough rows to train and measure on."""
-    kinds = {name: {k: v for k, v in store.metadata.items() if k != "dtype"} for name, store in stores.items()}
-    first, *others = kinds.items()
-    for name, kind in others:
-        if kind != first[1]:
-            raise UserError(
-                f"{name} activations are of {kind}, {first[0]} activations of {first[1]}. Extract both with one --model."
-            )
-    for name, store in stores.items():
-        needed = max(32, sae.batch_size)
-        if store.num_rows < needed:
-            raise UserError(
-                f"the {name} phase has {store.num_rows} activations, at least {needed} are needed (one batch). Add sources, or pass a smaller --sae.batch-size or --sae.{name}-epochs 0."
-            )
-
-
 def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     """One Ray Train worker: both phases, then the latents' statistics; rank 0 writes the folders and returns the figures."""
     device, rank = worker_device(), dist.get_rank() if dist.is_initialized() else 0

@@ -65,8 +65,11 @@ class TorchScorer:
         else:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(spec.place)
-            self._model = AutoModelForSequenceClassification.from_pretrained(spec.place, dtype=dtype).to(device).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(spec.place, trust_remote_code=False)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                spec.place, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
+            self._model = model.to(device).eval()
             _float32_head(self._model, dtype)
         self._shares_prompts = spec.kind == "sarm" and spec.protocol == "exact"
 

@@ -6,16 +6,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
 from sarm.config import Run, UserError, as_json
 from sarm.manifest import Manifest, StageFolder, write_atomically
-from sarm.runtime.cluster import Cluster, connect
+from sarm.runtime.cluster import Cluster, check_machine, connect, nodes_without
 from sarm.runtime.job import say
 from sarm.runtime.plan import Folders
 from sarm.runtime.tracking import StageRun, Tracker, ended_by, flat_params, tracking_uri
+from sarm.runtime.writer_lock import WriterLock
+from sarm.untrusted import read_json
 
 RUN_FILE = "run.json"
 
@@ -45,6 +48,7 @@ class Session:
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _cluster: Cluster | None = None
     _tracker: Tracker | None = None
+    _verified: set[Path] = field(default_factory=set)
 
     @property
     def folders(self) -> Folders:
@@ -60,6 +64,10 @@ class Session:
                 raise UserError(
                     f"the cluster has {self._cluster.num_nodes} nodes, and {self.tracker.uri} is a file on one of them. Pass --mlflow-uri http://HOST:PORT."
                 )
+            if self._cluster.num_nodes > 1 and (blind := nodes_without(self.run.out)):
+                raise UserError(
+                    f"{self.run.out} is not the same folder on {', '.join(blind)}: results would be scattered. Pass an --out that all nodes share."
+                )
         return self._cluster
 
     @property
@@ -67,7 +75,7 @@ class Session:
         """The MLflow parent run, continued under the id in `run.json` if the output folder has been worked on before."""
         if self._tracker is None:
             path = self.run.out / RUN_FILE
-            known = json.loads(path.read_text()) if path.exists() else {}
+            known = _known_run(path)
             self._tracker = Tracker(self.run, self.name, known.get("mlflow_run_id"), self.tags)
             self._tracker.parent.log_params(flat_params(self.params))
             self.run.out.mkdir(parents=True, exist_ok=True)
@@ -101,8 +109,14 @@ class Session:
                 say(f"{name}: already done, {folders[key].folder}")
         todo = [key for key, manifest in manifests.items() if manifest is None]
         if todo:
-            say(f"{name}: started")
-            manifests |= self._do(name, {key: folders[key] for key in todo}, body, resume=resume)
+            with contextlib.ExitStack() as locks:
+                for key in todo:
+                    locks.enter_context(WriterLock(folders[key].folder, name))
+                # Who wrote until now may have finished.
+                manifests |= {key: folders[key].finished() for key in todo}
+                if todo := [key for key in todo if manifests[key] is None]:
+                    say(f"{name}: started")
+                    manifests |= self._do(name, {key: folders[key] for key in todo}, body, resume=resume)
         return {key: manifest for key, manifest in manifests.items() if manifest is not None}
 
     def _do(
@@ -114,6 +128,8 @@ class Session:
         resume: bool,
     ) -> dict[Any, Manifest]:
         started = time.monotonic()
+        for folder in folders.values():
+            folder.verify_inputs(self._verified)
         notes = [folder.claim(resume=resume) for folder in folders.values()]
         config = next(iter(folders.values())).config
         manifests = {}
@@ -126,6 +142,7 @@ class Session:
             for key, folder in folders.items():
                 counts = {**found[key], **took}
                 manifests[key] = folder.finish(counts)
+                self._verified.add(folder.folder)
                 figures = counts.get("figures", {})
                 numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
                 child.log_metrics({**numbers, **took})
@@ -148,6 +165,11 @@ def tracked_folder(folder: StageFolder, run: Run) -> Iterator[StageRun]:
 
     The run ends as the body does; the body finishes the folder.
     """
+    with WriterLock(folder.folder, run.out.name):
+        yield from _tracked(folder, run)
+
+
+def _tracked(folder: StageFolder, run: Run) -> Iterator[StageRun]:
     notes = folder.claim()
     tracker = Tracker(run, run.out.name, notes.get("mlflow_run_id"))
     folder.note(mlflow_run_id=tracker.parent.run_id)
@@ -162,10 +184,22 @@ def tracked_folder(folder: StageFolder, run: Run) -> Iterator[StageRun]:
 def open_session(config: Any) -> Session:
     """The session of a job's config: named after its output folder, with the whole config as the parent run's parameters.
 
-    Raises UserError for an unusable MLflow address, before any folder is claimed.
+    Raises UserError for an unusable MLflow address or more workers than fit this machine, before any folder is claimed.
     """
     tracking_uri(config.run)
+    check_machine(config.run)
     return Session(config.run, config.run.out.name, json.loads(as_json(config)))
+
+
+def _known_run(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is torn ({error}). Delete it: the folder's next run gets a new MLflow parent run."
+        ) from error
 
 
 class PeakMemory:

@@ -43,6 +43,9 @@ def check_sources(data: Data) -> None:
 def prepare(session: Session, data: Data) -> None:
     """Sources -> corpus/v1 and pairs/v1; without text sources there is no corpus."""
     folders = session.folders
+    pairs = StageFolder(folders.pairs, PAIRS, plan.pairs_settings(data))
+    # Before the texts are paid for.
+    pairs.finished()
     if data.texts:
         corpus = StageFolder(folders.corpus, CORPUS, plan.corpus_settings(data))
         session.stage(
@@ -50,7 +53,6 @@ def prepare(session: Session, data: Data) -> None:
             corpus,
             lambda _: plan.with_figures(prepare_corpus(data, corpus.folder), "rows", "duplicates"),
         )
-    pairs = StageFolder(folders.pairs, PAIRS, plan.pairs_settings(data))
     session.stage(
         "prepare pairs", pairs, lambda _: plan.with_figures(prepare_pairs(data, pairs.folder), "rows", "prompts")
     )

@@ -22,6 +22,7 @@ from sarm.checks import StoppedError
 from sarm.config import Run, UserError
 from sarm.runtime.mlflow_calls import is_away, patiently
 from sarm.runtime.outbox import Outbox, flush_run, outbox, send_left
+from sarm.untrusted import holds_a_secret
 
 # Without these a dead server blocks every call for minutes.
 _ENVIRONMENT = {
@@ -181,6 +182,11 @@ def tracking_uri(run: Run) -> str:
     uri = run.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         return f"sqlite:///{run.out.parent / 'mlflow.db'}"
+    if holds_a_secret(uri):
+        # It would be written into every run's parameters.
+        raise UserError(
+            "the address of MLflow holds a password. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and pass the address without."
+        )
     if uri.startswith("sqlite:") and not uri.startswith("sqlite:////"):
         raise UserError(
             f"--mlflow-uri {uri} is relative, so every worker would log to a database of its own. Pass sqlite:////absolute/path.db or a server."
