@@ -12,7 +12,7 @@ BESIDE_OTHERS := sae sarm
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-chaos test-formats test-official lint types bench ui lock clean
+.PHONY: help demo test test-chaos test-formats test-official lint types audit bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -63,6 +63,15 @@ test-chaos: $(VENV)/.ready  ## kills of nodes, actors, drivers and MLflow, hosts
 
 test-formats: $(VENV)/.ready .venv-bench/.ready  ## SAE files, exchanged with the libraries whose formats they are
 	$(BIN)/python -m pytest tests/formats tests/data/test_sae_formats.py
+
+AUDIT := .venv-audit
+$(AUDIT)/.ready:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --progress-bar on 'pip-audit>=2.9,<3'
+	@touch $@
+
+audit: $(AUDIT)/.ready  ## the locked dependencies against the published vulnerabilities; asks pypi.org
+	$(AUDIT)/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
 
 ui: $(VENV)/.ready  ## MLflow on this machine's runs: http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri "$(MLFLOW_URI)" --host 127.0.0.1 --port $(UI_PORT)

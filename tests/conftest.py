@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ install_import_hook("sarm.nn", "beartype.beartype")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from tests.canaries import CANARIES  # noqa: E402
 
 from sarm.config import Model  # noqa: E402
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer  # noqa: E402
@@ -26,7 +28,13 @@ settings.load_profile("tests")
 
 
 # Folders and files whose tests share a cluster or a finished run.
-_SHARED = {"runtime": "cluster", "test_jobs": "chain", "chaos": "chain", "test_submit": "chain"}
+_SHARED = {
+    "runtime": "cluster",
+    "test_jobs": "chain",
+    "chaos": "chain",
+    "test_submit": "chain",
+    "test_secrets": "chain",
+}
 
 
 def _group(path: Path) -> str:
@@ -72,11 +80,19 @@ def tiny_chat(tiny_folder: Path) -> ChatTokenizer:
 
 
 @pytest.fixture(scope="session")
-def run_job() -> Callable[..., subprocess.CompletedProcess[str]]:
+def ray_logs() -> Iterator[Path]:
+    """Where the clusters of jobs that run as processes leave their logs; a short path, since Ray puts sockets beside them."""
+    with tempfile.TemporaryDirectory(prefix="sarm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def run_job(ray_logs: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a job's script as a user does: (name, *arguments)."""
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+        environment |= CANARIES | {"RAY_TMPDIR": str(ray_logs)}
         script = Path(__file__).parent.parent / "jobs" / f"{name}.py"
         command = [sys.executable, str(script), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=800, check=False)
@@ -92,6 +108,7 @@ def finished(
     out = tmp_path_factory.mktemp("outputs") / "tiny"
     done = run_job("pipeline", "tiny", "--out", out)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (out.parent / "job.log").write_text(done.stdout + done.stderr)
     assert "held-out accuracy" in done.stdout
     assert str(out / "report.html") in done.stdout.replace("\n", "")
     return out
