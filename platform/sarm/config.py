@@ -72,6 +72,10 @@ class Run:
     """Times in a row that workers are started again after one of them died, without a newer training state in between."""
     cpus_per_worker: int = field(default=0, metadata=OPERATIONAL)
     """CPU cores (and torch threads) of each worker and actor; 0 shares out the cluster's."""
+    supervise: bool = field(default=False, metadata=OPERATIONAL)
+    """Run the job in a process of its own that is started again when it dies, as often in a row as `max_restarts` says."""
+    submit: str = field(default="", metadata=OPERATIONAL)
+    """Dashboard of a Ray cluster (http://HOST:8265) to hand the job to, supervised; the same job is not started there twice."""
     dry_run: bool = field(default=False, metadata=OPERATIONAL)
     """Print the resolved config and what the job would do and cost, then stop."""
     debug: bool = field(default=False, metadata=OPERATIONAL)

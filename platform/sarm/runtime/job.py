@@ -37,8 +37,8 @@ def run_job(
 
     `explain` is what `--dry-run` prints, `describe` if there is none.
 
-    Exits with status 2 and one line for a user's mistake, 75 (try again) after SIGTERM, once what it was training is saved, 130
-    for an interrupt, and leaves other errors to Python.
+    Exits with status 2 and one line for a user's mistake, 75 (try again) after SIGTERM, once what it was training is saved, and for
+    failures of machines and networks, 130 for an interrupt, and leaves other errors to Python.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _guarded(lambda: parse(config_type, description, arguments, presets), job, arguments, explain or describe)
@@ -64,6 +64,16 @@ def _guarded(
         if run is not None and run.dry_run:
             print(explain(config))
             return
+        if run is not None and run.submit:
+            from sarm.runtime.submission import submit
+
+            submit(sys.argv[0], arguments, config)
+            return
+        if run is not None and run.supervise:
+            from sarm.runtime.submission import without_flag
+            from sarm.runtime.supervisor import supervise
+
+            sys.exit(supervise([sys.executable, sys.argv[0], *without_flag(arguments, "--supervise")], config))
         before = signal.signal(signal.SIGTERM, _stop)
         try:
             job(config)
@@ -80,6 +90,18 @@ def _guarded(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        from sarm.runtime.supervisor import status_of
+
+        # What nobody expected keeps its traceback.
+        if debug or (status := status_of(error)) is None:
+            raise
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        print(
+            f"error: {type(error).__name__}: {reason}; the same command goes on with the unfinished stage",
+            file=sys.stderr,
+        )
+        sys.exit(status)
 
 
 def _refuse_arguments(arguments: Sequence[str]) -> None:

@@ -1,0 +1,190 @@
+"""Around a job: one run of a configuration at a time, started again where that helps, and an exit status that says what to do.
+
+0 done; 2 the user's to mend; 75 stopped, and the same command goes on; any other is the job's own. Nodes, workers and scale are Ray's
+and the scheduler's: what is watched here is the one process that drives the job.
+"""
+
+import collections
+import contextlib
+import ctypes
+import errno
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from sarm.manifest import MANIFEST, write_atomically
+from sarm.runtime.submission import submission_id
+from sarm.runtime.writer_lock import HeldError, WriterLock
+from sarm.untrusted import read_json
+
+DONE, USER, AGAIN = 0, 2, 75
+_INTERRUPTED = 130
+_MAX_BACKOFF = 60.0
+_PR_SET_PDEATHSIG = 1
+# Library and name of errors, in any of an error's causes: most failures need none of the libraries.
+_TRANSIENT = {
+    "builtins.ConnectionError", "builtins.TimeoutError", "ray.ActorDiedError", "ray.ActorUnavailableError", "ray.NodeDiedError",
+    "ray.WorkerCrashedError", "ray.ObjectLostError", "ray.OutOfMemoryError", "ray.RaySystemError", "ray.LocalRayletDiedError",
+    "ray.WorkerHealthCheckFailedError", "torch.DistError",
+}  # fmt: skip
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Failure(NamedTuple):
+    """How a process ended badly: a name by which the same failure is known again, and whether a signal ended it."""
+
+    name: str
+    by_signal: bool
+
+
+def supervise(command: Sequence[str], config: Any, backoff: float = 0.5) -> int:
+    """Run `command` (the job without supervision) until it is done or no start of it will help; returns the exit status.
+
+    A process that died, or says 75 of itself, is started again, and the job goes on where it was. It stops with the status of the job
+    when a failure comes a second time with nothing new on disk in between, or after `max_restarts` such starts in a row.
+    Raises UserError if another job writes to the folder; the same job that runs already is left to it (0).
+    """
+    run, own_id = config.run, submission_id(command[1], config)
+    try:
+        with WriterLock(run.out, own_id):
+            return _Runs(command, run.out, run.max_restarts, backoff).until_done()
+    except HeldError as held:
+        if held.owner != own_id:
+            raise
+        print(f"{own_id} is running already: {held}", flush=True)
+        return DONE
+
+
+class _Runs:
+    """The processes of one job, one after the other."""
+
+    def __init__(self, command: Sequence[str], out: Path, max_restarts: int, backoff: float):
+        self._command, self._out, self._max_restarts, self._backoff = command, out, max_restarts, backoff
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stop = threading.Event()
+        # Beside the folder, so that it outlives this process: whoever queues the job again must not try the same for ever.
+        self._notes = out.with_name(f".{out.name}.failure.json")
+
+    def until_done(self) -> int:
+        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._loop()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _loop(self) -> int:
+        last = self._known()
+        in_a_row = 0
+        while True:
+            code, failure = self._run_once()
+            if code in (DONE, USER, _INTERRUPTED):
+                self._notes.unlink(missing_ok=True)
+                return code
+            if self._stop.is_set():
+                return AGAIN
+            now = {"failure": failure.name, "progress": self._progress()}
+            has_moved = last.get("progress") != now["progress"]
+            in_a_row = 1 if has_moved else in_a_row + 1
+            # A signal comes from outside; an error that comes again will come a third time.
+            is_same = not has_moved and not failure.by_signal and last.get("failure") == failure.name
+            self._notes.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._notes, json.dumps(now))
+            if is_same or in_a_row > self._max_restarts:
+                why = "the same failure again" if is_same else f"{in_a_row} failures in a row"
+                self._say(f"{why}, and nothing new on disk between them: {failure.name}. Giving up")
+                self._notes.unlink(missing_ok=True)
+                return code if code > 0 else 128 - code
+            last = now
+            wait = min(_MAX_BACKOFF, self._backoff * 2 ** (in_a_row - 1))
+            self._say(f"{failure.name}; starting again in {wait:g} s, which goes on with what is unfinished")
+            if self._stop.wait(wait):
+                return AGAIN
+
+    def _run_once(self) -> tuple[int, _Failure]:
+        process = subprocess.Popen(self._command, stderr=subprocess.PIPE, preexec_fn=_die_with_parent)
+        self._process = process
+        if self._stop.is_set():
+            process.send_signal(signal.SIGTERM)
+        tail: collections.deque[str] = collections.deque(maxlen=50)
+        assert process.stderr is not None
+        reader = threading.Thread(target=_copy, args=(process.stderr, tail), daemon=True)
+        reader.start()
+        code = process.wait()
+        # Orphans of a killed process may keep the pipe open.
+        reader.join(timeout=5)
+        return code, _failure(code, list(tail))
+
+    def _pass_on(self, number: int, _: Any) -> None:
+        self._stop.set()
+        # A terminal has sent its interrupt to both.
+        if number == signal.SIGTERM and self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def _progress(self) -> list[str]:
+        """What is on disk: finished folders, parts of unfinished ones, training states."""
+        patterns = (f"**/{MANIFEST}", "**/part-*.parquet")
+        return sorted(
+            path.relative_to(self._out).as_posix() for pattern in patterns for path in self._out.glob(pattern)
+        )
+
+    def _known(self) -> dict[str, Any]:
+        try:
+            return dict(read_json(self._notes))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _say(self, message: str) -> None:
+        print(f"supervisor: {message}", file=sys.stderr, flush=True)
+
+
+def status_of(error: BaseException) -> int | None:
+    """The exit status that says what to do about an error: 2 for a full disk, 75 for what another try may find gone, None for a bug."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return USER
+        kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(cause).__mro__}
+        # Whoever read the output has gone: no other try brings them back.
+        if _TRANSIENT & kinds and not isinstance(cause, BrokenPipeError):
+            return AGAIN
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        cause = waiting.pop()
+        if cause is None or id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        waiting += [cause.__cause__, getattr(cause, "cause", None)]
+
+
+def _failure(code: int, lines: Sequence[str]) -> _Failure:
+    if code < 0:
+        return _Failure(f"killed by {signal.Signals(-code).name}", True)
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    # Numbers and addresses differ from one time to the next where the error does not.
+    name = re.sub(r"0x[0-9a-f]+|\d+", "N", said)[:300]
+    return _Failure(f"status {code}: {name}", False)
+
+
+def _copy(source: IO[bytes], tail: collections.deque[str]) -> None:
+    for line in source:
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+        tail.append(line.decode("utf-8", "replace"))
+
+
+def _die_with_parent() -> None:
+    """A supervisor that is killed leaves no job behind that nobody looks after; only Linux can say so."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
