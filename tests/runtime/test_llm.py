@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -282,6 +283,23 @@ def test_an_unreachable_server_stops_with_one_line_and_writes_no_answer(serve, t
     assert log_files(tmp_path) == ""
     ask_all(server, [question(1)])
     assert server.asked == 1
+
+
+def test_a_server_that_takes_requests_and_never_answers_ends_the_run_and_is_named():
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as deaf:
+        address = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+
+        async def ask() -> None:
+            (judge,) = open_judges(Judging(judges=(f"m@{address}",), timeout=0.3), backoff=0.01)
+            try:
+                await judge.ask(question(0))
+            finally:
+                await judge.close()
+
+        with pytest.raises(JudgeStoppedError, match=rf"m at {address} does not answer: no answer within 0\.3 s"):
+            asyncio.run(ask())
+    # With the default settings: three requests and the waits between them.
+    assert 3 * Judging().timeout + 30 <= 300
 
 
 def test_a_server_that_dies_on_the_way_stops_the_run_and_the_same_questions_go_on(serve):

@@ -63,8 +63,8 @@ class Judging:
     """Tokens of one answer at most, for slow local models; unset: what each question allows (60 to 400)."""
     concurrency: int = field(default=8, metadata=OPERATIONAL)
     """Requests to one judge at once, at most; fewer where the server says 429."""
-    timeout: float = field(default=120.0, metadata=OPERATIONAL)
-    """Seconds until a request counts as lost."""
+    timeout: float = field(default=90.0, metadata=OPERATIONAL)
+    """Seconds until a request counts as lost; a server that never answers ends the run after three times this."""
     max_wait: float = field(default=600.0, metadata=OPERATIONAL)
     """Longest `Retry-After`, in seconds, that is waited out; a longer one stops the run, which goes on when asked again."""
     retry_failed: bool = field(default=False, metadata=OPERATIONAL)
