@@ -20,6 +20,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
+from sarm.checks import StoppedError
 from sarm.config import Run, UserError
 from sarm.manifest import MANIFEST, write_atomically
 from sarm.runtime.cluster import Cluster
@@ -99,6 +100,11 @@ def run_trials(plan: SweepPlan, cells: Sequence[Cell], cluster: Cluster, num_sam
     )
     try:
         tuner.fit()
+    except SystemError as error:
+        # What SIGTERM raises inside Ray's compiled code comes out as the cause of this.
+        if isinstance(error.__cause__, StoppedError):
+            raise error.__cause__ from None
+        raise
     finally:
         watch.release(run.out / "cells")
         shutil.rmtree(storage, ignore_errors=True)
