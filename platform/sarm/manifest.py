@@ -58,7 +58,7 @@ def read_manifest(folder: Path, schema: str) -> Manifest:
             f"{schema}: {folder} has no {MANIFEST}, so it is unfinished. Run the stage that writes it again."
         )
     try:
-        manifest = _parsed(path.read_bytes())
+        manifest = parse_manifest(path.read_bytes())
         for name in manifest.files:
             inside(folder, name)
     except (ValueError, TypeError, AttributeError) as error:
@@ -181,8 +181,8 @@ def _with_checksum(manifest: Manifest) -> str:
     return f'{before}"{hashlib.sha256(text.encode()).hexdigest()}"{after}'
 
 
-def _parsed(content: bytes) -> Manifest:
-    """Raises ValueError or TypeError unless it is a manifest, and the one that was written; those of before checksums have none."""
+def parse_manifest(content: bytes) -> Manifest:
+    """A manifest of any schema from its file's bytes. Raises ValueError or TypeError unless it is a manifest, and the one that was written; those of before checksums have none."""
     text = content.decode("utf-8")
     fields = parse_json(text)
     if (checksum := fields.pop("checksum", None)) is not None:

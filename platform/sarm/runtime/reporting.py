@@ -17,7 +17,7 @@ from sarm.data.statistics import reliability_bins
 from sarm.interpret import figures
 from sarm.interpret.attribution import pair_explanation, top_features
 from sarm.interpret.report import Report, ReportFiles, as_dict, describe_features, describe_pair, write_report
-from sarm.manifest import MANIFEST, Manifest
+from sarm.manifest import MANIFEST, Manifest, parse_manifest
 from sarm.runtime.plan import BASELINES
 from sarm.runtime.reward_training import load_pairs
 from sarm.runtime.session import Session
@@ -86,7 +86,7 @@ def _ui_command(uri: str) -> str:
 def _manifests(out: Path) -> dict[str, Manifest]:
     """Finished stages by name, oldest first."""
     found = {
-        path.parent.relative_to(out).as_posix(): Manifest(**json.loads(path.read_text()))
+        path.parent.relative_to(out).as_posix(): parse_manifest(path.read_bytes())
         for path in out.glob("**/" + MANIFEST)
     }
     return dict(sorted(found.items(), key=lambda item: (item[1].created, item[0])))
