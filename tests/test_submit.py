@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 RAY = str(Path(sys.executable).parent / "ray")
-TOKEN = "correct-horse-battery-staple-0123456789"
+# New each time: this file travels to the cluster, where nothing may hold it.
+TOKEN = os.urandom(16).hex()
 TEMPORARY = Path(f"/tmp/sarm-ray-{os.getpid()}")
 
 

@@ -133,7 +133,7 @@ def test_a_new_value_runs_only_its_cells_and_one_that_cannot_work_is_marked(conf
     }
     assert "starting again" not in capsys.readouterr().out, "no second try would mend it"
     (failed,) = [row for row in report.rows if row["status"] == "failed"]
-    assert "is not a readable SAE" in failed["reason"]
+    assert "sae_weights.safetensors has changed" in failed["reason"]
     assert failed["reason"].replace("|", "/") in (report.folder / "table.md").read_text()
     assert release_placement_groups(config.run.out) == [], "nothing was left to release"
 

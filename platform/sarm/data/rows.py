@@ -255,6 +255,8 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
         size += len(first)
         if size <= MAX_LINE_BYTES:
             tail.append(first)
+        else:
+            tail.clear()
         if others:
             yield b"".join(tail) if size <= MAX_LINE_BYTES else None
             yield from others[:-1]
