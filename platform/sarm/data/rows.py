@@ -25,7 +25,7 @@ CHUNK_BYTES = 1 << 16
 BATCH_ROWS = 512
 _DAMAGE = (OSError, EOFError, zlib.error, pa.ArrowException, tarfile.TarError)
 # A whole chunk is unpacked at once, up to 30,000 times its size, so this bounds the memory that a hostile file can take.
-ZSTD_CHUNK_BYTES = 1 << 12
+ZSTD_CHUNK_BYTES = 1 << 10
 # A row is held in memory whole.
 MAX_LINE_BYTES = 1 << 26
 
