@@ -140,6 +140,45 @@ def test_what_mlflow_refuses_is_raised_where_it_is_said_and_holds_up_nothing_els
     assert steps_of(parent, "loss") == [1]
 
 
+def test_one_record_that_is_refused_takes_no_other_with_it_when_a_later_process_sends(parent, monkeypatch, tmp_path):
+    monkeypatch.setattr(outbox, "send", away)
+    parent.log_metrics({"loss": 1.0}, 1)
+    parent.log_table([{"a": 1}], "../outside.json")
+    parent.log_metrics({"loss": 2.0}, 2)
+    outbox.close_all()
+    monkeypatch.setattr(outbox, "send", SEND)
+    Tracker(Run(out=tmp_path / "b"), "b")
+    assert steps_of(parent, "loss") == [1, 2]
+    assert files(parent) == []
+
+
+def test_an_error_that_nobody_foresaw_does_not_end_the_sending(parent, monkeypatch):
+    def broken(*_) -> None:
+        raise TypeError("not what was expected")
+
+    monkeypatch.setattr(outbox, "send", broken)
+    with pytest.raises(MlflowException, match="not what was expected"):
+        parent.set_tags({"a": "b"})
+    monkeypatch.setattr(outbox, "send", SEND)
+    parent.log_metrics({"loss": 1.0}, 1)
+    parent.flush()
+    assert steps_of(parent, "loss") == [1]
+
+
+def test_what_a_killed_process_left_goes_first_however_long_that_takes(parent, monkeypatch):
+    tried = []
+
+    def away_at_first(*_) -> bool:
+        tried.append(1)
+        return len(tried) > 2
+
+    monkeypatch.setattr(outbox, "send_left", away_at_first)
+    parent.log_metrics({"loss": 1.0}, 1)
+    assert outbox.outbox(parent.uri, parent.run_id, parent.outbox).flush(seconds_away=30)
+    assert len(tried) == 3, "nothing is sent before it"
+    assert steps_of(parent, "loss") == [1]
+
+
 def test_a_question_that_needs_an_answer_is_asked_again_for_a_while(parent, monkeypatch):
     asked = []
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlflow.exceptions import MlflowException
-from requests.exceptions import RequestException
 
 from sarm.runtime.job import say
 from sarm.runtime.mlflow_calls import MAX_METRICS, WAITS, Record, is_away, send
@@ -94,13 +93,16 @@ class Outbox:
                     return
                 records = _together(self._queue)
             try:
-                if not self._has_sent_left:
-                    # First, or steps that a killed process left would seem to be there already.
-                    self._has_sent_left = send_left(self._path.parent, self._run_id)
+                # First, or steps that a killed process left would seem to be there already.
+                if not self._has_sent_left and not send_left(self._path.parent, self._run_id):
+                    self._wait("what an ended process left could not be sent")
+                    continue
+                self._has_sent_left = True
                 send(self._uri, self._run_id, records, self._last_steps)
-            except (MlflowException, RequestException, OSError) as error:
+            except Exception as error:
+                # Whatever it is: without this thread, everyone who flushes would wait for ever.
                 if is_away(error):
-                    self._wait(error)
+                    self._wait(str(error))
                     continue
                 # One that MLflow will never take must not hold up the others.
                 refused = error if isinstance(error, MlflowException) else MlflowException(str(error))
@@ -123,11 +125,11 @@ class Outbox:
                 self._write({"uri": self._uri, "run_id": self._run_id})
             self._changed.notify_all()
 
-    def _wait(self, error: Exception) -> None:
+    def _wait(self, reason: str) -> None:
         with self._changed:
             if not self._num_failures:
                 say(
-                    f"MLflow at {self._uri} does not answer ({str(error)[:80]}): what is logged waits in {self._path.parent}"
+                    f"MLflow at {self._uri} does not answer ({reason[:80]}): what is logged waits in {self._path.parent}"
                 )
             wait = WAITS[min(self._num_failures, len(WAITS) - 1)]
             self._num_failures += 1
@@ -194,15 +196,16 @@ def send_left(folder: Path, run_id: str = "*") -> bool:
             with file:
                 header, *records = _whole_lines(file)
                 last_steps: dict[str, int] = {}
-                try:
-                    while records:
-                        together = _together(records)
+                while records:
+                    together = _together(records)
+                    try:
                         send(header["uri"], header["run_id"], together, last_steps)
-                        del records[: len(together)]
-                except (MlflowException, RequestException, OSError) as error:
-                    if is_away(error):
-                        return False
-                    say(f"MLflow refused what {path} holds: {str(error)[:200]}")
+                    except Exception as error:
+                        if is_away(error):
+                            return False
+                        # It alone is lost, not what was said after it.
+                        say(f"MLflow refused a record of {path}: {str(error)[:200]}")
+                    del records[: len(together)]
                 path.unlink(missing_ok=True)
     return True
 
@@ -221,7 +224,8 @@ def _locked(path: Path, *, create: bool) -> IO[str] | None:
     descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
     file = os.fdopen(descriptor, "r+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A new file can be held only by somebody who looks whether it is an old one.
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if create else fcntl.LOCK_NB))
     except OSError as error:
         # A file system without locks cannot say whether the writer lives: what it left is for someone to send by hand.
         if isinstance(error, BlockingIOError) or not create:
