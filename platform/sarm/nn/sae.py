@@ -5,6 +5,7 @@ x = (h - mean h) / (std h + 1e-6) per token;  pre = (x - b_dec) W_enc + b_enc;  
 The K active latents of a row are kept as `Codes`, never as a B x S tensor, so the backward pass costs 4K/S of a dense one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -77,7 +78,7 @@ def bag_weight_gradient(
     )
 
 
-class Sae(nn.Module):
+class Sae(nn.Module, ABC):
     """What all architectures share; they differ in `activate`.
 
     Parameters as SAELens names and shapes them: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec; always float32.
@@ -132,9 +133,9 @@ class Sae(nn.Module):
             values, indices = _Encode.apply(x - self.b_dec, self.W_enc.T, self.b_enc, self.activate)
         return Codes(values, indices)
 
+    @abstractmethod
     def activate(self, pre_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values and indices of each row's active latents, by descending value, and where the gradient passes."""
-        raise NotImplementedError
 
     def calibrate_(self, x_ND: Float[Tensor, "rows d_in"]) -> None:
         """Fit what the architecture has beside the four parameters to a sample, under the initial encoder."""
