@@ -9,7 +9,7 @@ from sarm.runtime.job import run_command
 
 
 def main(settings: AuditFeatures) -> None:
-    from sarm.runtime.auditing import audit
+    from sarm.runtime.audit.auditing import audit
     from sarm.runtime.session import open_session
 
     with open_session(settings) as session:

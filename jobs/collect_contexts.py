@@ -10,7 +10,7 @@ from sarm.runtime.job import run_job
 
 
 def main(config: CollectContexts) -> None:
-    from sarm.runtime.reading import collect
+    from sarm.runtime.contexts.reading import collect
     from sarm.runtime.session import open_session
 
     with open_session(config) as session:

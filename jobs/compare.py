@@ -8,7 +8,7 @@ from sarm.runtime.job import run_command
 
 
 def main(settings: Comparison) -> None:
-    from sarm.runtime.comparing import run_comparison
+    from sarm.runtime.benchmarks.comparing import run_comparison
 
     run_comparison(settings)
 

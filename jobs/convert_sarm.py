@@ -5,12 +5,12 @@ python jobs/convert_sarm.py outputs/demo/sarm exported --format papers
 python jobs/convert_sarm.py Llama-SARM-4B-PostSAEPretrain outputs/mine/sae --format sae --model meta-llama/Llama-3.1-8B-Instruct
 """
 
-from sarm.runtime.convert_options import ConvertSarm
+from sarm.runtime.conversion.convert_options import ConvertSarm
 from sarm.runtime.job import run_command
 
 
 def main(config: ConvertSarm) -> None:
-    from sarm.runtime.convert_sarm import convert_sarm
+    from sarm.runtime.conversion.convert_sarm import convert_sarm
 
     convert_sarm(config)
 

@@ -29,7 +29,7 @@ def main(config: Evaluate) -> None:
 
 
 def benchmark(settings: Benchmarking) -> None:
-    from sarm.runtime.benchmarking import run_benchmarks
+    from sarm.runtime.benchmarks.benchmarking import run_benchmarks
 
     run_benchmarks(settings)
 

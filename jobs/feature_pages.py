@@ -9,7 +9,7 @@ from sarm.runtime.job import run_job
 
 
 def main(config: FeaturePages) -> None:
-    from sarm.runtime.reading import write_pages
+    from sarm.runtime.contexts.reading import write_pages
     from sarm.runtime.session import open_session
 
     with open_session(config) as session:

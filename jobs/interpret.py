@@ -12,7 +12,7 @@ from sarm.runtime.job import run_command
 
 
 def main(settings: Interpret) -> None:
-    from sarm.runtime.interpreting import run_interpretation
+    from sarm.runtime.judges.interpreting import run_interpretation
 
     run_interpretation(settings)
 

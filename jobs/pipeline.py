@@ -11,7 +11,8 @@ from sarm.runtime.job import run_job
 def main(config: Pipeline) -> None:
     from sarm.data.models import check_model
     from sarm.interpret.summary import print_summary
-    from sarm.runtime import reading, stages
+    from sarm.runtime import stages
+    from sarm.runtime.contexts import reading
     from sarm.runtime.plan import refuse_other_run
     from sarm.runtime.reporting import report
     from sarm.runtime.session import open_session

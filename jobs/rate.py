@@ -9,7 +9,7 @@ from sarm.runtime.job import run_command
 
 
 def main(settings: HumanRatings) -> None:
-    from sarm.runtime.human_ratings import run_ratings
+    from sarm.runtime.judges.human_ratings import run_ratings
 
     run_ratings(settings)
 

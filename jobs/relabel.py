@@ -9,7 +9,7 @@ from sarm.runtime.job import run_command
 
 
 def main(settings: Relabel) -> None:
-    from sarm.runtime.relabelling import relabel
+    from sarm.runtime.audit.relabelling import relabel
     from sarm.runtime.session import open_session
 
     with open_session(settings) as session:

@@ -9,7 +9,7 @@ from sarm.runtime.job import run_command
 
 
 def main(settings: RewardCard) -> None:
-    from sarm.runtime.card import make_card
+    from sarm.runtime.contexts.card import make_card
 
     make_card(settings)
 

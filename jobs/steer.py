@@ -10,8 +10,8 @@ from sarm.runtime.job import run_command
 
 
 def main(settings: Steer) -> None:
+    from sarm.runtime.audit.steering import steer
     from sarm.runtime.session import open_session
-    from sarm.runtime.steering import steer
 
     with open_session(settings) as session:
         steer(session, settings)

@@ -145,7 +145,7 @@ def test_a_bad_import_is_noticed(module, source):
         ("sarm.nn.modeling_sarm", "import math\nimport torch.nn\nfrom transformers import AutoModel\nfrom .sae import dense"),
         ("sarm.data.groups", "from sarm.data.packing import Row\nfrom sarm.nn.sae import dense\nfrom sarm import schema"),
         ("sarm.evaluate.pairs", "from sarm.data.statistics import calibration\nimport numpy"),
-        ("sarm.runtime.zero", "import deepspeed\nfrom sarm.train import reward"),
+        ("sarm.runtime.training.zero", "import deepspeed\nfrom sarm.train import reward"),
         ("jobs.evaluate", "from sarm.config import Evaluate\nfrom sarm.runtime import stages"),
     ],
 )  # fmt: skip

@@ -6,13 +6,13 @@ ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python 
 """
 
 from sarm.runtime.job import run_job
-from sarm.runtime.sweep_cost import describe_sweep
+from sarm.runtime.sweeps.sweep_cost import describe_sweep
 from sarm.tune_config import Ablation
 from sarm.tune_presets import ABLATIONS
 
 
 def main(config: Ablation) -> None:
-    from sarm.runtime.sweep import run_sweep
+    from sarm.runtime.sweeps.sweep import run_sweep
 
     print(run_sweep(config).summary())
 

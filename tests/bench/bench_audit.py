@@ -18,11 +18,11 @@ from sarm.audit.settings import AuditFeatures, Relabel, Steer
 from sarm.audit.steering import Sweep
 from sarm.config import Run
 from sarm.data.benchmark_sources import Source, load_benchmark
-from sarm.runtime.audit_folder import read_audit
-from sarm.runtime.auditing import audit
-from sarm.runtime.relabelling import relabel
+from sarm.runtime.audit.audit_folder import read_audit
+from sarm.runtime.audit.auditing import audit
+from sarm.runtime.audit.relabelling import relabel
+from sarm.runtime.audit.steering import steer
 from sarm.runtime.session import open_session
-from sarm.runtime.steering import steer
 
 DEMO = Path(os.environ.get("SARM_BENCH_DEMO", "outputs/demo")).absolute()
 DATA = Path(os.environ.get("SARM_BENCH_DATA", "../shared/data")).absolute()

@@ -30,9 +30,9 @@ from sarm.nn.architectures import build_sae
 from sarm.nn.backbone import residual_stream
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import standardise
-from sarm.runtime.actor_progress import Source
-from sarm.runtime.context_actors import ContextUnits
-from sarm.runtime.context_collection import pair_slices, reader_of, tally_units, text_slices
+from sarm.runtime.contexts.context_actors import ContextUnits
+from sarm.runtime.contexts.context_collection import pair_slices, reader_of, tally_units, text_slices
+from sarm.runtime.extraction.actor_progress import Source
 
 DEMO = Path("outputs/demo")
 OUT = Path("outputs/bench/contexts.json")

@@ -30,7 +30,7 @@ from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2
 from sarm.evaluate.rows import ScoredRow
 from sarm.evaluate.settings import Benchmarking
 from sarm.nn.backbone import residual_stream
-from sarm.runtime.benchmark_scoring import make_items
+from sarm.runtime.benchmarks.benchmark_scoring import make_items
 from sarm.runtime.models import find_model, sarm_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent

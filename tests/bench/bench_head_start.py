@@ -20,7 +20,7 @@ from sarm.data.activations import ActivationStore
 from sarm.data.artifacts import load_sae
 from sarm.evaluate.probe import fit_probe
 from sarm.nn.sae import dense, standardise
-from sarm.runtime.reward_training import load_pairs
+from sarm.runtime.training.reward_training import load_pairs
 from sarm.schema import stable_int
 
 DEMO = Path("outputs/demo")

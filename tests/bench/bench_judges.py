@@ -25,7 +25,7 @@ from tests.runtime.judge_server import FAULTS, Fault, JudgeServer, dealt, indepe
 from sarm.interpret.answers import Odd  # noqa: E402
 from sarm.interpret.judge_settings import Judging  # noqa: E402
 from sarm.interpret.questions import Question  # noqa: E402
-from sarm.runtime.llm import open_judges  # noqa: E402
+from sarm.runtime.judges.llm import open_judges  # noqa: E402
 
 OUT = ROOT / "outputs" / "bench" / "judges.json"
 QUESTIONS, CONCURRENCY, TIMEOUT = 100, 16, 1.0

@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 from sarm.config import Run
 from sarm.runtime.outbox import close_all
 from sarm.runtime.tracking import Tracker
-from sarm.runtime.trainer import Progress
+from sarm.runtime.training.trainer import Progress
 
 OUT = Path("outputs/bench/tracking.json")
 STEPS, STEP_SECONDS, METRICS = 480, 0.25, 12

@@ -30,7 +30,7 @@ def passes(folder: Path, runs: list[dict[str, Any]], threads: int = 2) -> list[d
     from sarm.config import Extraction, Model, Run
     from sarm.manifest import sha256_of
     from sarm.runtime.cluster import connect
-    from sarm.runtime.extraction import run_over
+    from sarm.runtime.extraction.extraction import run_over
     from sarm.runtime.session import peak_memory
 
     found = []
@@ -61,9 +61,9 @@ def make_pass(corpus: Path, target: Path, model: Any, extraction: Any) -> Any:
     from sarm import schema
     from sarm.data.blocks import plan_blocks
     from sarm.data.models import model_folder
-    from sarm.runtime.actors import Target, TextActivations
-    from sarm.runtime.block_actor import Output
-    from sarm.runtime.extraction import Pass
+    from sarm.runtime.extraction.actors import Target, TextActivations
+    from sarm.runtime.extraction.block_actor import Output
+    from sarm.runtime.extraction.extraction import Pass
 
     output = Output(target, schema.activations(576, {"dtype": "float16", "layer": model.layer}))
     key = Target("document", model.layer)
@@ -103,7 +103,7 @@ def loop(
     from sarm.data.models import model_folder
     from sarm.data.windows import collate_windows, text_windows, window_batches
     from sarm.nn.backbone import load_backbone
-    from sarm.runtime.usage import keep_freed_memory
+    from sarm.runtime.extraction.usage import keep_freed_memory
 
     model = Model(name="demo:smollm2", layer=layer, max_length=MAX_LENGTH)
     chat = load_chat_tokenizer(model, model_folder(model))

@@ -11,8 +11,8 @@ from sarm.data.models import model_folder
 from sarm.data.prepare import prepare_pairs
 from sarm.presets import PRESETS
 from sarm.runtime import stages
-from sarm.runtime.reward_training import load_pairs
 from sarm.runtime.session import open_session
+from sarm.runtime.training.reward_training import load_pairs
 
 # A pair's tokens at most, prompt counted once: what fits a study of twelve trainings on two cores.
 MAX_TOKENS = 192

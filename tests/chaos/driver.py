@@ -10,10 +10,10 @@ from sarm import schema
 from sarm.config import Extraction, Model, Run
 from sarm.data.blocks import plan_blocks
 from sarm.data.models import model_folder
-from sarm.runtime.actors import Target, TextActivations
-from sarm.runtime.block_actor import Output
 from sarm.runtime.cluster import Cluster
-from sarm.runtime.extraction import Pass, run_over
+from sarm.runtime.extraction.actors import Target, TextActivations
+from sarm.runtime.extraction.block_actor import Output
+from sarm.runtime.extraction.extraction import Pass, run_over
 
 MODEL = Model(name="tiny:llama", layer=1, max_length=128)
 TARGET = Target("document", 1)

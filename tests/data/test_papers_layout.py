@@ -16,8 +16,8 @@ from sarm.manifest import read_manifest
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import TopKSae
-from sarm.runtime.convert_options import ConvertSarm
-from sarm.runtime.convert_sarm import convert_sarm
+from sarm.runtime.conversion.convert_options import ConvertSarm
+from sarm.runtime.conversion.convert_sarm import convert_sarm
 from sarm.runtime.job import run_command
 
 D_SAE, K, LAYER, END = 80, 6, 1, 1

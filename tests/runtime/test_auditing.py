@@ -23,16 +23,16 @@ from sarm.manifest import StageFolder
 from sarm.nn.sae import TopKSae, standardise
 from sarm.presets import PRESETS
 from sarm.runtime import plan
-from sarm.runtime.audit_folder import read_audit
-from sarm.runtime.audit_page import write_audit_page
-from sarm.runtime.auditing import audit, choose_features
-from sarm.runtime.head_start import start_head_
-from sarm.runtime.relabelling import relabel
-from sarm.runtime.reward_models import build_model
-from sarm.runtime.reward_training import load_pairs
-from sarm.runtime.safety_ratings import SafetyRatings
+from sarm.runtime.audit.audit_folder import read_audit
+from sarm.runtime.audit.audit_page import write_audit_page
+from sarm.runtime.audit.auditing import audit, choose_features
+from sarm.runtime.audit.relabelling import relabel
+from sarm.runtime.audit.steering import steer
+from sarm.runtime.judges.safety_ratings import SafetyRatings
 from sarm.runtime.session import open_session
-from sarm.runtime.steering import steer
+from sarm.runtime.training.head_start import start_head_
+from sarm.runtime.training.reward_models import build_model
+from sarm.runtime.training.reward_training import load_pairs
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from sarm.config import Run, UserError
 from sarm.evaluate.settings import Benchmarking, Comparison
 from sarm.evaluate.suite import measure, metric_name, metrics
-from sarm.runtime.benchmarking import run_benchmarks
-from sarm.runtime.comparing import run_comparison
+from sarm.runtime.benchmarks.benchmarking import run_benchmarks
+from sarm.runtime.benchmarks.comparing import run_comparison
 
 # Scores by a number that each completion ends in; "nan" stays what it is, and a mark on disk counts the calls.
 MODEL = """

@@ -18,8 +18,8 @@ from sarm.data.blocks import plan_blocks
 from sarm.data.parts import part_name, read_counts, with_sink_columns, write_rejected
 from sarm.data.sentences import sentence_end_tokens, sentence_ends
 from sarm.nn.backbone import load_backbone
-from sarm.runtime.actors import Cost, Target, TextActivations
-from sarm.runtime.block_actor import BEGUN, BlockActor, Output
+from sarm.runtime.extraction.actors import Cost, Target, TextActivations
+from sarm.runtime.extraction.block_actor import BEGUN, BlockActor, Output
 
 TEXTS = [f"Text {i} has a sentence. It has another one too!" for i in range(12)]
 MODEL = Model(name="tiny:llama", layer=1, max_length=64)

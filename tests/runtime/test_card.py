@@ -15,7 +15,7 @@ from sarm.config import UserError
 from sarm.data.sarm_artifacts import load_sarm
 from sarm.interpret.card_settings import RewardCard
 from sarm.interpret.reward_card import card, print_card, write_card
-from sarm.runtime.card import make_card, read_prefixes
+from sarm.runtime.contexts.card import make_card, read_prefixes
 
 PROMPT = {"role": "user", "content": "how does a garden grow"}
 ANSWER = "Slowly, at first. Then all at once!\n\nWater helps"

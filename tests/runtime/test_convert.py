@@ -12,11 +12,11 @@ from sarm.data.activations import ActivationStore
 from sarm.data.artifacts import SAE, load_sae, save_sae
 from sarm.manifest import StageFolder, read_manifest
 from sarm.nn.architectures import build_sae
-from sarm.runtime.convert import convert_sae
-from sarm.runtime.convert_options import ConvertSae
+from sarm.runtime.conversion.convert import convert_sae
+from sarm.runtime.conversion.convert_options import ConvertSae
 from sarm.runtime.job import run_command
-from sarm.runtime.reward_models import check_sae
-from sarm.runtime.sae_stages import check_activations
+from sarm.runtime.training.reward_models import check_sae
+from sarm.runtime.training.sae_stages import check_activations
 
 
 @pytest.fixture

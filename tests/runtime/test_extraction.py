@@ -19,11 +19,11 @@ from sarm.data.models import model_folder
 from sarm.data.sentences import sentence_end_tokens, sentence_ends
 from sarm.manifest import read_manifest
 from sarm.nn.backbone import load_backbone
-from sarm.runtime.activation_stages import rows_within
-from sarm.runtime.actors import Target, TextActivations
-from sarm.runtime.block_actor import Output
 from sarm.runtime.cluster import Cluster
-from sarm.runtime.extraction import Pass, StalledError, run_over
+from sarm.runtime.extraction.activation_stages import rows_within
+from sarm.runtime.extraction.actors import Target, TextActivations
+from sarm.runtime.extraction.block_actor import Output
+from sarm.runtime.extraction.extraction import Pass, StalledError, run_over
 
 
 def one_by_one(model: Model, ids: list[int]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 import json
 
 from sarm.config import Extraction, Model, Run
-from sarm.runtime.extraction_cost import KNOWN_SHAPES, describe_extraction
+from sarm.runtime.extraction.extraction_cost import KNOWN_SHAPES, describe_extraction
 
 
 def test_the_weights_of_a_block_are_the_models():

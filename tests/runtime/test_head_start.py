@@ -13,8 +13,8 @@ from sarm.evaluate.probe import fit_probe
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import TopKSae, standardise
-from sarm.runtime.head_start import start_head_
-from sarm.runtime.reward_training import load_pairs
+from sarm.runtime.training.head_start import start_head_
+from sarm.runtime.training.reward_training import load_pairs
 from sarm.schema import stable_int
 
 

@@ -21,8 +21,8 @@ from sarm.config import UserError
 from sarm.interpret.answers import Odd, Rating, Reply
 from sarm.interpret.judge_settings import Judging
 from sarm.interpret.questions import Question
-from sarm.runtime.llm import Judge, open_judges
-from sarm.runtime.llm_endpoint import JudgeStoppedError
+from sarm.runtime.judges.llm import Judge, open_judges
+from sarm.runtime.judges.llm_endpoint import JudgeStoppedError
 
 GOOD = '{"intruder": 3}'
 
@@ -94,7 +94,7 @@ import asyncio, sys
 from sarm.interpret.answers import Odd
 from sarm.interpret.judge_settings import Judging
 from sarm.interpret.questions import Question
-from sarm.runtime.llm import open_judges
+from sarm.runtime.judges.llm import open_judges
 async def main():
     (judge,) = open_judges(Judging(judges=("m@" + sys.argv[1],), concurrency=4))
     ask = [judge.ask(Question("intruder", f"question {i}", Odd, 50, "system")) for i in range(int(sys.argv[2]))]

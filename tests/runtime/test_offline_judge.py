@@ -20,7 +20,7 @@ from sarm.data.cache import is_cached
 from sarm.data.demo_source import demo_model
 from sarm.interpret.answers import FAILURES
 from sarm.interpret.judge_settings import Interpret, Judging
-from sarm.runtime.interpreting import run_interpretation
+from sarm.runtime.judges.interpreting import run_interpretation
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from sarm.config import Run
 from sarm.runtime import mlflow_calls, outbox
 from sarm.runtime.tracking import StageRun, Tracker
-from sarm.runtime.trainer import Progress
+from sarm.runtime.training.trainer import Progress
 
 SEND = outbox.send
 
@@ -89,7 +89,7 @@ _KILLED = """
     from pathlib import Path
     from sarm.runtime import mlflow_calls, outbox
     from sarm.runtime.tracking import StageRun
-    from sarm.runtime.trainer import Progress
+    from sarm.runtime.training.trainer import Progress
     from mlflow.exceptions import MlflowException
 
     def away(*_):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from sarm.runtime.pass_progress import PassProgress
-from sarm.runtime.usage import ForwardClock, Usage
+from sarm.runtime.extraction.pass_progress import PassProgress
+from sarm.runtime.extraction.usage import ForwardClock, Usage
 
 # Two blocks of two actors that ran side by side for 10 seconds.
 BLOCK = {

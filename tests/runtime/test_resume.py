@@ -22,11 +22,11 @@ from sarm.data.artifacts import save_sae
 from sarm.data.checkpoints import Checkpoint, Checkpoints
 from sarm.data.models import model_folder
 from sarm.nn.sae import TopKSae
-from sarm.runtime import training_states
 from sarm.runtime.cluster import Cluster
-from sarm.runtime.reward_training import RewardTask, reward_worker
 from sarm.runtime.tracking import StageRun, Tracker
-from sarm.runtime.trainer import run_workers
+from sarm.runtime.training import training_states
+from sarm.runtime.training.reward_training import RewardTask, reward_worker
+from sarm.runtime.training.trainer import run_workers
 from sarm.train.reward import RewardTraining
 
 CLUSTER = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)

@@ -16,8 +16,8 @@ from sarm.data.sarm_artifacts import load_sarm, save_sarm
 from sarm.nn.architectures import build_sae
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.sae import standardise
-from sarm.runtime.head_start import frozen_sides
-from sarm.runtime.reward_models import build_model, check_sae, check_width, merge_adapters_, variants
+from sarm.runtime.training.head_start import frozen_sides
+from sarm.runtime.training.reward_models import build_model, check_sae, check_width, merge_adapters_, variants
 from sarm.schema import stable_int
 from sarm.train.reward import LocalEngine, parameter_groups, train_reward
 
@@ -131,7 +131,7 @@ def test_activations_of_a_model_that_has_none_stored_are_its_own(tiny_folder, ti
 
 
 def test_adapters_without_their_library_are_refused_with_what_to_do(sae_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sarm.runtime.reward_models.find_spec", lambda name: None)
+    monkeypatch.setattr("sarm.runtime.training.reward_models.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package peft. Run pip install 'sarm\[lora\]'"):
         variants(MODEL, Reward(lora_rank=4), sae_folder)
 

@@ -6,7 +6,7 @@ import torch
 
 from sarm.data.activations import ActivationStore
 from sarm.nn.sae import TopKSae, standardise
-from sarm.runtime.sae_fidelity import chat_reward_fidelity
+from sarm.runtime.training.sae_fidelity import chat_reward_fidelity
 
 SHARE = 0.2
 

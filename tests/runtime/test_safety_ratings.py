@@ -10,9 +10,9 @@ from sarm import schema
 from sarm.checks import UserError
 from sarm.interpret.feature_data import EXPLANATIONS
 from sarm.manifest import StageFolder
-from sarm.runtime.human_ratings import HUMAN_RATINGS
+from sarm.runtime.judges.human_ratings import HUMAN_RATINGS
+from sarm.runtime.judges.safety_ratings import safety_ratings
 from sarm.runtime.models import hash_of_folder
-from sarm.runtime.safety_ratings import safety_ratings
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from sarm.data.sarm_artifacts import save_sarm
 from sarm.evaluate.settings import Benchmarking
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.runtime.benchmarks.scorers import Request, load_scorer
 from sarm.runtime.models import check_tokenizer, find_model, score_key
-from sarm.runtime.scorers import Request, load_scorer
 
 PROMPT = [{"role": "user", "content": "tell me how a garden grows"}]
 COMPLETIONS = ["slowly.", "with water, light and a great deal of patience over many weeks.", "it does not grow at all"]

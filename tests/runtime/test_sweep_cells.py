@@ -8,12 +8,12 @@ import pytest
 from sarm.checks import UserError
 from sarm.config import Model
 from sarm.runtime.cluster import Cluster
-from sarm.runtime.sweep import check_plan
-from sarm.runtime.sweep_cells import Cell, cells_of, check_sweep, sae_key, saes_of
-from sarm.runtime.sweep_cost import describe_sweep
-from sarm.runtime.sweep_plan import claim_sweep, refuse_other_sweep, sweep_plan
-from sarm.runtime.sweep_stages import _of_one_read
-from sarm.runtime.sweep_trials import trials_at_once
+from sarm.runtime.sweeps.sweep import check_plan
+from sarm.runtime.sweeps.sweep_cells import Cell, cells_of, check_sweep, sae_key, saes_of
+from sarm.runtime.sweeps.sweep_cost import describe_sweep
+from sarm.runtime.sweeps.sweep_plan import claim_sweep, refuse_other_sweep, sweep_plan
+from sarm.runtime.sweeps.sweep_stages import _of_one_read
+from sarm.runtime.sweeps.sweep_trials import trials_at_once
 from sarm.tune_config import Ablation, Sweep
 from sarm.tune_presets import ABLATIONS
 

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from sarm.config import Run, UserError
 from sarm.runtime.outbox import close_all
 from sarm.runtime.tracking import Tracker, flat_params, tracking_uri
-from sarm.runtime.trainer import Progress
+from sarm.runtime.training.trainer import Progress
 
 
 @pytest.fixture

@@ -23,13 +23,13 @@ from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import prompt_groups
 from sarm.data.models import model_folder
 from sarm.runtime.cluster import Cluster
-from sarm.runtime.reward_models import build_model
-from sarm.runtime.reward_training import RewardTask, load_pairs, reward_worker
-from sarm.runtime.reward_training import train_on_cluster as train_reward_on_cluster
-from sarm.runtime.sae_training import SaeMember, SaeTask, sae_worker
-from sarm.runtime.sae_training import train_on_cluster as train_sae_on_cluster
 from sarm.runtime.tracking import StageRun, Tracker
-from sarm.runtime.trainer import run_workers
+from sarm.runtime.training.reward_models import build_model
+from sarm.runtime.training.reward_training import RewardTask, load_pairs, reward_worker
+from sarm.runtime.training.reward_training import train_on_cluster as train_reward_on_cluster
+from sarm.runtime.training.sae_training import SaeMember, SaeTask, sae_worker
+from sarm.runtime.training.sae_training import train_on_cluster as train_sae_on_cluster
+from sarm.runtime.training.trainer import run_workers
 from sarm.train.reward import LocalEngine, parameter_groups, train_reward
 from sarm.train.sae import SaeTraining
 

@@ -12,7 +12,7 @@ from sarm.nn.architectures import DenseSae
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import TopKSae
-from sarm.runtime.reward_models import encoder_of
+from sarm.runtime.training.reward_models import encoder_of
 from sarm.train.objective import Objective, objective_of
 from sarm.train.reward import LocalEngine, _backward, deal, parameter_groups
 

@@ -13,8 +13,8 @@ from tests.untrusted.world import Table, World
 from sarm.interpret.answers import Odd, Rating, Reply, parse
 from sarm.interpret.judge_settings import Judging
 from sarm.interpret.questions import Question
-from sarm.runtime.llm import Judge, open_judges
-from sarm.runtime.llm_endpoint import JudgeStoppedError
+from sarm.runtime.judges.llm import Judge, open_judges
+from sarm.runtime.judges.llm_endpoint import JudgeStoppedError
 
 TABLE = Table()
 row = TABLE.row

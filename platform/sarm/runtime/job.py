@@ -21,7 +21,7 @@ import tyro
 from sarm.checks import StoppedError
 from sarm.config import Pipeline, Run, UserError, as_json
 from sarm.presets import PRESETS
-from sarm.runtime.extraction_cost import describe_extraction
+from sarm.runtime.extraction.extraction_cost import describe_extraction
 from sarm.untrusted import holds_a_secret
 
 
@@ -208,7 +208,7 @@ def describe(config: Any) -> str:
     if extraction is not None and model is not None:
         rate = None
         if extraction.calibrate:
-            from sarm.runtime.calibration import tokens_per_second
+            from sarm.runtime.extraction.calibration import tokens_per_second
 
             rate = tokens_per_second(model, extraction)
         lines.append(describe_extraction(run, model, extraction, rate))

@@ -19,8 +19,8 @@ from sarm.interpret.attribution import pair_explanation, top_features
 from sarm.interpret.report import Report, ReportFiles, as_dict, describe_features, describe_pair, write_report
 from sarm.manifest import MANIFEST, Manifest, parse_manifest
 from sarm.runtime.plan import BASELINES
-from sarm.runtime.reward_training import load_pairs
 from sarm.runtime.session import Session
+from sarm.runtime.training.reward_training import load_pairs
 
 _NAMES = {
     "sarm": "SARM",

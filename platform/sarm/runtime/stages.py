@@ -18,14 +18,14 @@ from sarm.data.models import check_model, model_folder
 from sarm.data.prepare import prepare_corpus, prepare_pairs
 from sarm.manifest import Manifest, StageFolder, read_manifest
 from sarm.runtime import plan
-from sarm.runtime.activation_stages import extract as extract
+from sarm.runtime.extraction.activation_stages import extract as extract
 from sarm.runtime.plan import CORPUS, EVALUATION, PAIRS
-from sarm.runtime.sae_stages import SaeStage, finish_training, train_saes
 from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
+from sarm.runtime.training.sae_stages import SaeStage, finish_training, train_saes
 
 if TYPE_CHECKING:
-    from sarm.runtime.reward_models import Variant
+    from sarm.runtime.training.reward_models import Variant
 
 
 def check_sources(data: Data) -> None:
@@ -70,7 +70,7 @@ def train_sae(session: Session, sae: Sae, also: AlsoSaes = AlsoSaes()) -> None:
 
 def train_sarm(session: Session, model: Model, reward: Reward) -> None:
     """pairs/v1 and SAE -> SARM, and its baselines beside it."""
-    from sarm.runtime import reward_models
+    from sarm.runtime.training import reward_models
 
     check_model(model)
     trainings = reward_models.variants(model, reward, session.folders.sae)
@@ -97,7 +97,7 @@ def train_reward_model(session: Session, one: "Variant") -> Path:
 
 def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -> Manifest:
     """pairs/v1, activations and models -> held-out scores, baselines, attributions and contexts."""
-    from sarm.runtime import evaluation as work
+    from sarm.runtime.benchmarks import evaluation as work
 
     folders = session.folders
     inputs = {
@@ -118,7 +118,7 @@ def _train_reward(
     session: Session, one: "Variant", head_start: Path | None, target: Path, states: Checkpoints, child: StageRun
 ) -> Mapping[str, Any]:
     from sarm.interpret.figures import reward_curves
-    from sarm.runtime import reward_training
+    from sarm.runtime.training import reward_training
 
     task = reward_training.RewardTask(
         session.run,

@@ -25,7 +25,7 @@ Log = Callable[[int, dict[str, float]], None]
 
 
 class Engine(Protocol):
-    """A model with its optimizer: `sarm.runtime.zero.ZeroEngine`, or `LocalEngine` in one process without DeepSpeed.
+    """A model with its optimizer: `sarm.runtime.training.zero.ZeroEngine`, or `LocalEngine` in one process without DeepSpeed.
 
     `step` returns the gradient's norm before clipping, and takes no step if that is not finite.
     """

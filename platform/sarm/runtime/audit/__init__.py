@@ -1,0 +1,1 @@
+"""Safety features, steering, poison and denoise."""

@@ -1,0 +1,132 @@
+"""The codes stage of an audit: every response through the SARM once, on the cluster, into codes/v1."""
+
+import json
+import shutil
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import ray.data
+import torch
+
+from sarm import schema
+from sarm.audit.codes import CODE_PAIRS, RESPONSES
+from sarm.config import Model, Run, UserError
+from sarm.data.chat import load_chat_tokenizer
+from sarm.data.groups import prompt_groups
+from sarm.data.packing import TokenBatch, token_batches
+from sarm.data.parts import with_sink_columns
+from sarm.data.sarm_artifacts import load_sarm
+from sarm.data.sentence_windows import sentence_columns
+from sarm.nn.backbone import residual_stream
+from sarm.nn.sae import standardise
+from sarm.runtime.cluster import Cluster
+from sarm.runtime.extraction.actor_progress import Progress, Source
+from sarm.runtime.extraction.actors import device_of_worker
+from sarm.runtime.extraction.extraction import through_actors
+from sarm.runtime.extraction.parquet_sink import ParquetSink
+
+_BATCH_ROWS = 64
+
+
+class ResponseCodes:
+    """A batch of pairs in, a row of codes per distinct response out."""
+
+    def __init__(self, reward_model: Path, batch_tokens: int, source: Source, threads: int):
+        torch.set_num_threads(threads)
+        # Loading the model registers its type, which the tokenizer's loader asks for.
+        self._model = load_sarm(reward_model).to(device_of_worker())  # type: ignore[arg-type]
+        self._chat = load_chat_tokenizer(sarm_settings(reward_model), reward_model)
+        self._batch_tokens, self._progress = batch_tokens, Progress(source)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows, out = [], {}
+        columns: dict[Hashable, Sequence[int]] = {}
+        for group in prompt_groups(batch, self._chat, offsets=True):
+            for place, (text, tokens) in enumerate(zip(group.responses, group.tokens, strict=True)):
+                key = (group.prompt_id, place)
+                columns[key] = list(sentence_columns(text, tokens.offsets))
+                out[key] = {
+                    "response_id": schema.stable_id(group.prompt_id, text),
+                    "prompt_id": group.prompt_id,
+                    "num_tokens": len(tokens.ids),
+                    "truncated": tokens.num_truncated > 0,
+                }
+            rows += group.rows(self._chat.max_length, columns)
+        found: dict[Any, dict[str, Any]] = {}
+        for packed in token_batches(rows, self._batch_tokens, self._chat.pad_id):
+            found.update(zip(packed.keys, self._encode(packed), strict=True))
+        for key, record in out.items():
+            record |= found[key]
+            ends = [found[key, column] for column in columns[key]]
+            record["sentence_sizes"] = [len(end["latents"]) for end in ends]
+            record["sentence_latents"] = [latent for end in ends for latent in end["latents"]]
+            record["sentence_values"] = [value for end in ends for value in end["values"]]
+        self._progress.add(batch.num_rows, sum(len(row.ids) for row in rows))
+        return pa.Table.from_pylist(list(out.values()), schema=with_sink_columns(RESPONSES))
+
+    def _encode(self, packed: TokenBatch) -> list[dict[str, Any]]:
+        inputs = packed.model_inputs(self._model.device)
+        with torch.inference_mode():
+            hidden = residual_stream(
+                self._model.model, inputs["input_ids"], inputs["position_ids"], inputs["segment_ids"]
+            )
+            h_ND = hidden[inputs["rewarded_rows"], inputs["rewarded_columns"]].float()
+            codes = self._model.sae(standardise(h_ND))
+            rewards = self._model.score(codes).squeeze(-1).tolist()
+        records = []
+        for h_D, reward, values, indices in zip(h_ND.cpu(), rewards, codes.values.cpu(), codes.indices.cpu(), strict=True):  # fmt: skip
+            on = values != 0
+            records.append({"reward": reward, "latents": indices[on].tolist(), "values": values[on].tolist(), "residual": h_D.numpy().tobytes()})  # fmt: skip
+        return records
+
+
+def sarm_settings(reward_model: Path) -> Model:
+    """How a SARM folder turns messages into tokens: its own tokenizer, and the length and system prompt it was trained with.
+
+    Raises UserError if the folder holds no SARM with an SAE head.
+    """
+    path = reward_model / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{reward_model} holds no reward model (config.json: {error}). Pass --sarm.") from error
+    if config.get("model_type") != "sarm" or config.get("head") != "sae":
+        raise UserError(f"{reward_model} is a {config.get('model_type')} model with head {config.get('head')}: there are no latents to audit. Pass --sarm with a SARM.")  # fmt: skip
+    known = config.get("provenance", {})
+    return Model(
+        name=str(reward_model), max_length=known.get("max_length", 2048), system_prompt=known.get("system_prompt")
+    )
+
+
+def write_codes(
+    pairs: pa.Table, reward_model: Path, batch_tokens: int, folder: Path, run: Run, cluster: Cluster
+) -> Mapping[str, Any]:
+    """Encode every distinct response of AUDIT_PAIRS and write `responses.parquet` and `pairs.parquet`; returns counts."""
+    parts = folder / "parts"
+    source = Source("codes", pairs.num_rows)
+    through_actors(
+        ray.data.from_arrow([pairs.slice(i, _BATCH_ROWS) for i in range(0, pairs.num_rows, _BATCH_ROWS)]),
+        _BATCH_ROWS,
+        ResponseCodes,
+        {"reward_model": reward_model, "batch_tokens": batch_tokens, "source": source},
+        ParquetSink(parts, RESPONSES, 1),
+        run,
+        cluster,
+    )
+    table = ds.dataset([str(path) for path in sorted(parts.glob("*.parquet"))]).to_table().replace_schema_metadata(None)
+    # A prompt whose pairs fell into two batches has responses in both.
+    first = {response_id: row for row, response_id in reversed(list(enumerate(table["response_id"].to_pylist())))}
+    responses = table.take(sorted(first.values()))
+    pq.write_table(responses, folder / "responses.parquet", write_page_checksum=True)
+    shutil.rmtree(parts)
+    rows = pairs.to_pylist()
+    ids = [
+        {f"{side}_id": schema.stable_id(row["prompt_id"], row[side]) for side in ("chosen", "rejected")} for row in rows
+    ]
+    named = pa.Table.from_pylist([{**row, **own} for row, own in zip(rows, ids, strict=True)], schema=CODE_PAIRS)
+    pq.write_table(named, folder / "pairs.parquet", write_page_checksum=True)
+    return {"responses": responses.num_rows, "pairs": named.num_rows}

@@ -1,0 +1,142 @@
+"""`jobs/evaluate.py --model`: benchmarks -> scores -> figures with intervals -> report, in one stage folder."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sarm import schema
+from sarm.config import as_json, identity
+from sarm.data.benchmark_sources import Loaded, load_benchmark, parse_source
+from sarm.evaluate.settings import Benchmarking
+from sarm.evaluate.suite import measure, metrics
+from sarm.manifest import StageFolder, write_atomically
+from sarm.runtime.benchmarks.benchmark_report import build_page
+from sarm.runtime.benchmarks.benchmark_scoring import Scores, all_cached, items_table, make_items, score_all
+from sarm.runtime.job import say
+from sarm.runtime.models import ModelSpec, check_tokenizer, find_model
+from sarm.runtime.pages import share, span, write_page
+from sarm.runtime.session import tracked_folder
+from sarm.runtime.tracking import flat_params, tracking_uri
+
+BENCHMARK = "benchmarks/v1"
+
+
+def run_benchmarks(settings: Benchmarking) -> Path:
+    """Score, measure and report; returns the folder. A finished folder of the same settings is left alone.
+
+    Raises UserError for unusable settings, models or data, before a cluster starts and before anything is written.
+    """
+    tracking_uri(settings.run)
+    spec = find_model(settings)
+    benchmarks = [
+        load_benchmark(parse_source(text), settings.limit, settings.allow_partial) for text in settings.benchmarks
+    ]
+    folder = StageFolder(settings.run.out, BENCHMARK, _identity(settings, spec, benchmarks))
+    if folder.finished():
+        say(f"already done, {folder.folder}")
+        return folder.folder
+    started = time.monotonic()
+    items, texts = make_items(benchmarks, settings.probes, settings.probe_rows)
+    alone = sorted({item["completion_id"] for item in items if not item["variant"]}, key=schema.hash_share)
+    alone = alone[: settings.drift_items]
+    if not all_cached(spec, texts, alone):
+        check_tokenizer(spec)
+    with tracked_folder(folder, settings.run) as own_run:
+        own_run.log_params(flat_params(json.loads(as_json(settings))))
+        scores = score_all(spec, texts, alone, settings.batch_tokens, settings.run)
+        table = items_table(items, scores)
+        pq.write_table(table, folder.folder / "items.parquet", write_page_checksum=True)
+        say(f"measuring {table.num_rows:,} scores")
+        content = _content(settings, spec, benchmarks, table, scores)
+        content["seconds"] = round(time.monotonic() - started, 2)
+        write_atomically(folder.folder / "report.json", json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False))  # fmt: skip
+        write_page(build_page(content), folder.folder)
+        own_run.log_metrics(metrics(content))
+        for name in ("report.json", "report.md", "report.html", "items.parquet"):
+            own_run.log_artifact(folder.folder / name)
+        counts = {
+            key: content["scoring"][key] for key in ("num_cached", "num_scored", "forward_tokens", "forward_seconds")
+        }
+        folder.finish({**counts, "seconds": content["seconds"]})
+    _say_figures(content)
+    say(f"report: {folder.folder / 'report.html'}")
+    return folder.folder  # fmt: skip
+
+
+def _identity(settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Loaded]) -> dict[str, Any]:
+    """What decides the result: the model's and the data's contents rather than their places."""
+    fields = {key: value for key, value in identity(settings, seed=settings.run.seed).items() if key not in ("run", "model", "revision", "benchmarks")}  # fmt: skip
+    return {
+        **fields,
+        "model": spec.identity,
+        "template": spec.template,
+        "max_length": spec.max_length,
+        "benchmarks": {one.source.name: one.digest for one in benchmarks},
+    }
+
+
+def _content(
+    settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Loaded], table: pa.Table, scores: Scores
+) -> dict[str, Any]:
+    found = measure(table, settings.resamples, settings.run.seed)
+    for one in benchmarks:
+        own = found["benchmarks"][one.source.name]
+        own["source"], own["digest"], own["num_read"] = one.source.place, one.digest, one.num_read
+        own["left_out"] = [{"where": bad.where, "reason": bad.reason} for bad in one.bad]
+    rate = scores.forward_tokens / scores.forward_seconds if scores.forward_seconds else None
+    return {
+        "title": f"Benchmarks of {settings.model}",
+        "model": {"name": settings.model, **spec.__dict__},
+        "facts": {
+            "model": settings.model,
+            "protocol": spec.protocol,
+            "max length": spec.max_length,
+            "dtype": spec.dtype,
+            "template": spec.template or "none",
+            "weights": spec.identity[:12],
+            "resamples": settings.resamples,
+            "seed": settings.run.seed,
+        },
+        "notes": _notes(settings, found, benchmarks),
+        "scoring": {**{key: value for key, value in scores._asdict().items() if key != "by_id"}, "batch_tokens": settings.batch_tokens, "tokens_per_second": rate},
+        **found,
+    }  # fmt: skip
+
+
+def _notes(settings: Benchmarking, found: dict[str, Any], benchmarks: Sequence[Loaded]) -> list[str]:
+    notes = []
+    for one in benchmarks:
+        own = found["benchmarks"][one.source.name]
+        missing = [f"{subset} {have}" for subset, have in own["coverage"].items() if len(set(have.split(" of "))) > 1]
+        if missing:
+            notes.append(f"{one.source.name} is partial: {', '.join(missing)} rows. Its overall is the mean of what is there, not the published figure.")  # fmt: skip
+        if num := len(one.bad) + len(own["unscored"]):
+            notes.append(f"{one.source.name}: {num} of {one.num_read} rows are left out, see the end.")
+        if own["num_truncated"]:
+            what = "lost tokens at the tokenizer's truncation side, which may be the rewarded one" if settings.protocol == "official" else "lost their beginning"  # fmt: skip
+            notes.append(f"{one.source.name}: {own['num_truncated']} of {own['num_completions']} completions were longer than the model reads and {what}.")  # fmt: skip
+    if drift := found["drift"]:
+        in_std = f" ({drift['max_in_std']:.1e} of the scores' standard deviation)" if drift["max_in_std"] is not None else ""  # fmt: skip
+        notes.append(f"Scored alone, {drift['num_completions']} completions moved by at most {drift['max']:.2e}{in_std}.")  # fmt: skip
+    return notes
+
+
+def _say_figures(content: dict[str, Any]) -> None:
+    for name, one in content["benchmarks"].items():
+        for figure, row in one["figures"].items():
+            if "/" not in figure:
+                say(f"{name:<15} {figure:<18} {share(row['value']):>8}   95 % {span(row['ci95'])}")
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN: an undefined figure is null."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,159 @@
+"""The evaluation stage: score held-out pairs on the cluster, then measure, attribute and collect contexts in this process."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from sarm import schema
+from sarm.config import Evaluation, Extraction, Model
+from sarm.data.activations import ActivationStore
+from sarm.data.artifacts import load_sae
+from sarm.data.blocks import plan_blocks
+from sarm.data.models import model_folder
+from sarm.data.parts import part_files
+from sarm.data.sarm_artifacts import load_sarm
+from sarm.evaluate import pairs as measures
+from sarm.evaluate.probe import fit_probe
+from sarm.interpret.attribution import check_completeness, feature_table
+from sarm.interpret.contexts import ContextRecord, collect_contexts
+from sarm.manifest import read_manifest
+from sarm.nn.sae import standardise
+from sarm.runtime.benchmarks.pair_scores import PairScores
+from sarm.runtime.extraction.block_actor import Output
+from sarm.runtime.extraction.extraction import Pass, run_over
+from sarm.runtime.plan import BASELINES
+from sarm.runtime.session import Session, say
+from sarm.runtime.tracking import StageRun
+from sarm.runtime.training.reward_training import load_pairs
+from sarm.train.sae_quality import measure
+
+
+def evaluate(
+    session: Session, extraction: Extraction, evaluation: Evaluation, folder: Path, child: StageRun
+) -> Mapping[str, Any]:
+    """Write scores, `metrics.json`, features and contexts into `folder`; returns the stage's counts."""
+    settings = (evaluation.resamples, session.run.seed)
+    scores = {"sarm": score_heldout(session, extraction, "sarm", folder)}
+    for name in BASELINES:
+        if (session.folders.out / name).exists():
+            scores[name] = score_heldout(session, extraction, name, folder)
+    say("evaluate: fitting the logistic probe on frozen activations")
+    scores["probe"] = probe_scores(session, scores["sarm"])
+    metrics: dict[str, Any] = {name: measures.measure_pairs(table, *settings) for name, table in scores.items()}
+    metrics |= {f"{name}_answer": value for name, value in measures.length_baseline(scores["sarm"], *settings).items()}
+    metrics["random"] = measures.random_baseline(scores["sarm"], *settings)
+    metrics["sarm_minus"] = {
+        name: measures.accuracy_difference(scores["sarm"], table, *settings)
+        for name, table in scores.items()
+        if name != "sarm"
+    }
+
+    weight = load_sarm(session.folders.sarm).score.weight.detach().squeeze(0).numpy()
+    sae, _ = load_sae(session.folders.sae)
+    quality = measure(sae, ActivationStore(session.folders.heldout_activations).read_sides()[1])
+    metrics["sae_on_heldout"] = {
+        "fvu": quality.fvu,
+        "alive_share": quality.counts.alive_share(),
+        "l0": quality.counts.l0(),
+    }
+    metrics["completeness"] = check_completeness(scores["sarm"], weight)
+    features = feature_table(scores["sarm"], weight)
+    contexts = collect_contexts(_records(session, scores["sarm"]), None, evaluation.contexts_per_feature)
+    pq.write_table(features, folder / "features.parquet", write_page_checksum=True)
+    pq.write_table(contexts, folder / "contexts.parquet", write_page_checksum=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    child.log_artifact(folder / "metrics.json")
+    child.log_artifact(folder / "features.parquet")
+    child.log_table(
+        features.sort_by([("mean_margin_contribution", "descending")]).slice(0, 200).to_pylist(), "features.json"
+    )
+    figures = {
+        "heldout_accuracy": metrics["sarm"].get("accuracy"),
+        "length_baseline_accuracy": metrics["shorter_answer"].get("accuracy"),
+        "probe_accuracy": metrics["probe"].get("accuracy"),
+        "scalar_head_accuracy": metrics.get("scalar_head", {}).get("accuracy"),
+        "fvu_heldout": quality.fvu,
+        "num_features": features.num_rows,
+        "completeness": metrics["completeness"],
+    }
+    return {"figures": figures, "rows": scores["sarm"].num_rows}
+
+
+def probe_scores(session: Session, like: pa.Table) -> pa.Table:
+    """The held-out pairs of `like` with the rewards of a logistic probe on the frozen activations of the training pairs."""
+    train, x_ND = ActivationStore(session.folders.chat_activations).read_sides()
+    heldout, y_MD = ActivationStore(session.folders.heldout_activations).read_sides()
+    pairs = load_pairs(session.folders.pairs, "train").select(["pair_id", "prompt_id"]).to_pylist()
+    keys = [schema.stable_int(pair["pair_id"]) for pair in pairs]
+    usable = [i for i, key in enumerate(keys) if (key, "chosen") in train and (key, "rejected") in train]
+    x = standardise(x_ND).numpy()
+    chosen, rejected = (x[[train[keys[i], side] for i in usable]] for side in ("chosen", "rejected"))
+    probe = fit_probe(chosen, rejected, np.array([pairs[i]["prompt_id"] for i in usable]), session.run.seed)
+    rewards = np.append(probe.rewards(standardise(y_MD).numpy()), np.nan)
+    for side in ("chosen", "rejected"):
+        # A response without a stored activation takes the NaN at the end, which the measures count.
+        places = [heldout.get((schema.stable_int(pair_id), side), -1) for pair_id in like.column("pair_id").to_pylist()]
+        index = like.schema.get_field_index(f"{side}_reward")
+        like = like.set_column(index, like.schema.field(index), pa.array(rewards[places], pa.float32()))
+    return like
+
+
+def score_heldout(session: Session, extraction: Extraction, name: str, folder: Path) -> pa.Table:
+    """PAIR_SCORES of the held-out pairs by the reward model `name` of the session, kept in `folder`."""
+    say(f"evaluate: scoring held-out pairs with {name}")
+    reward_model = session.folders.out / name
+    config = read_manifest(reward_model, "sarm/v1").config
+    model = Model(
+        **{
+            key: config[key]
+            for key in ("name", "revision", "gguf_file", "layer", "dtype", "max_length", "system_prompt")
+        }
+    )
+    target = folder / f"{name}_scores"
+    files = sorted(session.folders.pairs.glob("*.parquet"))
+    work = Pass(
+        name=f"score with {name}",
+        blocks=plan_blocks(files, extraction.block_kilobytes, together="prompt_id"),
+        columns=("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset"),
+        keep=_heldout,
+        actor=PairScores,
+        arguments={
+            "model": model,
+            "folder": model_folder(model),
+            "reward_model": reward_model,
+            "extraction": extraction,
+        },
+        outputs={"scores": Output(target, schema.PAIR_SCORES)},
+        id_columns=("pair_id", "split"),
+        input_ids=_pair_ids,
+        output_id="pair_id",
+    )
+    run_over(work, session.run, session.cluster)
+    return ds.dataset([str(path) for path in part_files(target)]).to_table().replace_schema_metadata(None)
+
+
+def _heldout(table: pa.Table) -> pa.Table:
+    return table.filter(pc.equal(table.column("split"), "heldout"))
+
+
+def _pair_ids(table: pa.Table) -> list[str]:
+    return table.column("pair_id").to_pylist()
+
+
+def _records(session: Session, scores: pa.Table) -> Iterator[ContextRecord]:
+    texts = {
+        pair["pair_id"]: pair
+        for pair in load_pairs(session.folders.pairs, "heldout").select(["pair_id", "chosen", "rejected"]).to_pylist()
+    }
+    for row in scores.to_pylist():
+        for side in ("chosen", "rejected"):
+            yield ContextRecord(
+                row["pair_id"], side, texts[row["pair_id"]][side], row[f"{side}_latents"], row[f"{side}_values"]
+            )

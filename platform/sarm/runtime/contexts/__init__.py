@@ -1,0 +1,1 @@
+"""The texts behind latents, and reward cards."""

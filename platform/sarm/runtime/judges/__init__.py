@@ -1,0 +1,1 @@
+"""Explanations and ratings of latents by language models and people."""

@@ -1,0 +1,73 @@
+"""An ablation from its settings to its report: shared stages once, then the cells through Ray Tune, then the comparison."""
+
+import time
+
+from sarm.config import UserError
+from sarm.data.models import check_model, model_folder
+from sarm.nn.backbone import read_config
+from sarm.runtime import stages
+from sarm.runtime.job import say
+from sarm.runtime.session import Session, open_session
+from sarm.runtime.sweeps.sweep_cells import Cell, check_sweep
+from sarm.runtime.sweeps.sweep_plan import SweepFolders, SweepPlan, claim_sweep, refuse_other_sweep, sweep_plan
+from sarm.runtime.sweeps.sweep_report import Report, Spent, report
+from sarm.runtime.sweeps.sweep_stages import share
+from sarm.runtime.sweeps.sweep_trials import check_search, run_trials, status_of, trials_at_once
+from sarm.tune_config import Ablation
+
+
+def run_sweep(config: Ablation) -> Report:
+    """Do the cells that are not done and compare all of them.
+
+    Raises UserError before anything starts for what cannot work: cells, sources, layers, the folder, the size of the cluster.
+    """
+    plan = check_plan(config)
+    with open_session(config) as session:
+        session.own_folders = SweepFolders(config.run.out)
+        return _run(session, plan)
+
+
+def check_plan(config: Ablation) -> SweepPlan:
+    """The plan of a sweep that can be run as far as that is known without a cluster; raises UserError."""
+    cells = check_sweep(config)
+    check_search(config.sweep)
+    stages.check_sources(config.data)
+    plan = sweep_plan(config, cells, _width(config))
+    for layer in plan.layers:
+        check_model(plan.model(layer))
+    refuse_other_sweep(config)
+    return plan
+
+
+def _width(config: Ablation) -> int:
+    model = config.model
+    try:
+        read = read_config(model_folder(model), 1, revision=model.revision, gguf_file=model.gguf_file)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return read.hidden_size
+
+
+def todo(plan: SweepPlan) -> list[Cell]:
+    """The cells without a result; those that failed are tried again, those that were stopped are not."""
+    return [cell for cell in plan.cells if status_of(plan, cell)[0] in ("missing", "failed")]
+
+
+def _run(session: Session, plan: SweepPlan) -> Report:
+    started, missing, sweep, spent = time.monotonic(), todo(plan), plan.config.sweep, None
+    num_samples = 1
+    if sweep.search == "optuna":
+        # Optuna may propose a cell again, which costs nothing.
+        num_samples = sweep.num_samples - (len(plan.cells) - len(missing))
+    if missing and num_samples > 0:
+        # Before anything is paid for.
+        at_once = trials_at_once(plan.config.sweep, plan.config.run, session.cluster)
+        claim_sweep(plan.config)
+        share(session, plan)
+        parent = session.tracker.parent
+        plan = plan._replace(mlflow_uri=session.tracker.uri, parent_run_id=parent.run_id)
+        run_trials(plan, missing, session.cluster, num_samples)
+        spent = Spent(time.monotonic() - started, at_once, len(missing) == len(plan.cells))
+    else:
+        say("all cells are done")
+    return report(session, plan, spent)

@@ -1,0 +1,1 @@
+"""SAE and reward-model training on Ray Train with DeepSpeed."""

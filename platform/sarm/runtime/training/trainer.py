@@ -1,0 +1,209 @@
+"""Ray Train V2 around a worker function that takes one picklable task and returns one value on rank 0."""
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.util.placement_group import get_current_placement_group
+
+from sarm.checks import StoppedError
+from sarm.config import Run
+from sarm.data.checkpoints import Checkpoints
+from sarm.runtime.cluster import Cluster
+from sarm.runtime.job import say
+from sarm.runtime.outbox import close_all
+from sarm.runtime.sweeps.placement import note_placement_group
+from sarm.runtime.tracking import StageRun
+
+Task = TypeVar("Task")
+_PRINT_EVERY_SECONDS = 5.0
+_FEW_WORKERS = 16
+
+
+class _Stopped(NamedTuple):
+    """What a worker returns that was asked to stop."""
+
+    reason: str
+
+
+def run_workers(
+    name: str,
+    worker: Callable[[Any], Any],
+    task: Any,
+    run: Run,
+    folder: Path,
+    cluster: Cluster,
+    threads: int,
+    states: Checkpoints | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Any:
+    """Run `worker(task)` on `run.num_workers` Ray Train workers in one process group and return what rank 0 returned.
+
+    With `states`, the worker goes on from the newest of them: when a worker's process or machine dies, all are started again, up
+    to `run.max_restarts` times without a newer state; and on SIGTERM they save and stop. Raises StoppedError then, and else what
+    the worker raised, without Ray's wrapping.
+    """
+    # Ray Train would log every printed line a second time.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # One process less to start: a machine that goes away is seen by its workers' death, and the job's own end by SIGTERM.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    if run.num_workers <= _FEW_WORKERS:
+        # How often the controller looks after its workers: their death, and their end, is seen that much sooner.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    restarts, newest = 0, -1
+    while True:
+        try:
+            with _stopping_on_sigterm(states):
+                result = _fit(name, worker, task, run, folder, cluster, threads, callbacks)
+        except ray.train.WorkerGroupError as error:
+            cause = _cause(error)
+            if states is None or not _has_died(cause):
+                raise cause from error
+            restarts = restarts + 1 if states.newest_step() <= newest else 1
+            newest = max(newest, states.newest_step())
+            if restarts > run.max_restarts:
+                raise cause from error
+            say(f"{name}: a worker died, starting again from step {max(newest, 0)}")
+            continue
+        if isinstance(result, _Stopped):
+            raise StoppedError(result.reason)
+        return result
+
+
+def _fit(
+    name: str,
+    worker: Callable[[Any], Any],
+    task: Any,
+    run: Run,
+    folder: Path,
+    cluster: Cluster,
+    threads: int,
+    callbacks: Sequence[Any],
+) -> Any:
+    storage = folder / ".ray_train"
+    trainer = ray.train.torch.TorchTrainer(
+        _call,
+        train_loop_config={"worker": worker, "task": task, "threads": threads, "storage": storage},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=run.num_workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker={"CPU": threads, **({"GPU": 1} if cluster.use_gpu else {})},
+        ),
+        # The same name would continue an older experiment's state.
+        run_config=ray.train.RunConfig(
+            name=f"{name}-{uuid.uuid4().hex[:8]}", storage_path=str(storage), callbacks=list(callbacks)
+        ),
+    )
+    try:
+        result: Any = trainer.fit()
+        return result.return_value
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _call(config: dict[str, Any]) -> Any:
+    torch.set_num_threads(config["threads"])
+    if (group := get_current_placement_group()) is not None:
+        note_placement_group(config["storage"], group.id.hex())
+    if not torch.cuda.is_available():
+        # Before anything imports deepspeed, which looks for accelerators on import.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        return config["worker"](config["task"])
+    except StoppedError as stopped:
+        return _Stopped(str(stopped))
+    finally:
+        close_all()
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm(states: Checkpoints | None) -> Iterator[None]:
+    """While the body runs, SIGTERM asks the workers to save and stop."""
+    if states is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    states.withdraw_stop()
+    before = signal.signal(signal.SIGTERM, lambda *_: states.request_stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        states.withdraw_stop()
+
+
+def _cause(error: ray.train.WorkerGroupError) -> Exception:
+    """What one worker raised; the others' broken connections are said only if there is nothing else."""
+    failures = list(error.worker_failures.values())
+    return next((failure for failure in failures if not _has_died(failure)), failures[0])
+
+
+def _has_died(failure: Exception) -> bool:
+    """Whether a worker's process or machine is gone, or this one lost the connection to it."""
+    if isinstance(failure, RayActorError | WorkerHealthCheckFailedError | torch.distributed.DistError):
+        return True
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return isinstance(failure, RuntimeError) and any(word in str(failure) for word in words)
+
+
+def worker_device() -> torch.device:
+    """The device that Ray Train gave this worker."""
+    return ray.train.torch.get_device()
+
+
+def workers_on_device(device: torch.device) -> int:
+    """How many workers share this one's device: all of the machine where it is the CPU."""
+    return 1 if device.type == "cuda" else ray.train.get_context().get_local_world_size()
+
+
+def report_progress(every_steps: int, step: int, history: Sequence[Mapping[str, float]]) -> None:
+    """Tell Ray Train's callbacks how training goes, every `every_steps` steps; all workers call it together after each step.
+
+    `history` is the first worker's. `loss` is the newest validation's, or the mean over the steps since the last report.
+    """
+    if not every_steps or step % every_steps:
+        return
+    if not history:
+        ray.train.report({})
+        return
+    recent = history[-every_steps:]
+    measured = [entry["validation_loss"] for entry in history if "validation_loss" in entry]
+    loss = measured[-1] if measured else sum(entry["loss"] for entry in recent) / len(recent)
+    ray.train.report({"step": step, "percent": round(100 * history[-1]["progress"]), "loss": loss})
+
+
+class Progress:
+    """Prints a line now and then and logs every step's metrics to MLflow, each step once in the run's life."""
+
+    def __init__(self, name: str, tracking: StageRun, shown: tuple[str, ...], behind: str = ""):
+        self.history: list[dict[str, float]] = []
+        self._name, self._tracking, self._shown = name, tracking, shown
+        self._title = f"{name} {behind}".rstrip()
+        self._started = self._printed = time.monotonic()
+        self._done_before: float | None = None
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        named = {f"{self._name}/{key}": value for key, value in metrics.items()}
+        self._tracking.log_metrics(named, step, series=f"{self._name}/progress")
+        self.history.append({"step": step, **metrics})
+        now, done = time.monotonic(), metrics["progress"]
+        is_first = self._done_before is None
+        if self._done_before is None:
+            self._done_before = done if step > 1 else 0.0
+        if now - self._printed >= _PRINT_EVERY_SECONDS or done >= 1 or is_first:
+            self._printed = now
+            left = (now - self._started) * (1 - done) / max(done - self._done_before, 1e-9)
+            values = "  ".join(f"{key} {metrics[key]:.4g}" for key in self._shown if key in metrics)
+            eta = f"  {left:.0f} s left" if done > self._done_before else ""
+            print(f"{self._title} {done:4.0%}  step {step}  {values}{eta}", flush=True)
