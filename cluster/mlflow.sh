@@ -15,4 +15,4 @@ export MLFLOW_FLASK_SERVER_SECRET_KEY
 export MLFLOW_BACKEND_STORE_URI
 
 exec mlflow server --app-name basic-auth --artifacts-destination "$state/artifacts" \
-  --host "${HOST:-0.0.0.0}" --port "${PORT:-5000}" --allowed-hosts "$ALLOWED_HOSTS"
+  --host "${HOST:-0.0.0.0}" --port "${PORT:-5000}" --workers "${WORKERS:-4}" --allowed-hosts "$ALLOWED_HOSTS"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -211,15 +212,16 @@ def test_slurms_options_are_those_of_ray():
     assert used <= set(re.findall(r"--[a-z-]+", known))
 
 
-def test_mlflow_answers_only_those_who_know_the_password_and_its_name(tmp_path):
+def test_mlflow_answers_only_those_who_know_the_password_and_its_name(tmp_path, mlflow_db):
     pytest.importorskip("flask_wtf", reason="MLflow's passwords need mlflow[auth], which only the server's image has")
     (port,) = free_ports(1)
     secrets = tmp_path / "secrets"
     secrets.mkdir()
     for name in ("postgres", "mlflow_admin", "mlflow_flask"):
         (secrets / name).write_text("0123456789abcdef" * 3)
+    shutil.copy(mlflow_db, tmp_path / "mlflow.db")
     environment = {
-        **os.environ, "SECRETS": str(secrets), "STATE": str(tmp_path), "HOST": "127.0.0.1", "PORT": str(port),
+        **os.environ, "SECRETS": str(secrets), "STATE": str(tmp_path), "HOST": "127.0.0.1", "PORT": str(port), "WORKERS": "1",
         "ALLOWED_HOSTS": f"127.0.0.1:{port}", "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow.db",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip

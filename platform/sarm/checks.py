@@ -2,12 +2,19 @@
 
 import math
 
+# Work in which nothing happens ends within 300 s, looking included; Ray and torch would let it hang for half an hour.
+NO_PROGRESS_SECONDS = 290.0
+
 # Fields with this metadata say how a job runs, not what comes out.
 OPERATIONAL = {"operational": True}
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: shown as one line, exit status 2."""
+
+
+class StalledError(UserError):
+    """Work in which nothing has happened for too long, with the cause as far as it can be seen."""
 
 
 class StoppedError(Exception):

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 OUT = ROOT / "outputs" / "bench" / "extraction.json"
-ROUNDS = 2
+ROUNDS = 3
 # Of the model in `workers`: shallow enough for a corpus of several dozen blocks.
 WORKERS_LAYER = 7
 PEERS = ROOT / ".venv-bench" / "bin" / "python"
@@ -106,11 +106,10 @@ def peers(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, 
     rate = _rate(found)
     result = {"reference_tokens_per_second": rate, "vs_reference": own / rate}
     source = model_folder(Model(name="demo:smollm2", layer=1))
-    for name, stop in (("sae_lens", False), ("sae_lens_stopped", True)):
-        options = {"texts": texts, "model_folder": source, "num_tokens": 6144, "stop": stop}
-        found = run_part("sae_lens", folder, options, python=PEERS)
-        rate = _rate(found)
-        result |= {f"{name}_tokens_per_second": rate, f"vs_{name}": own / rate}
+    options = {"texts": texts, "model_folder": source, "num_tokens": figures["tokens"]}
+    rounds = [run_part("sae_lens", folder, options, python=PEERS) for _ in range(ROUNDS)]
+    found, rate = rounds[-1], max(map(_rate, rounds))
+    result |= {"sae_lens_tokens_per_second": rate, "vs_sae_lens": own / rate}
     # Both hold the sentence ends of the passages; SAELens has no way to keep less than all tokens.
     return result | {"bytes_vs_sae_lens": figures["bytes"] / figures["tokens"] / found["bytes_a_token"]}
 
@@ -189,7 +188,6 @@ def show(figures: dict[str, Any]) -> None:
         "bare_tokens_per_second",
         "reference_tokens_per_second",
         "sae_lens_tokens_per_second",
-        "sae_lens_stopped_tokens_per_second",
     ):
         if name in figures:
             print(f"  {name:<30}{figures[name]:9.0f}")

@@ -150,12 +150,10 @@ def reference(folder: Path, texts: list[str], threads: int = 2) -> dict[str, flo
     return {"tokens": tokens, "seconds": time.perf_counter() - started}
 
 
-def sae_lens(
-    folder: Path, texts: list[str], model_folder: str, num_tokens: int, stop: bool, threads: int = 2
-) -> dict[str, float]:
-    """`ActivationsStore` of SAELens over the same texts, with its class for Hugging Face models.
+def sae_lens(folder: Path, texts: list[str], model_folder: str, num_tokens: int, threads: int = 2) -> dict[str, float]:
+    """`ActivationsStore` of SAELens over the same texts, with its class for Hugging Face models, which stops behind the block.
 
-    As shipped that class runs the whole model; with `stop` it is told to stop behind the block. Counts what went through the model.
+    Contexts are as long as the pass's windows may be. Counts what went through the model.
     """
     from datasets import Dataset
     from sae_lens.load_model import HookedProxyLM
@@ -168,10 +166,10 @@ def sae_lens(
     class Counted(HookedProxyLM):
         def run_with_cache(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
             ran[0] += tokens.numel()
-            return super().run_with_cache(tokens, *args, **kwargs | ({"stop_at_layer": LAYER} if stop else {}))
+            return super().run_with_cache(tokens, *args, **kwargs)
 
     language_model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    context, prompts = 256, 4
+    context, prompts = MAX_LENGTH, 4
     store = ActivationsStore(
         model=Counted(language_model, AutoTokenizer.from_pretrained(model_folder), hook_names=[name]),
         dataset=Dataset.from_dict({"text": texts}),

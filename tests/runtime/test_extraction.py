@@ -23,7 +23,7 @@ from sarm.runtime.cluster import Cluster
 from sarm.runtime.extraction.activation_stages import rows_within
 from sarm.runtime.extraction.actors import Target, TextActivations
 from sarm.runtime.extraction.block_actor import Output
-from sarm.runtime.extraction.extraction import Pass, StalledError, run_over
+from sarm.runtime.extraction.extraction import Pass, run_over
 
 
 def one_by_one(model: Model, ids: list[int]) -> torch.Tensor:

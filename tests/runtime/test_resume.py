@@ -1,7 +1,10 @@
 """Reward trainings that are stopped, killed and continued, on real Ray Train workers with real DeepSpeed engines."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -24,7 +27,7 @@ from sarm.data.models import model_folder
 from sarm.nn.sae import TopKSae
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.tracking import StageRun, Tracker
-from sarm.runtime.training import training_states
+from sarm.runtime.training import stall, training_states
 from sarm.runtime.training.reward_training import RewardTask, reward_worker
 from sarm.runtime.training.trainer import run_workers
 from sarm.train.reward import RewardTraining
@@ -83,17 +86,20 @@ def stopped_by_sigterm(task: RewardTask) -> None:
     asked_to_stop(task, ask)
 
 
-def killed_once(task: RewardTask) -> dict[str, Any] | None:
-    """`reward_worker` on workers of which one gets SIGKILL in the middle of a step, as if its machine had gone."""
-    take, killed = RewardTraining._step, task.folder.with_name("killed")
+def killed_then_hung(task: RewardTask) -> dict[str, Any] | None:
+    """`reward_worker` on workers of which one gets SIGKILL in the middle of a step, as if its machine had gone, and later one that never ends a step."""
+    take, killed, hung = RewardTraining._step, task.folder.with_name("killed"), task.folder.with_name("hung")
 
     def step(self, groups):
         if self.num_steps == STOP_AT + 1 and self.rank == 1 and not killed.exists():
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.num_steps == STOP_AT + 2 and self.rank == 1 and not hung.exists():
+            hung.touch()
+            time.sleep(600)
         return take(self, groups)
 
-    RewardTraining._step = step  # type: ignore[method-assign]
+    RewardTraining._step, stall.NO_PROGRESS_SECONDS = step, 2.0  # type: ignore[method-assign]
     try:
         return reward_worker(task)
     finally:
@@ -173,8 +179,10 @@ def trained(extracted: Path, tmp_path_factory: pytest.TempPathFactory, preset: P
     found.train(on_one)
     again: Trainings = [(reward_worker, found.task(f"on two {stage}", stage, 2)) for stage in STAGES]
     killed = found.task("killed 3", 3, 2, checkpoint_every_steps=2)
-    found.train([*again, (reward_worker, found.task("sigterm 2", 2, 2)), (killed_once, killed)], killed.states)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        found.train([*again, (reward_worker, found.task("sigterm 2", 2, 2)), (killed_then_hung, killed)], killed.states)
     assert (found.root / "killed").exists()
+    (found.root / "said").write_text(said.getvalue())
     return found
 
 
@@ -201,6 +209,14 @@ def test_what_was_interrupted_ends_bit_for_bit_as_if_it_had_not_been(name: str, 
     last = trained.last_state(name)
     assert last.step == len(losses)
     assert states_equal(last, trained.last_state(whole))
+
+
+def test_who_died_and_who_stood_still_is_said(trained: Trained) -> None:
+    died, stood_still = re.findall(
+        r"resume: (.*), starting again from step [2-9]$", (trained.root / "said").read_text(), re.MULTILINE
+    )
+    assert died == "a worker died"
+    assert re.fullmatch(r"worker 1 stood still at test_resume\.py:\d+ in step", stood_still)
 
 
 @pytest.mark.parametrize("stage", STAGES)

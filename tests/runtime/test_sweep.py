@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from ray.util.placement_group import placement_group, placement_group_table
 
-from sarm.runtime.sweeps.placement import note_placement_group, release_placement_groups
+from sarm.runtime.placement import note_placement_group, release_placement_groups
 from sarm.runtime.sweeps.sweep import run_sweep
 from sarm.runtime.sweeps.sweep_plan import claim_sweep
 from sarm.runtime.sweeps.sweep_report import Report

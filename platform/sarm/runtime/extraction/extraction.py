@@ -20,6 +20,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
+from sarm.checks import NO_PROGRESS_SECONDS, StalledError
 from sarm.config import Run, UserError
 from sarm.data.blocks import Block
 from sarm.data.parts import audit, has_part, read_counts, remove_temporaries, write_rejected
@@ -28,8 +29,6 @@ from sarm.runtime.extraction.block_actor import BEGUN, BlockActor, Output
 from sarm.runtime.extraction.pass_progress import PassProgress
 from sarm.runtime.job import say
 
-# A pass that hangs ends within 300 s, polling included; Ray's own default lets it hang for half an hour.
-NO_PROGRESS_SECONDS = 290.0
 _POLL_SECONDS = 5.0
 _KEYS = ("side", "position")
 
@@ -51,10 +50,6 @@ class Pass:
     id_columns: Sequence[str]
     input_ids: Callable[[pa.Table], Sequence[Any]]
     output_id: str
-
-
-class StalledError(UserError):
-    """A pass in which nothing has happened for too long, with the cause as far as it can be seen."""
 
 
 def run_over(

@@ -25,8 +25,8 @@ from sarm.config import Run, UserError
 from sarm.manifest import MANIFEST, write_atomically
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.job import say
+from sarm.runtime.placement import release_placement_groups
 from sarm.runtime.session import RUN_FILE, Reports
-from sarm.runtime.sweeps.placement import release_placement_groups
 from sarm.runtime.sweeps.sweep_cells import Cell, cell_at
 from sarm.runtime.sweeps.sweep_plan import SweepPlan
 from sarm.runtime.sweeps.sweep_stages import do_cell

@@ -22,7 +22,8 @@ from sarm.runtime.cluster import Cluster
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.head_start import start_head_
 from sarm.runtime.training.reward_models import build_model, merge_adapters_
-from sarm.runtime.training.trainer import Progress, report_progress, run_workers, worker_device
+from sarm.runtime.training.stall import StallGuard
+from sarm.runtime.training.trainer import Progress, report_progress, run_workers, worker_device, worker_storage
 from sarm.runtime.training.training_states import WorkerStates
 from sarm.runtime.training.zero import ZeroEngine
 from sarm.runtime.training.zero_shards import Shards, load_moments_, load_weights_, reshard, shards, weights
@@ -110,7 +111,8 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     torch.manual_seed(task.run.seed + rank)
-    engine = ZeroEngine(model, to_train, task.reward, device)
+    guard = StallGuard(worker_storage(), rank)
+    engine = ZeroEngine(model, to_train, task.reward, device, guard.beat)
     best: Shards = {}
     training = RewardTraining(
         engine,
@@ -144,10 +146,11 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         report_progress(task.report_steps, training.num_steps, progress.history)
         states.after_step(training.num_steps, state)
 
-    training.run(
-        lambda step, metrics: progress(step, {**metrics, "seconds_checkpoints": states.seconds}),
-        after_step,
-    )
+    with guard:
+        training.run(
+            lambda step, metrics: progress(step, {**metrics, "seconds_checkpoints": states.seconds}),
+            after_step,
+        )
     if validation:
         # The best weights are gathered as a state is read: from the disk.
         states.save(training.num_steps, state)

@@ -18,7 +18,8 @@ from sarm.nn.sae import Sae, standardise
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.sae_folder import count_latents, write_sae_folder
-from sarm.runtime.training.trainer import Progress, run_workers, worker_device, workers_on_device
+from sarm.runtime.training.stall import StallGuard
+from sarm.runtime.training.trainer import Progress, run_workers, worker_device, worker_storage, workers_on_device
 from sarm.runtime.training.training_states import WorkerStates
 from sarm.train.sae import Phase, SaeTraining
 from sarm.train.sae_quality import measure
@@ -102,7 +103,7 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     saved: Any = None if found is None else _shared_state(found, task.sae, states.world)
     histories: list[dict[str, Any]] = [{} for _ in members] if saved is None else saved["histories"]
     figures: list[dict[str, Any]] = [{} for _ in members] if saved is None else saved["figures"]
-    first_step = 0
+    first_step, guard = 0, StallGuard(worker_storage(), rank)
     if saved is None:
         for sae, member in zip(saes, members, strict=True):
             sae.initialise_(samples[names[0]], torch.Generator().manual_seed(member.seed), member.sae.b_dec_init)
@@ -141,7 +142,12 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
             }
             return shared, learnt if is_own else None
 
-        training.run(logs, after_step=lambda t=training, s=state: states.after_step(t.num_steps, s))  # type: ignore[misc]
+        def after_step(training: SaeTraining = training, state: Any = state) -> None:
+            guard.beat()
+            states.after_step(training.num_steps, state)
+
+        with guard:
+            training.run(logs, after_step=after_step)
         saes = [learner.whole() for learner in training.learners]
         first_step = training.num_steps
         for sae, of_sae in zip(saes, figures, strict=True):

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,24 +19,34 @@ from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.util.placement_group import get_current_placement_group
 
-from sarm.checks import StoppedError
+from sarm.checks import StalledError, StoppedError
 from sarm.config import Run
 from sarm.data.checkpoints import Checkpoints
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.job import say
 from sarm.runtime.outbox import close_all
-from sarm.runtime.sweeps.placement import note_placement_group
+from sarm.runtime.placement import note_placement_group
 from sarm.runtime.tracking import StageRun
+from sarm.runtime.training.stall import who_stood_still
 
 Task = TypeVar("Task")
 _PRINT_EVERY_SECONDS = 5.0
 _FEW_WORKERS = 16
+_worker_storage: ContextVar[Path] = ContextVar("worker_storage")
 
 
 class _Stopped(NamedTuple):
     """What a worker returns that was asked to stop."""
 
     reason: str
+
+
+class _WorkersFailed(Exception):  # noqa: N818
+    """What one of them raised, and who stood still before."""
+
+    def __init__(self, cause: Exception, stood_still: str):
+        super().__init__(str(cause))
+        self.cause, self.stood_still = cause, stood_still
 
 
 def run_workers(
@@ -52,8 +63,8 @@ def run_workers(
     """Run `worker(task)` on `run.num_workers` Ray Train workers in one process group and return what rank 0 returned.
 
     With `states`, the worker goes on from the newest of them: when a worker's process or machine dies, all are started again, up
-    to `run.max_restarts` times without a newer state; and on SIGTERM they save and stop. Raises StoppedError then, and else what
-    the worker raised, without Ray's wrapping.
+    to `run.max_restarts` times without a newer state; and on SIGTERM they save and stop. Raises StoppedError then, StalledError if
+    a worker stood still too often (`StallGuard`), and else what the worker raised, without Ray's wrapping.
     """
     # Ray Train would log every printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -67,15 +78,16 @@ def run_workers(
         try:
             with _stopping_on_sigterm(states):
                 result = _fit(name, worker, task, run, folder, cluster, threads, callbacks)
-        except ray.train.WorkerGroupError as error:
-            cause = _cause(error)
-            if states is None or not _has_died(cause):
-                raise cause from error
+        except _WorkersFailed as failed:
+            cause = StalledError(f"{name}: {failed.stood_still}.") if failed.stood_still else failed.cause
+            if states is None or not _has_died(failed.cause):
+                raise cause from failed.__cause__
             restarts = restarts + 1 if states.newest_step() <= newest else 1
             newest = max(newest, states.newest_step())
             if restarts > run.max_restarts:
-                raise cause from error
-            say(f"{name}: a worker died, starting again from step {max(newest, 0)}")
+                raise cause from failed.__cause__
+            what = failed.stood_still or "a worker died"
+            say(f"{name}: {what}, starting again from step {max(newest, 0)}")
             continue
         if isinstance(result, _Stopped):
             raise StoppedError(result.reason)
@@ -109,12 +121,15 @@ def _fit(
     try:
         result: Any = trainer.fit()
         return result.return_value
+    except ray.train.WorkerGroupError as error:
+        raise _WorkersFailed(_cause(error), who_stood_still(storage)) from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 
 
 def _call(config: dict[str, Any]) -> Any:
     torch.set_num_threads(config["threads"])
+    _worker_storage.set(config["storage"])
     if (group := get_current_placement_group()) is not None:
         note_placement_group(config["storage"], group.id.hex())
     if not torch.cuda.is_available():
@@ -160,6 +175,11 @@ def _has_died(failure: Exception) -> bool:
 def worker_device() -> torch.device:
     """The device that Ray Train gave this worker."""
     return ray.train.torch.get_device()
+
+
+def worker_storage() -> Path:
+    """Where this worker leaves what only the process that started it reads; gone when all have ended."""
+    return _worker_storage.get()
 
 
 def workers_on_device(device: torch.device) -> int:

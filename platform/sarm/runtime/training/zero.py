@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class _NotFiniteError(Exception):
 class ZeroEngine:
     """A DeepSpeed engine whose accumulation boundary and rates are set by the loop, step by step.
 
-    DeepSpeed hands the first rank's weights to the others.
+    DeepSpeed hands the first rank's weights to the others. `beat` is called whenever the loop asks for something.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class ZeroEngine:
         parameter_groups: list[dict[str, Any]],
         config: Reward,
         device: torch.device,
+        beat: Callable[[], None] = lambda: None,
     ):
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -35,6 +37,7 @@ class ZeroEngine:
         # A C++ all-reduce for inference that DeepSpeed would compile here, on machines that may have no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.device, self.model, self.stage = device, model, config.zero_stage
+        self._beat = beat
         self._rates = [group["lr"] for group in parameter_groups]
         self._parameters = [p for group in parameter_groups for p in group["params"]]
         self._max_grad_norm, self._grad_norm = config.max_grad_norm, 0.0
@@ -48,16 +51,19 @@ class ZeroEngine:
         self.deepspeed.clip_fp32_gradients = self._clip
 
     def __call__(self, **inputs: Tensor) -> Any:
+        self._beat()
         return self.deepspeed(**inputs)
 
     def train(self, mode: bool) -> None:
         self.deepspeed.train(mode)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._beat()
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
     def step(self, rate_factor: float) -> float:
+        self._beat()
         for group, rate in zip(self.deepspeed.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * rate_factor
         try:
