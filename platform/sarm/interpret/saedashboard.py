@@ -1,16 +1,18 @@
-"""Features in the JSON that SAEDashboard writes for a batch, so that what reads it can read these.
+"""Features in the JSON that SAEDashboard (0.8) writes for a batch, so that what reads it can read these.
 
 `activations[].tokens` are words with the space before them: contexts are kept as text. Only the qualifying token's activation is
-known (the end of a sentence, or of the answer), so the others' `values` are 0. `neg_*` and `pos_*` (logits) are of a vocabulary,
-which a reward model lacks: they are empty, and `reward_weight` stands for them.
+known (the end of a sentence, or of the answer), so the others' `values` are 0. `pos_*` and `neg_*` are what a feature writes to the
+model's outputs: a reward model has one, `reward`, which gets the head's weight. SAEDashboard keeps cosines in `correlated_features_l1`.
+Its reader takes no other names than its own.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sarm.interpret.labels import Term, label
 from sarm.schema import ACTIVATION_EDGES
+
+_OUTPUT = "reward"
 
 
 def dashboard(
@@ -29,21 +31,20 @@ def dashboard(
 def _feature(one: Mapping[str, Any]) -> dict[str, Any]:
     sides = [values for values in one["histogram"].values() if values]
     heights = [sum(column) for column in zip(*sides, strict=True)]
+    weight = one["weight"]
     return {
         "feature_index": one["latent"],
         "frac_nonzero": one["density"] or one["sentence_density"],
         "freq_hist_data_bar_values": list(ACTIVATION_EDGES[:-1]),
         "freq_hist_data_bar_heights": heights,
-        "pos_str": [],
-        "pos_values": [],
-        "neg_str": [],
-        "neg_values": [],
+        "pos_str": [_OUTPUT] if weight > 0 else [],
+        "pos_values": [weight] if weight > 0 else [],
+        "neg_str": [_OUTPUT] if weight < 0 else [],
+        "neg_values": [weight] if weight < 0 else [],
         "correlated_features_indices": [other["latent"] for other in one["nearest"]],
-        "correlated_features_pearson": [other["cosine"] for other in one["nearest"]],
-        "correlated_features_l1": [],
+        "correlated_features_pearson": [],
+        "correlated_features_l1": [other["cosine"] for other in one["nearest"]],
         "decoder_weights_dist": [],
-        "reward_weight": one["weight"],
-        "label": label([Term(**term) for term in one["terms"]]),
         "activations": [_activation(row, one["max"], group) for group, rows in one["contexts"].items() for row in rows],
     }
 
