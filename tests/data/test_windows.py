@@ -55,6 +55,9 @@ def test_a_text_of_any_length_keeps_every_token_and_every_end(tiny_chat: ChatTok
     assert tiny_chat.tokenizer.decode(np.concatenate([w.ids[prefix:] for w in found])) == long
     assert num_tokens([long], tiny_chat) == [sum(len(w.ids) - prefix for w in found)]
     assert sum(len(w.columns["document"]) for w in found) == long.count(".") + long.count("。")
+    numbers = np.concatenate([w.sentences for w in found])
+    assert numbers.tolist() == list(range(len(numbers)))
+    assert [len(w.sentences) for w in found] == [len(w.columns["document"]) for w in found]
 
 
 def test_batches_hold_every_window_that_counts_and_stay_within_the_budget(tiny_chat: ChatTokenizer):

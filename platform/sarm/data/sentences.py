@@ -4,6 +4,7 @@ No library is used: pysbd needs 3 ms a passage, and sentencex, fast and accurate
 A missed end costs one activation and a false one gives an activation in mid-sentence, so doubt means no end.
 """
 
+import bisect
 import re
 from collections.abc import Sequence
 
@@ -97,6 +98,18 @@ def sentence_end_tokens(ends: Sequence[int], offsets: Sequence[tuple[int, int]])
         if found is not None and (not tokens or tokens[-1] != found):
             tokens.append(found)
     return tokens
+
+
+def ended_sentences(ends: Sequence[int], tokens: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Number of the sentence that each of these tokens ends: the first that ends in it or behind its beginning."""
+    return [bisect.bisect_left(ends, offsets[token][0]) for token in tokens]
+
+
+def sentence_columns(text: str, offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Token that ends a sentence -> number of the sentence in the text; sentences whose end no token covers have none."""
+    ends = sentence_ends(text)
+    tokens = sentence_end_tokens(ends, offsets)
+    return dict(zip(tokens, ended_sentences(ends, tokens, offsets), strict=True))
 
 
 def _next_word(text: str, start: int) -> int | None:

@@ -14,10 +14,11 @@ from torch import Tensor
 from sarm.config import UserError
 from sarm.data.chat import ChatTokenizer
 from sarm.data.conversations import Message
-from sarm.data.sentences import punctuation_ends, sentence_end_tokens, sentence_ends
+from sarm.data.sentences import ended_sentences, punctuation_ends, sentence_end_tokens, sentence_ends
 
 # A tokenizer needs some 200 bytes a character: longer texts go through it in pieces that end behind a sentence.
 PIECE_CHARACTERS = 100_000
+_NONE = np.zeros(0, np.int64)
 _SPLITTERS = {"rules": sentence_ends, "punctuation": punctuation_ends}
 
 
@@ -29,6 +30,8 @@ class Window(NamedTuple):
     ids: np.ndarray
     columns: dict[str, np.ndarray]
     truncated: bool
+    sentences: np.ndarray = _NONE
+    """Number of the sentence in the text that each column of `document` ends."""
 
     @property
     def taken(self) -> np.ndarray:
@@ -60,20 +63,21 @@ def text_windows(
     ends = _SPLITTERS[splitter](text)
     whole = [unit for unit in units if unit in ("document", "token")]
     if whole:
-        ids, end_tokens = _encoded(text, ends, chat)
+        ids, end_tokens, sentences = _encoded(text, ends, chat)
         for start in range(0, len(ids), width):
             stop = min(len(ids), start + width)
-            columns = {}
+            columns, own = {}, _NONE
             if "document" in whole:
                 first_end, last_end = np.searchsorted(end_tokens, (start, stop))
                 columns["document"] = end_tokens[first_end:last_end] - start + len(prefix)
+                own = sentences[first_end:last_end]
             if "token" in whole:
                 columns["token"] = np.arange(len(prefix), stop - start + len(prefix))
-            windows.append(Window(row_id, start, np.array([*prefix, *ids[start:stop]], np.int64), columns, False))
+            windows.append(Window(row_id, start, np.array([*prefix, *ids[start:stop]], np.int64), columns, False, own))
     if "sentence" in units:
         first = start = 0
         for end in ends:
-            ids, _ = _encoded(text[start : end + 1].strip(), [], chat)
+            ids, _, _ = _encoded(text[start : end + 1].strip(), [], chat)
             start = end + 1
             cut = max(0, len(ids) - width)
             if len(ids):
@@ -137,16 +141,16 @@ class Places:
         self._windows = windows
         taken = [windows[n].taken for n in members]
         self._window = np.repeat(np.array(members, np.int64), [len(columns) for columns in taken])
-        self._column = np.concatenate(taken) if taken else np.zeros(0, np.int64)
+        self._column = np.concatenate(taken) if taken else _NONE
         self.row_ids = np.array([window.row_id for window in windows], np.int64)[self._window]
 
     def of(self, unit: str) -> np.ndarray:
         """Numbers of the places of a unit, by window and column."""
         order = np.lexsort((self._column, self._window))
-        lists = [window.columns.get(unit, np.zeros(0, np.int64)) for window in self._windows]
+        lists = [window.columns.get(unit, _NONE) for window in self._windows]
         own = np.repeat(np.arange(len(lists)), [len(columns) for columns in lists])
         width = max((len(window.ids) for window in self._windows), default=1)
-        keys = own * width + (np.concatenate(lists) if lists else np.zeros(0, np.int64))
+        keys = own * width + (np.concatenate(lists) if lists else _NONE)
         return order[np.isin(self._window[order] * width + self._column[order], keys)]
 
     def columns(self, chosen: np.ndarray) -> dict[str, Any]:
@@ -169,18 +173,20 @@ def num_tokens(texts: Sequence[str], chat: ChatTokenizer) -> list[int]:
     return [sum(len(chat.encode_text(piece).ids) for _, piece in _pieces(text, [])) for text in texts]
 
 
-def _encoded(text: str, ends: Sequence[int], chat: ChatTokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of the whole text, and the tokens in which the `ends` lie."""
-    ids, tokens, num = [], [], 0
+def _encoded(text: str, ends: Sequence[int], chat: ChatTokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids of the whole text, the tokens in which the `ends` lie, and the numbers of the sentences that those end."""
+    ids, tokens, sentences, num = [], [], [], 0
     places = np.array(ends, np.int64)
     for start, piece in _pieces(text, ends):
         encoded = chat.encode_text(piece)
         first, last = np.searchsorted(places, (start, start + len(piece)))
-        own = sentence_end_tokens((places[first:last] - start).tolist(), encoded.offsets)
+        own_ends = (places[first:last] - start).tolist()
+        own = sentence_end_tokens(own_ends, encoded.offsets)
         tokens.append(np.array(own, np.int64) + num)
+        sentences.append(np.array(ended_sentences(own_ends, own, encoded.offsets), np.int64) + first)
         ids.append(np.array(encoded.ids, np.int64))
         num += len(encoded.ids)
-    return np.concatenate(ids), np.concatenate(tokens)
+    return np.concatenate(ids), np.concatenate(tokens), np.concatenate(sentences)
 
 
 def _pieces(text: str, ends: Sequence[int]) -> Iterator[tuple[int, str]]:

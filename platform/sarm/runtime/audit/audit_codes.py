@@ -20,7 +20,7 @@ from sarm.data.groups import prompt_groups
 from sarm.data.packing import TokenBatch, token_batches
 from sarm.data.parts import with_sink_columns
 from sarm.data.sarm_artifacts import load_sarm
-from sarm.data.sentence_windows import sentence_columns
+from sarm.data.sentences import sentence_columns
 from sarm.nn.backbone import residual_stream
 from sarm.nn.sae import standardise
 from sarm.runtime.cluster import Cluster

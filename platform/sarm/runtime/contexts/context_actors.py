@@ -19,7 +19,8 @@ from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import Row, answer_rows, text_row, token_batches
 from sarm.data.sarm_artifacts import load_sarm
-from sarm.data.sentence_windows import sentence_columns, text_windows
+from sarm.data.sentences import sentence_columns
+from sarm.data.windows import text_windows
 from sarm.interpret.context_texts import Ref, parts, sentence_spans, text_key
 from sarm.runtime.extraction.actor_progress import Progress, Source
 from sarm.runtime.extraction.actors import device_of_worker
@@ -152,11 +153,12 @@ class ContextUnits:
         packed, wanted = [], []
         for row, text in zip(rows, table["text"].to_pylist(), strict=True):
             spans = sentence_spans(text)
-            for window in text_windows(text, self._latents.chat, self._max_length):
-                packed.append(text_row((row, window.start), window.ids, window.columns))
-                for column, number in zip(window.columns, window.sentences, strict=True):
+            for window in text_windows(row, text, ["document"], "rules", self._latents.chat, self._max_length):
+                key, columns = (row, window.first), window.columns["document"].tolist()
+                packed.append(text_row(key, window.ids.tolist(), columns))
+                for column, number in zip(columns, window.sentences.tolist(), strict=True):
                     start, end = spans[number]
-                    wanted.append((((row, window.start), column), Ref(True, file, row, 0, number), text[start:end]))
+                    wanted.append(((key, column), Ref(True, file, row, 0, number), text[start:end]))
         found = self._latents.read(packed)
         records = [_record("sentence", ref, text, [0, 0, 1], found[key]) for key, ref, text in wanted]
         return records, sum(len(row.ids) for row in packed if row.taken)
