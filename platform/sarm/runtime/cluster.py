@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,14 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from sarm.checks import NO_PROGRESS_SECONDS
 from sarm.config import Run, UserError
+from sarm.runtime.supervisor import STARTED_AGAIN
 
 # Light tasks (reading, writing, controllers) must find a slot while workers hold the cores, or the pipeline starves.
 _SPARE_SLOTS = 2
 _LOCAL_OBJECT_STORE = 1024**3
+_SECONDS_BETWEEN_TRIES = 2.0
 # With these set, Ray Data runs code out of Parquet files (CVE-2026-41486).
 _UNSAFE_VARIABLES = (
     "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
@@ -82,12 +86,7 @@ def connect(run: Run) -> Iterator[Cluster]:
             logging_level=logging.WARNING,
         )
     else:
-        try:
-            ray.init(address=address, logging_level=logging.WARNING)
-        except ConnectionError as error:
-            raise UserError(
-                f"no Ray cluster at {address}: {error}. Pass --ray-address, or leave it out for a local one."
-            ) from error
+        _join(address)
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own in the place of the job's.
         signal.signal(signal.SIGTERM, on_sigterm or signal.SIG_DFL)
@@ -95,6 +94,21 @@ def connect(run: Run) -> Iterator[Cluster]:
         yield _describe(is_local=address == "local")
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    # A supervised job that is started again had a cluster there: one whose head was lost comes back.
+    last = time.monotonic() + (NO_PROGRESS_SECONDS if os.environ.get(STARTED_AGAIN) else 0.0)
+    while True:
+        try:
+            ray.init(address=address, logging_level=logging.WARNING)
+            return
+        except ConnectionError as error:
+            if time.monotonic() >= last:
+                raise UserError(
+                    f"no Ray cluster at {address}: {error}. Pass --ray-address, or leave it out for a local one."
+                ) from error
+        time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
 def nodes_without(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from sarm.runtime.writer_lock import HeldError, WriterLock
 from sarm.untrusted import read_json
 
 DONE, USER, AGAIN = 0, 2, 75
+# In the environment of a job that ran before.
+STARTED_AGAIN = "SARM_STARTED_AGAIN"
 _INTERRUPTED = 130
 _MAX_BACKOFF = 60.0
 _PR_SET_PDEATHSIG = 1
@@ -67,6 +70,7 @@ class _Runs:
     def __init__(self, command: Sequence[str], out: Path, max_restarts: int, backoff: float):
         self._command, self._out, self._max_restarts, self._backoff = command, out, max_restarts, backoff
         self._process: subprocess.Popen[bytes] | None = None
+        self._environment: dict[str, str] = {}
         self._stop = threading.Event()
         # Beside the folder, so that it outlives this process: whoever queues the job again must not try the same for ever.
         self._notes = out.with_name(f".{out.name}.failure.json")
@@ -108,8 +112,10 @@ class _Runs:
                 return AGAIN
 
     def _run_once(self) -> tuple[int, _Failure]:
-        process = subprocess.Popen(self._command, stderr=subprocess.PIPE, preexec_fn=_die_with_parent)
-        self._process = process
+        process = subprocess.Popen(
+            self._command, stderr=subprocess.PIPE, preexec_fn=_die_with_parent, env=os.environ | self._environment
+        )
+        self._process, self._environment = process, {STARTED_AGAIN: "1"}
         if self._stop.is_set():
             process.send_signal(signal.SIGTERM)
         tail: collections.deque[str] = collections.deque(maxlen=50)

@@ -23,7 +23,14 @@ from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.head_start import start_head_
 from sarm.runtime.training.reward_models import build_model, merge_adapters_
 from sarm.runtime.training.stall import StallGuard
-from sarm.runtime.training.trainer import Progress, report_progress, run_workers, worker_device, worker_storage
+from sarm.runtime.training.trainer import (
+    Progress,
+    preemption_notice,
+    report_progress,
+    run_workers,
+    worker_device,
+    worker_storage,
+)
 from sarm.runtime.training.training_states import WorkerStates
 from sarm.runtime.training.zero import ZeroEngine
 from sarm.runtime.training.zero_shards import Shards, load_moments_, load_weights_, reshard, shards, weights
@@ -93,8 +100,14 @@ def split_off_validation(pairs: pa.Table, share: float) -> tuple[pa.Table, pa.Ta
 def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     """One Ray Train worker: build, train, gather, and on rank 0 write the folder and return the figures."""
     device, rank = worker_device(), dist.get_rank()
+    guard = StallGuard(worker_storage(), rank)
     states = WorkerStates(
-        task.states, task.reward.checkpoint_every_steps, task.reward.checkpoint_every_seconds, _STEPS_BETWEEN_LOOKS
+        task.states,
+        task.reward.checkpoint_every_steps,
+        task.reward.checkpoint_every_seconds,
+        _STEPS_BETWEEN_LOOKS,
+        preemption_notice,
+        guard.beat,
     )
     found = states.latest()
     chat = load_chat_tokenizer(task.model, task.model_folder)
@@ -111,7 +124,6 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     torch.manual_seed(task.run.seed + rank)
-    guard = StallGuard(worker_storage(), rank)
     engine = ZeroEngine(model, to_train, task.reward, device, guard.beat)
     best: Shards = {}
     training = RewardTraining(

@@ -19,7 +19,14 @@ from sarm.runtime.cluster import Cluster
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.sae_folder import count_latents, write_sae_folder
 from sarm.runtime.training.stall import StallGuard
-from sarm.runtime.training.trainer import Progress, run_workers, worker_device, worker_storage, workers_on_device
+from sarm.runtime.training.trainer import (
+    Progress,
+    preemption_notice,
+    run_workers,
+    worker_device,
+    worker_storage,
+    workers_on_device,
+)
 from sarm.runtime.training.training_states import WorkerStates
 from sarm.train.sae import Phase, SaeTraining
 from sarm.train.sae_quality import measure
@@ -89,7 +96,14 @@ def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
 def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     """One Ray Train worker: both phases, then the latents' statistics; rank 0 writes the folders and returns the figures."""
     device, rank = worker_device(), dist.get_rank() if dist.is_initialized() else 0
-    states = WorkerStates(task.states, task.sae.checkpoint_every_steps, task.sae.checkpoint_every_seconds)
+    guard = StallGuard(worker_storage(), rank)
+    states = WorkerStates(
+        task.states,
+        task.sae.checkpoint_every_steps,
+        task.sae.checkpoint_every_seconds,
+        notice=preemption_notice,
+        beat=guard.beat,
+    )
     found = states.latest()
     stores = {
         name: ActivationStore(path) for name, path in (("text", task.text), ("chat", task.chat)) if path is not None
@@ -103,7 +117,7 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     saved: Any = None if found is None else _shared_state(found, task.sae, states.world)
     histories: list[dict[str, Any]] = [{} for _ in members] if saved is None else saved["histories"]
     figures: list[dict[str, Any]] = [{} for _ in members] if saved is None else saved["figures"]
-    first_step, guard = 0, StallGuard(worker_storage(), rank)
+    first_step = 0
     if saved is None:
         for sae, member in zip(saes, members, strict=True):
             sae.initialise_(samples[names[0]], torch.Generator().manual_seed(member.seed), member.sae.b_dec_init)

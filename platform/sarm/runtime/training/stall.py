@@ -39,11 +39,13 @@ class StallGuard:
         faulthandler.cancel_dump_traceback_later()
         assert self._file is not None
         self._file.close()
+        self._file, self._last, self._set = None, 0.0, 0.0
         self._path.unlink(missing_ok=True)
 
     def beat(self) -> None:
-        """Something was done."""
-        assert self._file is not None
+        """Something was done; outside the context nobody asks."""
+        if self._file is None:
+            return
         now = time.monotonic()
         if self._last:
             self._longest = max(self._longest, now - self._last)

@@ -16,7 +16,8 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.exceptions import RayActorError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.util.placement_group import get_current_placement_group
 
 from sarm.checks import StalledError, StoppedError
@@ -32,7 +33,18 @@ from sarm.runtime.training.stall import who_stood_still
 Task = TypeVar("Task")
 _PRINT_EVERY_SECONDS = 5.0
 _FEW_WORKERS = 16
-_worker_storage: ContextVar[Path] = ContextVar("worker_storage")
+# Of a group of workers, each given 60 s by Ray Train.
+_STARTS = 4
+
+
+class _Here(NamedTuple):
+    """What a worker is told about the group that it is in."""
+
+    storage: Path
+    is_watched: bool
+
+
+_here: ContextVar[_Here] = ContextVar("_here")
 
 
 class _Stopped(NamedTuple):
@@ -64,12 +76,13 @@ def run_workers(
 
     With `states`, the worker goes on from the newest of them: when a worker's process or machine dies, all are started again, up
     to `run.max_restarts` times without a newer state; and on SIGTERM they save and stop. Raises StoppedError then, StalledError if
-    a worker stood still too often (`StallGuard`), and else what the worker raised, without Ray's wrapping.
+    a worker stood still too often (`StallGuard`), TimeoutError if the cluster has no room for them for minutes, and else what the
+    worker raised, without Ray's wrapping.
     """
     # Ray Train would log every printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # One process less to start: a machine that goes away is seen by its workers' death, and the job's own end by SIGTERM.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # On one machine a process less to start: its own end is seen by SIGTERM.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1" if cluster.num_nodes > 1 else "0"
     if run.num_workers <= _FEW_WORKERS:
         # How often the controller looks after its workers: their death, and their end, is seen that much sooner.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -107,7 +120,12 @@ def _fit(
     storage = folder / ".ray_train"
     trainer = ray.train.torch.TorchTrainer(
         _call,
-        train_loop_config={"worker": worker, "task": task, "threads": threads, "storage": storage},
+        train_loop_config={
+            "worker": worker,
+            "task": task,
+            "threads": threads,
+            "here": _Here(storage, is_watched=cluster.num_nodes > 1),
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.num_workers,
             use_gpu=cluster.use_gpu,
@@ -115,23 +133,41 @@ def _fit(
         ),
         # The same name would continue an older experiment's state.
         run_config=ray.train.RunConfig(
-            name=f"{name}-{uuid.uuid4().hex[:8]}", storage_path=str(storage), callbacks=list(callbacks)
+            name=f"{name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(storage),
+            callbacks=list(callbacks),
+            # A cluster that has become too small would be waited for without end.
+            failure_config=ray.train.FailureConfig(controller_failure_limit=_STARTS - 1),  # type: ignore[call-arg]  # V2 has it
         ),
     )
     try:
         result: Any = trainer.fit()
         return result.return_value
+    except ray.train.ControllerError as error:
+        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise TimeoutError(_no_room(name, run.num_workers, threads, cluster)) from error
+        raise
     except ray.train.WorkerGroupError as error:
         raise _WorkersFailed(_cause(error), who_stood_still(storage)) from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 
 
+def _no_room(name: str, num_workers: int, threads: int, cluster: Cluster) -> str:
+    wanted = f"{threads} CPUs and a GPU" if cluster.use_gpu else f"{threads} CPUs"
+    there = ray.available_resources()
+    return (
+        f"{name}: no room for {num_workers} workers of {wanted} each: the cluster has {there.get('CPU', 0):g} CPUs and "
+        f"{there.get('GPU', 0):g} GPUs free on {len([n for n in ray.nodes() if n['Alive']])} nodes. Free some, or pass "
+        f"--num-workers; where nodes take minutes to start, set {WORKER_GROUP_START_TIMEOUT_S_ENV_VAR} (60, {_STARTS} times)."
+    )
+
+
 def _call(config: dict[str, Any]) -> Any:
     torch.set_num_threads(config["threads"])
-    _worker_storage.set(config["storage"])
+    _here.set(config["here"])
     if (group := get_current_placement_group()) is not None:
-        note_placement_group(config["storage"], group.id.hex())
+        note_placement_group(config["here"].storage, group.id.hex())
     if not torch.cuda.is_available():
         # Before anything imports deepspeed, which looks for accelerators on import.
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -179,7 +215,16 @@ def worker_device() -> torch.device:
 
 def worker_storage() -> Path:
     """Where this worker leaves what only the process that started it reads; gone when all have ended."""
-    return _worker_storage.get()
+    return _here.get().storage
+
+
+def preemption_notice() -> str:
+    """Why these workers shall end soon: machines of theirs are being taken away. '' if none is; all workers call it together."""
+    info = ray.train.get_preemption_info() if _here.get().is_watched else None
+    if info is None:
+        return ""
+    names = ", ".join(node[:8] for node in info.preempted_node_ids)
+    return f"{len(info.preempted_node_ids)} of its nodes ({names}) will be taken away"
 
 
 def workers_on_device(device: torch.device) -> int:

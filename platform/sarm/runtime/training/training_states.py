@@ -17,16 +17,27 @@ from sarm.data.state_tree import random_state, restore_random_state
 
 # A worker that is alone looks at the shared folder this often.
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_POLLS = 0.05
 
 
 class WorkerStates:
     """One worker's side of its training's checkpoints: due every `every_steps` steps, or, where that is 0, `every_seconds`.
 
-    Several workers agree by a message from the first, every `steps_between_looks` steps.
+    Several workers agree by a message from the first, every `steps_between_looks` steps. `notice` says why they shall end soon ('' as
+    long as they need not); all workers call it together. `beat` is called while a state is waited for.
     """
 
-    def __init__(self, checkpoints: Checkpoints, every_steps: int, every_seconds: float, steps_between_looks: int = 10):
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        every_steps: int,
+        every_seconds: float,
+        steps_between_looks: int = 10,
+        notice: Callable[[], str] = str,
+        beat: Callable[[], None] = lambda: None,
+    ):
         self._checkpoints, self._every_steps, self._every_seconds = checkpoints, every_steps, every_seconds
+        self._notice, self._beat = notice, beat
         self._steps_between_looks = steps_between_looks
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._saved = self._looked = time.monotonic()
@@ -65,16 +76,16 @@ class WorkerStates:
     def after_step(self, step: int, state: Callable[[], tuple[Any, Any]]) -> None:
         """Save if it is time; `state()` is what all workers have in common (the first's is kept), and what is this worker's own.
 
-        All workers call it after each step. Raises StoppedError, with the state saved, if the workers were asked to stop, and
-        UserError if a state could not be written.
+        All workers call it after each step. Raises StoppedError, with the state saved, if the workers were asked to stop or noticed
+        that they must, and UserError if a state could not be written.
         """
-        is_due, is_stopping, is_written = self._look(step)
+        is_due, stop_reason, is_written = self._look(step)
         if is_written:
             self._commit()
-        if is_stopping:
+        if stop_reason:
             self.save(step, state)
             self.finish()
-            raise StoppedError(f"stopped after step {step}; its state is saved")
+            raise StoppedError(f"stopped after step {step}: {stop_reason}; its state is saved")
         if is_due:
             self.save(step, state)
 
@@ -93,8 +104,13 @@ class WorkerStates:
 
     def finish(self) -> None:
         """Wait until what was saved is on the disk; all workers call it together."""
-        if self._pending is not None:
-            self._commit()
+        if self._pending is None:
+            return
+        while not all(self._everyone(self._is_written())):
+            # A large state on a slow disk is no standstill.
+            self._beat()
+            time.sleep(_SECONDS_BETWEEN_POLLS)
+        self._commit()
 
     def _commit(self) -> None:
         assert self._pending is not None
@@ -108,20 +124,24 @@ class WorkerStates:
             ) from error
         self.seconds += time.monotonic() - started
 
-    def _look(self, step: int) -> tuple[bool, bool, bool]:
-        """(save now, stop now, what was saved is written), the same on all workers."""
+    def _look(self, step: int) -> tuple[bool, str, bool]:
+        """(save now, why to stop now, what was saved is written), the same on all workers."""
         is_due = bool(self._every_steps) and step % self._every_steps == 0
         if self.world == 1:
             if time.monotonic() - self._looked < _SECONDS_BETWEEN_LOOKS:
-                return is_due, False, False
+                return is_due, "", False
             self._looked = time.monotonic()
-            return is_due or self._is_late(), self._checkpoints.is_stop_requested(), self._is_written()
+            return is_due or self._is_late(), self._stop_reason(), self._is_written()
         if step % self._steps_between_looks:
-            return is_due, False, False
-        answer = [self._is_late(), self._checkpoints.is_stop_requested()] if self.rank == 0 else [False, False]
+            return is_due, "", False
+        answer: list[Any] = [self._is_late(), self._stop_reason()]
         dist.broadcast_object_list(answer, src=0)
         is_written = self._pending is not None and all(self._everyone(self._is_written()))
         return is_due or answer[0], answer[1], is_written
+
+    def _stop_reason(self) -> str:
+        notice = self._notice()
+        return "it was asked to" if self._checkpoints.is_stop_requested() else notice
 
     def _is_late(self) -> bool:
         return not self._every_steps and time.monotonic() - self._saved >= self._every_seconds
