@@ -1,7 +1,6 @@
 """What reward training starts from: baselines that differ from SARM in one thing, and adapters."""
 
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -136,7 +135,6 @@ def test_adapters_without_their_library_are_refused_with_what_to_do(sae_folder, 
         variants(MODEL, Reward(lora_rank=4), sae_folder)
 
 
-@pytest.mark.skipif(find_spec("peft") is None, reason="peft is an optional dependency")
 def test_adapters_start_at_nothing_learn_alone_and_merge_into_the_weights(tiny_folder, tiny_chat, sae_folder, tmp_path):
     plain = build(tiny_folder, tiny_chat, sae_folder)
     config = Reward(lora_rank=4, lr=1e-2, head_lr=1e-2, batch_pairs=2, epochs=6)

@@ -12,19 +12,22 @@ from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from ray.util.placement_group import placement_group, placement_group_table
 
+from sarm.runtime.cluster import Cluster
 from sarm.runtime.placement import note_placement_group, release_placement_groups
-from sarm.runtime.sweeps.sweep import run_sweep
+from sarm.runtime.sweeps.sweep import check_plan, run_sweep
 from sarm.runtime.sweeps.sweep_plan import claim_sweep
 from sarm.runtime.sweeps.sweep_report import Report
+from sarm.runtime.sweeps.sweep_trials import run_trials
 from sarm.tune_config import Ablation
 from sarm.tune_presets import ABLATIONS
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, extracted: Path) -> Ablation:
+def config(tmp_path_factory, extracted: Path, mlflow_db: Path) -> Ablation:
     """A small sweep whose shared data is there already: a pipeline's stages are a sweep's where their settings are equal."""
     tiny = ABLATIONS["tiny"][1]
     out = tmp_path_factory.mktemp("sweeps") / "sweep"
+    shutil.copy(mlflow_db, out.parent / "mlflow.db")
     sweep = replace(tiny.sweep, layers=(1,), widths=(2, 4), components=("sarm",), report_steps=4)
     found = replace(tiny, run=replace(tiny.run, out=out), sae=replace(tiny.sae, cross_entropy_texts=0), sweep=sweep)
     claim_sweep(found)
@@ -115,6 +118,24 @@ def test_a_finished_sweep_does_nothing_again(config, swept, capsys):
     assert "all cells are done" in capsys.readouterr().out
     assert manifests(config) == before
     assert again.rows == swept.rows
+
+
+def test_optuna_proposes_cells_of_the_grid_and_is_told_what_they_reached(config, swept, capsys):
+    """On cells that are done, so that a trial costs nothing."""
+    plan = check_plan(replace(config, sweep=replace(config.sweep, search="optuna")))
+    (parent,) = runs(config)
+    plan = plan._replace(
+        mlflow_uri=f"sqlite:///{config.run.out.parent / 'mlflow.db'}", parent_run_id=parent.info.run_id
+    )
+    before = manifests(config)
+    cluster = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)
+    run_trials(plan, plan.cells, cluster, num_samples=4)
+    assert manifests(config) == before
+    said = capsys.readouterr().out
+    started = [line.split()[1] for line in said.splitlines() if line.endswith(": started")]
+    assert len(started) == 4
+    assert {name.rstrip(":") for name in started} <= {plan.name(cell) for cell in plan.cells}
+    assert "failed" not in said
 
 
 def test_a_new_value_runs_only_its_cells_and_one_that_cannot_work_is_marked(config, swept, capsys):

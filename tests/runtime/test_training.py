@@ -24,7 +24,7 @@ from sarm.data.groups import prompt_groups
 from sarm.data.models import model_folder
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.tracking import StageRun, Tracker
-from sarm.runtime.training.reward_models import build_model
+from sarm.runtime.training.reward_models import build_model, merge_adapters_
 from sarm.runtime.training.reward_training import RewardTask, load_pairs, reward_worker
 from sarm.runtime.training.reward_training import train_on_cluster as train_reward_on_cluster
 from sarm.runtime.training.sae_training import SaeMember, SaeTask, sae_worker
@@ -146,6 +146,12 @@ def killed(extracted: Path, tmp_path_factory: pytest.TempPathFactory, tracking: 
 REWARD = Reward(lr=3e-4, head_lr=5e-3, epochs=3, batch_pairs=16, batch_tokens=512)
 
 
+# Where weights and moments wait for their turn.
+OFFLOADED = {
+    "zero 2 offloaded": {"zero_stage": 2, "offload": "optimizer"},
+    "zero 3 offloaded": {"zero_stage": 3, "offload": "all"},
+}
+LORA = replace(REWARD, lora_rank=4, lr=3e-3)
 # Every part learns, through every term of the objective.
 WHOLE = replace(
     REWARD, train_sae=True, sae_lr=1e-3, recon_weight=1.0, recon_detached=False, label_smoothing=0.1, centre_weight=0.01
@@ -159,11 +165,11 @@ def in_one_process(
     task = reward_task(extracted, sae_folder, extracted, tracking, preset, reward, 1)
     chat = load_chat_tokenizer(preset.model, task.model_folder)
     groups = list(prompt_groups(load_pairs(task.pairs, "train"), chat))
-    model = build_model(task.model, task.model_folder, task.sae, chat).train()
+    model = build_model(task.model, task.model_folder, task.sae, chat, reward, task.run.seed).train()
     losses: list[float] = []
     engine = LocalEngine(model, parameter_groups(model, reward), reward.max_grad_norm)
     train_reward(engine, groups, reward, 0, preset.model.max_length, chat.pad_id, lambda _, m: losses.append(m["loss"]))
-    return losses, copy.deepcopy(model.state_dict())
+    return losses, copy.deepcopy(merge_adapters_(model).state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +229,11 @@ def trained(
         if workers == 2:
             task = sae_task(extracted, root / "latents, stopped", tracking, nested, workers)
             trainings["latents, stopped"] = worker_that_is_stopped, task
-            whole = replace(WHOLE, zero_stage=3)
-            task = reward_task(extracted, sae_folder, root / "zero 3 whole", tracking, preset, whole, workers)
-            trainings["zero 3 whole"] = reward_worker, task
+            special = {name: replace(REWARD, **fields) for name, fields in OFFLOADED.items()}
+            special |= {"zero 3 whole": replace(WHOLE, zero_stage=3), "zero 2 adapters": replace(LORA, zero_stage=2)}
+            for name, reward in special.items():
+                task = reward_task(extracted, sae_folder, root / name, tracking, preset, reward, workers)
+                trainings[name] = reward_worker, task
         run = Run(out=extracted, num_workers=workers, cpus_per_worker=1)
         results = run_workers(
             "trained", one_after_another, list(trainings.values()), run, root / f"run{workers}", CLUSTER, 1
@@ -305,26 +313,44 @@ def test_a_killed_sae_training_that_is_run_again_ends_as_if_it_had_not_been(
     assert last["loss"] == pytest.approx(wanted_last["loss"], rel=0, abs=tolerance)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", [*(f"zero {stage}" for stage in range(4)), *OFFLOADED])
 def test_zero_trains_as_one_plain_process_does(
-    stage: int,
+    name: str,
     trained: dict[str, tuple[Path, dict[str, Any]]],
     reference: tuple[list[float], dict[str, torch.Tensor]],
 ) -> None:
     losses, weights = reference
-    folder, result = trained[f"zero {stage}"]
+    folder, result = trained[name]
     assert len(losses) >= 20
     found = [entry["loss"] for entry in result["history"]]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=0, atol=1e-5)
     frozen = {"sae.W_enc", "sae.b_enc", "sae.W_dec", "sae.b_dec", "model.embed_tokens.weight"}
     after = load_file(folder / "model.safetensors")
-    for name, weight in after.items():
-        if name in frozen:
-            assert torch.equal(weight, weights[name]), name
+    for key, weight in after.items():
+        if key in frozen:
+            assert torch.equal(weight, weights[key]), key
         else:
             # Adam turns the rounding of a gradient near zero into a step of either sign, hence not tighter than the rate.
-            torch.testing.assert_close(weight, weights[name], rtol=0, atol=2e-4, msg=name)
+            torch.testing.assert_close(weight, weights[key], rtol=0, atol=2e-4, msg=key)
     assert after["score.weight"].abs().max() > 0
+
+
+def test_sharded_adapters_learn_as_in_one_process_and_leave_plain_weights(
+    extracted: Path,
+    sae_folder: Path,
+    tracking: StageRun,
+    preset: Pipeline,
+    reference: tuple[list[float], dict[str, torch.Tensor]],
+    trained: dict[str, tuple[Path, dict[str, Any]]],
+) -> None:
+    losses, weights = in_one_process(extracted, sae_folder, tracking, preset, LORA)
+    folder, result = trained["zero 2 adapters"]
+    found = torch.tensor([entry["loss"] for entry in result["history"]])
+    torch.testing.assert_close(found, torch.tensor(losses), rtol=0, atol=1e-5)
+    after = load_file(folder / "model.safetensors")
+    assert after.keys() == reference[1].keys()
+    for key, weight in after.items():
+        torch.testing.assert_close(weight, weights[key], rtol=0, atol=2e-4, msg=key)
 
 
 def test_sharded_the_sae_learns_from_the_whole_objective_as_in_one_process(
@@ -350,3 +376,15 @@ def test_a_worker_s_error_comes_back_as_itself(
     task = reward_task(extracted, tmp_path / "no_such_sae", tmp_path, tracking, preset, REWARD, 1)
     with pytest.raises(ValueError, match="not a readable SAE"):
         train_reward_on_cluster(task, CLUSTER)
+
+
+def test_workers_for_whom_there_is_no_room_are_not_waited_for_without_end(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a node has gone for good: the check before the start saw it, and Ray Train would wait for another."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    run = Run(out=tmp_path, num_workers=2, cpus_per_worker=1)
+    with pytest.raises(
+        TimeoutError, match=r"lost: no room for 2 workers of 40 CPUs each: the cluster has \d+ CPUs and"
+    ):
+        run_workers("lost", print, None, run, tmp_path, CLUSTER, threads=40)
