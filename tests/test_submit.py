@@ -117,8 +117,9 @@ def test_driver_and_workers_import_the_package_that_travelled(
 
 
 def test_a_submitted_job_trains_on_the_cluster(
-    cluster: str, with_token: dict[str, str], finished: Path, tmp_path: Path
+    cluster: str, with_token: dict[str, str], finished: Path, tmp_path: Path, mlflow_db: Path
 ) -> None:
+    shutil.copy(mlflow_db, tmp_path / "mlflow.db")
     out = tmp_path / "submitted"
     shutil.copytree(finished, out)
     for stage in ("sarm", "evaluation"):

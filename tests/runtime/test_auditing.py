@@ -36,11 +36,12 @@ from sarm.runtime.training.reward_training import load_pairs
 
 
 @pytest.fixture(scope="module")
-def work(extracted: Path, preset: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(extracted: Path, preset: Pipeline, tmp_path_factory: pytest.TempPathFactory, mlflow_db: Path) -> Path:
     """A folder with a SARM whose head reads a probe through a random dictionary, and pairs about something else."""
     from sarm.data.activations import ActivationStore
 
     folder = tmp_path_factory.mktemp("audit")
+    shutil.copy(mlflow_db, folder / "mlflow.db")
     x = standardise(ActivationStore(extracted / "activations" / "chat").read_sides()[1])
     sae = TopKSae(x.shape[1], 96, 24)
     sae.initialise_(x, torch.Generator().manual_seed(0))

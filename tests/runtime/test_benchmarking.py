@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -41,8 +42,9 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory, mlflow_db: Path) -> Path:
     folder = tmp_path_factory.mktemp("benchmarks")
+    shutil.copy(mlflow_db, folder / "mlflow.db")
     (folder / "model.py").write_text(MODEL)
     (folder / "rb2.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     return folder
@@ -157,8 +159,6 @@ def test_a_comparison_sees_the_difference_and_logs_it(finished, evaluate, work):
 
 
 def test_a_changed_evaluation_is_not_compared(finished, work):
-    import shutil
-
     shutil.copytree(finished, work / "edited")
     (work / "edited" / "report.json").write_text("{}")
     with pytest.raises(UserError, match=r"report.json has changed"):

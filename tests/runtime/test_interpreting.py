@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +25,10 @@ KEY = "sk-another-secret-0123456789"
 
 
 @pytest.fixture(scope="module")
-def contexts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_planted(tmp_path_factory.mktemp("planted") / "contexts")
+def contexts(tmp_path_factory: pytest.TempPathFactory, mlflow_db: Path) -> Path:
+    folder = tmp_path_factory.mktemp("planted")
+    shutil.copy(mlflow_db, folder / "mlflow.db")
+    return write_planted(folder / "contexts")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ def test_also_is_every_other_combination():
         AlsoSaes(k=(100,)).beside(sae, 0)
 
 
-def test_saes_of_one_job_are_stages_of_their_own(extracted: Path, preset: Pipeline, tmp_path: Path):
+def test_saes_of_one_job_are_stages_of_their_own(extracted: Path, preset: Pipeline, tmp_path: Path, mlflow_db: Path):
     out = tmp_path / "tiny"
+    shutil.copy(mlflow_db, tmp_path / "mlflow.db")
     out.mkdir()
     for name in ("corpus", "pairs", "activations"):
         (out / name).symlink_to(extracted / name)
