@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sarm import schema
+from sarm.checks import StalledError
 from sarm.config import Extraction, Model, Pipeline, Run, UserError
 from sarm.data.activations import ActivationStore
 from sarm.data.blocks import plan_blocks
