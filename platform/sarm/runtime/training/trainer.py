@@ -33,6 +33,7 @@ from sarm.runtime.training.stall import who_stood_still
 Task = TypeVar("Task")
 _PRINT_EVERY_SECONDS = 5.0
 _FEW_WORKERS = 16
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # Of a group of workers, each given 60 s by Ray Train.
 _STARTS = 4
 
@@ -81,8 +82,8 @@ def run_workers(
     """
     # Ray Train would log every printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # On one machine a process less to start: its own end is seen by SIGTERM.
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1" if cluster.num_nodes > 1 else "0"
+    # One process less to start: a machine that goes away is seen by its workers' death, and the job's own end by SIGTERM.
+    os.environ.setdefault(_WATCHER, "0")
     if run.num_workers <= _FEW_WORKERS:
         # How often the controller looks after its workers: their death, and their end, is seen that much sooner.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -124,7 +125,7 @@ def _fit(
             "worker": worker,
             "task": task,
             "threads": threads,
-            "here": _Here(storage, is_watched=cluster.num_nodes > 1),
+            "here": _Here(storage, is_watched=os.environ[_WATCHER] != "0"),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.num_workers,
