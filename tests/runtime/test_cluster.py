@@ -37,6 +37,34 @@ def test_a_variable_that_lets_parquet_run_code_is_refused(monkeypatch: pytest.Mo
         pass
 
 
+def test_a_job_that_is_started_again_waits_for_its_cluster_and_a_first_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries = []
+
+    def init(**asked: object) -> None:
+        tries.append(asked["address"])
+        if len(tries) < 3:
+            raise ConnectionError("nobody listens")
+        raise InterruptedError("it is there")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr("sarm.runtime.cluster._SECONDS_BETWEEN_TRIES", 0.01)
+    monkeypatch.delenv("SARM_STARTED_AGAIN", raising=False)
+    with (
+        pytest.raises(UserError, match=r"no Ray cluster at 10\.0\.0\.9:6379"),
+        connect(Run(ray_address="10.0.0.9:6379")),
+    ):
+        pass
+    assert len(tries) == 1
+    tries.clear()
+    monkeypatch.setenv("SARM_STARTED_AGAIN", "1")
+    with pytest.raises(InterruptedError), connect(Run(ray_address="10.0.0.9:6379")):
+        pass
+    assert tries == ["10.0.0.9:6379"] * 3
+
+
 def test_nodes_that_do_not_see_the_output_folder_are_named(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

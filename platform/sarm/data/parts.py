@@ -61,10 +61,9 @@ def write_part(table: pa.Table, folder: Path, number: int) -> None:
             write_activation_file(table, file)
             file.flush()
         temporary.replace(folder / name)
-    except BaseException:
+    finally:
         # A full disk leaves nothing behind; a killed process does, for `remove_temporaries`.
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def has_part(folder: Path, number: int) -> bool:

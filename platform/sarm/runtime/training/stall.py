@@ -1,7 +1,9 @@
 """Workers that stand still are ended with their stacks written down, so that training can go on from its last state on new ones."""
 
 import faulthandler
+import os
 import re
+import signal
 import time
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +15,8 @@ from sarm.checks import NO_PROGRESS_SECONDS
 _PATIENCE = 10
 # Setting the clock starts a thread.
 _SECONDS_BETWEEN_SETTINGS = 1.0
+# With the first worker's end Ray Train ends the others too: all write their stacks before that, however far apart their clocks are.
+_WRITES_AT = 0.8
 _WAITS_FOR_OTHERS = "distributed_c10d.py"
 _PLACE = re.compile(r'File "(.+?)", line (\d+) in (\S+)')
 
@@ -36,6 +40,7 @@ class StallGuard:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
         assert self._file is not None
         self._file.close()
@@ -50,11 +55,17 @@ class StallGuard:
         if self._last:
             self._longest = max(self._longest, now - self._last)
         self._last = now
-        if now - self._set >= min(_SECONDS_BETWEEN_SETTINGS, self._seconds / 4):
+        if now - self._set >= min(_SECONDS_BETWEEN_SETTINGS, self._seconds / 10):
             self._set = now
-            # Its thread needs no lock of Python's, so that a call that never returns from C does not stop it.
             limit = max(self._seconds, _PATIENCE * self._longest)
-            faulthandler.dump_traceback_later(limit, file=self._file, exit=True)
+            # Neither needs Python's lock, so that a call that never returns from C does not stop them: a thread writes the stacks,
+            # and the kernel ends the process, whose SIGALRM nobody handles.
+            faulthandler.dump_traceback_later(_WRITES_AT * limit, file=self._file)
+            signal.setitimer(signal.ITIMER_REAL, limit)
+            if os.fstat(self._file.fileno()).st_size:
+                # It stood long, but went on.
+                os.ftruncate(self._file.fileno(), 0)
+                os.lseek(self._file.fileno(), 0, os.SEEK_SET)
 
 
 def who_stood_still(folder: Path) -> str:

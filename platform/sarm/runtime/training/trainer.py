@@ -93,8 +93,10 @@ def run_workers(
             with _stopping_on_sigterm(states):
                 result = _fit(name, worker, task, run, folder, cluster, threads, callbacks)
         except _WorkersFailed as failed:
-            cause = StalledError(f"{name}: {failed.stood_still}.") if failed.stood_still else failed.cause
-            if states is None or not _has_died(failed.cause):
+            has_died = _has_died(failed.cause)
+            is_stalled = has_died and bool(failed.stood_still)
+            cause = StalledError(f"{name}: {failed.stood_still}.") if is_stalled else failed.cause
+            if states is None or not has_died:
                 raise cause from failed.__cause__
             restarts = restarts + 1 if states.newest_step() <= newest else 1
             newest = max(newest, states.newest_step())
