@@ -7,9 +7,9 @@ being computed when the process died twice is rejected. So no input can keep a p
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -105,15 +105,13 @@ class BlockActor:
     ):
         self._blocks, self._columns, self._keep, self._outputs = blocks, columns, keep, outputs
         self._journal_folder = next(iter(outputs.values())).folder
-        self._threads = threads
-        self._actor = actor(**arguments, threads=threads)
-        # One block in the forward pass at a time; beside it another is read and tokenised, or written.
-        self._forward = threading.Lock()
+        # One block in the forward pass at a time; beside it another is read and tokenised, or written. Always the same thread: each
+        # that computes has workers of its own, and OpenMP lets those sleep between two products once they outnumber the cores.
+        self._forward = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
+        self._actor = self._forward.submit(actor, **arguments, threads=threads).result()
         self._usage = Usage()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        # Threads of Ray's pool start with torch's default.
-        torch.set_num_threads(self._threads)
         done = [self._do(self._blocks[number]) for number in batch.column("number").to_pylist()]
         return pa.Table.from_pylist(done)
 
@@ -137,22 +135,20 @@ class BlockActor:
     def _whole(self, table: pa.Table, journal: Journal) -> tuple[Tables, Cost]:
         try:
             prepared = self._actor.prepare(table)
-            with self._forward:
-                return self._actor.compute(prepared, journal.beat)
+            return self._forward.submit(self._actor.compute, prepared, journal.beat).result()
         # Whatever one row can raise in a tokenizer, a template or a model: the other rows are computed without it.
         except Exception as error:
             if table.num_rows == 1:
                 return self._actor.rejected(table, _reason(error)), Cost()
             first = error
-        tables, cost, errors = self._each(table, journal, mark=False)
+        tables, cost, errors = self._forward.submit(self._each, table, journal, mark=False).result()
         if errors == table.num_rows:
             # Not the rows: the program, the model or the machine.
             raise first
         return tables, cost
 
     def _row_by_row(self, table: pa.Table, journal: Journal) -> tuple[Tables, Cost]:
-        with self._forward:
-            tables, cost, _ = self._each(table, journal, mark=True)
+        tables, cost, _ = self._forward.submit(self._each, table, journal, mark=True).result()
         return tables, cost
 
     def _each(self, table: pa.Table, journal: Journal, *, mark: bool) -> tuple[Tables, Cost, int]:
