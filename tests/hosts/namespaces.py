@@ -21,10 +21,18 @@ def why_not() -> str:
     return "" if made.returncode == 0 else f"no network namespaces here: {made.stderr.decode().strip()}"
 
 
-class Hosts:
-    """Namespaces `NAME1`, `NAME2` ... with addresses `NET.1`, `NET.2` ...; what runs in them ends with `close`."""
+# What runs on a host sees a folder of its own in the place of the one that it would share with the others.
+_WITH_OWN_FOLDER = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
 
-    def __init__(self, count: int):
+
+class Hosts:
+    """Namespaces `NAME1`, `NAME2` ... with addresses `NET.1`, `NET.2` ...; what runs in them ends with `close`.
+
+    Their file system is one, but each has its own `temporary`, of which `root` holds the contents.
+    """
+
+    def __init__(self, count: int, temporary: Path, root: Path):
+        self._temporary, self._root = temporary, root
         # Names and addresses of this process alone, within what interfaces may be called.
         self._tag = f"s{os.getpid() % 100_000}"
         self._net = f"10.{64 + os.getpid() % 64}.{os.getpid() // 64 % 250}"
@@ -37,6 +45,9 @@ class Hosts:
 
     def open(self) -> None:
         """Make them; raises CalledProcessError where that is refused."""
+        self._temporary.mkdir()
+        for host in range(1, self._count + 1):
+            self._own(host).mkdir()
         bridge = f"{self._tag}b"
         _ip("link", "add", bridge, "type", "bridge")
         _ip("addr", "add", f"{self._net}.254/24", "dev", bridge)
@@ -56,7 +67,8 @@ class Hosts:
 
     def command(self, host: int, *command: str) -> list[str]:
         """A command line that runs on a host."""
-        return ["ip", "netns", "exec", self._name(host), *command]
+        mounted = ["sh", "-c", _WITH_OWN_FOLDER, "sh", str(self._own(host)), str(self._temporary)]
+        return ["ip", "netns", "exec", self._name(host), *mounted, *command]
 
     def start(
         self, host: int, command: Sequence[str], log: IO[bytes], environment: dict[str, str]
@@ -95,6 +107,10 @@ class Hosts:
         for host in range(1, self._count + 1):
             subprocess.run(["ip", "netns", "del", self._name(host)], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", f"{self._tag}b"], check=False, capture_output=True)
+        self._temporary.rmdir()
+
+    def _own(self, host: int) -> Path:
+        return self._root / f"temporary-{host}"
 
     def _name(self, host: int) -> str:
         return f"{self._tag}n{host}"

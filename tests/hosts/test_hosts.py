@@ -40,7 +40,8 @@ class Cluster:
     """Ray on all hosts, MLflow on the first."""
 
     def __init__(self, root: Path):
-        self.root, self.hosts = root, Hosts(HOSTS)
+        self.root, self._temporary = root, Path(f"/tmp/sarm-hosts-{os.getpid()}")
+        self.hosts = Hosts(HOSTS, self._temporary, root)
         known = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**known, **token(root), "MLFLOW_DISABLE_TELEMETRY": "true", "PATH": path}
@@ -54,7 +55,7 @@ class Cluster:
         common = ["--block", "--num-cpus=1", "--object-store-memory=100000000"]
         head = [
             "start", "--head", f"--node-ip-address={self.hosts.address(HEAD)}", f"--port={GCS}", f"--dashboard-port={DASHBOARD}",
-            f"--temp-dir=/tmp/sarm-hosts-{os.getpid()}", f"--system-config={json.dumps(_HEALTH)}", *common,
+            f"--temp-dir={self._temporary}", f"--system-config={json.dumps(_HEALTH)}", *common,
         ]  # fmt: skip
         self._start(HEAD, "ray-1", str(BIN / "ray"), *head)
         self.wait_for(lambda: self.job("list").returncode == 0, "the head's jobs server")

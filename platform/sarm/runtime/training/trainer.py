@@ -28,6 +28,7 @@ from sarm.runtime.job import say
 from sarm.runtime.outbox import close_all
 from sarm.runtime.placement import note_placement_group
 from sarm.runtime.tracking import StageRun
+from sarm.runtime.training.interfaces import TorchOverNodeAddresses
 from sarm.runtime.training.stall import who_stood_still
 
 Task = TypeVar("Task")
@@ -82,8 +83,8 @@ def run_workers(
     """
     # Ray Train would log every printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # One process less to start: a machine that goes away is seen by its workers' death, and the job's own end by SIGTERM.
-    os.environ.setdefault(_WATCHER, "0")
+    # The notice that a node will be taken away comes from a process of its own, which a single machine can do without.
+    os.environ.setdefault(_WATCHER, str(int(cluster.num_nodes > 1)))
     if run.num_workers <= _FEW_WORKERS:
         # How often the controller looks after its workers: their death, and their end, is seen that much sooner.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -129,6 +130,7 @@ def _fit(
             "threads": threads,
             "here": _Here(storage, is_watched=os.environ[_WATCHER] != "0"),
         },
+        torch_config=TorchOverNodeAddresses(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.num_workers,
             use_gpu=cluster.use_gpu,
