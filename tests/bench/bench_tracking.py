@@ -7,16 +7,10 @@ are counted in the server's database at the end.
 """
 
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
-from contextlib import closing
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -26,45 +20,15 @@ from sarm.runtime.outbox import close_all
 from sarm.runtime.tracking import Tracker
 from sarm.runtime.training.trainer import Progress
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.runtime.mlflow_server import MlflowServer
+
 OUT = Path("outputs/bench/tracking.json")
 STEPS, STEP_SECONDS, METRICS = 480, 0.25, 12
 DOWN_AFTER, DOWN_SECONDS = 20.0, 60.0
 
 
-class Server:
-    """`mlflow server` with sqlite on a port of its own."""
-
-    def __init__(self, folder: Path):
-        with closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri, self._folder = f"http://127.0.0.1:{self.port}", folder
-        self.start()
-
-    def start(self) -> None:
-        command = [
-            sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}",
-            "--artifacts-destination", str(self._folder / "artifacts"), "--host", "127.0.0.1", "--port", str(self.port),
-            "--workers", "1",
-        ]  # fmt: skip
-        log = (self._folder / "server.log").open("a")
-        self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
-            except OSError:
-                time.sleep(0.2)
-            else:
-                return
-        raise RuntimeError((self._folder / "server.log").read_text()[-2000:])
-
-    def kill(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-def train(server: Server, name: str, root: Path, outage: bool) -> dict[str, float]:
+def train(server: MlflowServer, name: str, root: Path, outage: bool) -> dict[str, float]:
     """Seconds of the steps and of what follows them, and the points that the server has."""
     run = Tracker(Run(out=root / name, mlflow_uri=server.uri), name).parent
     progress = Progress(name, run, ())
@@ -108,7 +72,7 @@ def train(server: Server, name: str, root: Path, outage: bool) -> dict[str, floa
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        server = Server(root)
+        server = MlflowServer(root)
         try:
             undisturbed = train(server, "undisturbed", root, outage=False)
             outage = train(server, "outage", root, outage=True)

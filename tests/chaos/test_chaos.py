@@ -140,12 +140,6 @@ class Driver:
         self._process.wait()
 
 
-@pytest.fixture
-def private_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These clusters are reached from this machine alone and live for minutes."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-
-
 def write_corpus(folder: Path, num_texts: int) -> None:
     texts = [f"Text {i} begins here. " + f"It goes on for sentence {i}. " * (SENTENCES - 1) for i in range(num_texts)]
     rows = {"row_id": [schema.stable_int(t) for t in texts], "text": texts, "source": ["chaos"] * num_texts}

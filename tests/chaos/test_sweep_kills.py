@@ -48,8 +48,11 @@ def kill_driver(sweep: subprocess.Popen[str]) -> None:
     children = psutil.Process(sweep.pid).children(recursive=True)
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
-    # Ray's processes end with the driver; the next run needs their cores.
-    psutil.wait_procs(children, timeout=60)
+    # The next run needs the cores of Ray's processes, which would end by themselves within a minute.
+    _, alive = psutil.wait_procs(children, timeout=5)
+    for child in alive:
+        child.kill()
+    psutil.wait_procs(alive, timeout=30)
 
 
 def kill_worker(sweep: subprocess.Popen[str]) -> bool:
