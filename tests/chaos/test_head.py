@@ -59,9 +59,9 @@ class Head:
 
 @pytest.mark.skipif("SARM_CHAOS" not in os.environ, reason="takes minutes: make test-chaos")
 @pytest.mark.usefixtures("private_cluster")
-def test_a_training_whose_head_is_killed_goes_on_with_the_next_one(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_training_whose_head_is_killed_goes_on_with_the_next_one(finished: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "job.log"
-    copy_up_to_training(undisturbed, out)
+    copy_up_to_training(finished, out)
     head = Head(tmp_path)
     head.start()
     options = (
@@ -92,6 +92,6 @@ def test_a_training_whose_head_is_killed_goes_on_with_the_next_one(undisturbed: 
         head.start()
         assert job.wait(timeout=_SECONDS) == 0, log.read_text()[-3000:]
         assert "sarm goes on after step" in log.read_text()
-        assert is_same_model(undisturbed, out)
+        assert is_same_model(finished, out)
     finally:
         head.stop()

@@ -18,14 +18,12 @@ _NODE = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard":
 
 @pytest.mark.skipif("SARM_CHAOS" not in os.environ, reason="takes minutes: make test-chaos")
 @pytest.mark.usefixtures("private_cluster")
-def test_a_training_whose_node_will_be_taken_away_saves_and_goes_on_elsewhere(
-    undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_training_whose_node_will_be_taken_away_saves_and_goes_on_elsewhere(finished: Path, tmp_path: Path) -> None:
     from ray._private.ray_constants import PROCESS_TYPE_RAYLET
     from ray.cluster_utils import Cluster
 
     out, mlflow = tmp_path / "out", MlflowServer(tmp_path)
-    copy_up_to_training(undisturbed, out)
+    copy_up_to_training(finished, out)
     shutil.rmtree(out / "scalar_head")
     nodes = Cluster(initialize_head=True, connect=False, head_node_args=_NODE)
     try:

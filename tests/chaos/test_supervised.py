@@ -11,9 +11,9 @@ from tests.chaos.trainings import copy_up_to_training, is_same_model, states, tr
 
 
 @pytest.mark.skipif("SARM_CHAOS" not in os.environ, reason="takes minutes: make test-chaos")
-def test_a_training_whose_driver_is_killed_twice_ends_with_the_same_weights(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_training_whose_driver_is_killed_twice_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    copy_up_to_training(undisturbed, out)
+    copy_up_to_training(finished, out)
     options = ("--supervise", "--reward.checkpoint-every-steps", "2")
     command = train_sarm(out, f"sqlite:///{tmp_path}/mlflow.db", *options)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -34,4 +34,4 @@ def test_a_training_whose_driver_is_killed_twice_ends_with_the_same_weights(undi
     said = process.communicate(timeout=400)[0]
     assert process.returncode == 0, said[-3000:]
     assert said.count("killed by SIGKILL; starting again") == 2, said[-3000:]
-    assert is_same_model(undisturbed, out)
+    assert is_same_model(finished, out)

@@ -1,4 +1,4 @@
-"""A reward model's training by its own job, to be disturbed, on what an undisturbed one was given."""
+"""A reward model's training by its own job, to be disturbed, on what an undisturbed pipeline left before it."""
 
 import shutil
 import sys
@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 
 
-def copy_up_to_training(undisturbed: Path, out: Path) -> None:
-    """All outputs but the reward model itself."""
-    shutil.copytree(undisturbed, out)
-    shutil.rmtree(out / "sarm")
+def copy_up_to_training(finished: Path, out: Path) -> None:
+    """The outputs of all stages before the reward model's training."""
+    shutil.copytree(finished, out)
+    for stage in ("sarm", "evaluation", "contexts", "features"):
+        shutil.rmtree(out / stage)
 
 
 def train_sarm(out: Path, mlflow_uri: str, *options: str) -> list[str]:
