@@ -96,11 +96,10 @@ async def _run(
             )
             took = round(time.monotonic() - started, 2)
             folder.finish({"latents": len(found), "failed": failed, "model": store.facts.get("model"), "seconds": took})
-    except BaseException:
+    finally:
+        # All of them first: while one is waited for, no other may be asked.
         for judge in judges:
             judge.halt(JudgeStoppedError("the run is ending"))
-        raise
-    finally:
         for judge in judges:
             await judge.close()
     say(f"report: {folder.folder / 'report.html'}")
