@@ -10,11 +10,8 @@ from sarm.runtime.job import run_job
 
 def main(config: Pipeline) -> None:
     from sarm.data.models import check_model
-    from sarm.interpret.summary import print_summary
     from sarm.runtime import stages
-    from sarm.runtime.contexts import reading
     from sarm.runtime.plan import refuse_other_run
-    from sarm.runtime.reporting import report
     from sarm.runtime.session import open_session
 
     stages.check_sources(config.data)
@@ -26,6 +23,11 @@ def main(config: Pipeline) -> None:
         stages.train_sae(session, config.sae)
         stages.train_sarm(session, config.model, config.reward)
         stages.evaluate(session, config.extraction, config.evaluation)
+        # Seconds of imports, that who is refused at the first stage need not wait for.
+        from sarm.interpret.summary import print_summary
+        from sarm.runtime.contexts import reading
+        from sarm.runtime.reporting import report
+
         files, content = report(session, config.run.out.name, config.evaluation)
         if config.pages.in_pipeline:
             reading.collect(session, config.contexts)

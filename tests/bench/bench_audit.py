@@ -32,9 +32,21 @@ STRENGTHS = (-2.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0)
 
 
 def main() -> None:
-    run = Run(out=OUT)
-    settings = AuditFeatures(
-        run=run,
+    run, settings = Run(out=OUT), asked()
+    with open_session(settings) as session:
+        audit(session, settings)
+        steer(session, Steer(run=run, name="doubled"))
+        steer(session, Steer(run=run, name="goal", edit="goal", goal=1.0, tolerance=0.25))
+        relabel(session, Relabel(run=run))
+    figures = {"sweep": sweep_time(), **against_goals()}
+    (OUT.parent / "audit.json").write_text(json.dumps(figures, indent=1))
+    print(json.dumps(figures, indent=1))
+
+
+def asked() -> AuditFeatures:
+    """The audit's settings: the demo's own pairs, and parts of public benchmarks."""
+    return AuditFeatures(
+        run=Run(out=OUT),
         sarm=DEMO / "sarm",
         select=(str(DEMO / "pairs"),),
         target=(
@@ -47,14 +59,6 @@ def main() -> None:
             f"rm_bench={part('rm_bench', 'safety-response', ROWS)}",
         ),
     )
-    with open_session(settings) as session:
-        audit(session, settings)
-        steer(session, Steer(run=run, name="doubled"))
-        steer(session, Steer(run=run, name="goal", edit="goal", goal=1.0, tolerance=0.25))
-        relabel(session, Relabel(run=run))
-    figures = {"sweep": sweep_time(), **against_goals()}
-    (OUT.parent / "audit.json").write_text(json.dumps(figures, indent=1))
-    print(json.dumps(figures, indent=1))
 
 
 def part(benchmark: str, name: str, rows: int) -> Path:

@@ -4,6 +4,7 @@ Minutes: part of `make test-chaos` alone.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,10 @@ def test_kills_of_driver_and_worker_change_nothing(tmp_path):
 
     assert (tmp_path / "clean.log").read_text().count("extract sentence ends: started") == 1, "one pass for both layers"
 
+    # Kills of the passes before are `test_chaos.py`'s.
+    for stage in ("corpus", "pairs", "activations"):
+        shutil.copytree(clean / stage, disturbed / stage)
+    shutil.copy(clean / "sweep.json", disturbed)
     sweep = start(disturbed)
     wait_for(lambda: any(disturbed.glob("sae/*/stage.json")), sweep)
     kill_driver(sweep)

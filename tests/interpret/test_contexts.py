@@ -1,13 +1,24 @@
 import numpy as np
+import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sarm.interpret.contexts import ContextRecord, collect_contexts, merge_contexts
+from sarm.interpret.contexts import strongest_texts
 from sarm.schema import CONTEXTS
 
-records = st.lists(
+ANSWERS = pa.schema(
+    [
+        ("doc_id", pa.string()),
+        ("side", pa.string()),
+        ("text", pa.string()),
+        ("latents", pa.list_(pa.int32())),
+        ("values", pa.list_(pa.float64())),
+    ]
+)
+
+answers = st.lists(
     st.builds(
-        lambda doc, side, text, codes: ContextRecord(f"doc{doc}", side, text, list(codes), list(codes.values())),
+        lambda doc, side, text, codes: answer(f"doc{doc}", side, text, codes),
         st.integers(0, 9),
         st.sampled_from(["chosen", "rejected"]),
         st.sampled_from("abcdefgh"),
@@ -18,54 +29,43 @@ records = st.lists(
 )
 
 
-def brute_force(all_records, latent, n):
+def answer(doc_id, side, text, codes):
+    return {"doc_id": doc_id, "side": side, "text": text, "latents": list(codes), "values": list(codes.values())}
+
+
+def strongest(rows, n):
+    return strongest_texts(pa.Table.from_pylist(rows, schema=ANSWERS), n)
+
+
+def brute_force(rows, latent, n):
     best = {}
-    for r in all_records:
-        for i, value in zip(r.latents, r.values, strict=True):
+    for row in rows:
+        for i, value in zip(row["latents"], row["values"], strict=True):
             if i == latent and value > 0:
-                entry = (-float(np.float32(value)), r.doc_id, r.side, r.text)
-                best[r.text] = min(best.get(r.text, entry), entry)
+                entry = (-float(np.float32(value)), row["doc_id"], row["side"], row["text"])
+                best[row["text"]] = min(best.get(row["text"], entry), entry)
     return [(-e[0], *e[1:]) for e in sorted(best.values())[:n]]
 
 
 @settings(max_examples=80, deadline=None)
-@given(records, st.integers(1, 4))
-def test_collected_contexts_are_the_strongest_distinct_texts(all_records, n):
-    table = collect_contexts(all_records, None, n)
+@given(answers, st.integers(1, 4))
+def test_what_is_kept_are_the_strongest_distinct_texts(rows, n):
+    table = strongest(rows, n)
     assert table.schema == CONTEXTS
     for latent in range(4):
-        rows = [r for r in table.to_pylist() if r["latent"] == latent]
-        assert [(r["value"], r["doc_id"], r["side"], r["text"]) for r in rows] == brute_force(all_records, latent, n)
-        assert [r["rank"] for r in rows] == list(range(1, len(rows) + 1))
-
-
-@settings(max_examples=80, deadline=None)
-@given(records, records, st.integers(1, 4))
-def test_merging_parts_equals_collecting_everything_at_once(a, b, n):
-    merged = merge_contexts(collect_contexts(a, None, n), collect_contexts(b, None, n), n)
-    assert merged.equals(collect_contexts([*a, *b], None, n))
+        of_latent = [r for r in table.to_pylist() if r["latent"] == latent]
+        assert [(r["value"], r["doc_id"], r["side"], r["text"]) for r in of_latent] == brute_force(rows, latent, n)
+        assert [r["rank"] for r in of_latent] == list(range(1, len(of_latent) + 1))
 
 
 @settings(max_examples=40, deadline=None)
-@given(records, st.randoms())
-def test_order_of_records_does_not_matter(all_records, random):
-    shuffled = list(all_records)
+@given(answers, st.randoms())
+def test_order_of_rows_does_not_matter(rows, random):
+    shuffled = list(rows)
     random.shuffle(shuffled)
-    assert collect_contexts(shuffled, None, 2).equals(collect_contexts(all_records, None, 2))
-
-
-def test_long_streams_are_pruned_without_losing_the_strongest():
-    stream = [ContextRecord(f"d{i:04d}", "text", f"text {i}", [7], [(i * 37) % 1009 + 1.0]) for i in range(1009)]
-    assert collect_contexts(stream, [7], 3)["value"].to_pylist() == [1009, 1008, 1007]
+    assert strongest(shuffled, 2).equals(strongest(rows, 2))
 
 
 def test_a_text_seen_twice_is_kept_once_with_its_maximum():
-    table = collect_contexts(
-        [ContextRecord("b", "chosen", "same", [1], [1.0]), ContextRecord("a", "rejected", "same", [1], [3.0])], None, 5
-    )
+    table = strongest([answer("b", "chosen", "same", {1: 1.0}), answer("a", "rejected", "same", {1: 3.0})], 5)
     assert table.select(["value", "doc_id"]).to_pylist() == [{"value": 3, "doc_id": "a"}]
-
-
-def test_only_wanted_latents_that_fire_are_collected():
-    record = ContextRecord("a", "text", "t", np.array([1, 2, 3]), np.array([1.0, 0.0, 2.0], np.float32))
-    assert collect_contexts([record], {1, 2}, 5)["latent"].to_pylist() == [1]

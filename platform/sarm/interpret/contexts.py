@@ -1,70 +1,39 @@
-"""Strongest contexts of each latent, collected in one pass and mergeable. n contexts kept per latent.
+"""The strongest texts of each latent, from codes that are in memory: what a report shows of a run's own held-out answers.
 
-Contexts of a latent are ordered by (-value, doc_id, side, text); a text counts once, with its first place in this order.
-Keeping the first n distinct texts of each part is enough: what is not among them has n better texts in the whole, too.
+`context_tables` does the same for streams of any length.
 """
-
-from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from sarm.interpret.tallies import place_in_run
 from sarm.schema import CONTEXTS
 
-# (-value, doc_id, side, text): sorts as contexts are ranked.
-Entry = tuple[float, str, str, str]
 
+def strongest_texts(answers: pa.Table, n: int) -> pa.Table:
+    """CONTEXTS with the `n` strongest distinct texts of each latent that fires; `rank` counts from 1.
 
-class ContextRecord(NamedTuple):
-    """One text and the latents that fire at its last token."""
-
-    doc_id: str
-    side: str
-    text: str
-    latents: Sequence[int]
-    values: Sequence[float]
-
-
-def collect_contexts(records: Iterable[ContextRecord], latents: Collection[int] | None, n: int) -> pa.Table:
-    """CONTEXTS with the `n` strongest distinct texts of each wanted latent (None: of every latent that fires).
-
-    `rank` counts from 1. The result does not depend on the order of the records.
+    `answers` has doc_id, side, text, latents and values, the last two as lists. Texts of a latent are ordered by (-value, doc_id, side,
+    text), and one text counts once, with its first place in this order: the order of the rows plays no part.
     """
-    wanted = None if latents is None else frozenset(int(i) for i in latents)
-    best: dict[int, dict[str, Entry]] = {}
-    for record in records:
-        # The table stores float32: values must be compared as they will be read back.
-        values = np.asarray(record.values, dtype=np.float32).tolist()
-        for latent, value in zip(np.asarray(record.latents).tolist(), values, strict=True):
-            if value > 0 and (wanted is None or latent in wanted):
-                _keep(best.setdefault(latent, {}), (-value, record.doc_id, record.side, record.text), n)
-    return _table(best, n)
-
-
-def merge_contexts(a: pa.Table, b: pa.Table, n: int) -> pa.Table:
-    """The same table as collecting the records of `a` and of `b` at once, if both kept at least `n` contexts."""
-    best: dict[int, dict[str, Entry]] = {}
-    for row in (*a.to_pylist(), *b.to_pylist()):
-        _keep(best.setdefault(row["latent"], {}), (-row["value"], row["doc_id"], row["side"], row["text"]), n)
-    return _table(best, n)
-
-
-def _keep(best_by_text: dict[str, Entry], entry: Entry, n: int) -> None:
-    text = entry[3]
-    if text not in best_by_text or entry < best_by_text[text]:
-        best_by_text[text] = entry
-    # Some slack, so that the sort is paid once every few texts and not for each.
-    if len(best_by_text) > 4 * n + 16:
-        kept = sorted(best_by_text.values())[:n]
-        best_by_text.clear()
-        best_by_text.update((e[3], e) for e in kept)
-
-
-def _table(best: dict[int, dict[str, Entry]], n: int) -> pa.Table:
-    rows = [
-        {"latent": latent, "rank": rank, "value": -entry[0], "doc_id": entry[1], "side": entry[2], "text": entry[3]}
-        for latent in sorted(best)
-        for rank, entry in enumerate(sorted(best[latent].values())[:n], start=1)
-    ]
-    return pa.Table.from_pylist(rows, schema=CONTEXTS)
+    answers = answers.sort_by([(name, "ascending") for name in ("doc_id", "side", "text")])
+    lists = answers["latents"].combine_chunks()
+    # Ties are broken by the row, since rows are sorted.
+    row_F = pc.list_parent_indices(lists).to_numpy()
+    latent_F = pc.list_flatten(lists).to_numpy().astype(np.int64)
+    # As float32, which is what the table stores: values are compared as they will be read back.
+    value_F = pc.list_flatten(answers["values"].combine_chunks()).to_numpy().astype(np.float32)
+    order = np.lexsort((row_F, -value_F, latent_F))
+    order = order[value_F[order] > 0]
+    codes = answers["text"].combine_chunks().dictionary_encode()
+    text_F = codes.indices.to_numpy().astype(np.int64)[row_F]
+    # The first place of each text among those of its latent.
+    _, first = np.unique(latent_F[order] * len(codes.dictionary) + text_F[order], return_index=True)
+    order = order[np.sort(first)]
+    rank_F = place_in_run(latent_F[order]) + 1
+    order, rank_F = order[rank_F <= n], rank_F[rank_F <= n]
+    shown = answers.select(["side", "doc_id", "text"]).take(row_F[order])
+    numbers = {"latent": latent_F[order], "rank": rank_F, "value": value_F[order]}
+    columns = {**numbers, **dict(zip(shown.column_names, shown.columns, strict=True))}
+    return pa.table({name: columns[name] for name in CONTEXTS.names}).cast(CONTEXTS)

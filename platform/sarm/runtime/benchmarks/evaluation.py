@@ -1,7 +1,7 @@
 """The evaluation stage: score held-out pairs on the cluster, then measure, attribute and collect contexts in this process."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sarm.data.sarm_artifacts import load_sarm
 from sarm.evaluate import pairs as measures
 from sarm.evaluate.probe import fit_probe
 from sarm.interpret.attribution import check_completeness, feature_table
-from sarm.interpret.contexts import ContextRecord, collect_contexts
+from sarm.interpret.contexts import strongest_texts
 from sarm.manifest import read_manifest
 from sarm.nn.sae import standardise
 from sarm.runtime.benchmarks.pair_scores import PairScores
@@ -65,7 +65,7 @@ def evaluate(
     }
     metrics["completeness"] = check_completeness(scores["sarm"], weight)
     features = feature_table(scores["sarm"], weight)
-    contexts = collect_contexts(_records(session, scores["sarm"]), None, evaluation.contexts_per_feature)
+    contexts = strongest_texts(_answers(session, scores["sarm"]), evaluation.contexts_per_feature)
     pq.write_table(features, folder / "features.parquet", write_page_checksum=True)
     pq.write_table(contexts, folder / "contexts.parquet", write_page_checksum=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
@@ -147,13 +147,18 @@ def _pair_ids(table: pa.Table) -> list[str]:
     return table.column("pair_id").to_pylist()
 
 
-def _records(session: Session, scores: pa.Table) -> Iterator[ContextRecord]:
-    texts = {
-        pair["pair_id"]: pair
-        for pair in load_pairs(session.folders.pairs, "heldout").select(["pair_id", "chosen", "rejected"]).to_pylist()
-    }
-    for row in scores.to_pylist():
-        for side in ("chosen", "rejected"):
-            yield ContextRecord(
-                row["pair_id"], side, texts[row["pair_id"]][side], row[f"{side}_latents"], row[f"{side}_values"]
-            )
+def _answers(session: Session, scores: pa.Table) -> pa.Table:
+    pairs = load_pairs(session.folders.pairs, "heldout")
+    place = pc.index_in(scores["pair_id"], value_set=pairs["pair_id"].combine_chunks())
+    return pa.concat_tables(
+        pa.table(
+            {
+                "doc_id": scores["pair_id"],
+                "side": pa.array([side] * len(scores)),
+                "text": pairs[side].take(place),
+                "latents": scores[f"{side}_latents"],
+                "values": scores[f"{side}_values"],
+            }
+        )
+        for side in ("chosen", "rejected")
+    )

@@ -1,0 +1,134 @@
+"""Poison by full retraining: the demo's SARM trained anew, blocks included, on its pairs with some labels flipped by features and by controls.
+
+Reads a finished demo (`make demo`) and the audit of it that `make bench BENCH=audit` leaves. What is trained and scored stays in
+outputs/bench/retraining, so that the same command goes on after a stop. A training takes minutes on 2 cores, one for each method and seed.
+Heads start at zero: a head start would be fitted on activations whose sides are the unchanged ones.
+
+    make bench BENCH=retraining
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from bench_audit import DEMO, asked
+from bench_audit import OUT as AUDIT
+
+from sarm.audit.settings import Relabel
+from sarm.config import Run
+from sarm.data.audit_pairs import ROLES, audit_pairs
+from sarm.data.chat import load_chat_tokenizer
+from sarm.data.checkpoints import Checkpoints
+from sarm.data.groups import prompt_groups
+from sarm.data.models import model_folder
+from sarm.data.packing import token_batches
+from sarm.data.sarm_artifacts import load_sarm
+from sarm.data.statistics import bootstrap_means, pair_credit
+from sarm.presets import PRESETS
+from sarm.runtime.audit.relabelling import relabel
+from sarm.runtime.cluster import connect
+from sarm.runtime.session import open_session
+from sarm.runtime.tracking import Tracker
+from sarm.runtime.training.reward_training import RewardTask, train_on_cluster
+
+OUT = Path("outputs/bench/retraining").absolute()
+# The best features and the best control of the head-only study, and the control that knows nothing.
+METHODS = ("features", "loss", "random")
+CLEAN, SHARE, RESAMPLES = "unchanged", 0.05, 2000
+_BATCH_TOKENS = 4096
+
+
+def main() -> None:
+    """Train what is not trained yet, and compare."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    seeds = parser.parse_args().seeds
+    run = Run(out=AUDIT)
+    with open_session(asked()) as session:
+        for method in METHODS:
+            relabel(session, Relabel(run=run, write=f"poison:{method}:{SHARE}", pairs=DEMO / "pairs"))
+    settings = asked()
+    limits = {"select": settings.limit, "target": settings.limit, "off_target": settings.limit_off_target}
+    pairs = audit_pairs({role: getattr(settings, role) for role in ROLES}, limits)
+    is_scored = np.array([role != "select" for role in pairs["role"].to_pylist()])
+    pairs = pairs.filter(pa.array(is_scored))
+    credits: dict[str, list[np.ndarray]] = {}
+    for seed in seeds:
+        for method in (CLEAN, *METHODS):
+            credits.setdefault(method, []).append(credit_of(train(method, seed), pairs))
+    figures = compared({name: np.mean(found, axis=0) for name, found in credits.items()}, pairs) | {"seeds": seeds}
+    (OUT.parent / "retraining.json").write_text(json.dumps(figures, indent=1))
+    print(json.dumps(figures, indent=1))
+
+
+def train(method: str, seed: int) -> Path:
+    """The folder of the model that one method's labels gave."""
+    folder = OUT / f"{method}-{seed}"
+    if (folder / "done").exists():
+        return folder
+    preset = PRESETS["demo"][1]
+    pairs = DEMO / "pairs" if method == CLEAN else AUDIT / "relabelled" / f"poison-{method}-{SHARE}" / "pairs"
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(out=OUT, seed=seed)
+    task = RewardTask(
+        run, preset.model, model_folder(preset.model), replace(preset.reward, head_init="zero"), pairs, DEMO / "sae", None,
+        folder, Tracker(run, "retraining").parent, Checkpoints(OUT / f"{method}-{seed}-states", {"pairs": str(pairs)}),
+    )  # fmt: skip
+    with connect(run) as cluster:
+        train_on_cluster(task, cluster)
+    (folder / "done").touch()
+    return folder
+
+
+def credit_of(folder: Path, pairs: pa.Table) -> np.ndarray:
+    """1 for each pair in the right order."""
+    known = folder / "credit.npy"
+    if known.exists():
+        return np.load(known)
+    model, chat = load_sarm(folder), load_chat_tokenizer(PRESETS["demo"][1].model, folder)
+    groups = list(prompt_groups(pairs, chat))
+    rewards: dict[Any, float] = {}
+    rows = [row for group in groups for row in group.rows(PRESETS["demo"][1].model.max_length)]
+    for batch in token_batches(rows, _BATCH_TOKENS, chat.pad_id):
+        with torch.inference_mode():
+            rewards.update(zip(batch.keys, model(**batch.model_inputs("cpu")).logits.squeeze(-1).tolist(), strict=True))
+    margin = {
+        pair.pair_id: rewards[group.prompt_id, pair.chosen] - rewards[group.prompt_id, pair.rejected]
+        for group in groups for pair in group.pairs
+    }  # fmt: skip
+    credit_N = pair_credit(np.array([margin[pair_id] for pair_id in pairs["pair_id"].to_pylist()]))
+    np.save(known, credit_N)
+    return credit_N
+
+
+def compared(credit: dict[str, np.ndarray], pairs: pa.Table) -> dict[str, Any]:
+    """Accuracy of every method on the target and on each off-target subset, and its change, with intervals over prompts."""
+    roles, subsets = np.array(pairs["role"].to_pylist()), np.array(pairs["subset"].to_pylist())
+    prompts = np.array(pairs["prompt_id"].to_pylist())
+    places = {"target": roles == "target"}
+    places |= {f"off target, {name}": (roles == "off_target") & (subsets == name) for name in sorted(set(subsets[roles == "off_target"]))}  # fmt: skip
+    found: dict[str, Any] = {}
+    for place, is_in in places.items():
+        rows = {}
+        for method, own_N in credit.items():
+            rows[method] = {"accuracy": float(own_N[is_in].mean())}
+            for other in (CLEAN, *METHODS[1:]) if method == METHODS[0] else (CLEAN,):
+                if other != method:
+                    rows[method][f"minus_{other}"] = _difference((own_N - credit[other])[is_in], prompts[is_in])
+        found[place] = rows
+    return found
+
+
+def _difference(gap_N: np.ndarray, prompts: Sequence[Any]) -> list[float]:
+    low, high = bootstrap_means(gap_N[:, None], prompts, RESAMPLES, 0)
+    return [float(gap_N.mean()), float(low[0]), float(high[0])]
+
+
+if __name__ == "__main__":
+    main()
