@@ -184,12 +184,16 @@ def test_as_many_trials_run_at_once_as_the_cluster_has_room_for(tiny):
         trials_at_once(tiny.sweep, replace(run, num_workers=4), cluster(64, 2))
 
 
-def test_a_dry_run_counts_what_would_be_done():
-    said = describe_sweep(ABLATIONS["smollm2"][1])
+def test_a_dry_run_counts_what_would_be_done(tmp_path):
+    smollm2 = replace(ABLATIONS["smollm2"][1], run=replace(ABLATIONS["smollm2"][1].run, out=tmp_path))
+    said = describe_sweep(smollm2)
     assert "20 of sarm, random_encoder, scalar; 14 SAEs" in said
     assert {"GPU-hours", "disk", "time"} <= {line.split()[0] for line in said.splitlines() if line}
-    one = replace(ABLATIONS["smollm2"][1], sweep=Sweep(layers=(8,), widths=(8,), ks=(14,)))
+    one = replace(smollm2, sweep=Sweep(layers=(8,), widths=(8,), ks=(14,)))
     assert hours(describe_sweep(one)) < hours(said) / 12
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "manifest.json").write_text(json.dumps({"counts": {"splits": {"train": 100}}}))
+    assert "100 training pairs of 51 tokens" in describe_sweep(smollm2), "what has been counted is not guessed"
 
 
 def hours(said: str) -> float:

@@ -7,7 +7,7 @@ most 6 d_in d_sae a row.
 import json
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sarm.config import Data, as_json
 from sarm.runtime.extraction.extraction_cost import (
@@ -25,7 +25,7 @@ from sarm.tune_config import Ablation
 # Measured on SmolLM2 at 15 blocks: what a core reaches in reward training.
 CORE_FLOPS = 45e9
 # Pairs of a source, and tokens of a pair with its prompt counted once: measured for the demo, assumed for the papers' data.
-_KNOWN_PAIRS = {"demo:harm": (1940, 51), "hf:Skywork/Skywork-Reward-Preference-80K-v0.2": (77_000, 1000)}
+_KNOWN_PAIRS = {"demo:harm": (1715, 51), "hf:Skywork/Skywork-Reward-Preference-80K-v0.2": (77_000, 1000)}
 _OTHER_PAIRS = (10_000, 500)
 _TOKENS_A_TEXT = 200
 # Starting the workers of a trial, loading its model, and reading it back to score.
@@ -100,9 +100,9 @@ def _depth(cell: Cell, layers: Sequence[int]) -> int:
 
 
 def _sizes(config: Ablation) -> Sizes:
-    corpus, data = config.run.out / "corpus" / "manifest.json", config.data
+    data = config.data
     try:
-        tokens = json.loads(corpus.read_text())["counts"]["characters"] / CHARACTERS_A_TOKEN
+        tokens = _counts(config, "corpus")["characters"] / CHARACTERS_A_TOKEN
     except (OSError, ValueError, KeyError):
         tokens = float(PAPER_SENTENCES * TOKENS_A_SENTENCE)
         if data.max_texts is not None:
@@ -110,7 +110,16 @@ def _sizes(config: Ablation) -> Sizes:
     if config.extraction.limit_tokens is not None:
         tokens = min(tokens, config.extraction.limit_tokens)
     pairs, pair_tokens = _pairs(data)
-    return Sizes(tokens, pairs, pair_tokens)
+    try:
+        # How many of a prompt's pairs are over the cap is known once they have been read.
+        counted = _counts(config, "pairs")["splits"]["train"]
+    except (OSError, ValueError, KeyError):
+        counted = pairs
+    return Sizes(tokens, counted, pair_tokens * counted / max(1, pairs))
+
+
+def _counts(config: Ablation, stage: str) -> dict[str, Any]:
+    return dict(json.loads((config.run.out / stage / "manifest.json").read_text())["counts"])
 
 
 def _pairs(data: Data) -> tuple[float, float]:
