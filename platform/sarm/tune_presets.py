@@ -75,7 +75,7 @@ paper_8b = _ablation(
 ABLATIONS: dict[str, tuple[str, Ablation]] = {
     "tiny": ("2 layers x 2 widths of a random Llama on made-up data: minutes, offline, for tests", tiny),
     "smollm2": (
-        "SmolLM2-135M-Instruct, 3 layers x 2 widths x 2 k and two baselines: under 90 minutes on 2 cores",
+        "SmolLM2-135M-Instruct, 3 layers x 2 widths x 2 k and two baselines: about 90 minutes on 2 cores",
         smollm2,
     ),
     "paper-3b": ("SARM tables 2 and 3 on Llama-3.2-3B-Instruct: one axis at a time, 3 seeds", paper_3b),
