@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow.exceptions import MlflowException
 
 from sarm.checks import UserError
 from sarm.config import Run, TrainSarm
@@ -155,6 +156,8 @@ def test_a_supervisor_that_is_killed_takes_its_job_along_and_leaves_no_lock_that
         (ConnectionRefusedError("mlflow"), 75),
         (TimeoutError(), 75),
         (OSError(28, "No space left on device"), 2),
+        (MlflowException("[Errno 28] No space left on device"), 2),
+        (MlflowException("[Errno 13] Permission denied"), None),
         (BrokenPipeError(), None),
         (ValueError("a bug"), None),
         (OSError(13, "Permission denied"), None),

@@ -87,6 +87,8 @@ def worker(task: RewardTask) -> None:
 def main() -> None:
     # Workers cannot import this file by name.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    if not (DEMO / "sae" / "manifest.json").exists():
+        sys.exit(f"error: no finished demo at {DEMO}. Run `make demo` first, or name another with DEMO=FOLDER.")
     preset = PRESETS["demo"][1]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "out" / "sarm"

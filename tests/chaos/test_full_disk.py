@@ -40,12 +40,11 @@ def stages(out: Path) -> set[str]:
 
 def test_a_disk_that_fills_tears_nothing(finished: Path, disk: Path, run_job, tmp_path: Path) -> None:
     out = disk / "tiny"
-    command = ("pipeline", "tiny", "--out", out, "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db")
-    command = (*command, "--reward.checkpoint-every-steps", "2")
+    arguments = ("tiny", "--out", out, "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db")
     reached = []
     for kilobytes in _KILOBYTES:
         assert _mount(disk, f"remount,size={kilobytes}k").returncode == 0
-        done = run_job(*command)
+        done = run_job("pipeline", *arguments)
         assert done.returncode == 2, done.stdout[-3000:] + done.stderr[-3000:]
         assert "No space left on device" in done.stderr.splitlines()[-1], done.stderr[-2000:]
         reached.append(stages(out))
@@ -54,6 +53,7 @@ def test_a_disk_that_fills_tears_nothing(finished: Path, disk: Path, run_job, tm
         print(f"{kilobytes} kB, {shutil.disk_usage(disk).free} bytes free: {sorted(reached[-1])}")
     assert reached[0] < reached[1] < stages(finished)
     assert _mount(disk, "remount,size=64m").returncode == 0
-    done = run_job(*command)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for job in ("train_sae", "train_sarm"):
+        done = run_job(job, *arguments)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert is_same_model(finished, out)

@@ -152,8 +152,8 @@ class _Runs:
 
 def status_of(error: BaseException) -> int | None:
     """The exit status that says what to do about an error: 2 for a full disk, 75 for what another try may find gone, None for a bug."""
-    for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno in _FULL:
+    for cause in causes_of(error):
+        if is_full_disk(cause):
             return USER
         kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(cause).__mro__}
         # Whoever read the output has gone: no other try brings them back.
@@ -162,7 +162,15 @@ def status_of(error: BaseException) -> int | None:
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a disk has no room left: this machine's, or that of MLflow's files, which keeps the text of an error alone."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return type(error).__module__.startswith("mlflow") and any(f"[Errno {code}]" in str(error) for code in _FULL)
+
+
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what Python and Ray say it came from."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:

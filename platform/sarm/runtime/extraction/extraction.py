@@ -28,6 +28,7 @@ from sarm.runtime.cluster import Cluster
 from sarm.runtime.extraction.block_actor import BEGUN, BlockActor, Output
 from sarm.runtime.extraction.pass_progress import PassProgress
 from sarm.runtime.job import say
+from sarm.runtime.supervisor import causes_of, is_full_disk
 
 _POLL_SECONDS = 5.0
 _KEYS = ("side", "position")
@@ -81,8 +82,9 @@ def run_over(
         except RayError as error:
             # A block is done when its part is there, whatever became of the message that said so.
             before, missing = len(missing), _missing(work)
-            if len(missing) == before:
-                raise _cause_of(error) from error
+            cause = _cause_of(error)
+            if len(missing) == before or is_full_disk(cause):
+                raise cause from error
             say(f"{work.name}: {_first_line(error)}; going on with {len(missing):,} blocks")
         else:
             missing = _missing(work)
@@ -201,6 +203,8 @@ def _set_context(no_progress_seconds: float) -> None:
     context.execution_no_progress_timeout_s = no_progress_seconds
     # An actor that dies while it loads is started again instead of ending the pass.
     context.max_consecutive_actor_init_deaths = 3
+    # Ray's wrapper keeps the text of what it wraps and loses what that was.
+    context.raise_original_map_exception = True
     # The driver prints progress with tokens and time left; Ray's lines count blocks.
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -264,12 +268,13 @@ def _checked(work: Pass, output: Output) -> dict[str, Any]:
 
 
 def _cause_of(error: BaseException) -> BaseException:
-    """The user's mistake beneath Ray's wrappers, if there is one, else the error as it is."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, UserError):
-            return UserError(str(found.args[0]) if found.args else str(found))
-        found = getattr(found, "cause", None) or found.__cause__
+    """What the user can mend beneath Ray's wrappers, a mistake or a full disk, if there is something, else the error as it is."""
+    for cause in causes_of(error):
+        if isinstance(cause, UserError):
+            return UserError(str(cause.args[0]) if cause.args else str(cause))
+        # Ray's own class for it is one too, and its text is a whole traceback.
+        if is_full_disk(cause) and not isinstance(cause, RayError):
+            return cause
     return error
 
 
