@@ -48,11 +48,12 @@ def check_model(model: Model) -> ChatTokenizer:
 
     Raises UserError otherwise; reads no weights.
     """
-    from sarm.nn.backbone import read_config
-
     folder = model_folder(model)
     if Path(folder).expanduser().is_dir() and not model.gguf_file:
         check_model_files(Path(folder).expanduser())
+    # Seconds of imports, that who is refused for a file need not wait for.
+    from sarm.nn.backbone import read_config
+
     try:
         config = read_config(folder, model.layer, revision=model.revision, gguf_file=model.gguf_file)
     except ValueError as error:
