@@ -252,7 +252,7 @@ def status(url: str, login: str = "", host: str = "") -> int:
     headers = {"Authorization": "Basic " + b64encode(login.encode()).decode()} if login else {}
     request = urllib.request.Request(url, headers={**headers, **({"Host": host} if host else {})})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
