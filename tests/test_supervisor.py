@@ -11,13 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from mlflow.exceptions import MlflowException
 
 from sarm.checks import UserError
 from sarm.config import Run, TrainSarm
 from sarm.presets import PRESETS
 from sarm.runtime.submission import submission_id, without_flag
-from sarm.runtime.supervisor import status_of
 from sarm.runtime.writer_lock import HeldError, WriterLock
 
 ROOT = Path(__file__).parent.parent
@@ -148,36 +146,6 @@ def test_a_supervisor_that_is_killed_takes_its_job_along_and_leaves_no_lock_that
     first.wait()
     assert psutil.wait_procs([child], timeout=30)[0] == [child], "the job is still there"
     assert job.run("done")[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (ConnectionRefusedError("mlflow"), 75),
-        (TimeoutError(), 75),
-        (OSError(28, "No space left on device"), 2),
-        (MlflowException("[Errno 28] No space left on device"), 2),
-        (MlflowException("[Errno 13] Permission denied"), None),
-        (BrokenPipeError(), None),
-        (ValueError("a bug"), None),
-        (OSError(13, "Permission denied"), None),
-    ],
-)
-def test_failures_are_told_apart(error, status):
-    assert status_of(error) == status
-    wrapped = RuntimeError("around it")
-    wrapped.__cause__ = error
-    assert status_of(wrapped) == status
-
-
-def test_failures_of_ray_and_of_process_groups_are_worth_another_try():
-    import ray.exceptions
-    import torch.distributed
-
-    assert status_of(ray.exceptions.ActorDiedError()) == 75
-    assert status_of(ray.exceptions.OutOfMemoryError("node")) == 75
-    assert status_of(torch.distributed.DistNetworkError("gloo")) == 75
-    assert status_of(torch.OutOfMemoryError("cuda")) is None
 
 
 def test_a_job_without_a_supervisor_says_75_where_another_try_may_help(job):

@@ -157,8 +157,9 @@ def test_an_error_that_nobody_foresaw_does_not_end_the_sending(parent, monkeypat
         raise TypeError("not what was expected")
 
     monkeypatch.setattr(outbox, "send", broken)
-    with pytest.raises(MlflowException, match="not what was expected"):
+    with pytest.raises(MlflowException, match="not what was expected") as raised:
         parent.set_tags({"a": "b"})
+    assert isinstance(raised.value.__cause__, TypeError), "what it was decides the job's exit status"
     monkeypatch.setattr(outbox, "send", SEND)
     parent.log_metrics({"loss": 1.0}, 1)
     parent.flush()

@@ -1,6 +1,6 @@
 """The strongest texts of each latent, from codes that are in memory: what a report shows of a run's own held-out answers.
 
-`context_tables` does the same for streams of any length.
+`tallies` keeps them for streams of any length.
 """
 
 import numpy as np
@@ -33,7 +33,6 @@ def strongest_texts(answers: pa.Table, n: int) -> pa.Table:
     order = order[np.sort(first)]
     rank_F = place_in_run(latent_F[order]) + 1
     order, rank_F = order[rank_F <= n], rank_F[rank_F <= n]
-    shown = answers.select(["side", "doc_id", "text"]).take(row_F[order])
-    numbers = {"latent": latent_F[order], "rank": rank_F, "value": value_F[order]}
-    columns = {**numbers, **dict(zip(shown.column_names, shown.columns, strict=True))}
-    return pa.table({name: columns[name] for name in CONTEXTS.names}).cast(CONTEXTS)
+    shown = answers.take(row_F[order])
+    texts = {name: shown[name] for name in ("side", "doc_id", "text")}
+    return pa.table({"latent": latent_F[order], "rank": rank_F, "value": value_F[order], **texts}).cast(CONTEXTS)

@@ -91,7 +91,7 @@ def _guarded(
         print("interrupted; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        from sarm.runtime.supervisor import status_of
+        from sarm.runtime.failures import status_of
 
         # What nobody expected keeps its traceback.
         if debug or (status := status_of(error)) is None:

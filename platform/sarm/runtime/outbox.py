@@ -105,8 +105,7 @@ class Outbox:
                     self._wait(str(error))
                     continue
                 # One that MLflow will never take must not hold up the others.
-                refused = error if isinstance(error, MlflowException) else MlflowException(str(error))
-                self._sent(len(records), refused)
+                self._sent(len(records), _refusal(error))
             else:
                 self._sent(len(records), None)
 
@@ -159,6 +158,15 @@ def outbox(uri: str, run_id: str, folder: Path) -> Outbox:
         if (found := _open.get((uri, run_id, folder))) is None:
             found = _open[uri, run_id, folder] = Outbox(uri, run_id, folder)
         return found
+
+
+def _refusal(error: Exception) -> MlflowException:
+    if isinstance(error, MlflowException):
+        return error
+    refusal = MlflowException(str(error))
+    # A full disk has to be known as one by whoever hears of it.
+    refusal.__cause__ = error
+    return refusal
 
 
 def flush_run(uri: str, run_id: str, folder: Path) -> None:

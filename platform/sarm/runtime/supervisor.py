@@ -7,7 +7,6 @@ and the scheduler's: what is watched here is the one process that drives the job
 import collections
 import contextlib
 import ctypes
-import errno
 import json
 import os
 import re
@@ -15,28 +14,21 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from sarm.manifest import MANIFEST, write_atomically
+from sarm.runtime.failures import AGAIN, DONE, USER
 from sarm.runtime.submission import submission_id
 from sarm.runtime.writer_lock import HeldError, WriterLock
 from sarm.untrusted import read_json
 
-DONE, USER, AGAIN = 0, 2, 75
 # In the environment of a job that ran before.
 STARTED_AGAIN = "SARM_STARTED_AGAIN"
 _INTERRUPTED = 130
 _MAX_BACKOFF = 60.0
 _PR_SET_PDEATHSIG = 1
-# Library and name of errors, in any of an error's causes: most failures need none of the libraries.
-_TRANSIENT = {
-    "builtins.ConnectionError", "builtins.TimeoutError", "ray.ActorDiedError", "ray.ActorUnavailableError", "ray.NodeDiedError",
-    "ray.WorkerCrashedError", "ray.ObjectLostError", "ray.OutOfMemoryError", "ray.RaySystemError", "ray.LocalRayletDiedError",
-    "ray.WorkerHealthCheckFailedError", "torch.DistError",
-}  # fmt: skip
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Failure(NamedTuple):
@@ -148,38 +140,6 @@ class _Runs:
 
     def _say(self, message: str) -> None:
         print(f"supervisor: {message}", file=sys.stderr, flush=True)
-
-
-def status_of(error: BaseException) -> int | None:
-    """The exit status that says what to do about an error: 2 for a full disk, 75 for what another try may find gone, None for a bug."""
-    for cause in causes_of(error):
-        if is_full_disk(cause):
-            return USER
-        kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(cause).__mro__}
-        # Whoever read the output has gone: no other try brings them back.
-        if _TRANSIENT & kinds and not isinstance(cause, BrokenPipeError):
-            return AGAIN
-    return None
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Whether a disk has no room left: this machine's, or that of MLflow's files, which keeps the text of an error alone."""
-    if isinstance(error, OSError):
-        return error.errno in _FULL
-    return type(error).__module__.startswith("mlflow") and any(f"[Errno {code}]" in str(error) for code in _FULL)
-
-
-def causes_of(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what Python and Ray say it came from."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        cause = waiting.pop()
-        if cause is None or id(cause) in seen:
-            continue
-        seen.add(id(cause))
-        yield cause
-        waiting += [cause.__cause__, getattr(cause, "cause", None)]
 
 
 def _failure(code: int, lines: Sequence[str]) -> _Failure:

@@ -27,8 +27,8 @@ from sarm.data.parts import audit, has_part, read_counts, remove_temporaries, wr
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.extraction.block_actor import BEGUN, BlockActor, Output
 from sarm.runtime.extraction.pass_progress import PassProgress
+from sarm.runtime.failures import causes_of, is_full_disk
 from sarm.runtime.job import say
-from sarm.runtime.supervisor import causes_of, is_full_disk
 
 _POLL_SECONDS = 5.0
 _KEYS = ("side", "position")
