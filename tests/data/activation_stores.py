@@ -7,7 +7,8 @@ import pyarrow as pa
 import torch
 
 from sarm import schema
-from sarm.data.activations import ACTIVATIONS, activation_table, write_activation_file
+from sarm.data.activations import activation_table, write_activation_file
+from sarm.folder_schemas import ACTIVATIONS
 from sarm.manifest import StageFolder
 
 D_IN = 6

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sarm import schema
-from sarm.interpret.context_store import CONTEXTS, CONTEXTS_FILE, LATENTS_FILE
+from sarm.folder_schemas import CONTEXTS
+from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE
 from sarm.manifest import StageFolder
 
 WORDS = ("otter", "violin", "glacier", "pepper", "harbor", "meteor")

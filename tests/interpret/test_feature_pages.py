@@ -13,8 +13,9 @@ from tests.interpret.hostile import STRINGS, store
 
 from sarm import schema
 from sarm.config import Pages, UserError
+from sarm.folder_schemas import EXPLANATIONS
 from sarm.interpret.attribution import pair_contributions
-from sarm.interpret.feature_data import EXPLANATIONS, add_explanations, add_pairs, feature_names, features, nearest
+from sarm.interpret.feature_data import add_explanations, add_pairs, feature_names, features, nearest
 from sarm.interpret.feature_pages import histogram, write_feature_pages
 from sarm.interpret.saedashboard import dashboard
 

@@ -10,8 +10,9 @@ import pytest
 
 from sarm import schema
 from sarm.config import UserError
+from sarm.folder_schemas import EVALUATION, PAIRS
 from sarm.interpret.sampling import Pool
-from sarm.interpret.silence import EVALUATION, PAIRS, scored_texts
+from sarm.interpret.silence import scored_texts
 from sarm.manifest import StageFolder
 
 PROMPT = [

@@ -14,10 +14,11 @@ from mlflow import MlflowClient
 
 from sarm.audit.settings import AuditFeatures, Relabel, Steer
 from sarm.config import Pipeline, Run, UserError
-from sarm.data.artifacts import SARM, save_sae
+from sarm.data.artifacts import save_sae
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.models import model_folder
 from sarm.data.sarm_artifacts import load_sarm, save_sarm
+from sarm.folder_schemas import SARM
 from sarm.interpret.agreement import agreement
 from sarm.manifest import StageFolder
 from sarm.nn.sae import TopKSae, standardise

@@ -9,7 +9,8 @@ from tests.data.activation_stores import numbered, table_of, write_store
 
 from sarm.config import Model, Sae, UserError
 from sarm.data.activations import ActivationStore
-from sarm.data.artifacts import SAE, load_sae, save_sae
+from sarm.data.artifacts import load_sae, save_sae
+from sarm.folder_schemas import SAE
 from sarm.manifest import StageFolder, read_manifest
 from sarm.nn.architectures import build_sae
 from sarm.runtime.conversion.convert import convert_sae

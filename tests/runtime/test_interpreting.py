@@ -14,11 +14,12 @@ from tests.runtime.judge_server import FAULTS, JudgeServer, dealt
 
 from sarm import schema
 from sarm.config import Run, UserError
+from sarm.folder_schemas import EXPLANATIONS
 from sarm.interpret.judge_settings import HumanRatings, Interpret, Judging
 from sarm.interpret.labels import EXTRACTIVE
 from sarm.manifest import read_manifest, verify_files
 from sarm.runtime.judges.human_ratings import run_ratings
-from sarm.runtime.judges.interpreting import EXPLANATIONS, run_interpretation
+from sarm.runtime.judges.interpreting import run_interpretation
 from sarm.runtime.judges.llm_endpoint import JudgeStoppedError
 
 KEY = "sk-another-secret-0123456789"

@@ -8,7 +8,7 @@ import pytest
 
 from sarm import schema
 from sarm.checks import UserError
-from sarm.interpret.feature_data import EXPLANATIONS
+from sarm.folder_schemas import EXPLANATIONS
 from sarm.manifest import StageFolder
 from sarm.runtime.judges.human_ratings import HUMAN_RATINGS
 from sarm.runtime.judges.safety_ratings import safety_ratings

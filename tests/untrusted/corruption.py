@@ -11,11 +11,9 @@ from typing import NamedTuple
 from tests.untrusted.small_run import STATES
 
 from sarm.config import UserError
-from sarm.data.activations import ACTIVATIONS
-from sarm.data.artifacts import SAE, SARM
 from sarm.data.checkpoints import Checkpoints
+from sarm.folder_schemas import ACTIVATIONS, CORPUS, PAIRS, SAE, SARM
 from sarm.manifest import CLAIM, StageFolder
-from sarm.runtime.plan import CORPUS, PAIRS
 
 # What a stage claims is of no use once it is finished.
 _UNUSED = {CLAIM}

@@ -12,10 +12,10 @@ from tests.untrusted.small_run import D_IN, activation_folder, refinish, write_s
 from tests.untrusted.world import Table, World
 
 from sarm.config import Data, Model
-from sarm.data.activations import ACTIVATIONS
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.packing import collate, text_row
 from sarm.data.prepare import prepare_pairs
+from sarm.folder_schemas import ACTIVATIONS
 
 TABLE = Table()
 row = TABLE.row

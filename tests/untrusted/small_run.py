@@ -10,13 +10,14 @@ import torch
 from tests.runtime.random_sarm import random_sarm
 
 from sarm import schema
-from sarm.data.activations import ACTIVATIONS, activation_table, statistics_of
-from sarm.data.artifacts import SAE, SARM, save_sae
+from sarm.data.activations import activation_table, statistics_of
+from sarm.data.artifacts import save_sae
 from sarm.data.chat import ChatTokenizer
 from sarm.data.checkpoints import Checkpoints
 from sarm.data.parts import finished_table, read_counts, write_part
 from sarm.data.prepare import prepare_corpus, prepare_pairs
 from sarm.data.sae_weights import STANDARDISED
+from sarm.folder_schemas import ACTIVATIONS, SAE, SARM
 from sarm.manifest import StageFolder
 from sarm.nn.architectures import build_sae
 from sarm.presets import PRESETS

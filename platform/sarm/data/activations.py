@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sarm.config import UserError
+from sarm.folder_schemas import ACTIVATIONS
 from sarm.manifest import read_manifest
 from sarm.untrusted import read_json
 
-ACTIVATIONS = "activations/v1"
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

@@ -15,9 +15,6 @@ from sarm.nn.architectures import ARCHITECTURES, build_sae
 from sarm.nn.sae import Sae
 from sarm.untrusted import read_json
 
-SAE = "sae/v1"
-SARM = "sarm/v1"
-
 
 def save_sae(sae: Sae, folder: Path, metadata: dict[str, Any]) -> None:
     """Write the SAE; `metadata` (model, layer, standardising, ...) goes into `cfg.json`.

@@ -14,6 +14,7 @@ from sarm import schema
 from sarm.config import UserError
 from sarm.data.benchmark_sources import load_benchmark, parse_source
 from sarm.data.benchmarks import BenchmarkRow
+from sarm.folder_schemas import PAIRS
 from sarm.manifest import read_manifest
 
 ROLES = ("select", "target", "off_target")
@@ -60,7 +61,7 @@ def _pairs_of(source: str, limit: int | None, role: str) -> Iterator[dict[str, A
     if split not in _SPLITS:
         place, split = source, "train" if role == "select" else "heldout"
     folder = Path(place).expanduser().absolute()
-    read_manifest(folder, "pairs/v1")
+    read_manifest(folder, PAIRS)
     table = ds.dataset([str(path) for path in sorted(folder.glob("*.parquet"))]).to_table()
     for pair in table.to_pylist():
         if split in ("all", pair["split"]):

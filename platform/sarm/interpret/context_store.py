@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from sarm import schema
 from sarm.config import UserError
+from sarm.folder_schemas import CONTEXTS
 from sarm.manifest import read_manifest
 
-CONTEXTS = "contexts/v1"
 CONTEXTS_FILE, LATENTS_FILE = "contexts.parquet", "latents.parquet"
 PLACES = ("sentence", "rewarded")
 

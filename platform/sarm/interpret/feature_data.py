@@ -16,13 +16,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from sarm.config import Pages, UserError
+from sarm.folder_schemas import EXPLANATIONS
 from sarm.interpret.attribution import pair_contributions
 from sarm.interpret.context_store import ContextStore
 from sarm.interpret.labels import EXTRACTIVE, label, labels
 from sarm.interpret.report import clean_text
 from sarm.manifest import read_manifest
 
-EXPLANATIONS = "explanations/v1"
 SCORES = ("detection", "simulation", "intruder", "monosemanticity", "safety")
 _NEAREST = 5
 _SHOWN_CHARS, _BEFORE_SPAN = 700, 200

@@ -9,9 +9,8 @@ from typing import Any
 import pyarrow.dataset as ds
 
 from sarm.config import UserError
+from sarm.folder_schemas import EVALUATION, PAIRS
 from sarm.manifest import read_manifest
-
-PAIRS, EVALUATION = "pairs/v1", "evaluation/v1"
 
 
 def scored_texts(run: Path, contexts: list[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sarm.config import Model, UserError
-from sarm.data.artifacts import SARM
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.model_files import check_model_files
 from sarm.evaluate.settings import Benchmarking
+from sarm.folder_schemas import SARM
 from sarm.manifest import MANIFEST, read_manifest, sha256_of, verify_files
 from sarm.untrusted import read_json
 

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sarm.config import Contexts, Data, Evaluation, Extraction, Model, Pages, Pipeline, Reward, Sae, identity
-from sarm.data.activations import ACTIVATIONS
-from sarm.data.artifacts import SAE, SARM
-from sarm.interpret.context_store import CONTEXTS
+from sarm.folder_schemas import ACTIVATIONS, CONTEXTS, CORPUS, EVALUATION, PAGES, PAIRS, SAE, SARM
 from sarm.manifest import refuse_other_config
 
-CORPUS, PAIRS, EVALUATION, PAGES = "corpus/v1", "pairs/v1", "evaluation/v1", "feature_pages/v1"
 _OF_TEXTS = ("texts", "text_field", "max_texts")
 _EXTRACTION_OF_TEXTS = ("sentence_ends", "limit_rows", "limit_tokens")
 

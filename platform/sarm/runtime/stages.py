@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from sarm.config import AlsoSaes, Data, Evaluation, Extraction, Model, Reward, Sae, UserError
 from sarm.data import pair_sources, text_sources
-from sarm.data.activations import ACTIVATIONS
-from sarm.data.artifacts import SAE, SARM
 from sarm.data.checkpoints import Checkpoints
 from sarm.data.models import check_model, model_folder
 from sarm.data.prepare import prepare_corpus, prepare_pairs
+from sarm.folder_schemas import ACTIVATIONS, CORPUS, EVALUATION, PAIRS, SAE, SARM
 from sarm.manifest import Manifest, StageFolder, read_manifest
 from sarm.runtime import plan
 from sarm.runtime.extraction.activation_stages import extract as extract
-from sarm.runtime.plan import CORPUS, EVALUATION, PAIRS
 from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.sae_stages import SaeStage, finish_training, train_saes

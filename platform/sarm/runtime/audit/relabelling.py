@@ -32,13 +32,13 @@ from sarm.audit.selection import Selection, select
 from sarm.audit.settings import SITES, Relabel
 from sarm.config import UserError, identity
 from sarm.data.statistics import bootstrap_means
+from sarm.folder_schemas import PAIRS
 from sarm.interpret.figures import as_svg
 from sarm.manifest import StageFolder, read_manifest, write_atomically
 from sarm.runtime.audit.audit_folder import FEATURES as FEATURES_SCHEMA
 from sarm.runtime.audit.audit_folder import Audited, read_audit
 from sarm.runtime.audit.audit_page import write_audit_page
 from sarm.runtime.audit.retraining import CachedHead, cross_fitted
-from sarm.runtime.plan import PAIRS
 from sarm.runtime.session import Session, say
 from sarm.runtime.tracking import StageRun
 

@@ -26,11 +26,11 @@ from sarm.audit.steering import (
     steered_rewards,
 )
 from sarm.config import Model, UserError, identity
-from sarm.data.artifacts import SARM
 from sarm.data.audit_pairs import chooses
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.sarm_artifacts import load_sarm, save_sarm
 from sarm.data.statistics import bootstrap_means
+from sarm.folder_schemas import SARM
 from sarm.interpret.figures import as_svg
 from sarm.manifest import StageFolder, read_manifest, write_atomically
 from sarm.runtime.audit.audit_codes import sarm_settings

@@ -21,6 +21,7 @@ from sarm.data.parts import part_files
 from sarm.data.sarm_artifacts import load_sarm
 from sarm.evaluate import pairs as measures
 from sarm.evaluate.probe import fit_probe
+from sarm.folder_schemas import SARM
 from sarm.interpret.attribution import check_completeness, feature_table
 from sarm.interpret.contexts import strongest_texts
 from sarm.manifest import read_manifest
@@ -109,7 +110,7 @@ def score_heldout(session: Session, extraction: Extraction, name: str, folder: P
     """PAIR_SCORES of the held-out pairs by the reward model `name` of the session, kept in `folder`."""
     say(f"evaluate: scoring held-out pairs with {name}")
     reward_model = session.folders.out / name
-    config = read_manifest(reward_model, "sarm/v1").config
+    config = read_manifest(reward_model, SARM).config
     model = Model(
         **{
             key: config[key]

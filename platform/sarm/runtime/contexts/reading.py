@@ -9,13 +9,11 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from sarm.config import Contexts, Pages, UserError
-from sarm.data.artifacts import SARM
-from sarm.interpret.context_store import CONTEXTS, load_contexts
-from sarm.interpret.feature_data import EXPLANATIONS
+from sarm.folder_schemas import CONTEXTS, CORPUS, EVALUATION, EXPLANATIONS, PAGES, PAIRS, SARM
+from sarm.interpret.context_store import load_contexts
 from sarm.manifest import Manifest, StageFolder, read_manifest
 from sarm.runtime import plan
 from sarm.runtime.models import hash_of_folder
-from sarm.runtime.plan import CORPUS, EVALUATION, PAGES, PAIRS
 from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
 

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 from sarm.config import UserError
-from sarm.data.artifacts import SAE, save_sae
+from sarm.data.artifacts import save_sae
 from sarm.data.sae_formats import export_sae, import_sae, with_relu
 from sarm.data.sae_weights import STANDARDISED, SaeWeights, sae_of
+from sarm.folder_schemas import SAE
 from sarm.manifest import MANIFEST, StageFolder, read_manifest, verify_files
 from sarm.runtime.conversion.convert_options import ConvertSae
 

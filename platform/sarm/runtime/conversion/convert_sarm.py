@@ -3,11 +3,12 @@
 import json
 
 from sarm.config import Model, UserError
-from sarm.data.artifacts import SAE, SARM, save_sae
+from sarm.data.artifacts import save_sae
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.papers_layout import PapersFields, read_papers_sarm, write_papers_sarm
 from sarm.data.sae_weights import STANDARDISED
 from sarm.data.sarm_artifacts import load_sarm, save_sarm
+from sarm.folder_schemas import SAE, SARM
 from sarm.manifest import MANIFEST, StageFolder, read_manifest, verify_files
 from sarm.nn.sae import TopKSae
 from sarm.runtime.conversion.convert_options import ConvertSarm

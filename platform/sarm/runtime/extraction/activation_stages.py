@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 
 from sarm import schema
 from sarm.config import Extraction, Model, UserError
-from sarm.data.activations import ACTIVATIONS, statistics_of
+from sarm.data.activations import statistics_of
 from sarm.data.blocks import plan_blocks
 from sarm.data.chat import ChatTokenizer
 from sarm.data.models import check_model, model_folder
 from sarm.data.windows import num_tokens
+from sarm.folder_schemas import ACTIVATIONS, CORPUS, PAIRS
 from sarm.manifest import StageFolder
 from sarm.runtime import plan
 from sarm.runtime.job import say
-from sarm.runtime.plan import CORPUS, PAIRS
 from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
 

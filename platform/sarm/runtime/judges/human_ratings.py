@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from sarm import schema
 from sarm.config import UserError
+from sarm.folder_schemas import EXPLANATIONS
 from sarm.interpret.agreement import agreement
 from sarm.interpret.judge_settings import HumanRatings
 from sarm.interpret.labels import EXTRACTIVE
@@ -16,7 +17,6 @@ from sarm.interpret.rater_csv import read_sheet, sheet, write_sheet
 from sarm.manifest import MANIFEST, StageFolder, read_manifest, sha256_of, verify_files, write_atomically
 from sarm.runtime.job import say
 from sarm.runtime.judges.interpret_report import agreement_section
-from sarm.runtime.judges.interpreting import EXPLANATIONS
 from sarm.runtime.pages import Page, write_page
 from sarm.runtime.session import tracked_folder
 from sarm.runtime.tracking import tracking_uri

@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 
 from sarm import schema
 from sarm.config import UserError, as_json, identity
+from sarm.folder_schemas import CONTEXTS, EVALUATION, EXPLANATIONS
 from sarm.interpret import explaining, questions
-from sarm.interpret.context_store import CONTEXTS, ContextStore, load_contexts
+from sarm.interpret.context_store import ContextStore, load_contexts
 from sarm.interpret.explaining import Explained, Rated, Scores, Scoring
-from sarm.interpret.feature_data import EXPLANATIONS
 from sarm.interpret.judge_settings import Interpret
 from sarm.interpret.labels import EXTRACTIVE, Background, label
 from sarm.interpret.sampling import Pool, Samples, draw_samples
-from sarm.interpret.silence import EVALUATION, scored_texts
+from sarm.interpret.silence import scored_texts
 from sarm.manifest import MANIFEST, StageFolder, write_atomically
 from sarm.runtime.job import say
 from sarm.runtime.judges.interpret_report import build_page, measure, metrics

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from sarm.audit.selection import read_ratings
 from sarm.config import UserError
+from sarm.folder_schemas import EXPLANATIONS
 from sarm.interpret.agreement import agreement
-from sarm.interpret.feature_data import EXPLANATIONS
 from sarm.manifest import MANIFEST, read_manifest, verify_files
 from sarm.runtime.judges.human_ratings import HUMAN_RATINGS
 from sarm.runtime.models import hash_of_folder

@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from sarm.data.artifacts import SAE
 from sarm.evaluate.pairs import accuracy_difference
+from sarm.folder_schemas import EVALUATION, SAE
 from sarm.interpret.figures import save_figure
 from sarm.interpret.sweep_figures import accuracy_by_axis, accuracy_by_cost
 from sarm.interpret.sweep_table import DIFFERENCE, as_markdown, best_row, settings_of
 from sarm.manifest import MANIFEST, read_manifest, write_atomically
 from sarm.runtime.job import say
-from sarm.runtime.plan import EVALUATION
 from sarm.runtime.session import RUN_FILE, Session
 from sarm.runtime.sweeps.sweep_cells import Cell
 from sarm.runtime.sweeps.sweep_plan import SweepPlan

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from sarm.data.activations import ACTIVATIONS, ActivationStore
-from sarm.data.artifacts import SAE, SARM, load_sae
+from sarm.data.activations import ActivationStore
+from sarm.data.artifacts import load_sae
 from sarm.data.models import check_model
+from sarm.folder_schemas import ACTIVATIONS, EVALUATION, PAIRS, SAE, SARM
 from sarm.manifest import MANIFEST, Manifest, StageFolder, read_manifest
 from sarm.runtime import plan as plans
 from sarm.runtime import stages
-from sarm.runtime.plan import EVALUATION, PAIRS
 from sarm.runtime.session import Reports, Session
 from sarm.runtime.sweeps.sweep_cells import Cell, SaeKey, sae_key
 from sarm.runtime.sweeps.sweep_plan import CellFolders, SweepFolders, SweepPlan, digest

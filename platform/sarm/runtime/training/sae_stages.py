@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sarm.config import Sae, UserError
-from sarm.data.activations import ACTIVATIONS, ActivationStore
-from sarm.data.artifacts import SAE
+from sarm.data.activations import ActivationStore
 from sarm.data.checkpoints import Checkpoints
+from sarm.folder_schemas import ACTIVATIONS, SAE
 from sarm.manifest import StageFolder
 from sarm.runtime import plan
 from sarm.runtime.session import Session
