@@ -5,6 +5,10 @@ SARM whose encoder is random. Trainings are pieces: each leaves a file under out
 are missing, for `--minutes` at most. Every run and the summary are in MLflow, experiment `quality`.
 
     python tests/bench/bench_quality.py --pairs pairs.jsonl.gz --minutes 90
+
+`--pieces` names some of the trainings, so that processes of one thread each share them, which is more than one process of two threads does:
+
+    OMP_NUM_THREADS=1 python tests/bench/bench_quality.py --pieces sarm-0 scalar-0
 """
 
 import argparse
@@ -58,6 +62,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, default=SHARED_PAIRS, help="preference pairs beside the demo's")
     parser.add_argument("--root", type=Path, default=ROOT / "outputs" / "quality")
     parser.add_argument("--minutes", type=float, default=90.0, help="start no training after that")
+    pieces = [f"{name}-{seed}" for seed in SEEDS for name in SYSTEMS]
+    parser.add_argument("--pieces", nargs="*", choices=pieces, default=pieces, help="do these trainings alone")
     arguments = parser.parse_args()
     if not arguments.pairs.exists():
         raise SystemExit(f"no pairs at {arguments.pairs}. Pass --pairs FILE.")
@@ -70,7 +76,8 @@ def main() -> None:
     for seed in SEEDS:
         for name in SYSTEMS:
             target = runs / f"{name}-{seed}.parquet"
-            if target.exists() or time.monotonic() - began > 60 * arguments.minutes:
+            is_due = target.stem in arguments.pieces and not target.exists()
+            if not is_due or time.monotonic() - began > 60 * arguments.minutes:
                 continue
             with tracker.stage(f"{name}, seed {seed}", None, {"system": name, "seed": seed}) as child:
                 scores, figures = train_and_score(root, name, seed, lambda step, m: child.log_metrics(m, step))
