@@ -23,7 +23,7 @@ from tests.untrusted.world import Ended, World
 from sarm.config import Model, Run
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.tiny_source import tiny_model
-from sarm.runtime.tracking import Tracker
+from sarm.runtime.tracker import Tracker
 
 OUT = Path("outputs/bench/bad_inputs.json")
 

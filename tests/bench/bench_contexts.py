@@ -30,8 +30,8 @@ from sarm.nn.architectures import build_sae
 from sarm.nn.backbone import residual_stream
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import standardise
-from sarm.runtime.contexts.context_actors import ContextUnits
-from sarm.runtime.contexts.context_collection import pair_slices, reader_of, tally_units, text_slices
+from sarm.runtime.contexts.context_actors import ContextUnits, reader_of
+from sarm.runtime.contexts.context_collection import pair_slices, tally_units, text_slices
 from sarm.runtime.extraction.actor_progress import Source
 
 DEMO = Path("outputs/demo")

@@ -30,7 +30,7 @@ from sarm.data.models import model_folder
 from sarm.data.packing import token_batches
 from sarm.data.statistics import cluster_bootstrap, pair_credit
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
-from sarm.runtime.tracking import Tracker
+from sarm.runtime.tracker import Tracker
 from sarm.runtime.training.head_start import start_head_
 from sarm.runtime.training.reward_models import build_model
 from sarm.runtime.training.reward_training import load_pairs

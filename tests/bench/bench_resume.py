@@ -23,7 +23,7 @@ from sarm.data.checkpoints import Checkpoints
 from sarm.data.models import model_folder
 from sarm.presets import PRESETS
 from sarm.runtime.cluster import connect
-from sarm.runtime.tracking import Tracker
+from sarm.runtime.tracker import Tracker
 from sarm.runtime.training.reward_training import RewardTask, reward_worker
 from sarm.runtime.training.trainer import run_workers
 from sarm.train.reward import RewardTraining

@@ -2,13 +2,19 @@
 
 Reads a finished demo (`make demo`) and the audit of it that `make bench BENCH=audit` leaves. What is trained and scored stays in
 outputs/bench/retraining, so that the same command goes on after a stop. A training takes minutes on 2 cores, one for each method and seed.
-Heads start at zero: a head start would be fitted on activations whose sides are the unchanged ones.
+Settings are the demo's: the head starts at a probe of the relabelled pairs, whose chat ends are extracted anew. The dictionary, which saw
+no labels, is the demo's.
 
     make bench BENCH=retraining
+
+Two processes of one core each do more than one of two; once a first call has made the relabelled pairs (`--seeds`, naming none):
+
+    OMP_NUM_THREADS=1 python tests/bench/bench_retraining.py --cpus-per-worker 1 --seeds 0
 """
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,18 +30,14 @@ from sarm.audit.settings import Relabel
 from sarm.config import Run
 from sarm.data.audit_pairs import ROLES, audit_pairs
 from sarm.data.chat import load_chat_tokenizer
-from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import prompt_groups
-from sarm.data.models import model_folder
 from sarm.data.packing import token_batches
 from sarm.data.sarm_artifacts import load_sarm
 from sarm.data.statistics import bootstrap_means, pair_credit
 from sarm.presets import PRESETS
+from sarm.runtime import stages
 from sarm.runtime.audit.relabelling import relabel
-from sarm.runtime.cluster import connect
 from sarm.runtime.session import open_session
-from sarm.runtime.tracking import Tracker
-from sarm.runtime.training.reward_training import RewardTask, train_on_cluster
 
 OUT = Path("outputs/bench/retraining").absolute()
 # The best features and the best control of the head-only study, and the control that knows nothing.
@@ -48,7 +50,9 @@ def main() -> None:
     """Train what is not trained yet, and compare."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--cpus-per-worker", type=int, default=0, help="cores of a training; 0: all")
+    arguments = parser.parse_args()
+    seeds = arguments.seeds
     run = Run(out=AUDIT)
     with open_session(asked()) as session:
         for method in METHODS:
@@ -61,34 +65,38 @@ def main() -> None:
     credits: dict[str, list[np.ndarray]] = {}
     for seed in seeds:
         for method in (CLEAN, *METHODS):
-            credits.setdefault(method, []).append(credit_of(train(method, seed), pairs))
+            credits.setdefault(method, []).append(credit_of(train(method, seed, arguments.cpus_per_worker), pairs))
+    if not seeds:
+        return
     figures = compared({name: np.mean(found, axis=0) for name, found in credits.items()}, pairs) | {"seeds": seeds}
     (OUT.parent / "retraining.json").write_text(json.dumps(figures, indent=1))
     print(json.dumps(figures, indent=1))
 
 
-def train(method: str, seed: int) -> Path:
-    """The folder of the model that one method's labels gave."""
-    folder = OUT / f"{method}-{seed}"
-    if (folder / "done").exists():
-        return folder
-    preset = PRESETS["demo"][1]
-    pairs = DEMO / "pairs" if method == CLEAN else AUDIT / "relabelled" / f"poison-{method}-{SHARE}" / "pairs"
-    folder.mkdir(parents=True, exist_ok=True)
-    run = Run(out=OUT, seed=seed)
-    task = RewardTask(
-        run, preset.model, model_folder(preset.model), replace(preset.reward, head_init="zero"), pairs, DEMO / "sae", None,
-        folder, Tracker(run, "retraining").parent, Checkpoints(OUT / f"{method}-{seed}-states", {"pairs": str(pairs)}),
-    )  # fmt: skip
-    with connect(run) as cluster:
-        train_on_cluster(task, cluster)
-    (folder / "done").touch()
-    return folder
+def train(method: str, seed: int, cpus: int) -> Path:
+    """The model that one method's labels gave: the demo's stages from extraction on, over its own dictionary."""
+    out, demo = OUT / f"{method}-{seed}", PRESETS["demo"][1]
+    source = DEMO if method == CLEAN else AUDIT / "relabelled" / f"poison-{method}-{SHARE}"
+    # Seeds differ in the order of pairs alone; the residuals of the same labels are there after the first.
+    extracted = DEMO if method == CLEAN else OUT / f"{method}-0"
+    for name, place in {
+        "sae": DEMO / "sae",
+        "pairs": source / "pairs",
+        "activations": extracted / "activations",
+    }.items():
+        if place.exists() and not (out / name).exists():
+            shutil.copytree(place, out / name)
+    config = replace(demo, run=Run(out=out, seed=seed, cpus_per_worker=cpus), reward=replace(demo.reward, baselines=()))
+    with open_session(config) as session:
+        stages.extract(session, config.model, config.extraction)
+        stages.train_sarm(session, config.model, config.reward)
+    return out / "sarm"
 
 
 def credit_of(folder: Path, pairs: pa.Table) -> np.ndarray:
     """1 for each pair in the right order."""
-    known = folder / "credit.npy"
+    # Beside the folder, which belongs to its stage.
+    known = folder.parent / "credit.npy"
     if known.exists():
         return np.load(known)
     model, chat = load_sarm(folder), load_chat_tokenizer(PRESETS["demo"][1].model, folder)

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from sarm.config import Run
 from sarm.runtime.outbox import close_all
-from sarm.runtime.tracking import Tracker
+from sarm.runtime.tracker import Tracker
 from sarm.runtime.training.trainer import Progress
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

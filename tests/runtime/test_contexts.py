@@ -21,7 +21,8 @@ from sarm.interpret.context_store import load_contexts
 from sarm.interpret.context_tables import Chosen, strongest
 from sarm.interpret.context_texts import Ref, parts, sentence_spans, unpack
 from sarm.runtime.cluster import Cluster
-from sarm.runtime.contexts.context_collection import collect_contexts, on_cluster, pair_slices, reader_of
+from sarm.runtime.contexts.context_actors import reader_of
+from sarm.runtime.contexts.context_collection import collect_contexts, on_cluster, pair_slices
 
 SETTINGS = Contexts(corpus=True, max_texts=30, top=4, per_decile=1, sampled=20, batch_tokens=512)
 

@@ -16,7 +16,8 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from sarm.config import Run
 from sarm.runtime import mlflow_calls, outbox
-from sarm.runtime.tracking import StageRun, Tracker
+from sarm.runtime.tracker import Tracker
+from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.trainer import Progress
 
 SEND = outbox.send

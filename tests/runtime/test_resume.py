@@ -26,7 +26,8 @@ from sarm.data.checkpoints import Checkpoint, Checkpoints
 from sarm.data.models import model_folder
 from sarm.nn.sae import TopKSae
 from sarm.runtime.cluster import Cluster
-from sarm.runtime.tracking import StageRun, Tracker
+from sarm.runtime.tracker import Tracker
+from sarm.runtime.tracking import StageRun
 from sarm.runtime.training import stall, training_states
 from sarm.runtime.training.reward_training import RewardTask, reward_worker
 from sarm.runtime.training.trainer import run_workers

@@ -9,7 +9,8 @@ from mlflow import MlflowClient
 
 from sarm.config import Run, UserError
 from sarm.runtime.outbox import close_all
-from sarm.runtime.tracking import Tracker, flat_params, tracking_uri
+from sarm.runtime.tracker import Tracker
+from sarm.runtime.tracking import flat_params, tracking_uri
 from sarm.runtime.training.trainer import Progress
 
 

@@ -23,7 +23,8 @@ from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import prompt_groups
 from sarm.data.models import model_folder
 from sarm.runtime.cluster import Cluster
-from sarm.runtime.tracking import StageRun, Tracker
+from sarm.runtime.tracker import Tracker
+from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.reward_models import build_model, merge_adapters_
 from sarm.runtime.training.reward_training import RewardTask, load_pairs, reward_worker
 from sarm.runtime.training.reward_training import train_on_cluster as train_reward_on_cluster

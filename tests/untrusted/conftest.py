@@ -10,7 +10,7 @@ from tests.untrusted.world import World
 
 from sarm.config import Run
 from sarm.data.chat import ChatTokenizer
-from sarm.runtime.tracking import Tracker
+from sarm.runtime.tracker import Tracker
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 `step-000000042/` holds each part as `NAME.safetensors` and `NAME.json`, then `manifest.json` with the sha256 of every file, then
 `manifest.json.sha256` in the format of `sha256sum`. It is written under another name and renamed once everything is on the disk.
+
+torch is imported by what reads and writes tensors: a stage that has its states looked for may still be refused.
 """
 
 import json
@@ -12,19 +14,19 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from sarm.config import UserError
-from sarm.data.state_tree import join_state, split_state
 from sarm.manifest import first_difference, sha256_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Everyone = Callable[[Any], list[Any]]
 # Parts as tensors and JSON, copied from what training goes on to change.
-Snapshot = Mapping[str, tuple[dict[str, Tensor], str]]
+Snapshot = Mapping[str, tuple[dict[str, "Tensor"], str]]
 _SCHEMA = "checkpoint/v1"
 _MANIFEST, _SUM, _STOP = "manifest.json", "manifest.json.sha256", "stop-requested"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -56,6 +58,10 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder} has no part {part}, it has {', '.join(self.parts)}. Delete it to start over."
             )
+        from safetensors.torch import load_file
+
+        from sarm.data.state_tree import join_state
+
         return join_state(load_file(self.folder / f"{part}.safetensors"), (self.folder / f"{part}.json").read_text())
 
 
@@ -66,6 +72,8 @@ def alone(value: Any) -> list[Any]:
 
 def snapshot(parts: Mapping[str, Any]) -> Snapshot:
     """Copies, in host memory, of what training goes on to change; raises TypeError for what is no state."""
+    from sarm.data.state_tree import split_state
+
     return {name: split_state(state) for name, state in parts.items()}
 
 
@@ -164,6 +172,8 @@ class Checkpoints:
         return self.folder / f".step-{step:09}"
 
     def _write_parts(self, pending: Path, parts: Snapshot) -> dict[str, str]:
+        from safetensors.torch import save_file
+
         pending.mkdir(parents=True, exist_ok=True)
         written = {}
         for name, (tensors, text) in parts.items():

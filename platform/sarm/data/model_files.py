@@ -29,7 +29,7 @@ def check_model_files(folder: Path, *, own_code: bool = False) -> None:
         raise UserError(f"{folder} holds no *.safetensors. The download may be incomplete; get the weights.")
     for path in paths:
         try:
-            with safe_open(path, "pt"):
+            with safe_open(path, "np"):
                 pass
         except (OSError, SafetensorError) as error:
             size = path.stat().st_size if path.exists() else 0

@@ -1,8 +1,12 @@
-"""Joining or starting a Ray cluster, and what fits on it."""
+"""Joining or starting a Ray cluster, and what fits on it.
+
+Ray is imported by what needs it: a job can be refused before.
+"""
 
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -10,9 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sarm.checks import NO_PROGRESS_SECONDS
 from sarm.config import Run, UserError
@@ -68,6 +69,8 @@ def connect(run: Run) -> Iterator[Cluster]:
     """The cluster of `run.ray_address`, else of the submitted job, else one started here and stopped at the end."""
     if unsafe := [name for name in _UNSAFE_VARIABLES if os.environ.get(name)]:
         raise UserError(f"{unsafe[0]} is set, which lets Parquet files run code. Unset it.")
+    import ray
+
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = _address(run)
     if ray.is_initialized():
@@ -97,6 +100,8 @@ def connect(run: Run) -> Iterator[Cluster]:
 
 
 def _join(address: str) -> None:
+    import ray
+
     # A supervised job that is started again had a cluster there: one whose head was lost comes back.
     last = time.monotonic() + (NO_PROGRESS_SECONDS if os.environ.get(STARTED_AGAIN) else 0.0)
     while True:
@@ -113,12 +118,16 @@ def _join(address: str) -> None:
 
 def nodes_without(folder: Path) -> list[str]:
     """Addresses of the cluster's nodes that do not see a file which is written into the folder here."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    sees = ray.remote(num_cpus=0)(_sees)
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".seen-by-all-{uuid.uuid4().hex}"
     probe.touch()
     try:
         asked = {
-            node["NodeManagerAddress"]: _sees.options(
+            node["NodeManagerAddress"]: sees.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             ).remote(str(probe))
             for node in ray.nodes()
@@ -129,7 +138,6 @@ def nodes_without(folder: Path) -> list[str]:
         probe.unlink(missing_ok=True)
 
 
-@ray.remote(num_cpus=0)
 def _sees(path: str) -> bool:
     return os.path.exists(path)
 
@@ -144,7 +152,8 @@ def _address(run: Run) -> str:
 
 def check_machine(run: Run) -> None:
     """Raise UserError if the run's cluster would be started here and neither workers nor actors would fit it."""
-    if _address(run) == "local" and not ray.is_initialized():
+    is_joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if _address(run) == "local" and not is_joined:
         here = Cluster(num_nodes=1, num_cpus=_cores(), num_gpus=0, is_local=True)
         here.cpus_each(run, min(run.num_workers, run.num_actors))
 
@@ -155,6 +164,8 @@ def quiet_worker() -> None:
 
 
 def _describe(*, is_local: bool) -> Cluster:
+    import ray
+
     resources = ray.cluster_resources()
     cpus = int(resources.get("CPU", 0))
     return Cluster(

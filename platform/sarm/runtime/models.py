@@ -77,6 +77,25 @@ def sarm_tokenizer(spec: ModelSpec) -> ChatTokenizer:
     return load_chat_tokenizer(model, spec.place)
 
 
+def sarm_settings(folder: Path) -> Model:
+    """How a SARM folder turns messages into tokens: its own tokenizer, and the length and system prompt it was trained with.
+
+    Raises UserError if the folder holds no reward model with latents.
+    """
+    try:
+        config = dict(read_json(folder / "config.json"))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder} holds no reward model (config.json: {error}). Train one first, or pass another folder."
+        ) from error
+    if config.get("model_type") != "sarm" or config.get("head") != "sae":
+        kind = config.get("head", config.get("model_type"))
+        raise UserError(f"{folder} is a {kind} model without latents. Pass a folder with a SARM.")
+    known = config.get("provenance") or {}
+    length = known.get("max_length", DEFAULT_LENGTH)
+    return Model(name=str(folder), max_length=length, system_prompt=known.get("system_prompt"))
+
+
 def load_function(place: str) -> Callable[..., Any]:
     """The function that `module:function` or `file.py:function` names.
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
@@ -16,9 +16,12 @@ from sarm.manifest import Manifest, StageFolder, write_atomically
 from sarm.runtime.cluster import Cluster, check_machine, connect, nodes_without
 from sarm.runtime.job import say
 from sarm.runtime.plan import Folders
-from sarm.runtime.tracking import StageRun, Tracker, ended_by, flat_params, tracking_uri
+from sarm.runtime.tracking import StageRun, ended_by, flat_params, tracking_uri
 from sarm.runtime.writer_lock import WriterLock
 from sarm.untrusted import read_json
+
+if TYPE_CHECKING:
+    from sarm.runtime.tracker import Tracker
 
 RUN_FILE = "run.json"
 
@@ -47,7 +50,7 @@ class Session:
     """Whether each of its reward models is copied to MLflow and registered there."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _cluster: Cluster | None = None
-    _tracker: Tracker | None = None
+    _tracker: "Tracker | None" = None
     _verified: set[Path] = field(default_factory=set)
 
     @property
@@ -71,9 +74,11 @@ class Session:
         return self._cluster
 
     @property
-    def tracker(self) -> Tracker:
+    def tracker(self) -> "Tracker":
         """The MLflow parent run, continued under the id in `run.json` if the output folder has been worked on before."""
         if self._tracker is None:
+            from sarm.runtime.tracker import Tracker
+
             path = self.run.out / RUN_FILE
             known = _known_run(path)
             self._tracker = Tracker(self.run, self.name, known.get("mlflow_run_id"), self.tags)
@@ -170,6 +175,8 @@ def tracked_folder(folder: StageFolder, run: Run) -> Iterator[StageRun]:
 
 
 def _tracked(folder: StageFolder, run: Run) -> Iterator[StageRun]:
+    from sarm.runtime.tracker import Tracker
+
     notes = folder.claim()
     tracker = Tracker(run, run.out.name, notes.get("mlflow_run_id"))
     folder.note(mlflow_run_id=tracker.parent.run_id)

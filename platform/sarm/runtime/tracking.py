@@ -1,37 +1,25 @@
-"""MLflow: one parent run, a child per stage, continued under the same ids after a restart.
+"""What stages and their workers log to an MLflow run, and where MLflow is.
 
-Workers get a `StageRun`, which holds an absolute URI and a run id and nothing that cannot be pickled.
+Workers get a `StageRun`, which holds an absolute URI and a run id and nothing that cannot be pickled. Runs are made by `tracker`.
+MLflow takes a second to import, so that it is not before something is logged.
 """
 
-import logging
 import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from typing import TYPE_CHECKING, Any
 
 from sarm.checks import StoppedError
 from sarm.config import Run, UserError
-from sarm.runtime.mlflow_calls import is_away, patiently
-from sarm.runtime.outbox import Outbox, flush_run, outbox, send_left
 from sarm.untrusted import holds_a_secret
 
-# Without these a dead server blocks every call for minutes.
-_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
+if TYPE_CHECKING:
+    from sarm.runtime.outbox import Outbox
+
 _MAX_PARAM_LENGTH = 6000
 _OUTBOX = ".mlflow-outbox"
 
@@ -85,6 +73,8 @@ class StageRun:
 
     def flush(self) -> None:
         """Wait until MLflow has what this and ended processes logged, unless it is away."""
+        from sarm.runtime.outbox import flush_run
+
         flush_run(self.uri, self.run_id, self.outbox)
 
     def end(self, status: str) -> None:
@@ -105,68 +95,10 @@ class StageRun:
         self._log("artifact", path=str(folder / file_name), folder=place or None, is_copy=True)
 
     @property
-    def _box(self) -> Outbox:
+    def _box(self) -> "Outbox":
+        from sarm.runtime.outbox import outbox
+
         return outbox(self.uri, self.run_id, self.outbox)
-
-
-class Tracker:
-    """The parent run of an output folder and its children.
-
-    Raises UserError if the tracking server cannot be reached or refuses.
-    """
-
-    def __init__(
-        self, run: Run, run_name: str, parent_run_id: str | None = None, tags: Mapping[str, str] | None = None
-    ):
-        self.uri, self._outbox = tracking_uri(run), outbox_of(run)
-        run.out.parent.mkdir(parents=True, exist_ok=True)
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        # Its schema migrations announce themselves line by line on first use.
-        for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        try:
-            self._client = _client(self.uri)
-            self.experiment_id = self._experiment(run)
-            send_left(self._outbox)
-            self.parent = self._run(run_name, parent_run_id, dict(tags or {}))
-        except MlflowException as error:
-            raise UserError(
-                f"MLflow at {self.uri} cannot be used: {str(error).splitlines()[0]} Pass another --mlflow-uri."
-            ) from error
-
-    @contextmanager
-    def stage(self, name: str, run_id: str | None, params: Mapping[str, Any]) -> Iterator[StageRun]:
-        """A child run, continued if `run_id` still exists; closed as KILLED if the body was stopped, as FAILED if it raises."""
-        child = patiently(self.uri, lambda: self._run(name, run_id, {MLFLOW_PARENT_RUN_ID: self.parent.run_id}))
-        child.log_params(params)
-        try:
-            yield child
-        except BaseException as error:
-            child.end(ended_by(error))
-            raise
-        child.end("FINISHED")
-
-    def _run(self, name: str, run_id: str | None, tags: dict[str, str]) -> StageRun:
-        if run_id is not None:
-            try:
-                found = self._client.get_run(run_id)
-                if found.info.lifecycle_stage == "active":
-                    self._client.update_run(run_id, status="RUNNING")
-                    return StageRun(self.uri, run_id, self._outbox)
-            except MlflowException as error:
-                if is_away(error):
-                    raise
-                pass  # another database: the old id means nothing there, so a new run is made
-        created = self._client.create_run(self.experiment_id, tags={**tags, MLFLOW_RUN_NAME: name})
-        return StageRun(self.uri, created.info.run_id, self._outbox)
-
-    def _experiment(self, run: Run) -> str:
-        if found := self._client.get_experiment_by_name(run.experiment):
-            return found.experiment_id
-        # A bare sqlite store would put artifacts into whatever folder the job was started from.
-        location = (run.out.parent / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
-        return self._client.create_experiment(run.experiment, artifact_location=location)
 
 
 def outbox_of(run: Run) -> Path:
@@ -210,7 +142,3 @@ def flat_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def ended_by(error: BaseException | None) -> str:
     """MLflow's word for how a run came to its end."""
     return "FINISHED" if error is None else "KILLED" if isinstance(error, StoppedError) else "FAILED"
-
-
-def _client(uri: str) -> MlflowClient:
-    return MlflowClient(tracking_uri=uri)

@@ -1,6 +1,5 @@
 """The codes stage of an audit: every response through the SARM once, on the cluster, into codes/v1."""
 
-import json
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from sarm import schema
 from sarm.audit.codes import CODE_PAIRS, RESPONSES
-from sarm.config import Model, Run, UserError
+from sarm.config import Run
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.groups import prompt_groups
 from sarm.data.packing import TokenBatch, token_batches
@@ -28,6 +27,7 @@ from sarm.runtime.extraction.actor_progress import Progress, Source
 from sarm.runtime.extraction.actors import device_of_worker
 from sarm.runtime.extraction.extraction import through_actors
 from sarm.runtime.extraction.parquet_sink import ParquetSink
+from sarm.runtime.models import sarm_settings
 
 _BATCH_ROWS = 64
 
@@ -82,24 +82,6 @@ class ResponseCodes:
             on = values != 0
             records.append({"reward": reward, "latents": indices[on].tolist(), "values": values[on].tolist(), "residual": h_D.numpy().tobytes()})  # fmt: skip
         return records
-
-
-def sarm_settings(reward_model: Path) -> Model:
-    """How a SARM folder turns messages into tokens: its own tokenizer, and the length and system prompt it was trained with.
-
-    Raises UserError if the folder holds no SARM with an SAE head.
-    """
-    path = reward_model / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{reward_model} holds no reward model (config.json: {error}). Pass --sarm.") from error
-    if config.get("model_type") != "sarm" or config.get("head") != "sae":
-        raise UserError(f"{reward_model} is a {config.get('model_type')} model with head {config.get('head')}: there are no latents to audit. Pass --sarm with a SARM.")  # fmt: skip
-    known = config.get("provenance", {})
-    return Model(
-        name=str(reward_model), max_length=known.get("max_length", 2048), system_prompt=known.get("system_prompt")
-    )
 
 
 def write_codes(

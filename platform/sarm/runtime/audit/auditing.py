@@ -1,4 +1,7 @@
-"""`jobs/audit_features.py`: codes -> contrast and selection -> causal tests -> audit.html, each a stage of one run."""
+"""`jobs/audit_features.py`: codes -> contrast and selection -> causal tests -> audit.html, each a stage of one run.
+
+What needs torch or Ray is imported inside, so that who is refused need not wait for it.
+"""
 
 import hashlib
 import json
@@ -17,14 +20,11 @@ from sarm.audit.selection import Selection, select, sensitivity
 from sarm.audit.settings import SITES, AuditFeatures
 from sarm.config import UserError, identity
 from sarm.data.audit_pairs import ROLES, audit_pairs
-from sarm.data.sarm_artifacts import load_sarm
 from sarm.manifest import StageFolder, write_atomically
-from sarm.runtime.audit.audit_codes import sarm_settings, write_codes
 from sarm.runtime.audit.audit_folder import FEATURES
 from sarm.runtime.audit.audit_page import write_audit_page
-from sarm.runtime.audit.causal_tests import test_causes
 from sarm.runtime.judges.safety_ratings import SafetyRatings, safety_ratings
-from sarm.runtime.models import hash_of_folder
+from sarm.runtime.models import hash_of_folder, sarm_settings
 from sarm.runtime.session import Session, say
 from sarm.runtime.tracking import StageRun
 
@@ -45,6 +45,8 @@ def audit(session: Session, settings: AuditFeatures) -> Path:
         raise UserError(
             f"no feature passes: see {page}. Pass more --select pairs, or a larger --fdr or --max-off-target."
         )
+    from sarm.runtime.audit.causal_tests import test_causes
+
     test_causes(session, settings, pairs)
     page = write_audit_page(session.run.out)
     session.tracker.parent.log_artifact(page)
@@ -61,6 +63,8 @@ def cache_codes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
     folder = StageFolder(session.run.out / "codes", CODES, asked)
 
     def body(_: StageRun) -> Mapping[str, Any]:
+        from sarm.runtime.audit.audit_codes import write_codes
+
         counts = write_codes(pairs, settings.sarm, settings.batch_tokens, folder.folder, session.run, session.cluster)
         return {**counts, "figures": counts}
 
@@ -79,6 +83,8 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
     folder = StageFolder(out / "features", FEATURES, {**asked, "ratings": rated}, {CODES: (out / "codes", CODES)})
 
     def body(child: StageRun) -> Mapping[str, Any]:
+        from sarm.data.sarm_artifacts import load_sarm
+
         weight_S = load_sarm(settings.sarm).score.weight.detach().squeeze(0).numpy()
         codes = read_codes(out / "codes", weight_S)
         chosen_on = codes.role("select")

@@ -33,10 +33,9 @@ from sarm.data.statistics import bootstrap_means
 from sarm.folder_schemas import SARM
 from sarm.interpret.figures import as_svg
 from sarm.manifest import StageFolder, read_manifest, write_atomically
-from sarm.runtime.audit.audit_codes import sarm_settings
 from sarm.runtime.audit.audit_folder import Audited, read_audit
 from sarm.runtime.audit.audit_page import write_audit_page
-from sarm.runtime.models import hash_of_folder
+from sarm.runtime.models import hash_of_folder, sarm_settings
 from sarm.runtime.session import Session, say
 from sarm.runtime.tracking import StageRun
 

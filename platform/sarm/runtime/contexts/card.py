@@ -14,7 +14,7 @@ from sarm.interpret.context_store import load_contexts
 from sarm.interpret.feature_data import feature_names
 from sarm.interpret.reward_card import Prefixes, card, print_card, write_card
 from sarm.nn.sae import Codes, dense
-from sarm.runtime.contexts.context_collection import reader_of
+from sarm.runtime.contexts.context_actors import reader_of
 from sarm.runtime.models import hash_of_folder
 from sarm.untrusted import read_json
 

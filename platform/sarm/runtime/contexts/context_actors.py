@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from sarm.config import Model
+from sarm.config import Contexts, Model
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import Row, answer_rows, text_row, token_batches
@@ -24,6 +24,7 @@ from sarm.data.windows import text_windows
 from sarm.interpret.context_texts import Ref, parts, sentence_spans, text_key
 from sarm.runtime.extraction.actor_progress import Progress, Source
 from sarm.runtime.extraction.actors import device_of_worker
+from sarm.runtime.models import sarm_settings
 
 SLICES = pa.schema(
     [
@@ -72,6 +73,16 @@ class Reader(NamedTuple):
         # Texts are cut here; the tokenizer would warn of each long one.
         chat.tokenizer.model_max_length = 1 << 30
         return chat
+
+
+def reader_of(folder: Path, settings: Contexts, dtype: str) -> Reader:
+    """What loads the SARM in `folder` on a worker.
+
+    Raises UserError if it holds no reward model with latents, or its tokenizer cannot be loaded.
+    """
+    reader = Reader(folder, sarm_settings(folder), dtype, settings.batch_tokens)
+    reader.chat()
+    return reader
 
 
 class LatentReader:

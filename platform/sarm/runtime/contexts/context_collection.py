@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 
-from sarm.config import Contexts, Model, Run, UserError
+from sarm.config import Contexts, Run, UserError
 from sarm.data.sarm_artifacts import read_tensors
 from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE, PLACES
 from sarm.interpret.context_tables import choose, context_tables, strongest, summaries
@@ -167,24 +167,6 @@ def text_slices(files: Sequence[Path], max_texts: int | None) -> list[dict[str, 
             rows = list(range(start, min(start + _SLICE_ROWS // 4, num_rows)))
             items.append(_slice("texts", number, path, group, first, rows))
     return items
-
-
-def reader_of(folder: Path, settings: Contexts, dtype: str) -> Reader:
-    """What loads the SARM in `folder` on a worker.
-
-    Raises UserError if it holds no reward model with latents.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no reward model (config.json: {error}). Train one first, or pass another --out.") from error  # fmt: skip
-    if config.get("model_type") != "sarm" or config.get("head") != "sae":
-        raise UserError(f"{folder} is a {config.get('head', config.get('model_type'))} model without latents. Pass a folder with a SARM.")  # fmt: skip
-    known = config.get("provenance") or {}
-    model = Model(name=str(folder), max_length=known.get("max_length", 2048), system_prompt=known.get("system_prompt"))
-    reader = Reader(folder, model, dtype, settings.batch_tokens)
-    reader.chat()
-    return reader
 
 
 def _row_groups(files: Sequence[Path], columns: list[str]) -> Iterator[tuple[int, tuple[Path, int, int, pa.Table]]]:

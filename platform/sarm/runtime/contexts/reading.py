@@ -23,7 +23,8 @@ def collect(session: Session, contexts: Contexts) -> Manifest:
 
     Raises UserError for folders that are missing, unfinished or of another kind, before a cluster starts.
     """
-    from sarm.runtime.contexts.context_collection import collect_contexts, on_cluster, reader_of
+    from sarm.runtime.contexts.context_actors import reader_of
+    from sarm.runtime.contexts.context_collection import collect_contexts, on_cluster
 
     folders = session.folders
     inputs = {SARM: (folders.sarm, SARM)}

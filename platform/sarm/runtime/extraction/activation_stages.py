@@ -12,11 +12,9 @@ import pyarrow.parquet as pq
 
 from sarm import schema
 from sarm.config import Extraction, Model, UserError
-from sarm.data.activations import statistics_of
 from sarm.data.blocks import plan_blocks
 from sarm.data.chat import ChatTokenizer
 from sarm.data.models import check_model, model_folder
-from sarm.data.windows import num_tokens
 from sarm.folder_schemas import ACTIVATIONS, CORPUS, PAIRS
 from sarm.manifest import StageFolder
 from sarm.runtime import plan
@@ -76,6 +74,7 @@ class _Extraction:
         self._name, self._source, self._targets = name, source, targets
 
     def __call__(self, child: StageRun, keys: Sequence[Key]) -> dict[Key, dict[str, Any]]:
+        from sarm.data.activations import statistics_of
         from sarm.nn.backbone import read_config
         from sarm.runtime.extraction.actors import ChatActivations, Target, TextActivations
         from sarm.runtime.extraction.block_actor import Output
@@ -153,6 +152,8 @@ def rows_within(files: Sequence[Path], chat: ChatTokenizer, limit_tokens: int) -
 
     Raises UserError if the first text alone has more.
     """
+    from sarm.data.windows import num_tokens
+
     rows = tokens = 0
     for path in files:
         with pq.ParquetFile(path) as file:

@@ -8,16 +8,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sarm.config import Sae, UserError
-from sarm.data.activations import ActivationStore
 from sarm.data.checkpoints import Checkpoints
 from sarm.folder_schemas import ACTIVATIONS, SAE
 from sarm.manifest import StageFolder
 from sarm.runtime import plan
 from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
+
+if TYPE_CHECKING:
+    from sarm.data.activations import ActivationStore
 
 
 class SaeStage(NamedTuple):
@@ -50,6 +52,8 @@ def train_saes(
             session.stage(one.name, folder, lambda _: {})
     if not todo:
         return
+    from sarm.data.activations import ActivationStore
+
     check_activations(first, {name: ActivationStore(path) for name, path in used.items()})
     states = Checkpoints(in_training, _identity([folder for _, folder in todo]))
     children: list[StageRun] = []
@@ -96,7 +100,7 @@ def train_saes(
     finish_training(states)
 
 
-def check_activations(sae: Sae, stores: dict[str, ActivationStore]) -> None:
+def check_activations(sae: Sae, stores: dict[str, "ActivationStore"]) -> None:
     """Raise UserError unless the folders hold activations of one model and layer, with enough rows to train and measure on and something to tell them apart."""
     kinds = {name: {k: v for k, v in store.metadata.items() if k != "dtype"} for name, store in stores.items()}
     first, *others = kinds.items()

@@ -1,0 +1,92 @@
+"""The parent run of an output folder in MLflow and a child for each of its stages, continued under the same ids after a restart.
+
+Apart from `tracking`, since MLflow takes a second to import, which what is refused before its first run need not wait for.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+from sarm.config import Run, UserError
+from sarm.runtime.mlflow_calls import is_away, patiently
+from sarm.runtime.outbox import send_left
+from sarm.runtime.tracking import StageRun, ended_by, outbox_of, tracking_uri
+
+# Without these a dead server blocks every call for minutes.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+class Tracker:
+    """The parent run of an output folder and its children.
+
+    Raises UserError if the tracking server cannot be reached or refuses.
+    """
+
+    def __init__(
+        self, run: Run, run_name: str, parent_run_id: str | None = None, tags: Mapping[str, str] | None = None
+    ):
+        self.uri, self._outbox = tracking_uri(run), outbox_of(run)
+        run.out.parent.mkdir(parents=True, exist_ok=True)
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        # Its schema migrations announce themselves line by line on first use.
+        for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        try:
+            self._client = _client(self.uri)
+            self.experiment_id = self._experiment(run)
+            send_left(self._outbox)
+            self.parent = self._run(run_name, parent_run_id, dict(tags or {}))
+        except MlflowException as error:
+            raise UserError(
+                f"MLflow at {self.uri} cannot be used: {str(error).splitlines()[0]} Pass another --mlflow-uri."
+            ) from error
+
+    @contextmanager
+    def stage(self, name: str, run_id: str | None, params: Mapping[str, Any]) -> Iterator[StageRun]:
+        """A child run, continued if `run_id` still exists; closed as KILLED if the body was stopped, as FAILED if it raises."""
+        child = patiently(self.uri, lambda: self._run(name, run_id, {MLFLOW_PARENT_RUN_ID: self.parent.run_id}))
+        child.log_params(params)
+        try:
+            yield child
+        except BaseException as error:
+            child.end(ended_by(error))
+            raise
+        child.end("FINISHED")
+
+    def _run(self, name: str, run_id: str | None, tags: dict[str, str]) -> StageRun:
+        if run_id is not None:
+            try:
+                found = self._client.get_run(run_id)
+                if found.info.lifecycle_stage == "active":
+                    self._client.update_run(run_id, status="RUNNING")
+                    return StageRun(self.uri, run_id, self._outbox)
+            except MlflowException as error:
+                if is_away(error):
+                    raise
+                pass  # another database: the old id means nothing there, so a new run is made
+        created = self._client.create_run(self.experiment_id, tags={**tags, MLFLOW_RUN_NAME: name})
+        return StageRun(self.uri, created.info.run_id, self._outbox)
+
+    def _experiment(self, run: Run) -> str:
+        if found := self._client.get_experiment_by_name(run.experiment):
+            return found.experiment_id
+        # A bare sqlite store would put artifacts into whatever folder the job was started from.
+        location = (run.out.parent / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
+        return self._client.create_experiment(run.experiment, artifact_location=location)
+
+
+def _client(uri: str) -> MlflowClient:
+    return MlflowClient(tracking_uri=uri)
