@@ -176,6 +176,12 @@ def test_importing_the_package_loads_nothing_heavy():
     run_python(f"import sarm, sys; assert not {HEAVY!r} & set(sys.modules)")
 
 
+def test_stages_and_their_session_load_nothing_that_takes_seconds():
+    """Who is refused before a stage begins waits for none of it."""
+    slow = HEAVY - {"pyarrow"}
+    run_python(f"import sarm.runtime.session, sarm.runtime.stages, sys; assert not {slow!r} & set(sys.modules)")
+
+
 RUN_AND_LIST = f"""
 import runpy, sys
 sys.argv = sys.argv[1:]

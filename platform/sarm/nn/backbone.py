@@ -4,18 +4,22 @@ B rows, L columns. Several answers to one prompt may share a row: segment 0 is t
 answers, -1 padding. A token sees its own segment and segment 0 up to itself, and positions restart at each answer, so
 every answer is computed as if it stood alone after the prompt. Several prompts may share a row too: the b-th has its
 segments in the block from b * SEGMENTS_PER_BLOCK on, which begins with its shared prompt.
+
+`transformers` is imported by what reads a config or loads weights: its models alone take a second.
 """
 
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Families whose block forward was checked against `hidden_states[layer]`; gemma3 with vision keeps its text part elsewhere.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -25,11 +29,13 @@ SEGMENTS_PER_BLOCK = 1 << 16
 _MASK_PER_LAYER_KIND = ("qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
-def read_config(name: str, layer: int, *, revision: str = "main", gguf_file: str = "") -> PretrainedConfig:
+def read_config(name: str, layer: int, *, revision: str = "main", gguf_file: str = "") -> "PretrainedConfig":
     """The model's config with `layer` blocks.
 
     Raises ValueError if there is no such model, its family is unknown, or it has fewer blocks.
     """
+    from transformers import AutoConfig
+
     path = Path(name).expanduser()
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
@@ -61,17 +67,21 @@ def read_config(name: str, layer: int, *, revision: str = "main", gguf_file: str
 
 def read_depth(name: str, *, revision: str = "main", gguf_file: str = "") -> int:
     """How many blocks the whole model has; raises ValueError as `read_config` does."""
+    from transformers import AutoConfig
+
     read_config(name, 1, revision=revision, gguf_file=gguf_file)
     return AutoConfig.from_pretrained(name, **_source(revision, gguf_file)).num_hidden_layers
 
 
 def load_backbone(
     name: str, layer: int, dtype: torch.dtype = torch.float32, *, revision: str = "main", gguf_file: str = ""
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """The truncated backbone with its weights; blocks after `layer` and the LM head are never read.
 
     Raises ValueError as `read_config` does, and if a weight is missing from the files.
     """
+    from transformers import AutoModel
+
     config = read_config(name, layer, revision=revision, gguf_file=gguf_file)
     attention = config._attn_implementation
     with _quiet_transformers():
@@ -94,18 +104,20 @@ def load_backbone(
 
 def load_language_model(
     name: str, layer: int, dtype: torch.dtype = torch.float32, *, revision: str = "main", gguf_file: str = ""
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """The whole model with its LM head, to see what changes in its predictions when block `layer` is tampered with.
 
     Raises ValueError as `read_config` does.
     """
+    from transformers import AutoModelForCausalLM
+
     read_config(name, layer, revision=revision, gguf_file=gguf_file)
     safe = {} if gguf_file else {"use_safetensors": True}
     with _quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **_source(revision, gguf_file), **safe)
 
 
-def without_final_norm(model: PreTrainedModel) -> PreTrainedModel:
+def without_final_norm(model: "PreTrainedModel") -> "PreTrainedModel":
     """The same model ending in its raw residual stream (SARM section 3: the SAE reads it, and normalises by itself)."""
     model.norm = nn.Identity()
     if hasattr(model.config, "quantization_config"):
@@ -116,7 +128,7 @@ def without_final_norm(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def residual_stream(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     input_ids: Int[Tensor, "rows columns"],
     positions: Int[Tensor, "rows columns"],
     segments: Int[Tensor, "rows columns"],
@@ -127,7 +139,7 @@ def residual_stream(
 
 
 def residuals_at(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     layers: Sequence[int],
     rows: Int[Tensor, " taken"],
     columns: Int[Tensor, " taken"],
@@ -165,7 +177,7 @@ def residuals_at(
     return [taken[layer] for layer in layers]
 
 
-def _masks(config: PretrainedConfig, positions: Tensor, segments: Tensor, dtype: torch.dtype) -> Any:
+def _masks(config: "PretrainedConfig", positions: Tensor, segments: Tensor, dtype: torch.dtype) -> Any:
     full = _additive(_visible(positions, segments, None), dtype)
     window = getattr(config, "sliding_window", None)
     if config.model_type in _MASK_PER_LAYER_KIND:

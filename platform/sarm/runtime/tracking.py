@@ -6,6 +6,7 @@ MLflow takes a second to import, so that it is not before something is logged.
 
 import math
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -99,6 +100,12 @@ class StageRun:
         from sarm.runtime.outbox import outbox
 
         return outbox(self.uri, self.run_id, self.outbox)
+
+
+def close_outboxes() -> None:
+    """Wait for MLflow to have what this process logged, if it logged anything; says where the rest lies if MLflow is away."""
+    if (outbox := sys.modules.get("sarm.runtime.outbox")) is not None:
+        outbox.close_all()
 
 
 def outbox_of(run: Run) -> Path:

@@ -25,9 +25,8 @@ from sarm.config import Run
 from sarm.data.checkpoints import Checkpoints
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.job import say
-from sarm.runtime.outbox import close_all
 from sarm.runtime.placement import note_placement_group
-from sarm.runtime.tracking import StageRun
+from sarm.runtime.tracking import StageRun, close_outboxes
 from sarm.runtime.training.interfaces import TorchOverNodeAddresses
 from sarm.runtime.training.stall import who_stood_still
 
@@ -181,7 +180,7 @@ def _call(config: dict[str, Any]) -> Any:
     except StoppedError as stopped:
         return _Stopped(str(stopped))
     finally:
-        close_all()
+        close_outboxes()
 
 
 @contextlib.contextmanager
