@@ -1,7 +1,8 @@
 """`make bench BENCH=quality`: whether a SARM ranks as its baselines do, on unseen prompts. Writes outputs/bench/quality.json.
 
 Four systems, three seeds, the demo's settings: SARM, a scalar head on the same truncated backbone, one on the whole backbone, and a
-SARM whose encoder is random. Trainings are pieces: each leaves a file under outputs/quality/runs, and a call goes on with those that
+SARM whose encoder is random. Beside them what needs no training: a logistic probe on the truncated backbone's frozen activations, and the
+shorter answer. Trainings are pieces: each leaves a file under outputs/quality/runs, and a call goes on with those that
 are missing, for `--minutes` at most. Every run and the summary are in MLflow, experiment `quality`.
 
     python tests/bench/bench_quality.py --pairs pairs.jsonl.gz --minutes 90
@@ -30,6 +31,8 @@ from sarm.data.models import model_folder
 from sarm.data.packing import token_batches
 from sarm.data.statistics import cluster_bootstrap, pair_credit
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.runtime.benchmarks.evaluation import probe_scores
+from sarm.runtime.session import open_session
 from sarm.runtime.tracker import Tracker
 from sarm.runtime.training.head_start import start_head_
 from sarm.runtime.training.reward_models import build_model
@@ -55,6 +58,9 @@ SYSTEMS = {
     "random_encoder": System("truncated", True, {"encoder": "random"}),
     "scalar_full": System("full", False, {}),
 }
+
+
+REFERENCES = ("probe", "shorter")
 
 
 def main() -> None:
@@ -86,10 +92,12 @@ def main() -> None:
                 pq.write_table(scores.replace_schema_metadata({"figures": json.dumps(figures)}), partial)
                 partial.rename(target)
             print(f"{name}, seed {seed}: {figures}", flush=True)
+    for trained in sorted(runs.glob("sarm-*.parquet"))[:1]:
+        write_references(root, pq.read_table(trained), runs)
     summary = summarise(runs)
     tracker.parent.log_metrics(_flat(summary))
     tracker.parent.log_text(json.dumps(summary, indent=2), "quality.json")
-    if all(len(one["by_seed"]) == len(SEEDS) for one in summary["systems"].values()):
+    if all(len(summary["systems"].get(name, {}).get("by_seed", ())) == len(SEEDS) for name in SYSTEMS):
         tracker.parent.end("FINISHED")
     out = ROOT / "outputs" / "bench" / "quality.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,9 +159,28 @@ def score(
     return rewards, float(fired.float().mean()) if len(fired) else None
 
 
+def write_references(root: Path, like: pa.Table, runs: Path) -> None:
+    """The rewards of what is not trained, for the pairs of `like`, beside those of the trainings."""
+    config = preset(root / "truncated")
+    names = ("pair_id", "prompt_id", "source", "chosen_reward", "rejected_reward")
+    like = like.select(names).cast(
+        pa.schema([(n, pa.float32() if n.endswith("reward") else pa.string()) for n in names])
+    )
+    with open_session(config) as session:
+        probe = probe_scores(session, like)
+    texts = {row["pair_id"]: row for row in load_pairs(config.run.out / "pairs", "heldout").to_pylist()}
+    shorter = like
+    for side in ("chosen", "rejected"):
+        place, name = like.schema.get_field_index(f"{side}_reward"), f"{side}_reward"
+        rewards = [-float(len(texts[pair_id][side])) for pair_id in like["pair_id"].to_pylist()]
+        shorter = shorter.set_column(place, name, pa.array(rewards, pa.float32()))
+    for name, scores in zip(REFERENCES, (probe, shorter), strict=True):
+        pq.write_table(scores.replace_schema_metadata({"figures": "{}"}), runs / f"{name}-0.parquet")
+
+
 def summarise(runs: Path) -> dict[str, Any]:
     """Accuracy of each system, mean over its seeds, and differences from SARM over the seeds that both have; intervals over prompts."""
-    credits: dict[str, dict[int, Any]] = {name: {} for name in SYSTEMS}
+    credits: dict[str, dict[int, Any]] = {name: {} for name in (*SYSTEMS, *REFERENCES)}
     alive: dict[str, list[float]] = {}
     prompts_N = sources_N = None
     for path in sorted(runs.glob("*.parquet")):
@@ -170,7 +197,12 @@ def summarise(runs: Path) -> dict[str, Any]:
         return {"systems": {}, "sarm_minus": {}}
 
     def measured(values_N: Any) -> dict[str, Any]:
-        return {"value": float(values_N.mean()), "ci95": list(cluster_bootstrap(values_N, prompts_N, RESAMPLES, 0))}
+        def with_interval(of_N: Any) -> dict[str, Any]:
+            interval = cluster_bootstrap(values_N[of_N], prompts_N[of_N], RESAMPLES, 0)
+            return {"value": float(values_N[of_N].mean()), "ci95": list(interval)}
+
+        by_source = {str(source): with_interval(sources_N == source) for source in np.unique(sources_N)}
+        return {**with_interval(np.full(len(values_N), True)), "by_source": by_source}
 
     systems, sarm_minus = {}, {}
     for name, by_seed in credits.items():
@@ -180,12 +212,12 @@ def summarise(runs: Path) -> dict[str, Any]:
         systems[name] = {
             **measured(mean_N),
             "by_seed": {seed: float(one.mean()) for seed, one in sorted(by_seed.items())},
-            "by_source": {str(source): float(mean_N[sources_N == source].mean()) for source in np.unique(sources_N)},
             **({"alive_at_reward": float(np.mean(alive[name]))} if name in alive else {}),
         }
-        common = sorted(by_seed.keys() & credits["sarm"].keys())
+        ours = credits["sarm"]
+        common = sorted(ours if name in REFERENCES else by_seed.keys() & ours.keys())
         if name != "sarm" and common:
-            gain_N = np.mean([credits["sarm"][seed] - by_seed[seed] for seed in common], axis=0)
+            gain_N = np.mean([ours[seed] - by_seed.get(seed, mean_N) for seed in common], axis=0)
             sarm_minus[name] = {**measured(gain_N), "seeds": common}
     return {
         "systems": systems,
@@ -196,15 +228,19 @@ def summarise(runs: Path) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print the summary as a table."""
+    """Print the summary as a table: all held-out pairs, then those of each source."""
+
+    def cells(one: dict[str, Any], sign: str) -> str:
+        parts = [one, *one["by_source"].values()]
+        return "  ".join(f"{p['value']:{sign}.3f} [{p['ci95'][0]:{sign}.3f}, {p['ci95'][1]:{sign}.3f}]" for p in parts)
+
+    print(f"{'':25s}all, then by source: {', '.join(next(iter(summary['systems'].values()))['by_source'])}")
     for name, one in summary["systems"].items():
-        low, high = one["ci95"]
-        print(
-            f"{name:18s}{one['value']:7.3f}  [{low:.3f}, {high:.3f}]  seeds {list(one['by_seed'].values())}  {one.get('alive_at_reward', '')}"
-        )
+        seeds = " ".join(f"{value:.3f}" for value in one["by_seed"].values())
+        alive = f"  alive at the reward {one['alive_at_reward']:.3f}" if "alive_at_reward" in one else ""
+        print(f"{name:25s}{cells(one, '')}  seeds {seeds}{alive}")
     for name, one in summary["sarm_minus"].items():
-        low, high = one["ci95"]
-        print(f"sarm - {name:18s}{one['value']:+7.3f}  [{low:+.3f}, {high:+.3f}]  over seeds {one['seeds']}")
+        print(f"{'sarm - ' + name:25s}{cells(one, '+')}")
 
 
 def _flat(summary: dict[str, Any]) -> dict[str, float]:
