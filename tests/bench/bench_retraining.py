@@ -7,9 +7,9 @@ no labels, is the demo's.
 
     make bench BENCH=retraining
 
-Two processes of one core each do more than one of two; once a first call has made the relabelled pairs (`--seeds`, naming none):
+Two processes of one core each do more than one of two; `--pieces` names what one does, none to make the relabelled pairs alone:
 
-    OMP_NUM_THREADS=1 python tests/bench/bench_retraining.py --cpus-per-worker 1 --seeds 0
+    OMP_NUM_THREADS=1 python tests/bench/bench_retraining.py --cpus-per-worker 1 --pieces features-0 loss-0
 """
 
 import argparse
@@ -51,8 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--cpus-per-worker", type=int, default=0, help="cores of a training; 0: all")
+    parser.add_argument("--pieces", nargs="*", help="do these trainings (METHOD-SEED) alone, and compare nothing")
     arguments = parser.parse_args()
-    seeds = arguments.seeds
     run = Run(out=AUDIT)
     with open_session(asked()) as session:
         for method in METHODS:
@@ -62,13 +62,15 @@ def main() -> None:
     pairs = audit_pairs({role: getattr(settings, role) for role in ROLES}, limits)
     is_scored = np.array([role != "select" for role in pairs["role"].to_pylist()])
     pairs = pairs.filter(pa.array(is_scored))
+    wanted = [f"{method}-{seed}" for seed in arguments.seeds for method in (CLEAN, *METHODS)]
     credits: dict[str, list[np.ndarray]] = {}
-    for seed in seeds:
-        for method in (CLEAN, *METHODS):
-            credits.setdefault(method, []).append(credit_of(train(method, seed, arguments.cpus_per_worker), pairs))
-    if not seeds:
+    for piece in wanted if arguments.pieces is None else arguments.pieces:
+        method, _, seed = piece.rpartition("-")
+        credits.setdefault(method, []).append(credit_of(train(method, int(seed), arguments.cpus_per_worker), pairs))
+    if arguments.pieces is not None:
         return
-    figures = compared({name: np.mean(found, axis=0) for name, found in credits.items()}, pairs) | {"seeds": seeds}
+    means = {name: np.mean(found, axis=0) for name, found in credits.items()}
+    figures = compared(means, pairs) | {"seeds": arguments.seeds}
     (OUT.parent / "retraining.json").write_text(json.dumps(figures, indent=1))
     print(json.dumps(figures, indent=1))
 
