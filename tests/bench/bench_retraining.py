@@ -36,12 +36,13 @@ from sarm.data.sarm_artifacts import load_sarm
 from sarm.data.statistics import bootstrap_means, pair_credit
 from sarm.presets import PRESETS
 from sarm.runtime import stages
-from sarm.runtime.audit.relabelling import relabel
+from sarm.runtime.audit.relabelling import relabel, relabelled
 from sarm.runtime.session import open_session
 
 OUT = Path("outputs/bench/retraining").absolute()
-# The best features and the best control of the head-only study, and the control that knows nothing.
-METHODS = ("features", "loss", "random")
+# SAFER's score (and the better site of the features in the head-only study), the best control there, and the one that knows nothing.
+METHODS = {"features": "features, sentence ends", "loss": "loss", "random": "random"}
+CONTROLS = ("loss", "random")
 CLEAN, SHARE, RESAMPLES = "unchanged", 0.05, 2000
 _BATCH_TOKENS = 4096
 
@@ -55,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     run = Run(out=AUDIT)
     with open_session(asked()) as session:
-        for method in METHODS:
+        for method in METHODS.values():
             relabel(session, Relabel(run=run, write=f"poison:{method}:{SHARE}", pairs=DEMO / "pairs"))
     settings = asked()
     limits = {"select": settings.limit, "target": settings.limit, "off_target": settings.limit_off_target}
@@ -78,7 +79,7 @@ def main() -> None:
 def train(method: str, seed: int, cpus: int) -> Path:
     """The model that one method's labels gave: the demo's stages from extraction on, over its own dictionary."""
     out, demo = OUT / f"{method}-{seed}", PRESETS["demo"][1]
-    source = DEMO if method == CLEAN else AUDIT / "relabelled" / f"poison-{method}-{SHARE}"
+    source = DEMO if method == CLEAN else relabelled(AUDIT, f"poison:{METHODS[method]}:{SHARE}")
     # Seeds differ in the order of pairs alone; the residuals of the same labels are there after the first.
     extracted = DEMO if method == CLEAN else OUT / f"{method}-0"
     for name, place in {
@@ -128,7 +129,7 @@ def compared(credit: dict[str, np.ndarray], pairs: pa.Table) -> dict[str, Any]:
         rows = {}
         for method, own_N in credit.items():
             rows[method] = {"accuracy": float(own_N[is_in].mean())}
-            for other in (CLEAN, *METHODS[1:]) if method == METHODS[0] else (CLEAN,):
+            for other in (CLEAN, *CONTROLS) if method == "features" else (CLEAN,):
                 if other != method:
                     rows[method][f"minus_{other}"] = _difference((own_N - credit[other])[is_in], prompts[is_in])
         found[place] = rows

@@ -94,6 +94,11 @@ def relabel(session: Session, settings: Relabel) -> Path:
     return folder.folder
 
 
+def relabelled(out: Path, write: str) -> Path:
+    """Where an audit in `out` leaves the pairs of `--write` and the manifest of what was changed in them."""
+    return out / "relabelled" / write.replace(":", "-").replace(", ", "-").replace(" ", "-")
+
+
 def _write_pairs(session: Session, found: Audited, settings: Relabel) -> None:
     """The pairs/v1 folder with the selecting pairs flipped or dropped, and the manifest that takes it back."""
     assert settings.write is not None
@@ -108,18 +113,18 @@ def _write_pairs(session: Session, found: Audited, settings: Relabel) -> None:
     changes = changes_table(changed, verb, ranked[method], codes.pair_ids)
     manifest = read_manifest(settings.pairs, PAIRS)
     table = ds.dataset([str(path) for path in sorted(settings.pairs.glob("*.parquet"))]).to_table()
-    relabelled = apply_changes(table, changes)
-    place = session.run.out / "relabelled" / settings.write.replace(":", "-").replace(", ", "-").replace(" ", "-") / "pairs"  # fmt: skip
+    changed_table = apply_changes(table, changes)
+    place = relabelled(session.run.out, settings.write) / "pairs"
     folder = StageFolder(place, PAIRS, {**manifest.config, "relabelled": settings.write}, {PAIRS: (settings.pairs, PAIRS)})  # fmt: skip
 
     def body(child: StageRun) -> Mapping[str, Any]:
-        pq.write_table(relabelled, place / "part-00000.parquet", write_page_checksum=True)
+        pq.write_table(changed_table, place / "part-00000.parquet", write_page_checksum=True)
         # Beside the folder: readers take every Parquet file in it for pairs.
         pq.write_table(changes, place.parent / "changes.parquet", write_page_checksum=True)
         child.log_artifact(place.parent / "changes.parquet")
-        splits = Counter(relabelled["split"].to_pylist())
-        figures_of = {"rows": relabelled.num_rows, "changed": changes.num_rows}
-        return {**manifest.counts, "rows": relabelled.num_rows, "splits": dict(splits), "figures": figures_of}
+        splits = Counter(changed_table["split"].to_pylist())
+        figures_of = {"rows": changed_table.num_rows, "changed": changes.num_rows}
+        return {**manifest.counts, "rows": changed_table.num_rows, "splits": dict(splits), "figures": figures_of}
 
     session.stage(f"write {settings.write}", folder, body)
     say(f"pairs: {place}")
