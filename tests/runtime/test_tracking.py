@@ -1,7 +1,10 @@
 import json
 import math
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +111,33 @@ def test_places_that_would_differ_between_workers_are_refused(run: Run, uri: str
 def test_an_unreachable_server_is_one_clear_error(run: Run) -> None:
     with pytest.raises(UserError, match="cannot be used"):
         Tracker(Run(out=run.out, mlflow_uri="http://127.0.0.1:9"), "a")
+
+
+_STARTS = """
+import sys, time
+from pathlib import Path
+from sarm.config import Run
+from sarm.runtime.tracker import Tracker
+folder, name = Path(sys.argv[1]), sys.argv[2]
+(folder / f"ready-{name}").touch()
+while len(list(folder.glob("ready-*"))) < 3:
+    time.sleep(0.001)
+Tracker(Run(out=folder / name), name)
+"""
+
+
+def test_jobs_that_start_together_make_one_database(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", _STARTS, str(tmp_path), name], env=environment, stderr=subprocess.PIPE)
+        for name in ("a", "b", "c")
+    ]
+    for job in jobs:
+        _, said = job.communicate(timeout=300)
+        assert job.returncode == 0, said.decode()[-2000:]
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [one for one in client.search_experiments() if one.name == Run(out=tmp_path).experiment]
+    assert {run.info.run_name for run in client.search_runs([experiment.experiment_id])} == {"a", "b", "c"}
 
 
 def test_nested_settings_get_dotted_names() -> None:

@@ -3,10 +3,12 @@
 Apart from `tracking`, since MLflow takes a second to import, which what is refused before its first run need not wait for.
 """
 
+import fcntl
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -45,8 +47,9 @@ class Tracker:
         for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
             logging.getLogger(name).setLevel(logging.WARNING)
         try:
-            self._client = _client(self.uri)
-            self.experiment_id = self._experiment(run)
+            with _alone_with(self.uri):
+                self._client = _client(self.uri)
+                self.experiment_id = self._experiment(run)
             send_left(self._outbox)
             self.parent = self._run(run_name, parent_run_id, dict(tags or {}))
         except MlflowException as error:
@@ -85,7 +88,30 @@ class Tracker:
             return found.experiment_id
         # A bare sqlite store would put artifacts into whatever folder the job was started from.
         location = (run.out.parent / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
-        return self._client.create_experiment(run.experiment, artifact_location=location)
+        try:
+            return self._client.create_experiment(run.experiment, artifact_location=location)
+        except MlflowException:
+            # Another job of these may have been faster.
+            if (found := self._client.get_experiment_by_name(run.experiment)) is None:
+                raise
+            return found.experiment_id
+
+
+@contextmanager
+def _alone_with(uri: str) -> Iterator[None]:
+    """While the body makes a sqlite database, or brings it up to date, no other process here does: MLflow's migrations break on each other."""
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    if not uri.startswith("sqlite:") or not folder.is_dir():
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Without the lock where the file system has none.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _client(uri: str) -> MlflowClient:
