@@ -43,7 +43,7 @@ class LocalEngine:
 
     def __init__(self, model: torch.nn.Module, parameter_groups: list[dict[str, Any]], max_grad_norm: float):
         self.model, self.device = model, next(model.parameters()).device
-        self._optimizer = torch.optim.AdamW(parameter_groups)
+        self._optimizer = torch.optim.AdamW(parameter_groups, fused=True)
         self._rates = [group["lr"] for group in parameter_groups]
         self._parameters = [p for group in parameter_groups for p in group["params"]]
         self._max_grad_norm = max_grad_norm

@@ -105,7 +105,7 @@ def deepspeed_config(config: Reward) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
-        "optimizer": {"type": "AdamW", "params": {"lr": config.head_lr, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": config.head_lr, "torch_adam": True, "fused": True}},
         # DeepSpeed's own AdamW for the host is compiled on first use, which needs a compiler.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
