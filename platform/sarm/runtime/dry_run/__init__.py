@@ -1,0 +1,1 @@
+"""What a job would do and cost, before it is paid for."""
