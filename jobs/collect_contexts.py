@@ -10,11 +10,9 @@ from sarm.runtime.job import run_job
 
 
 def main(config: CollectContexts) -> None:
-    from sarm.runtime.contexts.reading import collect
-    from sarm.runtime.session import open_session
+    from sarm.runtime.chain import run_chain
 
-    with open_session(config) as session:
-        collect(session, config.contexts)
+    run_chain(config)
 
 
 if __name__ == "__main__":

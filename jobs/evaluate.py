@@ -17,14 +17,11 @@ from sarm.runtime.job import run_command, run_job
 
 
 def main(config: Evaluate) -> None:
-    from sarm.interpret.summary import print_summary
-    from sarm.runtime import stages
-    from sarm.runtime.reporting import report
-    from sarm.runtime.session import open_session
+    from sarm.runtime.chain import run_chain
 
-    with open_session(config) as session:
-        stages.evaluate(session, config.extraction, config.evaluation)
-        files, content = report(session, config.run.out.name, config.evaluation)
+    files, content = run_chain(config)["evaluate"]
+    from sarm.interpret.summary import print_summary
+
     print_summary(content, files.html)
 
 

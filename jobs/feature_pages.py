@@ -9,12 +9,10 @@ from sarm.runtime.job import run_job
 
 
 def main(config: FeaturePages) -> None:
-    from sarm.runtime.contexts.reading import write_pages
-    from sarm.runtime.session import open_session
+    from sarm.runtime.chain import run_chain
 
-    with open_session(config) as session:
-        write_pages(session, config.pages)
-    print(f"features  {session.folders.pages / 'features.html'}")
+    run_chain(config)
+    print(f"features  {config.run.out / 'features' / 'features.html'}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,9 @@ from sarm.runtime.job import run_job
 
 
 def main(config: PrepareData) -> None:
-    from sarm.runtime import stages
-    from sarm.runtime.session import open_session
+    from sarm.runtime.chain import run_chain
 
-    stages.check_sources(config.data)
-    with open_session(config) as session:
-        stages.prepare(session, config.data)
+    run_chain(config)
 
 
 if __name__ == "__main__":

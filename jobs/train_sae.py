@@ -11,11 +11,9 @@ from sarm.runtime.job import run_job
 
 
 def main(config: TrainSae) -> None:
-    from sarm.runtime import stages
-    from sarm.runtime.session import open_session
+    from sarm.runtime.chain import run_chain
 
-    with open_session(config) as session:
-        stages.train_sae(session, config.sae, config.also)
+    run_chain(config)
 
 
 if __name__ == "__main__":

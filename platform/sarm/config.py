@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -29,6 +29,17 @@ Flat = tyro.conf.arg(name="")
 
 
 Job = TypeVar("Job")
+
+StageName = Literal[
+    "prepare_data",
+    "extract_activations",
+    "train_sae",
+    "train_sarm",
+    "evaluate",
+    "collect_contexts",
+    "feature_pages",
+]
+"""The stages of the chain by the names of their jobs, in order."""
 
 
 def _check_place(out: Path) -> None:
@@ -76,8 +87,12 @@ class Run:
     """Run the job in a process of its own that is started again when it dies, as often in a row as `max_restarts` says."""
     submit: str = field(default="", metadata=OPERATIONAL)
     """Dashboard of a Ray cluster (http://HOST:8265) to hand the job to, supervised; the same job is not started there twice."""
+    config: str = field(default="", metadata=OPERATIONAL)
+    """YAML or JSON file of settings, as `--dry-run --json` prints them. It goes over the preset, and flags go over it."""
     dry_run: bool = field(default=False, metadata=OPERATIONAL)
-    """Print the resolved config and what the job would do and cost, then stop."""
+    """Print what the job would do and cost, then stop."""
+    json: bool = field(default=False, metadata=OPERATIONAL)
+    """With `--dry-run`: print the resolved settings as JSON instead, for `--config`."""
     debug: bool = field(default=False, metadata=OPERATIONAL)
     """Show the traceback of an error instead of one line."""
 
@@ -88,6 +103,16 @@ class Run:
         # Ray Train changes the workers' directory, so a relative path would mean another folder there.
         object.__setattr__(self, "out", self.out.expanduser().absolute())
         _check_least(self, "", num_workers=1, num_actors=1, cpus_per_worker=0, max_restarts=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainRun(Run):
+    """Where a job of the chain of stages writes, and which stages it runs."""
+
+    only: bool = field(default=False, metadata=OPERATIONAL)
+    """Run this job's own stage alone, on the finished folders that are there; without it the job first makes what is missing."""
+    redo_from: StageName | None = field(default=None, metadata=OPERATIONAL)
+    """Move the folders of this stage and of all later ones aside (to `OUT.aside/TIME`), then make them again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,73 +182,62 @@ class Evaluation:
 class PrepareData:
     """Clean, de-duplicate and split the sources into corpus/v1 and pairs/v1."""
 
-    run: Annotated[Run, Flat] = Run()
+    stage: ClassVar[StageName] = "prepare_data"
+    run: Annotated[ChainRun, Flat] = ChainRun()
     data: Data = Data()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractActivations:
+class ExtractActivations(PrepareData):
     """Write the residual stream at sentence ends and at the rewarded tokens as activations/v1."""
 
-    run: Annotated[Run, Flat] = Run()
+    stage: ClassVar[StageName] = "extract_activations"
     model: Model = Model()
     extraction: Extraction = Extraction()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSae:
+class _TrainingSae(ExtractActivations):
+    sae: Sae = Sae()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSae(_TrainingSae):
     """Train the TopK SAE on sentence ends, then on chat ends; several at once, if asked."""
 
-    run: Annotated[Run, Flat] = Run()
-    sae: Sae = Sae()
+    stage: ClassVar[StageName] = "train_sae"
     also: AlsoSaes = AlsoSaes()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSarm:
+class TrainSarm(_TrainingSae):
     """Train the SARM (and the scalar-head baseline) on the preference pairs."""
 
-    run: Annotated[Run, Flat] = Run()
-    model: Model = Model()
+    stage: ClassVar[StageName] = "train_sarm"
     reward: Reward = Reward()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(TrainSarm):
     """Score held-out pairs, attribute rewards to features, write the report."""
 
-    run: Annotated[Run, Flat] = Run()
-    extraction: Extraction = Extraction()
+    stage: ClassVar[StageName] = "evaluate"
     evaluation: Evaluation = Evaluation()
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectContexts:
+class CollectContexts(TrainSarm):
     """Collect the texts that make each latent of the trained reward model fire, and how often they do."""
 
-    run: Annotated[Run, Flat] = Run()
+    stage: ClassVar[StageName] = "collect_contexts"
     contexts: Contexts = Contexts()
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturePages:
-    """Write pages that show each feature with its contexts, weight and scores."""
+class Pipeline(Evaluate):
+    """Every stage, from sources to report and feature pages; also the whole of a preset."""
 
-    run: Annotated[Run, Flat] = Run()
-    pages: Pages = Pages()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """Every stage, from sources to report; also the whole of a preset."""
-
-    run: Annotated[Run, Flat] = Run()
-    model: Model = Model()
-    data: Data = Data()
-    extraction: Extraction = Extraction()
-    sae: Sae = Sae()
-    reward: Reward = Reward()
-    evaluation: Evaluation = Evaluation()
+    stage: ClassVar[StageName] = "feature_pages"
     contexts: Contexts = Contexts()
     pages: Pages = Pages()
 
@@ -231,6 +245,11 @@ class Pipeline:
         """The same settings as the config of one job, e.g. `preset.part(TrainSae)`; what only that job has stays at its default."""
         own = {f.name for f in dataclasses.fields(self)}
         return job(**{f.name: getattr(self, f.name) for f in dataclasses.fields(job) if f.name in own})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturePages(Pipeline):
+    """Write pages that show each feature with its contexts, weight and scores."""
 
 
 def identity(config: Any, *, seed: int | None = None) -> dict[str, Any]:

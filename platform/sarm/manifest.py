@@ -192,10 +192,10 @@ def parse_manifest(content: bytes) -> Manifest:
     return Manifest(**fields)
 
 
-def refuse_other_config(folder: Path, schema: str, config: dict[str, Any]) -> dict[str, Any] | None:
-    """What the folder's manifest or claim says, None for a new or empty folder.
+def record_of(folder: Path, schema: str) -> dict[str, Any] | None:
+    """What the folder's manifest or claim says (`config`, `inputs`), None for a new or empty folder.
 
-    Raises UserError unless the folder belongs to this very stage with this very config.
+    Raises UserError if the folder is torn, or belongs to another kind of stage or to nobody.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, expected a folder. Pass another --out.")
@@ -211,11 +211,22 @@ def refuse_other_config(folder: Path, schema: str, config: dict[str, Any]) -> di
         )
     else:
         return None
-    if difference := first_difference(found.get("config"), json.loads(json.dumps(config))):
+    return {"inputs": {}, **found}
+
+
+def difference_of(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The first setting in which a folder's record differs from a stage's config, with both values; empty if none does."""
+    return first_difference(record.get("config"), json.loads(json.dumps(config)))
+
+
+def refuse_other_config(folder: Path, schema: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """`record_of` the folder. Raises UserError unless the folder is new, or belongs to this very stage with this very config."""
+    found = record_of(folder, schema)
+    if found is not None and (difference := difference_of(found, config)):
         raise UserError(
             f"{folder} was made with {difference}. Pass another --out, or delete the folder to make it again."
         )
-    return {"inputs": {}, **found}
+    return found
 
 
 def _read_claim(folder: Path) -> dict[str, Any]:

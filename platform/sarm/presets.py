@@ -7,13 +7,13 @@ a comment says what was chosen.
 from dataclasses import replace
 from pathlib import Path
 
-from sarm.config import Contexts, Data, Evaluation, Extraction, Model, Pipeline, Reward, Run, Sae
+from sarm.config import ChainRun, Contexts, Data, Evaluation, Extraction, Model, Pipeline, Reward, Sae
 
 _OPENWEBTEXT2 = "hf:segyges/OpenWebText2"
 _SKYWORK = "hf:Skywork/Skywork-Reward-Preference-80K-v0.2"
 
 tiny = Pipeline(
-    run=Run(out=Path("outputs/tiny"), cpus_per_worker=1),
+    run=ChainRun(out=Path("outputs/tiny"), cpus_per_worker=1),
     model=Model(name="tiny:llama", layer=1, max_length=128),
     data=Data(texts=("tiny:texts",), pairs=("tiny:pairs",)),
     extraction=Extraction(batch_tokens=1024),
@@ -34,7 +34,7 @@ tiny = Pipeline(
 )
 
 demo = Pipeline(
-    run=Run(out=Path("outputs/demo")),
+    run=ChainRun(out=Path("outputs/demo")),
     model=Model(name="demo:smollm2", layer=15, max_length=512),
     data=Data(
         texts=("demo:openwebtext", "demo:wikipedia"),
@@ -72,16 +72,16 @@ _sarm = Pipeline(
 
 sarm_1b = replace(
     _sarm,
-    run=Run(out=Path("outputs/sarm-1b")),
+    run=ChainRun(out=Path("outputs/sarm-1b")),
     model=replace(_sarm.model, name="meta-llama/Llama-3.2-3B-Instruct", layer=14),
     sae=replace(_sarm.sae, d_sae=49152, k=144),
 )
 
-sarm_2b = replace(sarm_1b, run=Run(out=Path("outputs/sarm-2b")), model=replace(sarm_1b.model, layer=21))
+sarm_2b = replace(sarm_1b, run=ChainRun(out=Path("outputs/sarm-2b")), model=replace(sarm_1b.model, layer=21))
 
 sarm_4b = replace(
     _sarm,
-    run=Run(out=Path("outputs/sarm-4b")),
+    run=ChainRun(out=Path("outputs/sarm-4b")),
     model=replace(_sarm.model, name="meta-llama/Llama-3.1-8B-Instruct", layer=16),
     sae=replace(_sarm.sae, d_sae=65536, k=192),
 )
@@ -102,14 +102,14 @@ _safer = replace(
 
 safer_1b = replace(
     _safer,
-    run=Run(out=Path("outputs/safer-1b")),
+    run=ChainRun(out=Path("outputs/safer-1b")),
     model=replace(_safer.model, name="meta-llama/Llama-3.2-1B-Instruct", layer=12),
     sae=replace(_safer.sae, d_sae=16384, k=64),
 )
 
 safer_3b = replace(
     _safer,
-    run=Run(out=Path("outputs/safer-3b")),
+    run=ChainRun(out=Path("outputs/safer-3b")),
     model=replace(_safer.model, name="meta-llama/Llama-3.2-3B-Instruct", layer=21),
     sae=replace(_safer.sae, d_sae=24576, k=96),
 )

@@ -21,8 +21,11 @@ import tyro
 from sarm.checks import StoppedError
 from sarm.config import Pipeline, Run, UserError, as_json
 from sarm.presets import PRESETS
+from sarm.runtime.config_file import as_file, config_flags
 from sarm.runtime.extraction.extraction_cost import describe_extraction
 from sarm.untrusted import holds_a_secret
+
+DEFAULT_PRESET = "demo"
 
 
 def run_job(
@@ -33,7 +36,7 @@ def run_job(
     presets: Mapping[str, tuple[str, Pipeline]] = PRESETS,
     explain: Callable[[Any], str] | None = None,
 ) -> None:
-    """Parse the command line into `config_type`, starting from the preset it names, and run `job` on it.
+    """Parse the command line into `config_type`, starting from the preset it names (`demo` if none), and run `job` on it.
 
     `explain` is what `--dry-run` prints, `describe` if there is none.
 
@@ -62,7 +65,7 @@ def _guarded(
         config = parsed()
         run = getattr(config, "run", None)
         if run is not None and run.dry_run:
-            print(explain(config))
+            print(as_file(config) if run.json else explain(config))
             return
         if run is not None and run.submit:
             from sarm.runtime.submission import submit
@@ -141,15 +144,19 @@ def parse(
     name, *flags = arguments or [""]
     script = f"python {os.path.relpath(sys.argv[0])}" if sys.argv[0] else "job"
     if name in ("-h", "--help"):
-        print(f"{description.strip()}\n\nusage: {script} PRESET [--flag value ...]\n\npresets:")
+        print(f"{description.strip()}\n\nusage: {script} [PRESET] [--config FILE] [--flag value ...]\n\npresets:")
         print("\n".join(f"  {key:<10}{summary}" for key, (summary, _) in presets.items()))
-        print(f"\nall flags with their help and defaults: {script} {list(presets)[1]} --help")
+        print(f"\nwithout a preset: {DEFAULT_PRESET}")
+        print(f"all flags with their help and defaults: {script} {DEFAULT_PRESET} --help")
         sys.exit(0)
+    if not name or name.startswith("-"):
+        name, flags = DEFAULT_PRESET, list(arguments)
+        print(f"no preset is named, so this is {name}: {presets[name][0]}", file=sys.stderr)
     if name not in presets:
         guess = difflib.get_close_matches(name, presets, 1)
         hint = f", did you mean {guess[0]}?" if guess else "."
         raise UserError(
-            f"the first argument is a preset ({', '.join(presets)}), got {name or 'nothing'}{hint} Try {script} --help."
+            f"the first argument is a preset ({', '.join(presets)}) or a flag, got {name}{hint} Try {script} --help."
         )
     summary, preset = presets[name]
     about = f"{description.strip().splitlines()[0]} Preset {name}: {summary}."
@@ -158,6 +165,8 @@ def parse(
 
 def _parse_flags(config_type: type, flags: Sequence[str], prog: str, description: str, **default: Any) -> Any:
     said = io.StringIO()
+    # Later flags count: those of the command line go over those of the file.
+    flags = [*config_flags(flags, config_type), *flags]
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(config_type, args=flags, prog=prog, description=description, **default)

@@ -1,13 +1,16 @@
-"""Which folder each stage owns, and the settings that decide what it holds."""
+"""Which folder each stage owns, and the settings that decide what it holds.
 
-from collections.abc import Mapping
+Loads nothing heavy: dry runs and refusals come from here.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sarm.config import Contexts, Data, Evaluation, Extraction, Model, Pages, Pipeline, Reward, Sae, identity
+from sarm.config import AlsoSaes, Contexts, Data, Evaluation, Extraction, Model, Pages, Reward, Sae, StageName, identity
 from sarm.folder_schemas import ACTIVATIONS, CONTEXTS, CORPUS, EVALUATION, PAGES, PAIRS, SAE, SARM
-from sarm.manifest import refuse_other_config
+from sarm.runtime.training.variants import variants
 
 _OF_TEXTS = ("texts", "text_field", "max_texts")
 _EXTRACTION_OF_TEXTS = ("sentence_ends", "limit_rows", "limit_tokens")
@@ -108,28 +111,78 @@ def pages_settings(pages: Pages) -> Settings:
     return identity(pages)
 
 
-def refuse_other_run(config: Pipeline) -> None:
-    """Raise UserError if any stage folder was made with other settings, before the first stage is paid for."""
-    folders, seed = Folders(config.run.out), config.run.seed
-    activations = activation_folders(folders, config.model, config.extraction)
-    plans = {
-        folders.corpus: (CORPUS, corpus_settings(config.data)),
-        folders.pairs: (PAIRS, pairs_settings(config.data)),
-        **{
-            folder: (ACTIVATIONS, activation_settings(config.model, config.extraction, *key))
-            for key, folder in activations.items()
-        },
-        folders.sae: (SAE, sae_settings(config.sae, seed)),
-        folders.sarm: (SARM, reward_settings(config.model, config.reward, seed)),
-        folders.scalar_head: (SARM, reward_settings(config.model, config.reward, seed)),
-        folders.evaluation: (EVALUATION, evaluation_settings(config.evaluation, seed)),
-        folders.contexts: (CONTEXTS, contexts_settings(config.contexts)),
-        folders.pages: (PAGES, pages_settings(config.pages)),
-    }
-    if not config.pages.in_pipeline:
-        plans = {folder: plan for folder, plan in plans.items() if folder not in (folders.contexts, folders.pages)}
-    for folder, (schema, settings) in plans.items():
-        refuse_other_config(folder, schema, settings)
+class FolderPlan(NamedTuple):
+    """A folder that a stage writes. `settings` is what decides it, None where that takes a look at the model."""
+
+    folder: Path
+    schema: str
+    settings: Settings | None
+    inputs: frozenset[str] | None = None
+    """Names of the folders that it is made from, where the settings alone do not say; None: those."""
+
+
+def stage_folders(stage: StageName, config: Any, folders: Folders) -> list[FolderPlan]:
+    """The folders that a stage of this config writes; `config` is that of a job that knows the stage's settings."""
+    return _PLANS[stage](config, folders)
+
+
+def _prepared(config: Any, folders: Folders) -> list[FolderPlan]:
+    corpus = [FolderPlan(folders.corpus, CORPUS, corpus_settings(config.data))] if config.data.texts else []
+    return [*corpus, FolderPlan(folders.pairs, PAIRS, pairs_settings(config.data))]
+
+
+def _extracted(config: Any, folders: Folders) -> list[FolderPlan]:
+    return [
+        FolderPlan(path, ACTIVATIONS, activation_settings(config.model, config.extraction, *key))
+        for key, path in activation_folders(folders, config.model, config.extraction).items()
+        if key[0] != "all" or config.data.texts
+    ]
+
+
+def sae_folders(folders: Folders, sae: Sae, also: AlsoSaes, seed: int) -> list[tuple[str, Path, Sae, int]]:
+    """(stage, folder, settings, seed of the first weights) of the SAE, and of those that learn beside it."""
+    beside = also.beside(sae, seed)
+    others = [(f"train SAE {name}", folders.out / "saes" / name, other, number) for name, other, number in beside]
+    return [("train SAE", folders.sae, sae, seed), *others]
+
+
+def _saes(config: Any, folders: Folders) -> list[FolderPlan]:
+    also, seed = getattr(config, "also", AlsoSaes()), config.run.seed
+    planned = sae_folders(folders, config.sae, also, seed)
+    return [FolderPlan(path, SAE, sae_settings(sae, seed, number)) for _, path, sae, number in planned]
+
+
+def _reward_models(config: Any, folders: Folders) -> list[FolderPlan]:
+    planned = variants(config.model, config.reward, folders.sae, depth_of=lambda model: model.layer)
+    return [
+        FolderPlan(
+            folders.out / one.folder,
+            SARM,
+            None if one.folder == "scalar_head_full" else reward_settings(one.model, one.reward, config.run.seed),
+        )
+        for one in planned
+    ]
+
+
+def _evaluation(config: Any, folders: Folders) -> list[FolderPlan]:
+    asked = {plan.folder.name for plan in _reward_models(config, folders)}
+    inputs = {SARM, SAE, PAIRS, "activations/chat", "activations/heldout"}
+    inputs |= {name for name in BASELINES if name in asked or (folders.out / name).exists()}
+    settings = evaluation_settings(config.evaluation, config.run.seed)
+    return [FolderPlan(folders.evaluation, EVALUATION, settings, frozenset(inputs))]
+
+
+_PLANS: dict[str, Callable[[Any, Folders], list[FolderPlan]]] = {
+    "prepare_data": _prepared,
+    "extract_activations": _extracted,
+    "train_sae": _saes,
+    "train_sarm": _reward_models,
+    "evaluate": _evaluation,
+    "collect_contexts": lambda config, folders: [
+        FolderPlan(folders.contexts, CONTEXTS, contexts_settings(config.contexts))
+    ],
+    "feature_pages": lambda config, folders: [FolderPlan(folders.pages, PAGES, pages_settings(config.pages))],
+}
 
 
 def with_figures(counts: Mapping[str, Any], *names: str) -> dict[str, Any]:

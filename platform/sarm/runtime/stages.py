@@ -23,7 +23,7 @@ from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.sae_stages import SaeStage, finish_training, train_saes
 
 if TYPE_CHECKING:
-    from sarm.runtime.training.reward_models import Variant
+    from sarm.runtime.training.variants import Variant
 
 
 def check_sources(data: Data) -> None:
@@ -58,10 +58,8 @@ def prepare(session: Session, data: Data) -> None:
 
 def train_sae(session: Session, sae: Sae, also: AlsoSaes = AlsoSaes()) -> None:
     """activations/v1 -> SAE, and `also` others beside it, all from one read."""
-    folders, seed = session.folders, session.run.seed
-    wanted = [SaeStage("train SAE", folders.sae, sae, seed)]
-    for name, other, init_seed in also.beside(sae, seed):
-        wanted.append(SaeStage(f"train SAE {name}", folders.out / "saes" / name, other, init_seed))
+    folders = session.folders
+    wanted = [SaeStage(*one) for one in plan.sae_folders(folders, sae, also, session.run.seed)]
     activations = {"text": folders.text_activations, "chat": folders.chat_activations}
     train_saes(session, wanted, activations, folders.corpus, folders.states(folders.sae.name))
 
@@ -69,9 +67,10 @@ def train_sae(session: Session, sae: Sae, also: AlsoSaes = AlsoSaes()) -> None:
 def train_sarm(session: Session, model: Model, reward: Reward) -> None:
     """pairs/v1 and SAE -> SARM, and its baselines beside it."""
     from sarm.runtime.training import reward_models
+    from sarm.runtime.training.variants import variants
 
     check_model(model)
-    trainings = reward_models.variants(model, reward, session.folders.sae)
+    trainings = variants(model, reward, session.folders.sae)
     for sae in dict.fromkeys(one.sae for one in trainings if one.sae):
         read_manifest(sae, SAE)
         reward_models.check_sae(sae, model)

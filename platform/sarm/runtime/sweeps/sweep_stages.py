@@ -84,13 +84,13 @@ def axes_of(plan: SweepPlan, cell: Cell) -> dict[str, Any]:
 
 def do_cell(plan: SweepPlan, cell: Cell, reports: Reports) -> Manifest:
     """Train and evaluate the cell's reward model, as far as that is not done; returns the evaluation's manifest."""
-    from sarm.runtime.training import reward_models
+    from sarm.runtime.training.variants import variants
 
     key = sae_key(cell, plan.config.extraction.units)
     sae = plan.sae_folder(key) if key else plan.cell_folder(cell) / "no-sae"
     model, reward = plan.model(cell.layer), plan.reward(cell)
     with cell_session(plan, cell, reports) as session:
-        *_, variant = reward_models.variants(model, reward, sae)
+        *_, variant = variants(model, reward, sae)
         check_model(variant.model)
         folder = stages.train_reward_model(session, variant)
         found = _evaluate(session, plan, cell, folder)

@@ -1,9 +1,8 @@
 """Reward models before their first step: a pretrained backbone, an SAE or none, a head at zero; and the baselines beside a SARM."""
 
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,52 +12,13 @@ from sarm.data.artifacts import load_sae
 from sarm.data.chat import ChatTokenizer
 from sarm.data.models import backbone_of, model_folder
 from sarm.nn.architectures import DenseSae, options_of
-from sarm.nn.backbone import read_config, read_depth
+from sarm.nn.backbone import read_config
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import Sae
+from sarm.runtime.training.variants import NO_PEFT
 
 # Llama-family heads of `*ForSequenceClassification` start so; the papers' looser baseline is two of them.
 _LINEAR_INIT_STD = 0.02
-_NO_PEFT = "--reward.lora-rank needs the package peft. Run pip install 'sarm[lora]'."
-
-
-class Variant(NamedTuple):
-    """One training of the job: its stage, the folder under `--out` that it writes, its SAE (None for a scalar head) and settings."""
-
-    stage: str
-    folder: str
-    sae: Path | None
-    model: Model
-    reward: Reward
-
-
-def variants(model: Model, reward: Reward, sae: Path) -> list[Variant]:
-    """The SARM and the baselines that the settings ask for.
-
-    Raises UserError if they ask for adapters and `peft` is not installed.
-    """
-    if reward.lora_rank and find_spec("peft") is None:
-        raise UserError(_NO_PEFT)
-    found = [Variant("train SARM", "sarm", sae, model, reward)]
-    for name in reward.baselines:
-        if name == "scalar":
-            found.append(Variant("train scalar head", "scalar_head", None, model, reward))
-        elif name == "scalar_full":
-            depth = read_depth(model_folder(model), revision=model.revision, gguf_file=model.gguf_file)
-            found.append(
-                Variant("train scalar head, full depth", "scalar_head_full", None, replace(model, layer=depth), reward)
-            )
-        elif name == "token_sae":
-            assert reward.token_sae is not None
-            found.append(Variant("train SARM on token SAE", "sarm_token_sae", reward.token_sae, model, reward))
-        elif name == "random_encoder":
-            random = replace(reward, encoder="random")
-            found.append(Variant("train SARM, random encoder", "sarm_random_encoder", sae, model, random))
-        else:
-            # The papers' code trains this encoder, which nothing made worth keeping.
-            linear = replace(reward, encoder="random_linear", train_sae=True, sae_lr=reward.lr or reward.sae_lr)
-            found.append(Variant("train SARM, random linear map", "sarm_random_linear", sae, model, linear))
-    return found
 
 
 def check_sae(folder: Path, model: Model) -> None:
@@ -155,7 +115,7 @@ def add_adapters_(model: SarmForSequenceClassification, rank: int, seed: int) ->
     Raises UserError if `peft` is not installed.
     """
     if find_spec("peft") is None:
-        raise UserError(_NO_PEFT)
+        raise UserError(NO_PEFT)
     from peft import LoraConfig, inject_adapter_in_model
 
     names = {name.rpartition(".")[2] for name, part in model.model.named_modules() if isinstance(part, nn.Linear)}

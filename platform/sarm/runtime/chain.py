@@ -1,0 +1,75 @@
+"""The chain of stages: a job runs those that it reads first, reuses what is finished, and says so before it begins."""
+
+from dataclasses import replace
+from typing import Any
+
+from sarm.config import AlsoSaes, FeaturePages, StageName
+from sarm.runtime import stages
+from sarm.runtime.chain_state import ChainState, StageState, move_aside, state_of
+from sarm.runtime.job import say
+from sarm.runtime.session import Session, open_session
+
+
+def run_chain(config: Any) -> dict[StageName, Any]:
+    """Run the stages of a job that are not done; returns what each gives back (`evaluate`: the report's files and content).
+
+    Raises UserError before anything is paid for: for folders of other settings, sources and models that cannot be read.
+    """
+    if (aside := move_aside(config)) is not None:
+        say(f"moved aside what {config.run.redo_from} and later stages had made: {aside}")
+    # Once moved, what is there is new.
+    config = replace(config, run=replace(config.run, redo_from=None))
+    state = state_of(config)
+    state.refuse(config.run.out)
+    _check(config, state)
+    _announce(state)
+    with open_session(config) as session:
+        return {stage.name: _run(session, config, stage) for stage in state.stages}
+
+
+def _check(config: Any, state: ChainState) -> None:
+    """What a later stage would find out after an earlier one was paid for."""
+    from sarm.data.models import check_model
+
+    if state.is_todo("prepare_data"):
+        stages.check_sources(config.data)
+    if state.is_todo("extract_activations") or state.is_todo("train_sarm"):
+        check_model(config.model)
+
+
+def _announce(state: ChainState) -> None:
+    if len(state.stages) > 1 and not state.is_done:
+        for stage in state.stages:
+            say(f"plan: {stage.name:<20}{stage.state}")
+
+
+def _run(session: Session, config: Any, stage: StageState) -> Any:
+    match stage.name:
+        case "prepare_data":
+            return stages.prepare(session, config.data)
+        case "extract_activations":
+            return stages.extract(session, config.model, config.extraction)
+        case "train_sae":
+            return stages.train_sae(session, config.sae, getattr(config, "also", AlsoSaes()))
+        case "train_sarm":
+            return stages.train_sarm(session, config.model, config.reward)
+        case "evaluate":
+            stages.evaluate(session, config.extraction, config.evaluation)
+            # A report takes seconds of imports, which a job that only reads what was measured need not wait for.
+            return None if stage.state == "done" and isinstance(config, FeaturePages) else _report(session, config)
+        case "collect_contexts":
+            return _reading().collect(session, config.contexts)
+        case "feature_pages":
+            return _reading().write_pages(session, config.pages)
+
+
+def _report(session: Session, config: Any) -> Any:
+    from sarm.runtime.reporting import report
+
+    return report(session, config.run.out.name, config.evaluation)
+
+
+def _reading() -> Any:
+    from sarm.runtime.contexts import reading
+
+    return reading

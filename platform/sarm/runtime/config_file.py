@@ -1,0 +1,118 @@
+"""Settings in a file: what `--dry-run --json` prints, in JSON or YAML, as the flags that it stands for."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from sarm.config import Flat, Pipeline, PrepareData, UserError, as_json
+from sarm.untrusted import MAX_JSON_BYTES, holds_a_secret
+
+FLAG = "--config"
+_OF_THIS_START = ("config", "dry_run", "json", "submit", "supervise", "debug")
+_MAX_BYTES = min(MAX_JSON_BYTES, 1 << 20)
+
+
+def config_flags(arguments: Sequence[str], config_type: type) -> list[str]:
+    """The flags that the file of `--config` stands for, to be put before those of the command line; none without such a file.
+
+    Raises UserError for a file that cannot be read, and for a key that is no setting of this job or of the whole chain.
+    """
+    path = _path_in(arguments)
+    if path is None:
+        return []
+    return _flags(_read(path), config_type, "", str(path))
+
+
+def as_file(config: Any) -> str:
+    """A job's settings as JSON, without what only this start of it was told; `--config` reads them again."""
+    run = dataclasses.replace(config.run, **{name: _default(config.run, name) for name in _OF_THIS_START})
+    return as_json(dataclasses.replace(config, run=run))
+
+
+def _default(run: Any, name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(run) if field.name == name)
+
+
+def _path_in(arguments: Sequence[str]) -> Path | None:
+    for place, argument in enumerate(arguments):
+        name, is_joined, value = argument.partition("=")
+        if name == FLAG:
+            value = value if is_joined else "".join(arguments[place + 1 : place + 2])
+            if not value or value.startswith("--"):
+                raise UserError(f"{FLAG} needs a file. Pass {FLAG} FILE, of what --dry-run --json prints.")
+            return Path(value).expanduser()
+    return None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"{FLAG} {path} has more than {_MAX_BYTES:,} bytes. Pass a file of settings.")
+        # JSON is YAML, but for numbers such as 1e-4, which arrive here as text; a flag is text as well.
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{FLAG} {path} cannot be read: {error.strerror}. Pass a file of settings.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{FLAG} {path} is neither YAML nor JSON: {reason}.") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{FLAG} {path} holds no settings by name. Pass what --dry-run --json prints.")
+    return content
+
+
+def _flags(content: Mapping[Any, Any], section: type, prefix: str, path: str) -> list[str]:
+    fields = {field.name for field in dataclasses.fields(section)}
+    # The whole chain's settings are in one file for all its jobs: each takes what it knows.
+    others = {field.name for field in dataclasses.fields(Pipeline)} if issubclass(section, PrepareData) else set()
+    hints = typing.get_type_hints(section, include_extras=True)
+    flags: list[str] = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            if name in others:
+                continue
+            guess = difflib.get_close_matches(name, fields | others, 1)
+            hint = f", did you mean {guess[0]}?" if guess else f", there are {', '.join(sorted(fields))}."
+            raise UserError(f"{FLAG} {path}: {prefix}{key} is no setting{hint}")
+        inner, marks = _unwrapped(hints[name])
+        if dataclasses.is_dataclass(inner):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{FLAG} {path}: {prefix}{key} holds several settings by name, got {value!r}.")
+            flags += _flags(value, typing.cast(type, inner), prefix if Flat in marks else f"{prefix}{key}.", path)
+        else:
+            own = _of_value(f"--{prefix}{name}".replace("_", "-"), value, is_positional=tyro.conf.Positional in marks)
+            if own is None:
+                raise UserError(f"{FLAG} {path}: {prefix}{key} cannot be {value!r}.")
+            flags += own
+    return flags
+
+
+def _unwrapped(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    if typing.get_origin(hint) is Annotated:
+        inner, *marks = typing.get_args(hint)
+        return inner, tuple(marks)
+    return hint, ()
+
+
+def _of_value(flag: str, value: Any, *, is_positional: bool) -> list[str] | None:
+    """A setting as it is typed; None for what no flag can say."""
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(one, list | Mapping) for one in values):
+        return None
+    texts = [str(one) for one in values]
+    if any(holds_a_secret(text) for text in texts):
+        raise UserError(f"the value of {flag} in the file of {FLAG} seems to hold a key or a password. Set it in the environment.")  # fmt: skip
+    if is_positional:
+        return texts
+    if isinstance(value, bool):
+        head, dot, last = flag.removeprefix("--").rpartition(".")
+        return [flag if value else f"--{head}{dot}no-{last}"]
+    # Joined, so that a text that begins with dashes stays a value.
+    return [flag, *texts] if isinstance(value, list) else [f"{flag}={texts[0]}"]
+
