@@ -266,5 +266,6 @@ def test_an_sae_of_another_shape_is_refused(finished: Path, tmp_path: Path, run_
 def test_every_preset_resolves_without_a_network(preset: str, run_job: RunJob) -> None:
     done = run_job("pipeline", preset, "--dry-run")
     assert done.returncode == 0
-    assert '"d_sae"' in done.stdout
+    assert "train_sarm           to do" in done.stdout
     assert "GB" in done.stdout
+    assert "unknown" not in done.stdout, "the sources and models of the presets are known"

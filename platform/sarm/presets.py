@@ -52,10 +52,17 @@ demo = Pipeline(
 
 # SARM section 4.1: Adam 5e-4 for the SAE, 16 d_in latents, k = 3/64 d_in; backbone 4e-6, 8 pairs a step, 3 epochs.
 # The head's own rate is ours: at the backbone's rate a zero head is still growing when training ends.
+# 50 M sentences, which are a billion tokens: OpenWebText2 has fifteen times as many, at 880 a text.
 _sarm = Pipeline(
     model=Model(dtype="bfloat16", max_length=4096),
-    data=Data(texts=(_OPENWEBTEXT2,), pairs=(_SKYWORK,), heldout_share=0.02, max_pairs_per_prompt=None),
-    extraction=Extraction(batch_tokens=65536, units=("sentence",)),
+    data=Data(
+        texts=(_OPENWEBTEXT2,),
+        pairs=(_SKYWORK,),
+        max_texts=1_300_000,
+        heldout_share=0.02,
+        max_pairs_per_prompt=None,
+    ),
+    extraction=Extraction(batch_tokens=65536, units=("sentence",), limit_tokens=1_000_000_000),
     sae=Sae(batch_size=4096, lr=5e-4, chat_lr=3e-4),
     reward=Reward(
         lr=4e-6,
@@ -87,13 +94,15 @@ sarm_4b = replace(
 )
 
 # SAFER's code: 8 d_in latents, k 64, layer 12 of 16; SAE 5e-4 on web text, then 3e-4 on preference text; reward model 2e-5,
-# 2 epochs, 128 pairs a device. It scripts the 1B model only: the 3B preset keeps its ratios (layer 21 of 28).
+# 2 epochs, 128 pairs a device. It scripts the 1B model only: the 3B preset keeps its ratios (layer 21 of 28). Its web text is named
+# 100M, which is taken for tokens.
 _safer = replace(
     _sarm,
-    extraction=replace(_sarm.extraction, units=("document",)),
+    extraction=replace(_sarm.extraction, units=("document",), limit_tokens=100_000_000),
     data=Data(
         texts=(_OPENWEBTEXT2,),
         pairs=("hf:PKU-Alignment/PKU-SafeRLHF",),
+        max_texts=130_000,
         heldout_share=0.05,
         max_pairs_per_prompt=None,
     ),

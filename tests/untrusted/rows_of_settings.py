@@ -57,7 +57,7 @@ def _(world: World) -> None:
 
 @row(6, "lr: 1e-4")
 def _(world: World) -> None:
-    ended = world.job("train_sarm", "tiny", "--reward.lr", "1e-4", "--dry-run")
+    ended = world.job("train_sarm", "tiny", "--reward.lr", "1e-4", "--dry-run", "--json")
     assert ended.code == 0
     assert '"lr": 0.0001' in ended.out
 
@@ -68,7 +68,7 @@ def _(world: World) -> None:
         world.refuses("--sae.k", repr(value), of=("train_sae", "tiny", "--sae.k", value))
     world.refuses("no", of=("train_sarm", "tiny", "--reward.topk", "no"))
     # Python's whole numbers: ten, not eight, and never text.
-    assert '"k": 10,' in world.job("train_sae", "tiny", "--sae.k", "010", "--dry-run").out
+    assert '"k": 10,' in world.job("train_sae", "tiny", "--sae.k", "010", "--dry-run", "--json").out
 
 
 @row(8, ".nan, .inf, negative, 0 lr")

@@ -13,16 +13,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tyro
 
 from sarm.checks import StoppedError
-from sarm.config import Pipeline, Run, UserError, as_json
+from sarm.config import Pipeline, UserError
 from sarm.presets import PRESETS
 from sarm.runtime.config_file import as_file, config_flags
-from sarm.runtime.extraction.extraction_cost import describe_extraction
+from sarm.runtime.dry_run.describing import describe
 from sarm.untrusted import holds_a_secret
 
 DEFAULT_PRESET = "demo"
@@ -187,52 +186,3 @@ def _one_line(box: str) -> str:
     )
     meant = meant or re.findall(r"(--[\w.-]+) [A-Z]", box.partition("Perhaps you meant")[2])
     return message + (f". Did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else "")
-
-
-def describe(config: Any) -> str:
-    """The resolved config, and what the job would do as far as that is known without data."""
-    run: Run = config.run
-    lines = [as_json(config), "", f"writes to    {run.out}"]
-    model, sae, reward = (getattr(config, name, None) for name in ("model", "sae", "reward"))
-    if isinstance(model, str):
-        # A reward model that is there already, named by `jobs/evaluate.py --model`.
-        return "\n".join([*lines, f"model        {model}"])
-    if model is not None:
-        lines.append(f"model        {model.name}, first {model.layer} blocks")
-        if model.revision == "main" and ":" not in model.name and not Path(model.name).exists():
-            lines.append("             its revision main may move: pin a commit with --model.revision")
-    if sae is not None:
-        lines.append(f"dictionary   {sae.d_sae:,} latents, {sae.k} active")
-        if model is not None and (d_in := KNOWN_WIDTHS.get(model.name)):
-            parameters = 2 * d_in * sae.d_sae
-            lines.append(
-                f"SAE          {parameters / 1e6:,.0f} M weights, {16 * parameters / 1e9:.1f} GB with gradients and Adam's moments"
-            )
-            lines.append(
-                f"activations  {2 * d_in / 1e3:.1f} kB each: {2 * d_in * 50e6 / 1e9:,.0f} GB for 50 M sentence ends"
-            )
-    if asked := getattr(config, "questions_per_latent", None):
-        lines += [f"judge        {name}: at most {num} questions a latent" for name, num in asked().items()]
-    extraction = getattr(config, "extraction", None)
-    if extraction is not None and model is not None:
-        rate = None
-        if extraction.calibrate:
-            from sarm.runtime.extraction.calibration import tokens_per_second
-
-            rate = tokens_per_second(model, extraction)
-        lines.append(describe_extraction(run, model, extraction, rate))
-    if reward is not None:
-        lines.append(
-            f"training     {reward.epochs} epochs, {reward.batch_pairs} pairs a step, ZeRO {reward.zero_stage}, {run.num_workers} workers"
-        )
-    return "\n".join(lines)
-
-
-KNOWN_WIDTHS = {
-    "demo:smollm2": 576,
-    "tiny:llama": 64,
-    "meta-llama/Llama-3.2-1B-Instruct": 2048,
-    "meta-llama/Llama-3.2-3B-Instruct": 3072,
-    "meta-llama/Llama-3.1-8B-Instruct": 4096,
-}
-"""d_in of the presets' models, so that a dry run needs no download."""

@@ -1,18 +1,17 @@
 """Time, memory, disk and GPU-hours of each stage, from the settings, the sizes of the sources and the model's dimensions.
 
-FLOPs are those of matrix products. B weights of the blocks that are kept, T tokens, N rows, D d_in, S d_sae: a forward pass 2 B T,
-reward training 6 B T an epoch (8 with gradient checkpointing), an SAE at most 6 N D S an epoch, and 6 N D A more with A latents of AuxK.
-Attention scores come on top and are left out: 2 % at 1,000 tokens. A trained weight takes 16 bytes: itself, its gradient, two moments.
+The formulas are in `formulas`; what is added here are the seconds that processes take to start.
 """
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sarm.config import Contexts, Evaluation, Extraction, Model, Reward, Run, Sae
+from sarm.config import Contexts, Evaluation, Extraction, Model, Run
+from sarm.runtime.dry_run.formulas import extracted, forward_gb, reward_depths, reward_flops, reward_gb, sae_flops
 from sarm.runtime.dry_run.machine import Machine
 from sarm.runtime.dry_run.rounding import count
 from sarm.runtime.dry_run.shapes import Shape, shape_of
-from sarm.runtime.dry_run.source_sizes import Pairs, Sizes, Texts, sizes_of
+from sarm.runtime.dry_run.source_sizes import Sizes, sizes_of
 
 STAGES = (
     "prepare_data",
@@ -24,7 +23,6 @@ STAGES = (
     "feature_pages",
 )
 _GB = 1e9
-_KEY_BYTES = 60
 # A process with torch and Ray, before it holds anything.
 _PROCESS_GB = 0.6
 # Starting Ray, the processes of a pass, the workers of a training.
@@ -108,8 +106,9 @@ def _costs(known: _Known) -> Iterator[StageCost]:
     if has("contexts") and in_pipeline:
         yield _contexts(known) if has("model") else _unknown("collect_contexts")
     if has("pages") and in_pipeline:
-        pages = config.pages.features
-        yield StageCost("feature_pages", 4 + 0.005 * pages, 0.0, _PROCESS_GB, None, 2e-5 * pages, f"{pages:,} features")
+        # As many as there are latents at most.
+        pages = min(config.pages.features, config.sae.d_sae if has("sae") else config.pages.features)
+        yield StageCost("feature_pages", 2 + 0.005 * pages, 0.0, _PROCESS_GB, None, 2e-5 * pages, f"{pages:,} features")
 
 
 def _unknown(stage: str, work: str = "the size of its input is not known") -> StageCost:
@@ -117,7 +116,7 @@ def _unknown(stage: str, work: str = "the size of its input is not known") -> St
 
 
 def _prepare(known: _Known) -> StageCost:
-    texts, pairs = known.sizes.texts, known.sizes.pairs
+    texts, pairs = known.sizes.corpus, known.sizes.pairs
     if pairs is None or known.sizes.unknown:
         return _unknown("prepare_data", f"{', '.join(known.sizes.unknown)}: size not known")
     rows = (texts.rows if texts else 0) + pairs.train + pairs.heldout
@@ -126,36 +125,6 @@ def _prepare(known: _Known) -> StageCost:
     work += f"{count(pairs.train)} training pairs, {count(pairs.heldout)} held out"
     memory = 0.4 + rows * _SEEN_BYTES / _GB
     return StageCost("prepare_data", 3 + read / _PREPARED_BYTES_A_SECOND, 0.0, memory, None, 0.6 * read / _GB, work)
-
-
-class Extracted(NamedTuple):
-    """Rows and FLOPs of an extraction, and its bytes on disk."""
-
-    rows: dict[str, float]
-    layers: int
-    flops: float
-    disk_bytes: float
-
-
-def extracted(
-    shape: Shape, texts: Texts | None, pairs: Pairs | None, units: tuple[str, ...], layers: set[int]
-) -> Extracted:
-    """All units of the texts, and both chat ends of each pair, at all layers of one forward pass."""
-    rows: dict[str, float] = {}
-    flops_a_token = 2.0 * shape.weights_a_block * max(layers)
-    flops = 0.0
-    if texts is not None:
-        by_unit = {"token": texts.tokens, "chat": texts.rows}
-        rows |= {unit: by_unit.get(unit, texts.sentences) for unit in units}
-        # Sentences alone are another pass than documents, and conversations a third.
-        passes = len({unit if unit in ("sentence", "chat") else "whole" for unit in units})
-        flops += flops_a_token * texts.tokens * passes
-    if pairs is not None:
-        both = pairs.train + pairs.heldout
-        rows["chat end"] = 2 * both
-        flops += flops_a_token * both * pairs.tokens_a_pair
-    disk = sum(rows.values()) * len(layers) * (2 * shape.d_in + _KEY_BYTES)
-    return Extracted(rows, len(layers), flops, disk)
 
 
 def _extract(known: _Known) -> StageCost:
@@ -169,12 +138,11 @@ def _extract(known: _Known) -> StageCost:
     work = extracted(shape, texts, pairs, extraction.units, layers)
     seconds, gpu_hours = known.time(work.flops, run.num_actors, model.dtype)
     passes = 3 if texts is not None else 2
-    memory = _forward_gb(shape, max(layers), model.dtype, extraction.batch_tokens)
-    tokens = (texts.tokens if texts else 0) + (
-        (pairs.train + pairs.heldout) * pairs.tokens_a_pair if pairs is not None else 0
-    )
+    memory = forward_gb(shape, max(layers), model.dtype, extraction.batch_tokens)
+    tokens = [f"{count(texts.tokens)} tokens of text"] if texts else []
+    tokens += [f"{count((pairs.train + pairs.heldout) * pairs.tokens_a_pair)} of pairs"] if pairs else []
     rows = ", ".join(f"{count(number)} rows of {unit}" for unit, number in work.rows.items())
-    said = f"{count(tokens)} tokens, {work.flops:.2e} FLOPs; {rows}" + (
+    said = f"{' and '.join(tokens)}, {work.flops:.2e} FLOPs; {rows}" + (
         f", each at {len(layers)} layers" if len(layers) > 1 else ""
     )
     # Where either is missing, the figures would be of the other alone.
@@ -189,18 +157,6 @@ def _extract(known: _Known) -> StageCost:
         work.disk_bytes / _GB,
         said,
     )
-
-
-def _forward_gb(shape: Shape, depth: int, dtype: str, batch_tokens: int) -> float:
-    """Weights of the blocks and the embedding, and what one batch holds inside a block."""
-    wide = 4 if dtype == "float32" else 2
-    return (shape.backbone(depth) + batch_tokens * (8 * shape.d_in + 3 * shape.d_ff)) * wide / _GB
-
-
-def sae_flops(d_in: int, sae: Sae, text_rows: float, chat_rows: float) -> float:
-    """Of all epochs over the rows of both phases."""
-    rows = sae.text_epochs * text_rows + sae.chat_epochs * chat_rows
-    return 6.0 * rows * d_in * (sae.d_sae + sae.aux_k)
 
 
 def _train_sae(known: _Known) -> StageCost:
@@ -233,20 +189,6 @@ def _train_sae(known: _Known) -> StageCost:
     )
 
 
-def reward_depths(model: Model, reward: Reward, shape: Shape) -> list[int]:
-    """Blocks of each reward model that the settings train: the SARM and its baselines."""
-    return [model.layer, *(shape.num_blocks if name == "scalar_full" else model.layer for name in reward.baselines)]
-
-
-def reward_flops(shape: Shape, depth: int, reward: Reward, tokens: float) -> float:
-    """Of all epochs over the training pairs."""
-    trains_blocks = reward.train_backbone and reward.lr > 0
-    # Frozen blocks have no backward pass; adapters need the gradients of activations and not those of weights.
-    passes = 2 if not trains_blocks else 4 if reward.lora_rank else 6
-    passes += 2 if reward.gradient_checkpointing and trains_blocks else 0
-    return float(passes) * shape.weights_a_block * depth * tokens * reward.epochs
-
-
 def _train_sarm(known: _Known) -> StageCost:
     model, reward, run, shape, pairs = known.model, known.config.reward, known.run, known.shape, known.sizes.pairs
     if shape is None or pairs is None:
@@ -273,25 +215,6 @@ def _train_sarm(known: _Known) -> StageCost:
     )
 
 
-def reward_gb(shape: Shape, depth: int, reward: Reward, workers: int) -> float:
-    """Weights, gradients, AdamW's moments and activations of one worker; ZeRO shares out what its stage says."""
-    weights = shape.backbone(depth)
-    trained = weights if reward.train_backbone and reward.lr > 0 and not reward.lora_rank else 0
-    # Stages 1 and 2 keep another copy of their share of the weights, which AdamW works on.
-    bytes_a_weight = {
-        0: 16.0,
-        1: 8 + 12 / workers,
-        2: 4 + 16 / workers,
-        3: 16 / workers,
-    }[reward.zero_stage]
-    held = trained * bytes_a_weight if trained else 4.0 * weights
-    wide = 4 if reward.precision == "float32" else 2
-    inside_a_block = reward.batch_tokens * (14 * shape.d_in + 4 * shape.d_ff) * wide
-    blocks = depth * reward.batch_tokens * shape.d_in * wide + inside_a_block
-    activations = blocks if reward.gradient_checkpointing or not trained else depth * inside_a_block
-    return (held + activations) / _GB
-
-
 def _evaluate(known: _Known) -> StageCost:
     model, reward, run, shape, pairs = known.model, known.config.reward, known.run, known.shape, known.sizes.pairs
     evaluation: Evaluation = known.config.evaluation
@@ -302,7 +225,7 @@ def _evaluate(known: _Known) -> StageCost:
     flops = sum(2.0 * shape.weights_a_block * depth * tokens for depth in depths)
     seconds, gpu_hours = known.time(flops, run.num_actors, model.dtype)
     batch = known.config.extraction.batch_tokens if getattr(known.config, "extraction", None) else 2048
-    memory = _forward_gb(shape, max(depths), "float32", batch)
+    memory = forward_gb(shape, max(depths), "float32", batch)
     return StageCost(
         "evaluate",
         5 * len(depths) + evaluation.resamples * _RESAMPLE_SECONDS + seconds,
@@ -330,7 +253,7 @@ def _contexts(known: _Known) -> StageCost:
     tokens += answers * contexts.span_pieces * pairs.tokens_a_pair
     flops = 2.0 * shape.weights_a_block * model.layer * tokens
     seconds, gpu_hours = known.time(flops, run.num_actors, model.dtype)
-    memory = _forward_gb(shape, model.layer, "float32", contexts.batch_tokens)
+    memory = forward_gb(shape, model.layer, "float32", contexts.batch_tokens)
     sae = getattr(known.config, "sae", None)
     kept = (sae.d_sae if sae else 0) * (contexts.top + 10 * contexts.per_decile) * 400 / _GB
     return StageCost(

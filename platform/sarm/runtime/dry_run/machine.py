@@ -52,6 +52,10 @@ class Machine(NamedTuple):
         """FLOP/s that one GPU is taken to reach in `bfloat16` or `float32`."""
         return PEAKS[self.planned_gpu][dtype != "bfloat16"] * PEAK_SHARE
 
+    def core_rate(self, *, training: bool) -> float:
+        """FLOP/s that one core is taken to reach."""
+        return CORE_TRAINING if training else CORE_FORWARD
+
     def rate(self, run: Run, count: int, dtype: str, *, training: bool) -> float:
         """FLOP/s of `count` workers or actors of a run together, as many as there is room for."""
         if self.num_gpus:
@@ -61,7 +65,7 @@ class Machine(NamedTuple):
             cores = max(1, self.cores - self.is_joined)
             each = min(run.cpus_per_worker or max(1, cores // count), cores)
             count = min(count, max(1, cores // each))
-            one = each * (CORE_TRAINING if training else CORE_FORWARD)
+            one = each * self.core_rate(training=training)
         if self.measured_forward is not None:
             one = self.measured_forward * (CORE_TRAINING / CORE_FORWARD if training and not self.num_gpus else 1.0)
         return one * count

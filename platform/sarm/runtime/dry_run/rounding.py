@@ -13,6 +13,11 @@ def rounded(value: float) -> str:
     return f"{two:,.0f}" if abs(two) >= 10 else f"{two:g}"
 
 
+def about(value: float) -> str:
+    """`about 4.9`, `less than 0.01`."""
+    return "less than 0.01" if 0 < abs(value) < 0.01 else f"about {rounded(value)}"
+
+
 def duration(seconds: float | None) -> str:
     """`40 s`, `12 min`, `4.9 h`, `3.2 days`."""
     if seconds is None:

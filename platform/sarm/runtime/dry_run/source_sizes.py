@@ -46,8 +46,11 @@ class Sizes(NamedTuple):
     """What the stages read; None where it is not known."""
 
     texts: Texts | None
+    """What extraction reads: the corpus, up to its limits."""
     pairs: Pairs | None
+    corpus: Texts | None = None
     unknown: tuple[str, ...] = ()
+    """Data sets of unknown size."""
 
 
 _KNOWN_TEXTS = {
@@ -82,7 +85,7 @@ def sizes_of(out: Path, data: Data | None, extraction: Extraction = Extraction()
     if isinstance(pairs, str):
         unknown.append(pairs)
         pairs = None
-    return Sizes(texts and _limited(texts, extraction), pairs, tuple(unknown))
+    return Sizes(texts and _limited(texts, extraction), pairs, texts, tuple(unknown))
 
 
 def _by_limit(extraction: Extraction) -> Texts | None:
