@@ -1,11 +1,21 @@
 """SARM and labelled pairs -> safety features by contrast, causal tests with matched controls, audit.html.
 
+python jobs/audit_features.py demo --off-target rm_bench=chat.jsonl
 python jobs/audit_features.py --sarm outputs/demo/sarm --select outputs/demo/pairs --target outputs/demo/pairs --off-target rm_bench=chat.jsonl --out outputs/audit
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/audit_features.py --sarm ... (as above)
 """
 
+from pathlib import Path
+
 from sarm.audit.settings import AuditFeatures
-from sarm.runtime.job import run_command
+from sarm.config import TrainSarm
+from sarm.runtime.job import Made, run_command
+
+
+def reads(run: Path) -> dict[str, str]:
+    """What an audit reads of a run's folder: the features of its SARM, chosen on training prompts, measured on held-out ones."""
+    pairs = str(run / "pairs")
+    return {"--sarm": str(run / "sarm"), "--select": pairs, "--target": pairs, "--out": str(run / "audit")}
 
 
 def main(settings: AuditFeatures) -> None:
@@ -17,4 +27,4 @@ def main(settings: AuditFeatures) -> None:
 
 
 if __name__ == "__main__":
-    run_command(AuditFeatures, main, __doc__ or "")
+    run_command(AuditFeatures, main, __doc__ or "", made=Made(TrainSarm, reads))

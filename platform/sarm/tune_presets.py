@@ -42,6 +42,16 @@ smollm2 = _ablation(
     sae=replace(demo.sae, text_epochs=5, chat_epochs=20),
 )
 
+# A sweep to look at first: what one more block, a wider dictionary and a plain head each change, on a third of the pairs.
+demo_sweep = replace(
+    smollm2,
+    run=replace(smollm2.run, out=Path("outputs/ablation-demo")),
+    data=replace(smollm2.data, max_pairs_per_prompt=12),
+    sweep=Sweep(
+        layers=(15,), widths=(8, 16), ks=(27,), components=("sarm", "scalar"), centre=(15, 16, 27), cpus_per_trial=1
+    ),
+)
+
 # SARM table 3, with the components of table 2 at the centre.
 paper_3b = _ablation(
     sarm_1b,
@@ -74,6 +84,10 @@ paper_8b = _ablation(
 
 ABLATIONS: dict[str, tuple[str, Ablation]] = {
     "tiny": ("2 layers x 2 widths of a random Llama on made-up data: minutes, offline, for tests", tiny),
+    "demo": (
+        "SmolLM2-135M-Instruct at one layer: two widths and a scalar head, about 15 minutes on 2 cores",
+        demo_sweep,
+    ),
     "smollm2": (
         "SmolLM2-135M-Instruct, 3 layers x 2 widths x 2 k and two baselines: about 90 minutes on 2 cores",
         smollm2,

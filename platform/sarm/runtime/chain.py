@@ -7,6 +7,7 @@ from sarm.config import AlsoSaes, FeaturePages, StageName
 from sarm.runtime import stages
 from sarm.runtime.chain_state import ChainState, StageState, move_aside, state_of
 from sarm.runtime.job import say
+from sarm.runtime.plan import Folders, stage_folders
 from sarm.runtime.session import Session, open_session
 
 
@@ -24,7 +25,7 @@ def run_chain(config: Any) -> dict[StageName, Any]:
     _check(config, state)
     _announce(state)
     with open_session(config) as session:
-        return {stage.name: _run(session, config, stage) for stage in state.stages}
+        return {stage.name: _run(session, config, stage) for stage in state.stages if not _is_settled(config, stage)}
 
 
 def _check(config: Any, state: ChainState) -> None:
@@ -43,6 +44,15 @@ def _announce(state: ChainState) -> None:
             say(f"plan: {stage.name:<20}{stage.state}")
 
 
+def _is_settled(config: Any, stage: StageState) -> bool:
+    """Whether there is nothing to do; a report is written anew whenever it is asked for."""
+    if stage.state != "done" or (stage.name == "evaluate" and not isinstance(config, FeaturePages)):
+        return False
+    for plan in stage_folders(stage.name, config, Folders(config.run.out)):
+        say(f"{stage.name}: already done, {plan.folder}")
+    return True
+
+
 def _run(session: Session, config: Any, stage: StageState) -> Any:
     match stage.name:
         case "prepare_data":
@@ -55,18 +65,14 @@ def _run(session: Session, config: Any, stage: StageState) -> Any:
             return stages.train_sarm(session, config.model, config.reward)
         case "evaluate":
             stages.evaluate(session, config.extraction, config.evaluation)
-            # A report takes seconds of imports, which a job that only reads what was measured need not wait for.
-            return None if stage.state == "done" and isinstance(config, FeaturePages) else _report(session, config)
+            # Seconds of imports, that who is refused at the first stage need not wait for.
+            from sarm.runtime.reporting import report
+
+            return report(session, config.run.out.name, config.evaluation)
         case "collect_contexts":
             return _reading().collect(session, config.contexts)
         case "feature_pages":
             return _reading().write_pages(session, config.pages)
-
-
-def _report(session: Session, config: Any) -> Any:
-    from sarm.runtime.reporting import report
-
-    return report(session, config.run.out.name, config.evaluation)
 
 
 def _reading() -> Any:

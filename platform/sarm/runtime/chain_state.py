@@ -105,7 +105,11 @@ def folders_from(stage: StageName, out: Path) -> list[Path]:
     folders, found = Folders(out), []
     for name in STAGES[STAGES.index(stage) :]:
         own = [folder for folder, _ in _existing(name, folders, set())]
-        found += [*own, *(folders.states(folder.name) for folder in own), *(out / file for file in _FILES_OF.get(name, ()))]
+        found += [
+            *own,
+            *(folders.states(folder.name) for folder in own),
+            *(out / file for file in _FILES_OF.get(name, ())),
+        ]
         found += sorted((out / "training").glob("*")) if name == "train_sae" else []
     return [path for path in dict.fromkeys(found) if path.exists()]
 

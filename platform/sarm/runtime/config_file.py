@@ -115,4 +115,3 @@ def _of_value(flag: str, value: Any, *, is_positional: bool) -> list[str] | None
         return [flag if value else f"--{head}{dot}no-{last}"]
     # Joined, so that a text that begins with dashes stays a value.
     return [flag, *texts] if isinstance(value, list) else [f"{flag}={texts[0]}"]
-

@@ -22,6 +22,7 @@ from sarm.config import Pipeline, UserError
 from sarm.presets import PRESETS
 from sarm.runtime.config_file import as_file, config_flags
 from sarm.runtime.dry_run.describing import describe
+from sarm.runtime.preset_command import Made, in_order, names_a_preset, split, with_defaults
 from sarm.untrusted import holds_a_secret
 
 DEFAULT_PRESET = "demo"
@@ -47,12 +48,34 @@ def run_job(
 
 
 def run_command(
-    config_type: type, job: Callable[[Any], None], description: str, arguments: Sequence[str] | None = None
+    config_type: type,
+    job: Callable[[Any], None],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    made: Made | None = None,
 ) -> None:
-    """`run_job` for a job without presets: every setting is a flag."""
+    """`run_job` for a job whose settings are all flags.
+
+    Where it reads what the chain `made`, its first argument may be a preset: the stages before it are run first, or found done.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     script = f"python {os.path.relpath(sys.argv[0])}"
-    _guarded(lambda: _parse_flags(config_type, arguments, script, description.strip()), job, arguments, describe)
+    if made is None or not names_a_preset(arguments):
+        _guarded(lambda: _parse_flags(config_type, arguments, script, description.strip()), job, arguments, describe)
+        return
+    chain: list[Any] = []
+
+    def parsed() -> Any:
+        of_chain, own = split(arguments)
+        chain.append(parse(made.job, description, of_chain))
+        return _parse_flags(config_type, with_defaults(own, made, chain[0].run.out), script, description.strip())
+
+    _guarded(
+        parsed,
+        lambda config: in_order(chain[0], job)(config),
+        arguments,
+        lambda config: f"{describe(chain[0])}\n\n{describe(config)}",
+    )
 
 
 def _guarded(

@@ -1,6 +1,7 @@
 """An ablation from its settings to its report: shared stages once, then the cells through Ray Tune, then the comparison."""
 
 import time
+from dataclasses import replace
 
 from sarm.config import UserError
 from sarm.data.models import check_model, model_folder
@@ -9,6 +10,7 @@ from sarm.runtime import stages
 from sarm.runtime.job import say
 from sarm.runtime.session import Session, open_session
 from sarm.runtime.sweeps.sweep_cells import Cell, check_sweep
+from sarm.runtime.sweeps.sweep_folder import move_sweep_aside, refuse_unshared
 from sarm.runtime.sweeps.sweep_plan import SweepFolders, SweepPlan, claim_sweep, refuse_other_sweep, sweep_plan
 from sarm.runtime.sweeps.sweep_report import Report, Spent, report
 from sarm.runtime.sweeps.sweep_stages import share
@@ -21,7 +23,12 @@ def run_sweep(config: Ablation) -> Report:
 
     Raises UserError before anything starts for what cannot work: cells, sources, layers, the folder, the size of the cluster.
     """
+    if (aside := move_sweep_aside(config)) is not None:
+        say(f"moved aside what {config.run.redo_from} and later stages had made: {aside}")
+    config = replace(config, run=replace(config.run, redo_from=None))
     plan = check_plan(config)
+    if config.run.only:
+        refuse_unshared(plan)
     with open_session(config) as session:
         session.own_folders = SweepFolders(config.run.out)
         return _run(session, plan)

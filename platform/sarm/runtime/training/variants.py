@@ -32,9 +32,7 @@ def full_depth(model: Model) -> int:
     return read_depth(model_folder(model), revision=model.revision, gguf_file=model.gguf_file)
 
 
-def variants(
-    model: Model, reward: Reward, sae: Path, depth_of: Callable[[Model], int] = full_depth
-) -> list[Variant]:
+def variants(model: Model, reward: Reward, sae: Path, depth_of: Callable[[Model], int] = full_depth) -> list[Variant]:
     """The SARM and the baselines that the settings ask for; `depth_of` says where the whole backbone ends.
 
     Raises UserError if they ask for adapters and `peft` is not installed.
