@@ -12,7 +12,7 @@ BESIDE_OTHERS := sae sarm
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-chaos test-formats test-official lint types audit bench ui lock clean
+.PHONY: help demo test test-docs test-chaos test-formats test-official lint types audit bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -30,6 +30,9 @@ demo: $(VENV)/.ready  ## the whole chain on a real model and real preferences, o
 
 test: $(VENV)/.ready lint types  ## everything that checks the project
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+test-docs: $(VENV)/.ready  ## every command of README, docs and help, unchanged, the whole demo among them: half an hour; DOCS=FOLDER keeps it
+	SARM_DOCS=$(or $(DOCS),1) $(BIN)/python -m pytest tests/test_documented_commands.py --timeout 3600
 
 .venv-official/.ready: tests/evaluate/official/requirements.txt
 	$(PYTHON) -m venv .venv-official

@@ -1,12 +1,12 @@
 """Score held-out pairs, measure with intervals beside the baselines, attribute rewards to features, write the report.
 
-python jobs/evaluate.py demo
-ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/evaluate.py demo
+    python jobs/evaluate.py demo
+    ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/evaluate.py demo
 
 With --model instead of a preset: score benchmarks with any reward model, each figure with its interval.
 
-python jobs/evaluate.py --model outputs/demo/sarm --benchmarks reward_bench_2=safety.jsonl.gz rm_bench --out outputs/benchmarks
-python jobs/evaluate.py --model x --help     every flag of this form
+    python jobs/evaluate.py --model outputs/demo/sarm --benchmarks reward_bench_2=safety.jsonl.gz rm_bench=chat.jsonl --out outputs/benchmarks
+    python jobs/evaluate.py --model x --help     every flag of this form
 """
 
 import sys

@@ -1,9 +1,9 @@
 """Explain latents from their contexts, test every explanation on texts of other prompts, rate them; report, tables, MLflow.
 
-python jobs/interpret.py demo
-python jobs/interpret.py outputs/demo/contexts --out outputs/demo/explanations
-python jobs/interpret.py outputs/demo/contexts --out outputs/explained --judging.judges gpt-4o-mini --judging.prices gpt-4o-mini=0.15/0.6 --judging.max-usd 2
-python jobs/interpret.py outputs/demo/contexts --out outputs/explained --judging.judges qwen3@http://localhost:8000/v1 --judging.retry-failed
+    python jobs/interpret.py demo
+    python jobs/interpret.py outputs/demo/contexts --out outputs/demo/explanations
+    python jobs/interpret.py outputs/demo/contexts --out outputs/explained --judging.judges gpt-4o-mini --judging.prices gpt-4o-mini=0.15/0.6 --judging.max-usd 2
+    python jobs/interpret.py outputs/demo/contexts --out outputs/explained --judging.judges qwen3@http://localhost:8000/v1 --judging.retry-failed
 
 Without a judge every latent gets an extractive label. Keys come from OPENAI_API_KEY, or --judging.keys HOST=env:NAME or HOST=file:PATH.
 """

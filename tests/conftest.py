@@ -34,6 +34,7 @@ _SHARED = {
     "chaos": "chain",
     "test_submit": "chain",
     "test_secrets": "chain",
+    "test_documented_commands": "chain",
 }
 
 

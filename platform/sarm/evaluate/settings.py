@@ -61,9 +61,9 @@ class Benchmarking:
 class Comparison:
     """Compare two finished evaluations item by item."""
 
-    run_a: tyro.conf.Positional[Path]
+    run_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A")]
     """Folder that `jobs/evaluate.py --model` wrote: the model whose gain is measured."""
-    run_b: tyro.conf.Positional[Path]
+    run_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")]
     """Folder of the model that it is compared with."""
     run: Annotated[Run, Flat] = Run(out=Path("outputs/comparison"))
     resamples: int = 10_000

@@ -144,7 +144,7 @@ def _price(text: str) -> tuple[str, tuple[float, float]]:
 class Interpret:
     """Explain latents from their contexts, and test the explanations on texts of other prompts."""
 
-    contexts: tyro.conf.Positional[Path]
+    contexts: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONTEXTS")]
     """Folder that `jobs/collect_contexts.py` wrote."""
     run: Annotated[Run, Flat] = Run(out=Path("outputs/explanations"))
     judging: Judging = Judging()
@@ -208,7 +208,7 @@ class Interpret:
 class HumanRatings:
     """Write a sheet for people to rate latents in, or compare filled sheets with the judges."""
 
-    explanations: tyro.conf.Positional[Path]
+    explanations: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPLANATIONS")]
     """Folder that `jobs/interpret.py` wrote."""
     run: Annotated[Run, Flat] = Run(out=Path("outputs/human-ratings"))
     sheet: Path | None = None

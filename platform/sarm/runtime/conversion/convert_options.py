@@ -13,9 +13,9 @@ from sarm.checks import check_least
 class ConvertSae:
     """Write an SAE in another library's format, or read one of theirs."""
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """Folder or .pt file that holds the SAE."""
-    target: Annotated[Path, tyro.conf.Positional]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write; new or empty."""
     format: Literal["saelens", "saelens_residual", "sparsify", "dictionary_learning", "pt", "sarm"] = "saelens"
     """What to write. `saelens_residual` lets SAELens standardise; `sarm` is a finished SAE stage for the next job."""
@@ -44,9 +44,9 @@ class ConvertSae:
 class ConvertSarm:
     """Read a reward model in the papers' layout, or write one of this platform in it."""
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
     """Folder of the reward model: its config says which of the two layouts it is in."""
-    target: Annotated[Path, tyro.conf.Positional]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write; new or empty."""
     format: Literal["sarm", "papers", "sae"] = "sarm"
     """What to write: this platform's folder, the papers' checkpoint, or the SAE alone as a finished stage for the next job."""
