@@ -134,7 +134,7 @@ def test_more_models_epochs_and_dictionaries_cost_more(tmp_path):
 
 
 def test_a_cluster_is_planned_by_the_gpus_that_it_reports(tmp_path):
-    told = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:A100": 1.0, "node:10.0.0.1": 1.0}
+    told = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:A100-80G": 1.0, "node:10.0.0.1": 1.0}
     cluster = cluster_machine(told, "the cluster at 10.0.0.1:6379")
     assert (cluster.num_gpus, cluster.gpu) == (8, "A100")
     sarm_4b = preset("sarm-4b", tmp_path)

@@ -107,7 +107,12 @@ def machine_of(run: Run) -> Machine:
 
 def cluster_machine(resources: Mapping[str, float], where: str) -> Machine:
     """A machine of Ray's resources, whose `accelerator_type:NAME` says which GPUs there are."""
-    kinds = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    # Ray tells some by their memory too: `A100-80G`.
+    kinds = [
+        name.removeprefix("accelerator_type:").split("-")[0]
+        for name in resources
+        if name.startswith("accelerator_type:")
+    ]
     known = [kind for kind in kinds if kind in PEAKS]
     # Of several kinds the slowest: the others would wait for it.
     gpu = min(known, key=lambda kind: PEAKS[kind][0], default="")

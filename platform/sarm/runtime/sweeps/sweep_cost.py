@@ -63,8 +63,16 @@ def _costs(
             for key in saes
         ),
         "reward": sum(reward_flops(shape, _depth(cell, shape), reward, trained) for cell in cells),
+        "scoring": sum(
+            2.0 * shape.weights_a_block * _depth(cell, shape) * pairs.heldout * pairs.tokens_a_pair for cell in cells
+        ),
     }  # fmt: skip
-    dtypes = {"extraction": config.model.dtype, "SAEs": "bfloat16", "reward": reward.precision}
+    dtypes = {
+        "extraction": config.model.dtype,
+        "SAEs": "bfloat16",
+        "reward": reward.precision,
+        "scoring": config.model.dtype,
+    }
     hours = {name: part / machine.gpu_rate(dtypes[name]) / 3600 for name, part in flops.items()}
     of_tokens = len({key.layer for key in saes if key.unit == "token"})
     activations = work.disk_bytes + rows["token"] * of_tokens * 2 * d_in
@@ -121,7 +129,10 @@ def _time(
     else:
         cores = machine.cores
         at_once = max(1, cores // (each * (config.sweep.cpus_per_trial or run.cpus_per_worker or cores)))
-        seconds = sum(part / machine.core_rate(training=name != "extraction") / cores for name, part in flops.items())
+        seconds = sum(
+            part / machine.core_rate(training=name not in ("extraction", "scoring")) / cores
+            for name, part in flops.items()
+        )
     layers = layers_of(cells, config.model.layer)
     seconds += _SECONDS_BEFORE + _SECONDS_A_LAYER * len(layers) + _SECONDS_A_CELL * len(cells) / at_once
     side_by_side = f"{at_once} trial{'s' * (at_once > 1)} at a time"
