@@ -165,7 +165,11 @@ BAD_FLAGS = {
     "wrong flag": ("train_sae", ["tiny", "--sae.kk", "3"], ["--sae.kk", "--sae.k"]),
     "wrong value": ("train_sae", ["tiny", "--sae.k", "many"], ["--sae.k", "many"]),
     "wrong preset": ("pipeline", ["dmo"], ["dmo", "demo"]),
-    "a file of settings that is not there": ("pipeline", ["tiny", "--config", "/no/such.yaml"], ["/no/such.yaml", "No such file"]),
+    "a file of settings that is not there": (
+        "pipeline",
+        ["tiny", "--config", "/no/such.yaml"],
+        ["/no/such.yaml", "No such file"],
+    ),
     "a later stage's redo": ("train_sae", ["tiny", "--redo-from", "evaluate"], ["evaluate", "train_sae"]),
     "only its own stage": ("train_sarm", ["tiny", "--only"], ["no folder", "first"]),
     "k beyond the dictionary": (
