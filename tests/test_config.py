@@ -146,8 +146,9 @@ def test_identity_is_the_same_after_a_round_trip_through_json():
 
 def test_part_is_the_config_of_one_job():
     preset = PRESETS["demo"][1]
-    assert preset.part(TrainSae) == TrainSae(run=preset.run, sae=preset.sae)
-    assert preset.part(TrainSarm) == TrainSarm(run=preset.run, model=preset.model, reward=preset.reward)
+    before = {"run": preset.run, "data": preset.data, "model": preset.model, "extraction": preset.extraction}
+    assert preset.part(TrainSae) == TrainSae(**before, sae=preset.sae)
+    assert preset.part(TrainSarm) == TrainSarm(**before, sae=preset.sae, reward=preset.reward)
     assert preset.part(Pipeline) == preset
 
 

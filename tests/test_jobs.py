@@ -165,7 +165,13 @@ BAD_FLAGS = {
     "wrong flag": ("train_sae", ["tiny", "--sae.kk", "3"], ["--sae.kk", "--sae.k"]),
     "wrong value": ("train_sae", ["tiny", "--sae.k", "many"], ["--sae.k", "many"]),
     "wrong preset": ("pipeline", ["dmo"], ["dmo", "demo"]),
-    "no preset": ("pipeline", [], ["preset"]),
+    "a file of settings that is not there": (
+        "pipeline",
+        ["tiny", "--config", "/no/such.yaml"],
+        ["/no/such.yaml", "No such file"],
+    ),
+    "a later stage's redo": ("train_sae", ["tiny", "--redo-from", "evaluate"], ["evaluate", "train_sae"]),
+    "only its own stage": ("train_sarm", ["tiny", "--only"], ["no folder", "first"]),
     "k beyond the dictionary": (
         "pipeline",
         ["tiny", "--sae.k", "300"],
@@ -187,8 +193,8 @@ BAD_FLAGS = {
         ["chess", "reward_bench_2", "--benchmarks"],
     ),
     "nothing to compare": ("compare", ["/no/a", "/no/b"], ["/no/a", "benchmarks/v1"]),
-    "contexts of nothing": ("collect_contexts", ["tiny"], ["pairs/v1", "no folder"]),
-    "pages of nothing": ("feature_pages", ["tiny"], ["contexts/v1", "no folder"]),
+    "contexts of nothing": ("collect_contexts", ["tiny", "--only"], ["pairs/v1", "no folder"]),
+    "pages of nothing": ("feature_pages", ["tiny", "--only"], ["contexts/v1", "no folder"]),
     "card of nothing": ("reward_card", ["--model", "/no/such", "--prompt", "a", "--response", "b"], ["/no/such"]),
     "nan rate": ("train_sarm", ["tiny", "--reward.lr", "nan"], ["finite", "--reward.lr"]),
 }
@@ -254,8 +260,8 @@ def test_an_sae_of_another_shape_is_refused(finished: Path, tmp_path: Path, run_
 
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
-    shutil.rmtree(out / "sarm")
-    shutil.rmtree(out / "evaluation")
+    for name in ("sarm", "evaluation", "contexts", "features"):
+        shutil.rmtree(out / name)
     config = json.loads((out / "sae" / "cfg.json").read_text())
     (out / "sae" / "cfg.json").write_text(json.dumps({**config, "d_sae": 99}))
     refused(run_job("train_sarm", "tiny", "--out", out), "sae_weights.safetensors", "99")

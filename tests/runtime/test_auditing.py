@@ -230,6 +230,20 @@ def test_asking_again_is_a_no_op(audited, work, extracted, capsys):
     assert {path: path.stat().st_mtime_ns for path in audited.rglob("manifest.json")} == before
 
 
+def test_a_redo_keeps_the_codes_and_makes_the_rest_with_other_settings(audited, work, extracted):
+    """The page of an audit that finds nothing advises a larger --fdr, which the same folder used to refuse."""
+    asked = settings(work, extracted, "redone")
+    shutil.copytree(audited, asked.run.out, ignore=shutil.ignore_patterns("run.json"))
+    codes = (asked.run.out / "codes" / "manifest.json").stat().st_mtime_ns
+    other = dataclasses.replace(asked, fdr=0.2, redo=True, controls=10)
+    run_job(audit, other)
+    assert (asked.run.out / "codes" / "manifest.json").stat().st_mtime_ns == codes
+    assert json.loads((asked.run.out / "features" / "manifest.json").read_text())["config"]["fdr"] == 0.2
+    (aside,) = (asked.run.out.parent / f"{asked.run.out.name}.aside").iterdir()
+    assert json.loads((aside / "features" / "manifest.json").read_text())["config"]["fdr"] == 0.05
+    assert (aside / "audit.html").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

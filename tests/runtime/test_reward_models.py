@@ -16,7 +16,8 @@ from sarm.nn.architectures import build_sae
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.sae import standardise
 from sarm.runtime.training.head_start import frozen_sides
-from sarm.runtime.training.reward_models import build_model, check_sae, check_width, merge_adapters_, variants
+from sarm.runtime.training.reward_models import build_model, check_sae, check_width, merge_adapters_
+from sarm.runtime.training.variants import variants
 from sarm.schema import stable_int
 from sarm.train.reward import LocalEngine, parameter_groups, train_reward
 

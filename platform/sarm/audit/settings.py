@@ -54,6 +54,8 @@ class AuditFeatures:
     """Matched sets for the interventions upstream of TopK, each of which encodes all responses again."""
     deletions: int = 40
     """Target responses of which sentences are deleted; 0: none."""
+    redo: bool = field(default=False, metadata=OPERATIONAL)
+    """Move what an audit with other settings left in `--out` aside (to `OUT.aside/TIME`) and choose and test again; the codes stay if they are of the same pairs."""
 
     def __post_init__(self) -> None:
         _absolute(self, "sarm")

@@ -5,6 +5,7 @@ What needs torch or Ray is imported inside, so that who is refused need not wait
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +21,14 @@ from sarm.audit.selection import Selection, select, sensitivity
 from sarm.audit.settings import SITES, AuditFeatures
 from sarm.config import UserError, identity
 from sarm.data.audit_pairs import ROLES, audit_pairs
-from sarm.manifest import StageFolder, write_atomically
+from sarm.manifest import StageFolder, difference_of, record_of, write_atomically
 from sarm.runtime.audit.audit_folder import FEATURES
 from sarm.runtime.audit.audit_page import write_audit_page
+from sarm.runtime.chain_state import move
 from sarm.runtime.judges.safety_ratings import SafetyRatings, safety_ratings
 from sarm.runtime.models import hash_of_folder, sarm_settings
-from sarm.runtime.session import Session, say
+from sarm.runtime.session import RUN_FILE, Session, say
+from sarm.runtime.supervisor import STARTED_AGAIN
 from sarm.runtime.tracking import StageRun
 
 
@@ -38,12 +41,14 @@ def audit(session: Session, settings: AuditFeatures) -> Path:
     ratings = None if settings.ratings is None else safety_ratings(settings.ratings, settings.sarm)
     limits = {"select": settings.limit, "target": settings.limit, "off_target": settings.limit_off_target}
     pairs = audit_pairs({role: getattr(settings, role) for role in ROLES}, limits)
+    if settings.redo and not os.environ.get(STARTED_AGAIN):
+        _move_aside(session, settings, pairs)
     cache_codes(session, settings, pairs)
     choose_features(session, settings, ratings)
     if not json.loads((session.run.out / "features" / "selection.json").read_text())["selected"]:
         page = write_audit_page(session.run.out)
         raise UserError(
-            f"no feature passes: see {page}. Pass more --select pairs, or a larger --fdr or --max-off-target."
+            f"no feature passes: see {page}. Pass --redo with more --select pairs, or a larger --fdr or --max-off-target."
         )
     from sarm.runtime.audit.causal_tests import test_causes
 
@@ -56,11 +61,7 @@ def audit(session: Session, settings: AuditFeatures) -> Path:
 
 def cache_codes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> None:
     """The codes of all responses of the audit, in `codes` of the run's folder."""
-    digest = hashlib.sha256()
-    for name in ("role", "pair_id"):
-        digest.update("\x1f".join(pairs[name].to_pylist()).encode())
-    asked = {"sarm": hash_of_folder(settings.sarm), "place": str(settings.sarm), "pairs": digest.hexdigest()[:16]}
-    folder = StageFolder(session.run.out / "codes", CODES, asked)
+    folder = StageFolder(session.run.out / "codes", CODES, _codes_settings(settings, pairs))
 
     def body(_: StageRun) -> Mapping[str, Any]:
         from sarm.runtime.audit.audit_codes import write_codes
@@ -69,6 +70,23 @@ def cache_codes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
         return {**counts, "figures": counts}
 
     session.stage("cache codes", folder, body)
+
+
+def _codes_settings(settings: AuditFeatures, pairs: pa.Table) -> dict[str, str]:
+    digest = hashlib.sha256()
+    for name in ("role", "pair_id"):
+        digest.update("\x1f".join(pairs[name].to_pylist()).encode())
+    return {"sarm": hash_of_folder(settings.sarm), "place": str(settings.sarm), "pairs": digest.hexdigest()[:16]}
+
+
+def _move_aside(session: Session, settings: AuditFeatures, pairs: pa.Table) -> None:
+    """Make room for other features; the codes, which cost a pass over all pairs, stay where they are the same."""
+    out = session.run.out
+    codes = record_of(out / "codes", CODES)
+    kept = {"codes"} if codes is not None and not difference_of(codes, _codes_settings(settings, pairs)) else set()
+    found = sorted(path for path in out.glob("[!.]*") if path.name not in kept and path.name != RUN_FILE)
+    if (aside := move(found, out)) is not None:
+        say(f"moved aside what the audit before had made: {aside}")
 
 
 def choose_features(session: Session, settings: AuditFeatures, given: SafetyRatings | None) -> None:
