@@ -178,6 +178,7 @@ BAD_FLAGS = {
         ["k must be between 1 and d_sae=256", "300", "--sae.k"],
     ),
     "layer beyond the model": ("pipeline", ["tiny", "--model.layer", "9"], ["layer 9", "2 blocks", "--model.layer"]),
+    "further layer beyond the model": ("pipeline", ["tiny", "--layers", "1", "9"], ["layer 9", "2 blocks", "--layers"]),
     "unknown model": ("pipeline", ["tiny", "--model.name", "/no/such/model"], ["/no/such/model", "--model.name"]),
     "unknown built-in": ("pipeline", ["tiny", "--model.name", "demo:gpt9"], ["demo:gpt9", "demo:smollm2"]),
     "missing file": ("pipeline", ["tiny", "--data.pairs", "/no/such.jsonl"], ["/no/such.jsonl"]),

@@ -6,6 +6,7 @@ from typing import Any
 from sarm.config import AlsoSaes, FeaturePages, StageName
 from sarm.runtime import stages
 from sarm.runtime.chain_state import ChainState, StageState, move_aside, state_of
+from sarm.runtime.dry_run.inputs import check_layers
 from sarm.runtime.job import say
 from sarm.runtime.plan import Folders, stage_folders
 from sarm.runtime.session import Session, open_session
@@ -36,6 +37,8 @@ def _check(config: Any, state: ChainState) -> None:
         stages.check_sources(config.data)
     if state.is_todo("extract_activations") or state.is_todo("train_sarm"):
         check_model(config.model)
+    if state.is_todo("extract_activations"):
+        check_layers(config.model, {config.model.layer, *config.extraction.layers}, "--layers")
 
 
 def _announce(state: ChainState) -> None:
