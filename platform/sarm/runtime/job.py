@@ -8,7 +8,6 @@ import difflib
 import io
 import os
 import re
-import signal
 import sys
 import time
 import traceback
@@ -22,6 +21,9 @@ from sarm.checks import StoppedError
 from sarm.config import Pipeline, Run, UserError, as_json
 from sarm.presets import PRESETS
 from sarm.runtime.extraction.extraction_cost import describe_extraction
+from sarm.runtime.results import kept
+from sarm.runtime.stopping import Listener, command_line
+from sarm.runtime.supervisor import is_supervised, supervise_this
 from sarm.untrusted import holds_a_secret
 
 
@@ -69,16 +71,10 @@ def _guarded(
 
             submit(sys.argv[0], arguments, config)
             return
-        if run is not None and run.supervise:
-            from sarm.runtime.submission import without_flag
-            from sarm.runtime.supervisor import supervise
-
-            sys.exit(supervise([sys.executable, sys.argv[0], *without_flag(arguments, "--supervise")], config))
-        before = signal.signal(signal.SIGTERM, _stop)
-        try:
+        if run is not None and is_supervised(run):
+            sys.exit(supervise_this(arguments, config))
+        with Listener(command_line(arguments), is_loud=debug), kept(config):
             job(config)
-        finally:
-            signal.signal(signal.SIGTERM, before)
     except StoppedError as stopped:
         print(f"{stopped}; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(75)
@@ -117,10 +113,6 @@ def _refuse_arguments(arguments: Sequence[str]) -> None:
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     if repeated := [flag for flag in flags if flags.count(flag) > 1]:
         raise UserError(f"{repeated[0]} is given twice, and only one could count. Pass it once.")
-
-
-def _stop(*_: Any) -> None:
-    raise StoppedError("stopped by SIGTERM")
 
 
 def say(message: str) -> None:
