@@ -50,6 +50,7 @@ def test_a_job_that_is_started_again_waits_for_its_cluster_and_a_first_one_does_
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr("sarm.runtime.cluster.check_listening", lambda address: None)
     monkeypatch.setattr("sarm.runtime.cluster._SECONDS_BETWEEN_TRIES", 0.01)
     monkeypatch.delenv("SARM_STARTED_AGAIN", raising=False)
     with (

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import sys
 import time
 import uuid
@@ -18,6 +19,7 @@ from typing import Any
 
 from sarm.checks import NO_PROGRESS_SECONDS
 from sarm.config import Run, UserError
+from sarm.runtime.failures import causes_of
 from sarm.runtime.stopping import ray_starting
 from sarm.runtime.supervisor import STARTED_AGAIN
 
@@ -105,11 +107,16 @@ def _join(address: str) -> None:
 
     # A supervised job that is started again had a cluster there: one whose head was lost comes back.
     last = time.monotonic() + (NO_PROGRESS_SECONDS if os.environ.get(STARTED_AGAIN) else 0.0)
+    # Of a cluster that refuses, Ray's compiled part prints three lines before the exception comes.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     while True:
         try:
+            check_listening(address)
             ray.init(address=address, logging_level=logging.WARNING)
             return
         except ConnectionError as error:
+            if reason := next(filter(None, map(why_refused, causes_of(error))), ""):
+                raise UserError(f"the Ray cluster at {address} {reason}") from error
             if time.monotonic() >= last:
                 reason = " ".join(str(error).split())[:300].rstrip(".")
                 raise UserError(
@@ -122,10 +129,20 @@ def _join(address: str) -> None:
         time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
-def why_refused(error: Exception) -> str:
+def check_listening(address: str) -> None:
+    """Raise ConnectionError if nobody listens at HOST:PORT: Ray would try for a minute and more."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            raise ConnectionError(error.strerror or str(error)) from error
+
+
+def why_refused(error: BaseException) -> str:
     """What a cluster that is there has against this process, and what to do; '' if the error says neither."""
     said = str(error)
-    if type(error).__name__ == "AuthenticationError":
+    if type(error).__name__ == "AuthenticationError" or "AuthenticationError" in said:
         return "does not accept the token of this process. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
     if "Version mismatch" in said:
         versions = re.findall(r"^\s*(Ray|Python): (\S+)", said, flags=re.M)

@@ -124,12 +124,15 @@ class Listener:
             self._leave(signal.Signals(number))
 
     def _leave(self, number: signal.Signals) -> None:
-        if not self._is_leaving:
-            self._is_leaving = True
-            threading.Thread(target=self._give_up, name="leaving", daemon=True).start()
+        self._leave_in_time()
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise StoppedError(_WORDS[number])
+
+    def _leave_in_time(self) -> None:
+        if not self._is_leaving:
+            self._is_leaving = True
+            threading.Thread(target=self._give_up, name="leaving", daemon=True).start()
 
     def _give_up(self) -> None:
         """End the process if something on the way out waits, or took the exception for its own."""
@@ -167,6 +170,9 @@ class Listener:
             self.say(
                 f"{_WORDS[signal.Signals(number)]}{waits}; finished stages are kept, and this command goes on: {self._command}"
             )
+            if self._save is None:
+                # The main thread may be far away in compiled code.
+                self._leave_in_time()
             if not self._is_loud:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, 1)
