@@ -20,7 +20,7 @@ from typing import Any
 from sarm.checks import NO_PROGRESS_SECONDS
 from sarm.config import Run, UserError
 from sarm.runtime.failures import causes_of
-from sarm.runtime.stopping import ray_starting
+from sarm.runtime.stopping import ray_starting, was_asked
 from sarm.runtime.supervisor import STARTED_AGAIN
 
 # Light tasks (reading, writing, controllers) must find a slot while workers hold the cores, or the pipeline starves.
@@ -107,12 +107,11 @@ def _join(address: str) -> None:
 
     # A supervised job that is started again had a cluster there: one whose head was lost comes back.
     last = time.monotonic() + (NO_PROGRESS_SECONDS if os.environ.get(STARTED_AGAIN) else 0.0)
-    # Of a cluster that refuses, Ray's compiled part prints three lines before the exception comes.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     while True:
         try:
             check_listening(address)
-            ray.init(address=address, logging_level=logging.WARNING)
+            with _compiled_part_silent():
+                ray.init(address=address, logging_level=logging.WARNING)
             return
         except ConnectionError as error:
             if reason := next(filter(None, map(why_refused, causes_of(error))), ""):
@@ -127,6 +126,20 @@ def _join(address: str) -> None:
                 raise UserError(f"the Ray cluster at {address} {reason}") from error
             raise
         time.sleep(_SECONDS_BETWEEN_TRIES)
+
+
+@contextmanager
+def _compiled_part_silent() -> Iterator[None]:
+    """While the body runs, nothing goes to the process's stderr: of a cluster that refuses, Ray prints lines before it raises."""
+    screen, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        if not was_asked():
+            os.dup2(screen, 2)
+        os.close(screen)
+        os.close(nowhere)
 
 
 def check_listening(address: str) -> None:

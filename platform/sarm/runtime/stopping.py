@@ -185,6 +185,11 @@ def listener() -> Listener | None:
     return _active if threading.current_thread() is threading.main_thread() else None
 
 
+def was_asked() -> bool:
+    """Whether a signal came that ends this process's job."""
+    return _active is not None and _active.asked is not None
+
+
 def leave_if_asked() -> None:
     """Raise StoppedError or KeyboardInterrupt if the job was asked to stop and what it was doing has ended since."""
     if (active := listener()) is not None:
