@@ -122,6 +122,7 @@ def group_of(differences: np.ndarray, prompts: list[str] | None = None) -> Audit
         weight=np.ones(width), reward=np.zeros(2 * num), tokens=np.ones(2 * num), z=z, sentence=z, ends=np.ones(2 * num, int),
         residual=np.zeros((2 * num, 1), np.float32), pair_ids=names, prompts=names if prompts is None else np.array(prompts),
         roles=np.full(num, "target"), subsets=np.full(num, "a"), chosen=np.arange(num), rejected=np.arange(num, 2 * num),
+        required=np.zeros(num),
     )  # fmt: skip
 
 

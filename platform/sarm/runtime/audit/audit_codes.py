@@ -1,4 +1,4 @@
-"""The codes stage of an audit: every response through the SARM once, on the cluster, into codes/v1."""
+"""The codes stage of an audit: every response through the SARM once, on the cluster, into codes/v2."""
 
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
