@@ -22,6 +22,7 @@ from sarm.audit.relabelling import (
     apply_changes,
     changed_pairs,
     changes_table,
+    feature_scores,
     rankings,
 )
 from sarm.audit.settings import Relabel
