@@ -17,6 +17,7 @@ BASELINES = {
     "scalar_head": "scalar head, same backbone",
     "scalar_head_full": "scalar head, whole backbone",
     "sarm_random_encoder": "SARM, random encoder",
+    "sarm_random_directions": "SARM, random directions alone",
     "sarm_random_linear": "SARM, random linear map",
     "sarm_token_sae": "SARM, token-level SAE",
 }

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sarm.config import Model, Reward, Run, UserError
-from sarm.data.chat import load_chat_tokenizer
+from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import token_batches
@@ -47,7 +47,10 @@ _STEPS_BETWEEN_LOOKS = 1
 
 @dataclass(frozen=True)
 class RewardTask:
-    """What a worker needs to know; picklable. `sae` None trains the scalar head; the head starts at a probe of `head_start`, else at 0."""
+    """What a worker needs to know; picklable. `sae` None trains the scalar head; the head starts at a probe of `head_start`, else at 0.
+
+    `chat_ends` are the activations that a random encoder is matched on.
+    """
 
     run: Run
     model: Model
@@ -60,6 +63,7 @@ class RewardTask:
     tracking: StageRun
     states: Checkpoints
     report_steps: int = 0
+    chat_ends: Path | None = None
 
     @property
     def name(self) -> str:
@@ -113,13 +117,13 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     chat = load_chat_tokenizer(task.model, task.model_folder)
     pairs, validation_pairs = split_off_validation(load_pairs(task.pairs, "train"), task.reward.validation_share)
     groups, validation = list(prompt_groups(pairs, chat)), list(prompt_groups(validation_pairs, chat))
-    model = build_model(task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed)
+    model = _build(task, chat)
     to_train = parameter_groups(model, task.reward)
     # DeepSpeed hands rank 0's weights to the others.
     if rank == 0 and found is not None:
         load_weights_(model, found, "shards")
     elif rank == 0 and task.head_start is not None:
-        start_head_(model, task.head_start, pairs, task.run.seed, groups)
+        start_head_(model, task.head_start, pairs, task.run.seed, groups, task.reward.encoder)
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -170,7 +174,7 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     whole = engine.whole_state()
     if rank != 0:
         return None
-    trained = build_model(task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed)
+    trained = _build(task, chat)
     # Buffers (thresholds) are as they were built.
     trained.load_state_dict({**trained.state_dict(), **whole})
     if validation:
@@ -199,6 +203,12 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
             "validation_prompts": len(validation),
         }
     return {"figures": figures, "history": progress.history}
+
+
+def _build(task: RewardTask, chat: ChatTokenizer) -> SarmForSequenceClassification:
+    return build_model(
+        task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed, task.chat_ends
+    )  # fmt: skip
 
 
 def reward_moments(
