@@ -32,12 +32,15 @@ class Reward:
     """Passes over the training pairs."""
     batch_pairs: int = 64
     """Pairs of one optimizer step over all workers; a prompt's pairs stay together."""
+    pair_weights: Literal["equal", "step"] = "equal"
+    """What a pair weighs in its step's gradient: 1 / batch_pairs, the same in every step; or 1 / the pairs of the step, so that a pair in a
+    small step weighs more."""
     batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
     """Tokens of one forward and backward pass of one worker, padding included."""
     warmup_share: float = 0.1
     """Share of the pairs over which the rates rise from 0; they fall to 0 by a cosine afterwards."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm; that of a step of n pairs to n / batch_pairs times it where pairs weigh alike."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -59,8 +59,8 @@ def corpus_settings(data: Data) -> Settings:
 
 
 def pairs_settings(data: Data) -> Settings:
-    """What decides pairs/v1."""
-    return {key: value for key, value in identity(data).items() if key not in _OF_TEXTS}
+    """What decides pairs/v1; `prompts` says what makes two prompts one, which splits and ids go by."""
+    return {key: value for key, value in identity(data).items() if key not in _OF_TEXTS} | {"prompts": "normalised"}
 
 
 def activation_folders(folders: Folders, model: Model, extraction: Extraction) -> dict[tuple[str, str, int], Path]:

@@ -52,7 +52,9 @@ def prepare(session: Session, data: Data) -> None:
             lambda _: plan.with_figures(prepare_corpus(data, corpus.folder), "rows", "duplicates"),
         )
     session.stage(
-        "prepare pairs", pairs, lambda _: plan.with_figures(prepare_pairs(data, pairs.folder), "rows", "prompts")
+        "prepare pairs",
+        pairs,
+        lambda _: plan.with_figures(prepare_pairs(data, pairs.folder), "rows", "prompts", "near_duplicate_prompts"),
     )
 
 

@@ -5,6 +5,7 @@ milliseconds; that buys seeds and controls, and says nothing about what full ret
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from sarm.audit.relabelling import (
 )
 from sarm.audit.settings import Relabel
 from sarm.config import Reward, UserError, identity
+from sarm.data.prepare import NEAR_DUPLICATES
 from sarm.data.statistics import bootstrap_means
 from sarm.folder_schemas import PAIRS, SARM
 from sarm.interpret.figures import as_svg
@@ -92,6 +94,7 @@ def _write_pairs(session: Session, found: Audited, settings: Relabel) -> None:
     """The pairs/v1 folder with the selecting pairs flipped or dropped, and the manifest that takes it back."""
     assert settings.write is not None
     assert settings.pairs is not None
+    source = settings.pairs
     action, method, text = settings.write.split(":")
     codes, verb, seed = found.codes.role("select"), {"poison": "flip", "denoise": "drop"}[action], session.run.seed
     probe_N = cross_fitted(codes.residual[codes.chosen] - codes.residual[codes.rejected], codes.prompts, np.ones(codes.num_pairs), seed)  # fmt: skip
@@ -108,6 +111,9 @@ def _write_pairs(session: Session, found: Audited, settings: Relabel) -> None:
 
     def body(child: StageRun) -> Mapping[str, Any]:
         pq.write_table(changed_table, place / "part-00000.parquet", write_page_checksum=True)
+        if (source / NEAR_DUPLICATES).exists():
+            # Of prompts, which no change of labels touches.
+            shutil.copy(source / NEAR_DUPLICATES, place)
         # Beside the folder: readers take every Parquet file in it for pairs.
         pq.write_table(changes, place.parent / "changes.parquet", write_page_checksum=True)
         child.log_artifact(place.parent / "changes.parquet")

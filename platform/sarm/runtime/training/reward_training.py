@@ -1,6 +1,7 @@
 """Reward-model training on Ray Train with DeepSpeed ZeRO: what each worker runs, and the trainer that starts them."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,8 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     figures = {
         "reward_mean": mean,
         "reward_std": std,
-        "train_accuracy_last_epoch": _weighted_tail(progress.history, "accuracy", task.reward.epochs),
+        "train_accuracy_last_epoch": last_epoch_accuracy(progress.history),
+        "epochs_trained": progress.history[-1]["epoch"] if progress.history else 0.0,
         "truncated_responses": sum(tokens.num_truncated > 0 for group in groups for tokens in group.tokens),
         "num_pairs": sum(len(group.pairs) for group in groups),
         "num_prompts": len(groups),
@@ -230,6 +232,13 @@ def reward_moments(
     return float(values.mean()), float(values.std()) if len(values) > 1 else 1.0
 
 
-def _weighted_tail(history: list[dict[str, float]], key: str, epochs: int) -> float:
-    last = [entry for entry in history if entry["epoch"] > epochs - 1]
-    return sum(entry[key] for entry in last) / max(1, len(last))
+def last_epoch_accuracy(history: Sequence[Mapping[str, float]]) -> float | None:
+    """Share of the pairs of the last epoch that was begun which were in the right order when they were trained on; None without a step.
+
+    Every pair counts once. After early stopping it is what was trained of the epoch in which training stopped.
+    """
+    if not history:
+        return None
+    begun = math.ceil(history[-1]["epoch"])
+    last = [entry for entry in history if entry["epoch"] > begun - 1]
+    return sum(entry["accuracy"] * entry["pairs"] for entry in last) / sum(entry["pairs"] for entry in last)
