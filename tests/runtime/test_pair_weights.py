@@ -22,9 +22,11 @@ from sarm.runtime.training.zero import ZeroEngine
 from sarm.train.reward import RewardTraining, cut_into_steps, parameter_groups
 from sarm.train.schedule import warmup_cosine
 
-ROW_TOKENS, END, WORLD, STAGES = 64, 1, 2, (0, 1, 2, 3)
-CONFIG = {"lr": 1e-3, "head_lr": 1e-2, "epochs": 2, "batch_pairs": 6, "batch_tokens": 64, "max_grad_norm": 0.3}
+ROW_TOKENS, END, WORLD = 64, 1, 2
+CONFIG = {"lr": 1e-3, "head_lr": 1e-2, "epochs": 2, "batch_pairs": 6, "batch_tokens": 64, "max_grad_norm": 15.0}
 WEIGHTS = ("equal", "step")
+# (ZeRO stage, rule): clipping is DeepSpeed's from stage 1 on.
+TRAININGS = [(0, "equal"), (1, "equal"), (2, "equal"), (3, "equal"), (0, "step"), (2, "step")]
 
 
 def untrained(folder: Path) -> SarmForSequenceClassification:
@@ -92,14 +94,13 @@ def sharded(rank: int, port: int, folder: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found = {}
-    for stage in STAGES:
-        for weights in WEIGHTS:
-            config = Reward(**CONFIG, zero_stage=stage, pair_weights=weights)
-            model, norms = untrained(Path(folder)), []
-            engine = ZeroEngine(model, parameter_groups(model, config), config, torch.device("cpu"))
-            training = RewardTraining(engine, prompts(), config, 0, ROW_TOKENS, END)
-            training.run(lambda _, metrics, norms=norms: norms.append(metrics["grad_norm"]))
-            found[stage, weights] = norms, engine.whole_state()
+    for stage, weights in TRAININGS:
+        config = Reward(**CONFIG, zero_stage=stage, pair_weights=weights)
+        model, norms = untrained(Path(folder)), []
+        engine = ZeroEngine(model, parameter_groups(model, config), config, torch.device("cpu"))
+        training = RewardTraining(engine, prompts(), config, 0, ROW_TOKENS, END)
+        training.run(lambda _, metrics, norms=norms: norms.append(metrics["grad_norm"]))
+        found[stage, weights] = norms, engine.whole_state()
     if rank == 0:
         torch.save(found, out)
     dist.barrier()
@@ -121,7 +122,7 @@ def test_sharded_training_weighs_pairs_as_a_loop_over_single_pairs_does(on_two_w
     norms, wanted, sizes = one_pair_at_a_time(tiny_folder, Reward(**CONFIG, pair_weights=weights))
     assert max(sizes) >= 3 * min(sizes)
     assert min(norms) < CONFIG["max_grad_norm"] < max(norms), "some steps are clipped and some are not"
-    for stage in STAGES:
+    for stage in (stage for stage, rule in TRAININGS if rule == weights):
         found_norms, found = on_two_workers[stage, weights]
         assert found_norms == pytest.approx(norms, rel=2e-3), f"stage {stage}"
         for name, weight in wanted.items():

@@ -195,7 +195,7 @@ def test_a_steps_gradient_does_not_depend_on_how_it_is_cut_into_micro_batches(un
 
 def test_the_shares_of_several_ranks_add_up_to_the_steps_gradient(untrained, groups):
     """What a rank backpropagates times 1 / world, summed over ranks, idle ones among them."""
-    config = dataclasses.replace(CONFIG, epochs=1, batch_pairs=100)
+    config = dataclasses.replace(CONFIG, epochs=1, batch_pairs=100, pair_weights="step")
     whole, _ = train(untrained, groups, config, GradientRecorder)
     world, total = 5, None
     num_pairs = sum(len(group.pairs) for group in groups)
