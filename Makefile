@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MLFLOW_URI ?= sqlite:///$(CURDIR)/outputs/mlflow.db
 UI_PORT ?= 5000
 # The study of quality trains a dozen models, for hours, that of full retraining four: only when they are named.
-BENCH ?= $(filter-out quality retraining,$(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py)))
+BENCH ?= $(filter-out pair_weights quality retraining,$(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py)))
 # These run in the environment of the libraries that they are compared with.
 BESIDE_OTHERS := sae sarm
 

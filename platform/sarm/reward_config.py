@@ -6,8 +6,14 @@ from typing import Literal
 
 from sarm.checks import OPERATIONAL, check, check_least, check_rate
 
-Baseline = Literal["scalar", "scalar_full", "random_encoder", "random_linear", "token_sae"]
-Encoder = Literal["pretrained", "random", "random_linear"]
+Baseline = Literal["scalar", "scalar_full", "random_encoder", "random_directions", "random_linear", "token_sae"]
+Encoder = Literal["pretrained", "random_matched", "random", "random_linear"]
+# What encodes in the baselines that have a random encoder.
+RANDOM_ENCODERS: dict[str, Encoder] = {
+    "random_encoder": "random_matched",
+    "random_directions": "random",
+    "random_linear": "random_linear",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +32,15 @@ class Reward:
     """Passes over the training pairs."""
     batch_pairs: int = 64
     """Pairs of one optimizer step over all workers; a prompt's pairs stay together."""
+    pair_weights: Literal["equal", "step"] = "equal"
+    """What a pair weighs in its step's gradient: 1 / batch_pairs, the same in every step; or 1 / the pairs of the step, so that a pair in a
+    small step weighs more."""
     batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
     """Tokens of one forward and backward pass of one worker, padding included."""
     warmup_share: float = 0.1
     """Share of the pairs over which the rates rise from 0; they fall to 0 by a cosine afterwards."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm; that of a step of n pairs to n / batch_pairs times it where pairs weigh alike."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -40,8 +49,9 @@ class Reward:
     """Recompute the blocks in the backward pass to save memory."""
     baselines: tuple[Baseline, ...] = field(default=("scalar",), metadata=OPERATIONAL)
     """Also train, for comparison: `scalar` (a linear head on the same truncated backbone), `scalar_full` (on the whole backbone),
-    `random_encoder` (SARM whose SAE was never trained, all else equal), `random_linear` (the papers' looser variant of it: raw
-    activations, a trained random linear map with a bias, no TopK), `token_sae` (SARM on the SAE of --reward.token-sae)."""
+    `random_encoder` (SARM whose directions are drawn anew and treated as pretrained ones are: the shift to chat ends absorbed, the head
+    started at a reading of its codes), `random_directions` (directions drawn anew, and neither of these), `random_linear` (the papers'
+    variant: raw activations, a trained random linear map with a bias, no TopK), `token_sae` (SARM on the SAE of --reward.token-sae)."""
     token_sae: Path | None = field(default=None, metadata=OPERATIONAL)
     """Finished SAE folder of another run, trained on all tokens (`--extraction.units token`), for the `token_sae` baseline."""
     encoder: Encoder = "pretrained"

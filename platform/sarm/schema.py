@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -274,9 +275,25 @@ def stable_int(*parts: str) -> int:
     return int(stable_id(*parts), 16) >> 1
 
 
-def prompt_id(messages: Sequence[dict[str, str]]) -> str:
-    """Id of a prompt (all messages before the response); pairs of one prompt share it, and so share a split."""
-    return stable_id(json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False))
+def normalised(text: str) -> str:
+    """The text without what makes no other prompt of it: Unicode form (NFKC), case, and how much white space stands where."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(folded.split())
+
+
+def prompt_id(messages: Sequence[Mapping[str, str]]) -> str:
+    """Id of a prompt (all messages before the response), normalised; pairs of one prompt share it, and so a split and a place in intervals."""
+    return stable_id(json.dumps([[m["role"], normalised(m["content"])] for m in messages], ensure_ascii=False))
+
+
+def prompt_key(messages: Sequence[Mapping[str, str]]) -> str:
+    """The prompt to the letter: two prompts of one id are two texts to a model."""
+    return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
+
+
+def response_id(messages: Sequence[Mapping[str, str]], response: str) -> str:
+    """Id of a response to a prompt, both to the letter."""
+    return stable_id(prompt_key(messages), response)
 
 
 def hash_share(identifier: str) -> float:

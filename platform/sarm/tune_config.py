@@ -6,7 +6,9 @@ from typing import Literal
 from sarm.checks import OPERATIONAL, check, check_least
 from sarm.config import Pipeline
 
-Component = Literal["sarm", "random_encoder", "random_linear", "token_sae", "scalar", "scalar_full"]
+Component = Literal[
+    "sarm", "random_encoder", "random_directions", "random_linear", "token_sae", "scalar", "scalar_full"
+]
 WITHOUT_SAE = ("scalar", "scalar_full")
 
 
@@ -21,7 +23,7 @@ class Sweep:
     ks: tuple[int, ...] = (8,)
     """Active latents."""
     components: tuple[Component, ...] = ("sarm",)
-    """`sarm`, and what stands in its place: its encoder at random (`random_encoder`, `random_linear`), an SAE of all tokens
+    """`sarm`, and what stands in its place: its encoder at random (`random_encoder`, `random_directions`, `random_linear`), an SAE of all tokens
     (`token_sae`), or no SAE at all on the same blocks (`scalar`) or on the whole backbone (`scalar_full`)."""
     token_rows: int = 50_000_000
     """Tokens of text, at most, that the SAEs of `token_sae` learn from; the papers' sentence ends are as many."""

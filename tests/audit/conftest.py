@@ -51,6 +51,7 @@ def tables(num_prompts: int = 40, seed: int = 0) -> tuple[pa.Table, pa.Table]:
                     "source": "made",
                     "chosen_id": f"{prompt}c{i}",
                     "rejected_id": f"{prompt}r0",
+                    "margin": None if is_off else 0.25 + i,
                 }
             )
     return pa.Table.from_pylist(responses, schema=RESPONSES), pa.Table.from_pylist(pairs, schema=CODE_PAIRS)

@@ -1,13 +1,17 @@
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from sarm import schema
 from sarm.audit.relabelling import apply_changes, changed_pairs, changes_table, pair_scores, precision_recall, rankings
 from sarm.audit.selection import Selection
 from sarm.config import UserError
+from sarm.train.objective import Objective
 
 SELECTION = Selection(np.array([1, 2]), np.array([1, -1]))
 
@@ -63,12 +67,26 @@ def test_flips_are_taken_back_by_flipping_again_and_drops_leave_the_rest_alone()
     flipped = changes_table(np.array([3, 0]), "flip", np.arange(6.0), ids)
     poisoned = apply_changes(pairs, flipped)
     assert poisoned["chosen"].to_pylist() == ["bad 0", "good 1", "good 2", "bad 3", "good 4", "good 5"]
-    assert poisoned["margin"].to_pylist() == [None, 0.5, 0.5, -0.5, 0.5, 0.5]
+    assert poisoned["margin"].to_pylist() == [None, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert apply_changes(poisoned, flipped).equals(pairs)
     dropped = apply_changes(pairs, changes_table(np.array([5, 1]), "drop", np.arange(6.0), ids))
     assert dropped["pair_id"].to_pylist() == ["p0", "p2", "p3", "p4"]
     with pytest.raises(UserError, match="1 changed pairs are not among these, first p9"):
         apply_changes(pairs, changes_table(np.array([0]), "flip", np.zeros(1), np.array(["p9"])))
+
+
+def test_a_flipped_pair_has_the_gradient_of_the_flipped_label():
+    pairs = pairs_table()
+    ids = np.array(pairs["pair_id"].to_pylist())
+    poisoned = apply_changes(pairs, changes_table(np.array([3]), "flip", np.arange(6.0), ids)).to_pylist()
+    rewards = {text: torch.tensor(0.0, requires_grad=True) for text in ("good 3", "bad 3")}
+    row = poisoned[3]
+    reward_N = torch.stack([rewards[row["chosen"]], rewards[row["rejected"]]])
+    Objective()(SimpleNamespace(logits=reward_N[:, None]), [0], [1], [row["margin"]]).sum().backward()
+    # At equal rewards a margin of 0.5 is missed by 0.5, whichever response is said to be the better one.
+    pull = 1 / (1 + math.exp(-0.5))
+    assert rewards["bad 3"].grad.item() == pytest.approx(-pull, abs=1e-6)
+    assert rewards["good 3"].grad.item() == pytest.approx(pull, abs=1e-6)
 
 
 def test_a_flipped_label_is_found_again_by_its_features(codes):

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from scipy import optimize, sparse
 
-from sarm.audit.goals import edit_for, mean_difference
+from sarm.audit.codes import AuditCodes
+from sarm.audit.goals import certificate, edit_for, mean_difference
 from sarm.audit.steering import (
     Edit,
     Sweep,
@@ -108,3 +110,97 @@ def test_a_goal_out_of_reach_says_how_far_one_can_get(codes):
     assert edit_for(target, {"off": codes.role("off_select")}, 0.999 * furthest, 0.1, 0.5).target_shift <= furthest
     with pytest.raises(UserError, match=r"rise by 0\.1 at most"):
         edit_for(target, {"itself": target}, 1.0, 0.1, 5.0)
+
+
+def group_of(differences: np.ndarray, prompts: list[str] | None = None) -> AuditCodes:
+    """Pairs whose latents differ by the given rows."""
+    num, width = differences.shape
+    base = np.abs(differences).max() + 1
+    z = sparse.csr_array(np.vstack([base + differences, np.full_like(differences, base)]))
+    names = np.arange(num).astype(str)
+    return AuditCodes(
+        weight=np.ones(width), reward=np.zeros(2 * num), tokens=np.ones(2 * num), z=z, sentence=z, ends=np.ones(2 * num, int),
+        residual=np.zeros((2 * num, 1), np.float32), pair_ids=names, prompts=names if prompts is None else np.array(prompts),
+        roles=np.full(num, "target"), subsets=np.full(num, "a"), chosen=np.arange(num), rejected=np.arange(num, 2 * num),
+        required=np.zeros(num),
+    )  # fmt: skip
+
+
+def test_a_latent_that_leaves_the_target_alone_may_hold_another_group():
+    target, other = group_of(np.array([[1.0, 0.0]])), group_of(np.array([[1.0, -1.0]]))
+    edit = edit_for(target, {"other": other}, 1.0, 0.1, 5.0)
+    np.testing.assert_allclose(edit.delta, [1.0, 0.9], atol=1e-6)
+
+
+def least_change(
+    target_S: np.ndarray, other_GS: np.ndarray, goal: float, tolerance: float, bound: float
+) -> float | None:
+    """|delta|_1 of the smallest edit, None if there is none: variables delta and its size u, |delta| <= u <= bound."""
+    size, num = len(target_S), len(other_GS)
+    eye, no = np.eye(size), np.zeros((num, size))
+    rows = np.block(
+        [[eye, -eye], [-eye, -eye], [other_GS, no], [-other_GS, no], [-target_S[None], np.zeros((1, size))]]
+    )
+    limits = np.concatenate([np.zeros(2 * size), np.full(2 * num, tolerance), [-goal]])
+    cost = np.concatenate([np.zeros(size), np.ones(size)])
+    bounds = [(None, None)] * size + [(0, bound)] * size
+    found = optimize.linprog(cost, rows, limits, bounds=bounds, method="highs-ipm")
+    return found.fun if found.status == 0 else None
+
+
+def test_of_300_random_goals_none_in_reach_is_refused_and_no_edit_is_larger_than_the_optimum():
+    rng, refused, gaps, in_reach = np.random.default_rng(0), [], [], 0
+    for problem in range(300):
+        target_S = rng.normal(size=30) * (rng.random(30) < 0.4)
+        target = group_of(target_S[None])
+        others = {f"g{i}": group_of(rng.normal(size=(1, 30))) for i in range(4)}
+        goal = rng.uniform(0.5, 6.0)
+        vectors = mean_difference(target), np.stack([mean_difference(one) for one in others.values()])
+        optimum = least_change(*vectors, goal, 0.1, 0.5)
+        in_reach += optimum is not None
+        try:
+            edit = edit_for(target, others, goal, 0.1, 0.5)
+        except UserError:
+            if optimum is not None:
+                refused.append(problem)
+            continue
+        assert optimum is not None, "an edit was found that the reference says is not there"
+        gaps.append(np.abs(edit.delta).sum() - optimum)
+        assert edit.target_shift >= goal - 1e-6
+        assert edit.largest_other_shift <= 0.1 + 1e-6
+        assert np.abs(edit.delta).max() <= 0.5 + 1e-9
+    assert 100 < in_reach < 300, "the reference finds goals of both kinds"
+    assert refused == []
+    assert max(gaps) <= 1e-6
+
+
+def test_a_goal_at_the_very_edge_of_reach_is_met():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        target, others = group_of(rng.normal(size=(1, 12))), {"g": group_of(rng.normal(size=(1, 12)))}
+        with pytest.raises(UserError) as error:
+            edit_for(target, others, 1e6, 0.1, 0.5)
+        assert "cannot be reached" in str(error.value)
+        t_S, o_GS = mean_difference(target), mean_difference(others["g"])[None]
+        rows = np.concatenate([o_GS, -o_GS])
+        edge = -optimize.linprog(-t_S, rows, np.full(2, 0.1), bounds=(-0.5, 0.5), method="highs-ipm").fun
+        assert edit_for(target, others, edge, 0.1, 0.5).target_shift == pytest.approx(edge, abs=1e-6)
+
+
+def test_a_certificate_is_of_unseen_pairs_and_keeps_a_tolerance_only_with_its_whole_interval():
+    delta = np.array([1.0, 0.0])
+    target = group_of(np.array([[0.9, 0.0], [1.1, 0.0], [1.0, 0.0], [1.2, 0.0]]))
+    steady, wild = (
+        group_of(np.array([[0.05, 1.0]] * 4)),
+        group_of(np.array([[2.0, 0.0], [-2.0, 0.0], [0.2, 0.0], [-0.1, 0.0]])),
+    )
+    found = certificate(delta, target, {"steady": steady}, 1.0, 0.1, 500, 0)
+    assert found["target"]["value"] == pytest.approx(1.05)
+    assert found["goal_within"]
+    assert found["others"]["steady"]["ci95"] == pytest.approx([0.05, 0.05])
+    assert found["tolerance_kept"] == "yes"
+    # The mean is within the tolerance; what four such prompts say about it is not.
+    assert (
+        certificate(delta, target, {"steady": steady, "wild": wild}, 1.0, 0.1, 500, 0)["tolerance_kept"] == "undecided"
+    )
+    assert certificate(delta, target, {"steady": steady}, 1.0, 0.01, 500, 0)["tolerance_kept"] == "no"

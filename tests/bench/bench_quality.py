@@ -55,7 +55,8 @@ class System(NamedTuple):
 SYSTEMS = {
     "sarm": System("truncated", True, {}),
     "scalar": System("truncated", False, {}),
-    "random_encoder": System("truncated", True, {"encoder": "random"}),
+    "random_encoder": System("truncated", True, {"encoder": "random_matched"}),
+    "random_directions": System("truncated", True, {"encoder": "random"}),
     "scalar_full": System("full", False, {}),
 }
 
@@ -116,8 +117,9 @@ def train_and_score(root: Path, name: str, seed: int, log: Any) -> tuple[pa.Tabl
     groups = list(prompt_groups(train, chat))
     began = time.monotonic()
     sae = folder / "sae" if system.has_sae else None
-    model = build_model(config.model, model_folder(config.model), sae, chat, reward, seed)
-    start_head_(model, folder / "activations" / "chat", train, seed, groups)
+    chat_ends = folder / "activations" / "chat"
+    model = build_model(config.model, model_folder(config.model), sae, chat, reward, seed, chat_ends)
+    start_head_(model, chat_ends, train, seed, groups, reward.encoder)
     heldout_groups = list(prompt_groups(heldout, chat))
     engine = LocalEngine(model.train(), parameter_groups(model, reward), reward.max_grad_norm)
     train_reward(engine, groups, reward, seed, row_tokens, chat.pad_id, log)

@@ -40,6 +40,18 @@ def test_a_group_has_each_response_once_and_all_pairs_of_its_prompt(tiny_chat):
     assert (q.prompt_id, q.responses, len(q.pairs)) == ("q", ["a", "b"], 1)
 
 
+def test_spellings_of_one_prompt_are_one_group_and_each_response_is_read_after_its_own(tiny_chat):
+    plain, spelt = pair("p", "a", "b"), pair("p", "a", "c") | {"prompt": [{"role": "user", "content": "P "}]}
+    (group,) = prompt_groups(pa.Table.from_pylist([spelt, plain], schema=PAIRS), tiny_chat)
+    assert group.responses == ["a", "c", "a", "b"]
+    assert group.tokens == [
+        *tiny_chat.encode_responses([{"role": "user", "content": "P "}], ["a", "c"]),
+        *tiny_chat.encode_responses([{"role": "user", "content": "p"}], ["a", "b"]),
+    ]
+    assert [(p.pair_id, p.chosen, p.rejected) for p in group.pairs] == [("p:a>c", 0, 1), ("p:a>b", 2, 3)]
+    assert len({key for row in group.rows(128) for key, _ in row.taken}) == 4
+
+
 def test_rows_are_keyed_by_prompt_and_place(tiny_chat):
     (group,) = prompt_groups(pa.Table.from_pylist([pair("p", "a", "b")], schema=PAIRS), tiny_chat)
     assert {key for row in group.rows(128) for key, _ in row.taken} == {("p", 0), ("p", 1)}

@@ -120,6 +120,58 @@ def test_a_pair_has_ids_of_its_content_and_a_split_by_its_prompt(tmp_path):
         assert row["split"] == ("heldout" if schema.hash_share(row["prompt_id"]) < 0.5 else "train")
 
 
+def test_a_prompt_is_one_whatever_its_case_white_space_and_unicode_form(tmp_path):
+    spellings = [
+        "What is it?",
+        "What is it? ",
+        "what  is\tit?\n",
+        "WHAT IS IT?",
+        "\uff37hat is it?",
+        "What is\u00a0it?",
+    ]
+    rows = many_prompts() + [row for n, q in enumerate(spellings) for row in pairs_of(q, (f"Yes {n}.", "No."))]
+    counts = prepare_pairs(Data(pairs=(write(tmp_path / "a.jsonl", *rows),)), tmp_path / "out")
+    found = [row for row in read(tmp_path / "out") if row["chosen"] != "Yes."]
+    assert counts["prompts"] == 41
+    assert len({row["prompt_id"] for row in found}) == len({row["split"] for row in found}) == 1
+    assert {row["prompt"][0]["content"] for row in found} == set(spellings), "the texts stay as they were"
+    other = schema.prompt_id([{"role": "system", "content": "What is it?"}])
+    assert other != found[0]["prompt_id"], "who says it makes another prompt"
+
+
+def test_one_pair_under_two_spellings_of_its_prompt_is_one_pair(tmp_path):
+    rows = (
+        many_prompts()
+        + pairs_of("Odd?", ("A.", "B."))
+        + pairs_of("odd? ", ("A.", "B."), ("C.", "D."))
+        + pairs_of("ODD?", ("D.", "C."))
+    )
+    counts = prepare_pairs(Data(pairs=(write(tmp_path / "a.jsonl", *rows),)), tmp_path / "out")
+    assert (counts["duplicates"], counts["contradictory"], counts["rows"]) == (1, 2, 41)
+
+
+def test_near_duplicates_across_the_split_are_counted_and_named(tmp_path):
+    rows = [
+        row
+        for i in range(60)
+        for row in pairs_of(f"How would one best describe the colour number {i}?", ("Yes.", "No."))
+    ]
+    rows += [
+        row
+        for word in ("Quartz", "Basil")
+        for row in pairs_of(f"{word} {word[::-1]} " * 9, ("Yes.", "No."), ("A.", "B."))
+    ]
+    counts = prepare_pairs(Data(pairs=(write(tmp_path / "a.jsonl", *rows),), heldout_share=0.3), tmp_path / "out")
+    named = json.loads((tmp_path / "out" / "near_duplicates.json").read_text())
+    kept = read(tmp_path / "out")
+    split = {row["prompt_id"]: row["split"] for row in kept}
+    text = {row["prompt_id"]: row["prompt"][0]["content"] for row in kept}
+    wanted = {prompt for prompt, where in split.items() if where == "heldout" and "colour" in text[prompt]}
+    assert set(named["prompts"]) == wanted
+    assert counts["near_duplicate_prompts"] == counts["near_duplicate_pairs"] == len(wanted) > 5
+    assert all(split[near["prompt_id"]] == "train" and near["similarity"] >= 0.5 for near in named["prompts"].values())
+
+
 def test_the_order_of_sources_does_not_change_the_rows(tmp_path):
     a = write(tmp_path / "a.jsonl", *many_prompts())
     b = write(tmp_path / "b.jsonl", *pairs_of("Other?", ("Yes.", "No.")))

@@ -145,9 +145,15 @@ def test_an_edit_is_a_sarm_that_scores_as_said_and_can_be_taken_back(audited, wo
 def test_a_goal_comes_with_its_certificate_or_says_how_far_one_gets(audited):
     asked = Steer(run=Run(out=audited), name="goal", edit="goal", goal=0.05, tolerance=0.05, resamples=100, controls=10)
     content = json.loads((run_job(steer, asked) / "steering.json").read_text())
-    assert content["certificate"].startswith(
-        "Certificate: the solver saw half of the prompts, where the target rises by +0.05"
-    )
+    found = content["certificate"]
+    assert found["solved_on"]["target_shift"] == pytest.approx(0.05, abs=1e-4)
+    for one in (found["target"], *found["others"].values()):
+        low, high = one["ci95"]
+        assert low <= one["value"] <= high
+        assert 0 < one["num_prompts"] <= one["num_pairs"]
+    page = (audited / "audit.html").read_text()
+    assert "Certificate: goal" in page
+    assert "The solver saw half of the prompts, where the target rises by +0.050" in page
     too_far = dataclasses.replace(asked, name="far", goal=1e6)
     with pytest.raises(UserError, match=r"cannot be reached.*can rise by .* at most"):
         run_job(steer, too_far)
@@ -293,7 +299,7 @@ def test_what_follows_an_audit_needs_one(tmp_path):
         (steer, Steer(run=Run(out=tmp_path / "none"))),
         (relabel, Relabel(run=Run(out=tmp_path / "none"))),
     ):
-        with pytest.raises(UserError, match="codes/v1: no folder"):
+        with pytest.raises(UserError, match="codes/v2: no folder"):
             run_job(function, asked)
     with pytest.raises(UserError, match=r"between 0 and 0\.5"):
         Relabel(run=Run(out=tmp_path), poison=(0.7,))

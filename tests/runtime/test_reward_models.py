@@ -43,7 +43,7 @@ def build(tiny_folder, chat, sae: Path | None, seed: int = 0, **settings) -> Sar
     return build_model(MODEL, str(tiny_folder), sae, chat, Reward(**settings), seed)
 
 
-def test_a_random_encoder_differs_in_its_directions_alone(tiny_folder, tiny_chat, sae_folder):
+def test_random_directions_differ_in_their_directions_alone(tiny_folder, tiny_chat, sae_folder):
     ours = build(tiny_folder, tiny_chat, sae_folder)
     random, again, other = (build(tiny_folder, tiny_chat, sae_folder, seed, encoder="random") for seed in (0, 0, 1))
     mine, theirs = ours.state_dict(), random.state_dict()
@@ -85,15 +85,17 @@ def test_every_baseline_is_saved_and_read_back(tiny_folder, tiny_chat, sae_folde
 
 
 def test_the_job_trains_the_baselines_it_is_asked_for(tiny_folder, sae_folder, tmp_path):
-    all_of_them = ("scalar", "scalar_full", "random_encoder", "random_linear", "token_sae")
+    all_of_them = ("scalar", "scalar_full", "random_encoder", "random_directions", "random_linear", "token_sae")
     reward = Reward(baselines=all_of_them, token_sae=tmp_path)
     found = {one.folder: one for one in variants(MODEL, reward, sae_folder)}
     assert list(found) == [
-        "sarm", "scalar_head", "scalar_head_full", "sarm_random_encoder", "sarm_random_linear", "sarm_token_sae"
+        "sarm", "scalar_head", "scalar_head_full", "sarm_random_encoder", "sarm_random_directions", "sarm_random_linear",
+        "sarm_token_sae",
     ]  # fmt: skip
     assert found["sarm"] == found["scalar_head"]._replace(stage="train SARM", folder="sarm", sae=sae_folder)
     assert found["scalar_head_full"].model == replace(MODEL, layer=2), "both blocks"
-    assert found["sarm_random_encoder"].reward == replace(reward, encoder="random")
+    assert found["sarm_random_encoder"].reward == replace(reward, encoder="random_matched")
+    assert found["sarm_random_directions"].reward == replace(reward, encoder="random")
     assert found["sarm_token_sae"].sae == tmp_path
     assert [one.folder for one in variants(MODEL, Reward(), sae_folder)] == ["sarm", "scalar_head"]
 

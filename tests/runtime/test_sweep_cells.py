@@ -104,6 +104,8 @@ def test_folders_are_found_by_what_decides_them(tiny):
     slower = sweep_plan(replace(tiny, reward=replace(tiny.reward, epochs=3)), cells, 64)
     assert folders.isdisjoint({slower.cell_folder(cell) for cell in cells})
     assert {slower.sae_folder(key) for key in plan.saes} == {plan.sae_folder(key) for key in plan.saes}
+    random = [Cell(1, 4, 8, name, 0) for name in ("random_encoder", "random_directions")]
+    assert len({plan.cell_folder(cell).name.rpartition("-")[2] for cell in random}) == 2
     operational = sweep_plan(replace(tiny, sweep=replace(tiny.sweep, retries=5, report_steps=1)), cells, 64)
     assert folders == {operational.cell_folder(cell) for cell in cells}
 
@@ -187,7 +189,7 @@ def test_as_many_trials_run_at_once_as_the_cluster_has_room_for(tiny):
 def test_a_dry_run_counts_what_would_be_done(tmp_path):
     smollm2 = replace(ABLATIONS["smollm2"][1], run=replace(ABLATIONS["smollm2"][1].run, out=tmp_path))
     said = describe_sweep(smollm2)
-    assert "20 of sarm, random_encoder, scalar; 14 SAEs" in said
+    assert "23 of sarm, random_encoder, random_directions, scalar; 14 SAEs" in said
     assert {"GPU-hours", "disk", "time"} <= {line.split()[0] for line in said.splitlines() if line}
     one = replace(smollm2, sweep=Sweep(layers=(8,), widths=(8,), ks=(14,)))
     assert flops(describe_sweep(one)) < flops(said) / 12

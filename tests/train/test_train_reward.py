@@ -73,7 +73,7 @@ def train(model, groups, config=CONFIG, engine_type=LocalEngine, seed=0):
 class GradientRecorder(LocalEngine):
     """Keeps the gradient of each step instead of taking it."""
 
-    def step(self, rate_factor: float) -> float:
+    def step(self, rate_factor: float, norm_factor: float = 1.0) -> float:
         self.model.steps = [*getattr(self.model, "steps", []), gradients_of(self.model)]
         self._optimizer.zero_grad(set_to_none=True)
         return 0.0
@@ -110,7 +110,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(untrained, groups):
 
 
 def test_a_steps_gradient_equals_that_of_a_loop_over_single_unpacked_pairs(untrained, groups):
-    whole_epoch = dataclasses.replace(CONFIG, batch_pairs=100, epochs=1)
+    whole_epoch = dataclasses.replace(CONFIG, batch_pairs=100, epochs=1, pair_weights="step")
     packed, _ = train(untrained, groups, whole_epoch, GradientRecorder)
     (found,) = packed.steps
 
@@ -131,6 +131,57 @@ def test_a_steps_gradient_equals_that_of_a_loop_over_single_unpacked_pairs(untra
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def unequal(groups) -> list[PromptGroup]:
+    """The same prompts with one, two or three of their pairs, so that steps of four are of two to four pairs."""
+    return [group._replace(pairs=group.pairs[: 1 + n % 3]) for n, group in enumerate(groups)]
+
+
+@pytest.mark.parametrize("pair_weights", ["equal", "step"])
+def test_every_pair_weighs_alike_in_every_step_unless_asked_otherwise(untrained, groups, pair_weights):
+    config = dataclasses.replace(CONFIG, epochs=1, batch_pairs=4, pair_weights=pair_weights)
+    assert dataclasses.replace(config, pair_weights="equal") == dataclasses.replace(CONFIG, epochs=1, batch_pairs=4)
+    recorded, logged = train(untrained, unequal(groups), config, GradientRecorder)
+    sizes = [entry["pairs"] for entry in logged]
+    assert len(set(sizes)) > 1, "else there is nothing to see here"
+    assert sum(sizes) == sum(len(group.pairs) for group in unequal(groups))
+    model = copy.deepcopy(untrained)
+    parameter_groups(model, config)
+    for step, size in zip(cut_into_steps(unequal(groups), 4, 0, 0), sizes, strict=True):
+        for group in step:
+            for pair in group.pairs:
+                chosen, rejected = (
+                    model(input_ids=torch.tensor([group.tokens[place].ids])).logits
+                    for place in (pair.chosen, pair.rejected)
+                )
+                loss = bradley_terry((chosen - rejected)[0]).sum()
+                (loss / (4 if pair_weights == "equal" else size)).backward()
+    # Weights stand still, so the steps' gradients add up to that of all pairs with their weights.
+    for name, wanted in gradients_of(model).items():
+        found = torch.stack([step[name] for step in recorded.steps]).sum(0)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_clipping_does_not_take_from_large_steps_what_their_pairs_weigh(untrained, groups):
+    """A step of twice the pairs may have twice the norm."""
+    limits = []
+
+    class Limits(GradientRecorder):
+        def step(self, rate_factor: float, norm_factor: float = 1.0) -> float:
+            limits.append(norm_factor)
+            return super().step(rate_factor, norm_factor)
+
+    _, logged = train(untrained, unequal(groups), dataclasses.replace(CONFIG, epochs=1, batch_pairs=4), Limits)
+    assert limits == [entry["pairs"] / 4 for entry in logged]
+    model = copy.deepcopy(untrained)
+    config = dataclasses.replace(CONFIG, max_grad_norm=0.5)
+    engine = LocalEngine(model, parameter_groups(model, config), config.max_grad_norm)
+    clipped = []
+    engine._optimizer.register_step_pre_hook(lambda *_: clipped.append(model.score.weight.grad.norm().item()))
+    engine.backward(3.0 * model.score.weight.sum(), last=True)
+    assert engine.step(0.25, 2.0) == pytest.approx(3.0 * 96**0.5), "the norm before clipping"
+    assert clipped == [pytest.approx(1.0, rel=1e-4)]
+
+
 @pytest.mark.parametrize("batch_tokens", [64, 150, 400])
 def test_a_steps_gradient_does_not_depend_on_how_it_is_cut_into_micro_batches(untrained, groups, batch_tokens):
     config = dataclasses.replace(CONFIG, epochs=1, batch_pairs=9)
@@ -144,7 +195,7 @@ def test_a_steps_gradient_does_not_depend_on_how_it_is_cut_into_micro_batches(un
 
 def test_the_shares_of_several_ranks_add_up_to_the_steps_gradient(untrained, groups):
     """What a rank backpropagates times 1 / world, summed over ranks, idle ones among them."""
-    config = dataclasses.replace(CONFIG, epochs=1, batch_pairs=100)
+    config = dataclasses.replace(CONFIG, epochs=1, batch_pairs=100, pair_weights="step")
     whole, _ = train(untrained, groups, config, GradientRecorder)
     world, total = 5, None
     num_pairs = sum(len(group.pairs) for group in groups)

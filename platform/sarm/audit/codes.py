@@ -1,4 +1,4 @@
-"""codes/v1: what a SARM makes of every response of an audit, at the rewarded token and at sentence ends; and its reader.
+"""codes/v2: what a SARM makes of every response of an audit, at the rewarded token and at sentence ends; and its reader.
 
 R responses, N pairs, S d_sae, D d_in. `responses.parquet` has each distinct response once, `pairs.parquet` names them by id, so the
 model runs once and everything else is arithmetic on sparse matrices.
@@ -21,7 +21,7 @@ from sarm.config import UserError
 from sarm.data.audit_pairs import chooses
 from sarm.manifest import read_manifest, verify_files
 
-CODES = "codes/v1"
+CODES = "codes/v2"
 COMPLETENESS = 1e-4
 
 RESPONSES = pa.schema(
@@ -45,6 +45,8 @@ CODE_PAIRS = pa.schema(
         *(pa.field(name, pa.string(), nullable=False) for name in ("pair_id", "prompt_id", "role", "subset", "source")),
         pa.field("chosen_id", pa.string(), nullable=False),
         pa.field("rejected_id", pa.string(), nullable=False),
+        # By how much annotators found the chosen response better, as in pairs/v1.
+        pa.field("margin", pa.float32()),
     ]
 )
 
@@ -69,6 +71,8 @@ class AuditCodes:
     subsets: NDArray[Any]
     chosen: NDArray[np.int64]
     rejected: NDArray[np.int64]
+    required: Float[np.ndarray, " pairs"]
+    """The annotated margin of each pair, which training takes off the difference of rewards; 0 without one."""
 
     @property
     def num_pairs(self) -> int:
@@ -112,7 +116,7 @@ class AuditCodes:
 
     def keep(self, is_kept_N: Bool[np.ndarray, " pairs"]) -> "AuditCodes":
         """The same codes with some of the pairs."""
-        names = ("pair_ids", "prompts", "roles", "subsets", "chosen", "rejected")
+        names = ("pair_ids", "prompts", "roles", "subsets", "chosen", "rejected", "required")
         return replace(self, **{name: getattr(self, name)[is_kept_N] for name in names})
 
     def role(self, role: str) -> "AuditCodes":
@@ -142,7 +146,7 @@ def read_codes(folder: Path, weight_S: Float[np.ndarray, " d_sae"]) -> AuditCode
 
 
 def codes_of(responses: pa.Table, pairs: pa.Table, weight_S: Float[np.ndarray, " d_sae"]) -> AuditCodes:
-    """The tables of a codes/v1 folder as matrices. Raises as `read_codes`."""
+    """The tables of a codes/v2 folder as matrices. Raises as `read_codes`."""
     place = {response_id: row for row, response_id in enumerate(responses["response_id"].to_pylist())}
     sides = [[place.get(i, -1) for i in pairs[f"{side}_id"].to_pylist()] for side in ("chosen", "rejected")]
     missing = sum(min(both) < 0 for both in zip(*sides, strict=True))
@@ -166,6 +170,7 @@ def codes_of(responses: pa.Table, pairs: pa.Table, weight_S: Float[np.ndarray, "
         subsets=text["subset"],
         chosen=np.array(sides[0], dtype=np.int64),
         rejected=np.array(sides[1], dtype=np.int64),
+        required=np.array([margin or 0.0 for margin in pairs["margin"].to_pylist()]),
     )
     gap = completeness(codes)
     if not gap < COMPLETENESS:

@@ -2,11 +2,14 @@
 
 SAFER: g(y) = mean over sentence ends of sum_{safe} z - sum_{unsafe} z; a pair scores g(chosen) - g(rejected).
 poison   flip the pairs that score highest        denoise   drop the pairs that score lowest
+A flip changes the label and nothing else: the two responses change places, and the annotated margin stays, so that Bradley-Terry asks for
+r(rejected) - r(chosen) >= margin where it asked for the opposite. Two flips are none.
 Every method is one ranking, `suspicion`, low where the label looks right: poison takes its beginning, denoise its end. So sets of
 growing budgets are nested, and int(N p) pairs large.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 
 from sarm.audit.codes import AuditCodes
 from sarm.audit.selection import Selection
+from sarm.audit.settings import SITES
 from sarm.config import UserError
 
 FEATURES = ("features", "features, sentence ends")
@@ -33,6 +37,22 @@ def pair_scores(codes: AuditCodes, selection: Selection, site: str) -> Float[np.
     """Safe minus unsafe features of the chosen response minus the same of the rejected one."""
     g_R = codes.per_end(site)[:, selection.latent] @ selection.sign.astype(np.float64)
     return g_R[codes.chosen] - g_R[codes.rejected]
+
+
+def feature_scores(codes: AuditCodes, picked: Selection) -> dict[str, Float[np.ndarray, " pairs"]]:
+    """`pair_scores` at every site, by the method's name.
+
+    Raises UserError if no feature was picked.
+    """
+    if not len(picked.latent):
+        raise UserError(f"under the injected noise no feature of {codes.num_pairs} pairs is significant. Pass a smaller --noise, or audit more pairs.")  # fmt: skip
+    return {name: pair_scores(codes, picked, site) for name, site in zip(FEATURES, SITES, strict=True)}
+
+
+def flipped(codes: AuditCodes, is_flipped_N: Bool[np.ndarray, " pairs"]) -> AuditCodes:
+    """The pairs with some labels the other way round, margins kept."""
+    chosen = np.where(is_flipped_N, codes.rejected, codes.chosen)
+    return replace(codes, chosen=chosen, rejected=np.where(is_flipped_N, codes.chosen, codes.rejected))
 
 
 def rankings(
@@ -99,7 +119,6 @@ def apply_changes(pairs: pa.Table, changes: pa.Table) -> pa.Table:
         what = action.get(row["pair_id"])
         if what == "flip":
             row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-            row["margin"] = None if row["margin"] is None else -row["margin"]
         if what != "drop":
             kept.append(row)
     return pa.Table.from_pylist(kept, schema=pairs.schema)

@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
         """16 hexadecimal digits that depend on the ids and texts of the rows alone."""
         found = hashlib.sha256()
         for row in self.rows:
-            parts = [row.subset, row.row_id, row.prompt_id, str(row.num_correct), *row.completions]
+            parts = [row.subset, row.row_id, schema.prompt_key(row.prompt), str(row.num_correct), *row.completions]
             found.update(json.dumps(parts).encode())
         return found.hexdigest()[:16]
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from sarm.data.chat import ChatTokenizer, Tokens
 from sarm.data.packing import Row, answer_rows, padded_tokens
+from sarm.schema import prompt_key
 
 
 class PairOfGroup(NamedTuple):
@@ -20,7 +21,10 @@ class PairOfGroup(NamedTuple):
 
 
 class PromptGroup(NamedTuple):
-    """One prompt, its distinct responses with their tokens, and the pairs among them."""
+    """One prompt, its distinct responses with their tokens, and the pairs among them.
+
+    A prompt is what its id says: its spellings may differ in case or white space, and a response to two spellings stands here twice.
+    """
 
     prompt_id: str
     responses: list[str]
@@ -41,19 +45,22 @@ def prompt_groups(pairs: pa.Table, chat: ChatTokenizer, *, offsets: bool = False
     for pair in pairs.select(["pair_id", "prompt_id", "prompt", "chosen", "rejected", "margin", "subset"]).to_pylist():
         members.setdefault(pair["prompt_id"], []).append(pair)
     for prompt_id, prompt_pairs in members.items():
-        places: dict[str, int] = {}
+        spellings: dict[str, list[dict]] = {}
         for pair in prompt_pairs:
-            for side in ("chosen", "rejected"):
-                places.setdefault(pair[side], len(places))
-        yield PromptGroup(
-            prompt_id=prompt_id,
-            responses=list(places),
-            tokens=chat.encode_responses(prompt_pairs[0]["prompt"], list(places), offsets=offsets),
-            pairs=[
-                PairOfGroup(p["pair_id"], places[p["chosen"]], places[p["rejected"]], p["margin"], p["subset"])
-                for p in prompt_pairs
-            ],
-        )
+            spellings.setdefault(prompt_key(pair["prompt"]), []).append(pair)
+        responses: list[str] = []
+        tokens: list[Tokens] = []
+        of_pair: dict[str, PairOfGroup] = {}
+        for spelt in spellings.values():
+            places: dict[str, int] = {}
+            for pair in spelt:
+                for side in ("chosen", "rejected"):
+                    places.setdefault(pair[side], len(responses) + len(places))
+            tokens += chat.encode_responses(spelt[0]["prompt"], list(places), offsets=offsets)
+            responses += places
+            for p in spelt:
+                of_pair[p["pair_id"]] = PairOfGroup(p["pair_id"], places[p["chosen"]], places[p["rejected"]], p["margin"], p["subset"])  # fmt: skip
+        yield PromptGroup(prompt_id, responses, tokens, [of_pair[pair["pair_id"]] for pair in prompt_pairs])
 
 
 def split_group(group: PromptGroup, row_tokens: int, batch_tokens: int) -> list[PromptGroup]:

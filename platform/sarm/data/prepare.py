@@ -15,8 +15,10 @@ from tqdm import tqdm
 from sarm import schema
 from sarm.config import Data, UserError
 from sarm.data import pair_sources, text_sources
+from sarm.data.near_duplicates import SIMILARITY, Near, near_duplicates, text_of
 from sarm.data.rows import Reject
 
+NEAR_DUPLICATES = "near_duplicates.json"
 ROWS_PER_GROUP = 1_000
 # A few texts of megabytes fill a group: it is held in memory whole, here and by whoever reads it.
 CHARACTERS_PER_GROUP = 16_000_000
@@ -71,8 +73,9 @@ def prepare_corpus(data: Data, folder: Path) -> dict[str, Any]:
 def prepare_pairs(data: Data, folder: Path) -> dict[str, Any]:
     """Write the pairs of `data.pairs` to `folder` as pairs/v1, sorted so that the pairs of one prompt are neighbours.
 
-    A prompt falls into `train` or `heldout` by its hash, with all its pairs. Pairs that stand in both directions are
-    dropped both. Returns counts as `prepare_corpus` does, with `contradictory`, `over_prompt_cap`, `prompts` and rows by split.
+    A prompt falls into `train` or `heldout` by the hash of its normalised text (`schema.normalised`), with all its pairs. Pairs that
+    stand in both directions are dropped both. Held-out prompts that are nearly a training prompt stay, and `near_duplicates.json` names them. Returns counts
+    as `prepare_corpus` does, with `contradictory`, `over_prompt_cap`, `prompts`, rows by split, and held-out prompts and pairs that are near-duplicates.
     Raises UserError, before anything is written, if a source is unusable or a split would be empty.
     """
     if not data.pairs:
@@ -112,10 +115,13 @@ def prepare_pairs(data: Data, folder: Path) -> dict[str, Any]:
             )
     tally.sources.update(row["source"] for row in kept)
     _write(kept, schema.PAIRS, folder)
+    near = _near_duplicates(kept, folder)
     return {
         "rows": len(kept),
         "prompts": num_prompts,
         "splits": dict(splits),
+        "near_duplicate_prompts": len(near),
+        "near_duplicate_pairs": sum(row["prompt_id"] in near for row in kept),
         "contradictory": len(contradictory),
         "over_prompt_cap": len(ordered) - len(kept),
         **tally.counts(),
@@ -169,6 +175,17 @@ def _pair_row(pair: pair_sources.RawPair, heldout_share: float) -> dict[str, Any
         "split": "heldout" if schema.hash_share(prompt_id) < heldout_share else "train",
         **pair._asdict(),
     }
+
+
+def _near_duplicates(rows: list[dict[str, Any]], folder: Path) -> dict[str, Near]:
+    """The held-out prompts that are nearly a training prompt, also as a file that evaluation reads."""
+    texts: dict[str, dict[str, str]] = {"train": {}, "heldout": {}}
+    for row in rows:
+        texts[row["split"]].setdefault(row["prompt_id"], text_of(row["prompt"]))
+    found = near_duplicates(texts["heldout"], texts["train"].items())
+    content = {"similarity": SIMILARITY, "prompts": {key: near._asdict() for key, near in sorted(found.items())}}
+    (folder / NEAR_DUPLICATES).write_text(json.dumps(content, indent=1))
+    return found
 
 
 def _reverse_id(row: dict[str, Any]) -> str:

@@ -45,9 +45,6 @@ def fit_probe(
 
     Raises UserError with fewer than 3 prompts or with activations that are not finite.
     """
-    # A second of imports, which workers that fit no probe can do without.
-    from sklearn.model_selection import GroupKFold
-
     num_prompts = len(np.unique(prompt_ids_N))
     if num_prompts < 3:
         raise UserError(
@@ -58,18 +55,45 @@ def fit_probe(
     scale_D = np.concatenate([chosen_ND, rejected_ND]).std(axis=0, dtype=np.float64)
     scale_D[scale_D == 0] = 1.0
     x_ND = ((chosen_ND - rejected_ND) / scale_D).astype(np.float32)
-    folds = GroupKFold(min(NUM_FOLDS, num_prompts), shuffle=True, random_state=seed)
-    nll_by_C = dict.fromkeys(C_GRID, 0.0)
-    for train, test in folds.split(x_ND, groups=prompt_ids_N):
-        for C in C_GRID:
-            margins = x_ND[test] @ fit_head(x_ND[train], C)
-            nll_by_C[C] += float(np.logaddexp(0.0, -margins.astype(np.float64)).sum()) / len(x_ND)
-    best = min(C_GRID, key=lambda C: nll_by_C[C])
+    best, nll_by_C = choose_penalty(x_ND, prompt_ids_N, seed)
     return Probe((fit_head(x_ND, best) / scale_D).astype(np.float32), best, nll_by_C)
 
 
-def fit_head(x_ND: Float[np.ndarray, "pairs d_in"], C: float) -> Float[np.ndarray, " d_in"]:
-    """The weights of least `C sum log(1 + exp(-w.x)) + |w|^2 / 2` over differences x = chosen - rejected."""
+def choose_penalty(
+    x_ND: Float[np.ndarray, "pairs d_in"],
+    prompt_ids_N: Shaped[np.ndarray, " pairs"],
+    seed: int,
+    margin_N: Float[np.ndarray, " pairs"] | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[float, dict[float, float]]:
+    """The C of the lowest held-out loss over folds of prompts, and the loss of every C (nats per pair).
+
+    The C is for `fit_head` on differences of this very scale: another scale of x is another penalty.
+    """
+    # A second of imports, which workers that fit no probe can do without.
+    from sklearn.model_selection import GroupKFold
+
+    folds = GroupKFold(min(NUM_FOLDS, len(np.unique(prompt_ids_N))), shuffle=True, random_state=seed)
+    required_N = np.zeros(len(x_ND)) if margin_N is None else margin_N
+    nll_by_C = dict.fromkeys(C_GRID, 0.0)
+    for train, test in folds.split(x_ND, groups=prompt_ids_N):
+        for C in C_GRID:
+            weight_D = fit_head(x_ND[train], C, None if margin_N is None else margin_N[train], label_smoothing)
+            m_N = (x_ND[test] @ weight_D).astype(np.float64) - required_N[test]
+            nll_by_C[C] += float((np.logaddexp(0.0, -m_N) + label_smoothing * m_N).sum()) / len(x_ND)
+    return min(C_GRID, key=lambda C: nll_by_C[C]), nll_by_C
+
+
+def fit_head(
+    x_ND: Float[np.ndarray, "pairs d_in"],
+    C: float,
+    margin_N: Float[np.ndarray, " pairs"] | None = None,
+    label_smoothing: float = 0.0,
+) -> Float[np.ndarray, " d_in"]:
+    """The weights of least `C sum BT(w.x - margin) + |w|^2 / 2` over differences x = chosen - rejected; BT as `nn.losses.bradley_terry`."""
+    if label_smoothing or (margin_N is not None and np.any(margin_N)):
+        required_N = np.zeros(len(x_ND)) if margin_N is None else margin_N
+        return _fit_with_margins(x_ND.astype(np.float64), C, required_N, label_smoothing)
     # log-loss of (x, 1) equals that of (-x, 0) without an intercept: turning every second row around gives the
     # solver its two classes at half the cost of mirroring all rows.
     labels_N = np.arange(len(x_ND)) % 2
@@ -77,3 +101,22 @@ def fit_head(x_ND: Float[np.ndarray, "pairs d_in"], C: float) -> Float[np.ndarra
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(turned_ND, labels_N).coef_[0]
+
+
+def _fit_with_margins(
+    x_ND: NDArray[np.float64], C: float, margin_N: NDArray[np.float64], label_smoothing: float
+) -> NDArray[np.float32]:
+    """`fit_head` where a pair asks for a margin or labels are smoothed, which scikit-learn's logistic regression does not know."""
+    from scipy.optimize import minimize
+
+    num = len(x_ND)
+
+    def loss_and_gradient(w_D: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        m_N = x_ND @ w_D - margin_N
+        loss = np.logaddexp(0.0, -m_N) + label_smoothing * m_N
+        slope_N = label_smoothing - np.exp(-np.logaddexp(0.0, m_N))
+        return float(loss.mean() + w_D @ w_D / (2 * C * num)), x_ND.T @ slope_N / num + w_D / (C * num)
+
+    start_D = np.zeros(x_ND.shape[1])
+    options = {"maxiter": 1000, "gtol": 1e-6, "ftol": 0.0}
+    return minimize(loss_and_gradient, start_D, jac=True, method="L-BFGS-B", options=options).x.astype(np.float32)

@@ -92,6 +92,8 @@ def metrics(measures: Mapping[str, Any]) -> dict[str, float]:
             key = metric_name(prefix, figure)
             found |= {key: row["value"], f"{key}_ci_lo": row["ci95"][0], f"{key}_ci_hi": row["ci95"][1]}
         found |= {f"{prefix}/num_rows": one["num_rows"], f"{prefix}/num_truncated": one["num_truncated"]}
+        if near := one.get("near_duplicates"):
+            found[f"{prefix}/near_duplicate_rows"] = near.get("rows")
         for key, value in (one.get("controls") or {}).items():
             found[f"control/{prefix}_{key}"] = value
         if cal := one.get("calibration"):

@@ -20,6 +20,7 @@ BASELINES = {
     "scalar_head": "scalar head, same backbone",
     "scalar_head_full": "scalar head, whole backbone",
     "sarm_random_encoder": "SARM, random encoder",
+    "sarm_random_directions": "SARM, random directions alone",
     "sarm_random_linear": "SARM, random linear map",
     "sarm_token_sae": "SARM, token-level SAE",
 }
@@ -61,8 +62,8 @@ def corpus_settings(data: Data) -> Settings:
 
 
 def pairs_settings(data: Data) -> Settings:
-    """What decides pairs/v1."""
-    return {key: value for key, value in identity(data).items() if key not in _OF_TEXTS}
+    """What decides pairs/v1; `prompts` says what makes two prompts one, which splits and ids go by."""
+    return {key: value for key, value in identity(data).items() if key not in _OF_TEXTS} | {"prompts": "normalised"}
 
 
 def activation_folders(folders: Folders, model: Model, extraction: Extraction) -> dict[tuple[str, str, int], Path]:

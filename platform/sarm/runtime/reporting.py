@@ -209,6 +209,7 @@ def _notes(metrics: dict[str, Any]) -> list[str]:
         "Intervals resample prompts, since the pairs of one prompt depend on each other; the split was made by hash before anything was trained.",
         "Labels beside latents are the responses that fire them most, not explanations.",
     ]
+    notes.append(_near_duplicates(metrics.get("near_duplicates")))
     for name, difference in metrics["sarm_minus"].items():
         if difference.get("difference") is not None:
             low, high = difference["difference_ci95"]
@@ -216,3 +217,17 @@ def _notes(metrics: dict[str, Any]) -> list[str]:
                 f"SARM minus {_NAMES[name]}: {difference['difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f})."
             )
     return notes
+
+
+def _near_duplicates(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "Whether held-out prompts are nearly training prompts is unknown: these pairs were prepared without looking."
+    said = f"{found['prompts']} of {found['of_prompts']} held-out prompts ({found['pairs']} of {found['of_pairs']} pairs) are near-duplicates of a training prompt: half or more of their runs of five characters in common."
+    if not found["prompts"]:
+        return said
+    parts = [
+        f"{_NAMES[name]} {one['accuracy']:.3f} ({one['accuracy_ci95'][0]:.3f} to {one['accuracy_ci95'][1]:.3f})"
+        for name, one in found["without"].items()
+        if one["accuracy"] is not None
+    ]
+    return f"{said} Accuracy without them: {', '.join(parts) or 'no pair is left'}."

@@ -52,7 +52,9 @@ def prepare(session: Session, data: Data) -> None:
             lambda _: plan.with_figures(prepare_corpus(data, corpus.folder), "rows", "duplicates"),
         )
     session.stage(
-        "prepare pairs", pairs, lambda _: plan.with_figures(prepare_pairs(data, pairs.folder), "rows", "prompts")
+        "prepare pairs",
+        pairs,
+        lambda _: plan.with_figures(prepare_pairs(data, pairs.folder), "rows", "prompts", "near_duplicate_prompts"),
     )
 
 
@@ -82,12 +84,14 @@ def train_sarm(session: Session, model: Model, reward: Reward) -> None:
 def train_reward_model(session: Session, one: "Variant") -> Path:
     """pairs/v1, and an SAE if it has one, -> one reward model; returns its folder."""
     folders, target = session.folders, session.folders.out / one.folder
-    head_start = folders.chat_activations if one.reward.head_init == "probe" else None
-    inputs = {PAIRS: (folders.pairs, PAIRS)} | ({"activations/chat": (head_start, ACTIVATIONS)} if head_start else {})
+    is_matched = one.reward.encoder == "random_matched"
+    inputs = {PAIRS: (folders.pairs, PAIRS)}
+    if one.reward.head_init == "probe" or is_matched:
+        inputs |= {"activations/chat": (folders.chat_activations, ACTIVATIONS)}
     inputs |= {SAE: (one.sae, SAE)} if one.sae else {}
     folder = StageFolder(target, SARM, plan.reward_settings(one.model, one.reward, session.run.seed), inputs)
     states = Checkpoints(folders.states(one.folder), {"config": folder.config, "inputs": folder.inputs})
-    session.stage(one.stage, folder, functools.partial(_train_reward, session, one, head_start, target, states))
+    session.stage(one.stage, folder, functools.partial(_train_reward, session, one, target, states))
     finish_training(states)
     return target
 
@@ -112,11 +116,12 @@ def evaluate(session: Session, extraction: Extraction, evaluation: Evaluation) -
 
 
 def _train_reward(
-    session: Session, one: "Variant", head_start: Path | None, target: Path, states: Checkpoints, child: StageRun
+    session: Session, one: "Variant", target: Path, states: Checkpoints, child: StageRun
 ) -> Mapping[str, Any]:
     from sarm.interpret.figures import reward_curves
     from sarm.runtime.training import reward_training
 
+    chat_ends = session.folders.chat_activations
     task = reward_training.RewardTask(
         session.run,
         one.model,
@@ -124,11 +129,12 @@ def _train_reward(
         one.reward,
         session.folders.pairs,
         one.sae,
-        head_start,
+        chat_ends if one.reward.head_init == "probe" else None,
         target,
         child,
         states,
         session.reports.every_steps,
+        chat_ends if one.reward.encoder == "random_matched" else None,
     )
     result = reward_training.train_on_cluster(task, session.cluster, session.reports.callbacks)
     history = {target.name: result["history"]}

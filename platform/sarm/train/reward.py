@@ -1,6 +1,10 @@
 """Bradley-Terry training over prompt groups; plain torch around an engine that hides how parameters are sharded.
 
-P pairs of a step over all ranks. A step takes whole prompts, in an order that (seed, epoch) decides, until `batch_pairs` is
+P pairs of a step over all ranks. The gradient of a step is
+
+    sum over its pairs of  d loss / batch_pairs      (`pair_weights="equal"`)        or of  d loss / P      ("step")
+
+A step takes whole prompts, in an order that (seed, epoch) decides, until `batch_pairs` is
 full; all ranks plan the same step and take their share, so a step's gradient does not depend on how many ranks there are.
 """
 
@@ -27,7 +31,7 @@ Log = Callable[[int, dict[str, float]], None]
 class Engine(Protocol):
     """A model with its optimizer: `sarm.runtime.training.zero.ZeroEngine`, or `LocalEngine` in one process without DeepSpeed.
 
-    `step` returns the gradient's norm before clipping, and takes no step if that is not finite.
+    `step` clips at `norm_factor` times the settings' norm and returns the norm before; it takes no step if that is not finite.
     """
 
     device: torch.device
@@ -35,7 +39,7 @@ class Engine(Protocol):
     def __call__(self, **inputs: Tensor) -> Any: ...
     def train(self, mode: bool) -> None: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
-    def step(self, rate_factor: float) -> float: ...
+    def step(self, rate_factor: float, norm_factor: float = 1.0) -> float: ...
 
 
 class LocalEngine:
@@ -57,8 +61,8 @@ class LocalEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def step(self, rate_factor: float) -> float:
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+    def step(self, rate_factor: float, norm_factor: float = 1.0) -> float:
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm * norm_factor))
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * rate_factor
         if math.isfinite(norm):
@@ -149,12 +153,14 @@ class RewardTraining:
     def _step(self, groups: list[PromptGroup]) -> dict[str, float]:
         started, config = time.monotonic(), self._config
         size = sum(len(group.pairs) for group in groups)
+        # The limit of the norm grows with a step as its gradient does: clipping would else take from its pairs what they weigh.
+        norm_factor = size / config.batch_pairs if config.pair_weights == "equal" else 1.0
         share = deal(groups, self.world, self._row_tokens, config.batch_tokens)[self.rank]
         self._data_seconds += time.monotonic() - started
+        # Engines average over ranks.
+        weight = self.world * norm_factor / size
         outcomes = [
-            _backward(
-                self._engine, micro, self.world / size, self._pad_id, self._objective, last=number == len(share) - 1
-            )
+            _backward(self._engine, micro, weight, self._pad_id, self._objective, last=number == len(share) - 1)
             for number, micro in enumerate(share)
         ]
         self._data_seconds += sum(outcome.data_seconds for outcome in outcomes)
@@ -164,12 +170,13 @@ class RewardTraining:
         # The rate is that of the step's middle, so that neither the first nor the last step is wasted at 0.
         total = self._num_pairs * config.epochs
         factor = warmup_cosine((self.num_seen + size / 2) / total, config.warmup_share)
-        grad_norm = self._engine.step(factor)
+        grad_norm = self._engine.step(factor, norm_factor) / norm_factor
         self._guard.check_gradient(self.num_steps + 1, grad_norm, losses)
         self.num_steps, self.num_seen = self.num_steps + 1, self.num_seen + size
         return {
             "epoch": self.num_seen / self._num_pairs,
             "progress": self.num_seen / total,
+            "pairs": size,
             **sums.metrics(),
             "grad_norm": grad_norm,
             "lr": config.lr * factor,

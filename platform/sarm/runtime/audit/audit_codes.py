@@ -1,4 +1,4 @@
-"""The codes stage of an audit: every response through the SARM once, on the cluster, into codes/v1."""
+"""The codes stage of an audit: every response through the SARM once, on the cluster, into codes/v2."""
 
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
@@ -45,12 +45,14 @@ class ResponseCodes:
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows, out = [], {}
         columns: dict[Hashable, Sequence[int]] = {}
+        prompt_of = dict(zip(batch["pair_id"].to_pylist(), batch["prompt"].to_pylist(), strict=True))
         for group in prompt_groups(batch, self._chat, offsets=True):
+            spelt = {place: prompt_of[pair.pair_id] for pair in group.pairs for place in (pair.chosen, pair.rejected)}
             for place, (text, tokens) in enumerate(zip(group.responses, group.tokens, strict=True)):
                 key = (group.prompt_id, place)
                 columns[key] = list(sentence_columns(text, tokens.offsets))
                 out[key] = {
-                    "response_id": schema.stable_id(group.prompt_id, text),
+                    "response_id": schema.response_id(spelt[place], text),
                     "prompt_id": group.prompt_id,
                     "num_tokens": len(tokens.ids),
                     "truncated": tokens.num_truncated > 0,
@@ -107,7 +109,7 @@ def write_codes(
     shutil.rmtree(parts)
     rows = pairs.to_pylist()
     ids = [
-        {f"{side}_id": schema.stable_id(row["prompt_id"], row[side]) for side in ("chosen", "rejected")} for row in rows
+        {f"{side}_id": schema.response_id(row["prompt"], row[side]) for side in ("chosen", "rejected")} for row in rows
     ]
     named = pa.Table.from_pylist([{**row, **own} for row, own in zip(rows, ids, strict=True)], schema=CODE_PAIRS)
     pq.write_table(named, folder / "pairs.parquet", write_page_checksum=True)

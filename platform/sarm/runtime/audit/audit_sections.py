@@ -25,8 +25,6 @@ def steering_sections(name: str, content: Mapping[str, Any]) -> Iterable[Section
         f"{k} {signed(100 * v['accuracy_change']['value'], 1)} points" for k, v in content["over_refusal"].items()
     )
     text = f"{what}, {len(edit['weights'])} head weights. Specificity of the margin {_or(content['specificity']['margin'])}, of the accuracy {_or(content['specificity']['accuracy'])} (1: only the target moves). Over-refusal: {over or 'no labelled subset'}."  # fmt: skip
-    if certificate := content.get("certificate"):
-        text += f" {certificate}"
     yield Section(
         title=f"Steering: {name}",
         text=text,
@@ -56,6 +54,8 @@ def steering_sections(name: str, content: Mapping[str, Any]) -> Iterable[Section
             for label, one in rows
         ],
     )
+    if certificate := content.get("certificate"):
+        yield _certificate(name, edit, certificate)
     if sweep := content.get("sweep"):
         yield Section(
             title=f"Dose and response: {name}",
@@ -86,6 +86,25 @@ def steering_sections(name: str, content: Mapping[str, Any]) -> Iterable[Section
                 for row in sweep
             ],
         )
+
+
+def _certificate(name: str, edit: Mapping[str, Any], certificate: Mapping[str, Any]) -> Section:
+    """What the edit does to the half of the prompts that the solver has not seen."""
+    solved, kept = certificate["solved_on"], certificate["tolerance_kept"]
+    verdict = {
+        "yes": "is kept: every interval lies within it",
+        "no": "is not kept",
+        "undecided": "may or may not be kept: every shift lies within it, but not every interval",
+    }[kept]
+    return Section(
+        title=f"Certificate: {name}",
+        text=f"The solver saw half of the prompts, where the target rises by {signed(solved['target_shift'])} and no other subset moves by more than {solved['largest_other_shift']:.3f}. The table has the other half, with 95 % intervals over prompts. The goal of {signed(edit['goal'])} is {'inside' if certificate['goal_within'] else 'outside'} the target's interval. The tolerance of {edit['tolerance']:g} {verdict}.",
+        columns=("pairs", "n", "prompts", "margin shift", "95 % interval"),
+        rows=[
+            (label, one["num_pairs"], one["num_prompts"], signed(one["value"]), signed_span(one["ci95"]))
+            for label, one in [("target", certificate["target"]), *certificate["others"].items()]
+        ],
+    )
 
 
 def relabelling_sections(content: Mapping[str, Any]) -> Iterable[Section]:

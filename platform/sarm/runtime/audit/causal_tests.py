@@ -24,7 +24,7 @@ from sarm.runtime.audit.audit_codes import write_codes
 from sarm.runtime.audit.audit_folder import FEATURES, Audited, read_audit
 from sarm.runtime.session import Session
 from sarm.runtime.tracking import StageRun
-from sarm.schema import stable_id
+from sarm.schema import response_id, stable_id
 
 CAUSAL = "causal/v1"
 _DELETION_SIZES = (1, 2, 4, 8, 16, 32)
@@ -120,7 +120,7 @@ def _sentences(
     stored = {row["response_id"]: row for row in table.select(["response_id", "sentence_latents", "sentence_values", "sentence_sizes"]).to_pylist()}  # fmt: skip
     place = {response_id: i for i, response_id in enumerate(table["response_id"].to_pylist())}
     texts = {
-        stable_id(row["prompt_id"], row[side]): (row, row[side])
+        response_id(row["prompt"], row[side]): (row, row[side])
         for row in pairs.to_pylist()
         if row["role"] == "target"
         for side in ("chosen", "rejected")

@@ -5,11 +5,11 @@ milliseconds; that buys seeds and controls, and says nothing about what full ret
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -18,40 +18,31 @@ from numpy.typing import NDArray
 
 from sarm.audit import figures
 from sarm.audit.codes import CODES, AuditCodes
-from sarm.audit.contrast import contrast, off_target_firing
 from sarm.audit.relabelling import (
     FEATURES,
     apply_changes,
     changed_pairs,
     changes_table,
-    pair_scores,
-    precision_recall,
+    feature_scores,
     rankings,
 )
-from sarm.audit.selection import Selection, select
-from sarm.audit.settings import SITES, Relabel
-from sarm.config import UserError, identity
+from sarm.audit.settings import Relabel
+from sarm.config import Reward, UserError, identity
+from sarm.data.prepare import NEAR_DUPLICATES
 from sarm.data.statistics import bootstrap_means
-from sarm.folder_schemas import PAIRS
+from sarm.folder_schemas import PAIRS, SARM
 from sarm.interpret.figures import as_svg
-from sarm.manifest import StageFolder, read_manifest, write_atomically
+from sarm.manifest import MANIFEST, StageFolder, read_manifest, write_atomically
 from sarm.runtime.audit.audit_folder import FEATURES as FEATURES_SCHEMA
 from sarm.runtime.audit.audit_folder import Audited, read_audit
 from sarm.runtime.audit.audit_page import write_audit_page
-from sarm.runtime.audit.retraining import CachedHead, cross_fitted
+from sarm.runtime.audit.label_noise import label_noise
+from sarm.runtime.audit.retraining import CachedHead, Repetition, cross_fitted
 from sarm.runtime.session import Session, say
 from sarm.runtime.tracking import StageRun
 
 RELABEL = "relabel/v1"
 _KEPT_PROMPTS = 0.9
-_PERMUTATIONS, _RESAMPLES = 1000, 100
-
-
-class _Seed(NamedTuple):
-    """One repetition: the training pairs it uses, and the credits of its head on their unchanged labels."""
-
-    rows: NDArray[np.int64]
-    credits: dict[str, NDArray[np.float64]]
 
 
 def relabel(session: Session, settings: Relabel) -> Path:
@@ -103,10 +94,11 @@ def _write_pairs(session: Session, found: Audited, settings: Relabel) -> None:
     """The pairs/v1 folder with the selecting pairs flipped or dropped, and the manifest that takes it back."""
     assert settings.write is not None
     assert settings.pairs is not None
+    source = settings.pairs
     action, method, text = settings.write.split(":")
     codes, verb, seed = found.codes.role("select"), {"poison": "flip", "denoise": "drop"}[action], session.run.seed
     probe_N = cross_fitted(codes.residual[codes.chosen] - codes.residual[codes.rejected], codes.prompts, np.ones(codes.num_pairs), seed)  # fmt: skip
-    ranked = rankings(_scores(codes, found.selection, codes.chosen), codes.margins, probe_N, codes.log_length, np.random.default_rng(seed))  # fmt: skip
+    ranked = rankings(feature_scores(codes, found.selection), codes.margins, probe_N, codes.log_length, np.random.default_rng(seed))  # fmt: skip
     if method not in ranked:
         raise UserError(f"unknown method {method}, known are {', '.join(ranked)}. Pass --write ACTION:METHOD:SHARE.")
     changed = changed_pairs(ranked[method], float(text), verb, codes.pair_ids)
@@ -119,6 +111,9 @@ def _write_pairs(session: Session, found: Audited, settings: Relabel) -> None:
 
     def body(child: StageRun) -> Mapping[str, Any]:
         pq.write_table(changed_table, place / "part-00000.parquet", write_page_checksum=True)
+        if (source / NEAR_DUPLICATES).exists():
+            # Of prompts, which no change of labels touches.
+            shutil.copy(source / NEAR_DUPLICATES, place)
         # Beside the folder: readers take every Parquet file in it for pairs.
         pq.write_table(changes, place.parent / "changes.parquet", write_page_checksum=True)
         child.log_artifact(place.parent / "changes.parquet")
@@ -133,9 +128,13 @@ def _write_pairs(session: Session, found: Audited, settings: Relabel) -> None:
 def _experiments(found: Audited, settings: Relabel, seed: int, folder: Path, out: Path) -> dict[str, Any]:
     train = found.codes.role("train")
     heldout = {"target": found.codes.role("target"), "off": found.codes.role("off_target")}
-    head = CachedHead(found.codes, heldout, seed)
+    # A model that was not trained here is taken to have had the default objective.
+    trained = identity(Reward()) | (read_manifest(found.sarm, SARM).config if (found.sarm / MANIFEST).exists() else {})
+    head = CachedHead(
+        found.codes, heldout, seed, use_margin=trained["use_margin"], label_smoothing=trained["label_smoothing"]
+    )
     residual_ND = train.residual[train.chosen] - train.residual[train.rejected]
-    scores = {name: pair_scores(train, found.selection, site) for name, site in zip(FEATURES, SITES, strict=True)}
+    scores = feature_scores(train, found.selection)
     probe_N = cross_fitted(residual_ND, train.prompts, np.ones(train.num_pairs), seed)
     ranked = rankings(scores, train.margins, probe_N, train.log_length, np.random.default_rng(seed))
     seeds = []
@@ -143,7 +142,7 @@ def _experiments(found: Audited, settings: Relabel, seed: int, folder: Path, out
         names = np.unique(train.prompts)
         kept = np.random.default_rng((seed, s)).permutation(names)[: max(1, int(len(names) * _KEPT_PROMPTS))]
         used = np.flatnonzero(np.isin(train.prompts, kept))
-        seeds.append(_Seed(used, head.credits(head.fit(used, np.ones(train.num_pairs)))))
+        seeds.append(Repetition(used, head.credits(head.fit(used, np.ones(train.num_pairs)))))
     rows: list[dict[str, Any]] = []
     (folder / "changes").mkdir()
     for action, verb, shares in (("poison", "flip", settings.poison), ("denoise", "drop", settings.denoise)):
@@ -153,7 +152,7 @@ def _experiments(found: Audited, settings: Relabel, seed: int, folder: Path, out
                 place = folder / "changes" / f"{action}-{method.replace(', ', '-').replace(' ', '-')}-{share:g}.parquet"
                 pq.write_table(changes_table(whole, verb, suspicion_N, train.pair_ids), place)
                 rows.append(_row(action, verb, share, method, suspicion_N, head, train, heldout, seeds, settings, seed))
-    noise_rows = _noise(found, head, train, residual_ND, seeds, settings, seed, out)
+    noise_rows = label_noise(found, head, residual_ND, seeds, settings, seed, out)
     baseline = {name: {"mean": float(np.mean([one.credits[name] for one in seeds]))} for name in heldout}
     verdicts = _verdicts(rows, noise_rows, heldout, settings, seed)
     for row in rows:
@@ -162,7 +161,7 @@ def _experiments(found: Audited, settings: Relabel, seed: int, folder: Path, out
         "num_pairs": train.num_pairs,
         "num_prompts": len(np.unique(train.prompts)),
         "num_seeds": settings.seeds,
-        "retraining": f"the head alone is retrained, by logistic regression on {len(head.alive)} cached latents (penalty C = {head.penalty:g}); backbone and dictionary stay, and have seen the clean labels.",
+        "retraining": f"the head alone is retrained, by logistic regression on {len(head.alive)} cached latents (penalty C = {head.penalty:g}), with the SARM's own objective: {_objective(head, trained)}. Backbone and dictionary stay, and have seen the clean labels.",
         "noise": settings.noise,
         "baseline": baseline,
         "rows": rows,
@@ -171,9 +170,16 @@ def _experiments(found: Audited, settings: Relabel, seed: int, folder: Path, out
     }
 
 
+def _objective(head: CachedHead, trained: Mapping[str, Any]) -> str:
+    said = (
+        f"margins of {np.count_nonzero(head.margins):,} pairs are taken off, label smoothing {head.label_smoothing:g}"
+    )
+    return said + ("; its centring of rewards is left out" if trained["centre_weight"] else "")
+
+
 def _row(
     action: str, verb: str, share: float, method: str, suspicion_N: NDArray[np.float64], head: CachedHead, train: AuditCodes,
-    heldout: Mapping[str, AuditCodes], seeds: list[_Seed], settings: Relabel, seed: int,
+    heldout: Mapping[str, AuditCodes], seeds: list[Repetition], settings: Relabel, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Held-out accuracy after one intervention, averaged over seeds, and its change against the same seeds' unchanged labels."""
     after: dict[str, list[NDArray[np.float64]]] = {name: [] for name in heldout}
@@ -199,58 +205,6 @@ def _row(
         row["_credits"][name] = change_N
     row["target_seed_std"] = float(np.std([one.mean() for one in after["target"]]))
     return row
-
-
-def _noise(
-    found: Audited, head: CachedHead, train: AuditCodes, residual_ND: NDArray[np.float32], seeds: list[_Seed], settings: Relabel, seed: int, out: Path
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Flip labels at random, choose features and fit controls on the noisy labels alone, and drop what they suspect."""
-    asked = read_manifest(out / "features", FEATURES_SCHEMA).config
-    off_S = off_target_firing(found.codes)
-    sums: dict[tuple[float, str], list[dict[str, float]]] = {}
-    for s, one in enumerate(seeds):
-        rng = np.random.default_rng((seed, s, 1))
-        noisy_N = np.zeros(train.num_pairs, dtype=bool)
-        noisy_N[rng.choice(one.rows, int(len(one.rows) * settings.noise), replace=False)] = True
-        sign_N = np.where(noisy_N, -1.0, 1.0)
-        swapped = _swapped(train, noisy_N)
-        margin_N = cross_fitted(head.x, train.prompts, sign_N, seed, head.penalty)
-        weight_S = np.zeros_like(found.codes.weight)
-        weight_S[head.alive] = head.fit(one.rows, sign_N) / head.scale
-        is_used = np.zeros(train.num_pairs, dtype=bool)
-        is_used[one.rows] = train.roles[one.rows] == "select"
-        contrasted = contrast(swapped.keep(is_used), asked["site"], _PERMUTATIONS, _RESAMPLES, seed)
-        picked = select(contrasted, off_S, weight_S, asked["fdr"], asked["max_off_target"], asked["max_features"], asked["rank"])  # fmt: skip
-        ranked = rankings(
-            _scores(swapped, picked, one.rows),
-            margin_N,
-            cross_fitted(residual_ND, train.prompts, sign_N, seed),
-            swapped.log_length,
-            rng,
-        )
-        for share in settings.denoise:
-            for method, suspicion_N in ranked.items():
-                dropped = one.rows[changed_pairs(suspicion_N[one.rows], share, "drop", train.pair_ids[one.rows])]
-                credit = head.credits(head.fit(np.setdiff1d(one.rows, dropped), sign_N))
-                figures_of = precision_recall(dropped, noisy_N) | {"target": float(credit["target"].mean())}
-                sums.setdefault((share, method), []).append(figures_of)
-    return [
-        {"share": share, "method": method, **{name: float(np.mean([f[name] for f in found_])) for name in found_[0]},
-         "precision_min": float(min(f["precision"] for f in found_)), "precision_max": float(max(f["precision"] for f in found_))}
-        for (share, method), found_ in sums.items()
-    ]  # fmt: skip
-
-
-def _scores(codes: AuditCodes, picked: Selection, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    if not len(picked.latent):
-        raise UserError(f"under the injected noise no feature of {len(rows)} pairs is significant. Pass a smaller --noise, or audit more pairs.")  # fmt: skip
-    return {name: pair_scores(codes, picked, site) for name, site in zip(FEATURES, SITES, strict=True)}
-
-
-def _swapped(codes: AuditCodes, is_swapped_N: NDArray[np.bool_]) -> AuditCodes:
-    """The pairs with some labels the other way round."""
-    chosen = np.where(is_swapped_N, codes.rejected, codes.chosen)
-    return replace(codes, chosen=chosen, rejected=np.where(is_swapped_N, codes.chosen, codes.rejected))
 
 
 def _verdicts(

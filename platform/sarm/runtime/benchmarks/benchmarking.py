@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sarm import schema
@@ -17,6 +16,7 @@ from sarm.evaluate.suite import measure, metrics
 from sarm.manifest import StageFolder, write_atomically
 from sarm.runtime.benchmarks.benchmark_report import build_page
 from sarm.runtime.benchmarks.benchmark_scoring import Scores, all_cached, items_table, make_items, score_all
+from sarm.runtime.benchmarks.overlap import TrainingPrompts, overlap, training_prompts
 from sarm.runtime.job import say
 from sarm.runtime.models import ModelSpec, check_tokenizer, find_model
 from sarm.runtime.pages import share, span, write_page
@@ -36,7 +36,8 @@ def run_benchmarks(settings: Benchmarking) -> Path:
     benchmarks = [
         load_benchmark(parse_source(text), settings.limit, settings.allow_partial) for text in settings.benchmarks
     ]
-    folder = StageFolder(settings.run.out, BENCHMARK, _identity(settings, spec, benchmarks))
+    trained_on = training_prompts(spec)
+    folder = StageFolder(settings.run.out, BENCHMARK, _identity(settings, spec, benchmarks, trained_on))
     if folder.finished():
         say(f"already done, {folder.folder}")
         return folder.folder
@@ -52,7 +53,10 @@ def run_benchmarks(settings: Benchmarking) -> Path:
         table = items_table(items, scores)
         pq.write_table(table, folder.folder / "items.parquet", write_page_checksum=True)
         say(f"measuring {table.num_rows:,} scores")
-        content = _content(settings, spec, benchmarks, table, scores)
+        found = measure(table, settings.resamples, settings.run.seed)
+        for name, own in overlap(trained_on, benchmarks, table, settings.resamples, settings.run.seed).items():
+            found["benchmarks"][name]["near_duplicates"] = own
+        content = _content(settings, spec, benchmarks, found, scores)
         content["seconds"] = round(time.monotonic() - started, 2)
         write_atomically(folder.folder / "report.json", json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False))  # fmt: skip
         write_page(build_page(content), folder.folder)
@@ -68,7 +72,9 @@ def run_benchmarks(settings: Benchmarking) -> Path:
     return folder.folder  # fmt: skip
 
 
-def _identity(settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Loaded]) -> dict[str, Any]:
+def _identity(
+    settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Loaded], trained_on: TrainingPrompts | None
+) -> dict[str, Any]:
     """What decides the result: the model's and the data's contents rather than their places."""
     fields = {key: value for key, value in identity(settings, seed=settings.run.seed).items() if key not in ("run", "model", "revision", "benchmarks")}  # fmt: skip
     return {
@@ -76,14 +82,14 @@ def _identity(settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Load
         "model": spec.identity,
         "template": spec.template,
         "max_length": spec.max_length,
+        "training_prompts": "unknown" if trained_on is None else trained_on.digest,
         "benchmarks": {one.source.name: one.digest for one in benchmarks},
     }
 
 
 def _content(
-    settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Loaded], table: pa.Table, scores: Scores
+    settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Loaded], found: dict[str, Any], scores: Scores
 ) -> dict[str, Any]:
-    found = measure(table, settings.resamples, settings.run.seed)
     for one in benchmarks:
         own = found["benchmarks"][one.source.name]
         own["source"], own["digest"], own["num_read"] = one.source.place, one.digest, one.num_read
@@ -120,10 +126,21 @@ def _notes(settings: Benchmarking, found: dict[str, Any], benchmarks: Sequence[L
         if own["num_truncated"]:
             what = "lost tokens at the tokenizer's truncation side, which may be the rewarded one" if settings.protocol == "official" else "lost their beginning"  # fmt: skip
             notes.append(f"{one.source.name}: {own['num_truncated']} of {own['num_completions']} completions were longer than the model reads and {what}.")  # fmt: skip
+        notes.append(_near_duplicates(one.source.name, own["near_duplicates"]))
     if drift := found["drift"]:
         in_std = f" ({drift['max_in_std']:.1e} of the scores' standard deviation)" if drift["max_in_std"] is not None else ""  # fmt: skip
         notes.append(f"Scored alone, {drift['num_completions']} completions moved by at most {drift['max']:.2e}{in_std}.")  # fmt: skip
     return notes
+
+
+def _near_duplicates(name: str, near: dict[str, Any]) -> str:
+    if near["training_prompts"] is None:
+        return f"{name}: whether its prompts are nearly those that the model was trained on is unknown. The training pairs do not lie beside the model."
+    said = f"{name}: {near['prompts']} of {near['of_prompts']} prompts ({near['rows']} of {near['of_rows']} rows) are near-duplicates of one of the {near['training_prompts']:,} training prompts."
+    if not near["rows"]:
+        return said
+    parts = [f"{figure} {share(row['value'])} ({span(row['ci95'])})" for figure, row in near["without"].items()]
+    return f"{said} Without them: {', '.join(parts) or 'no row is left'}."
 
 
 def _say_figures(content: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from sarm.data.artifacts import load_sae
 from sarm.data.blocks import plan_blocks
 from sarm.data.models import model_folder
 from sarm.data.parts import part_files
+from sarm.data.prepare import NEAR_DUPLICATES
 from sarm.data.sarm_artifacts import load_sarm
 from sarm.evaluate import pairs as measures
 from sarm.evaluate.probe import fit_probe
@@ -34,6 +35,7 @@ from sarm.runtime.session import Session, say
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.reward_training import load_pairs
 from sarm.train.sae_quality import measure
+from sarm.untrusted import read_json
 
 
 def evaluate(
@@ -55,6 +57,8 @@ def evaluate(
         for name, table in scores.items()
         if name != "sarm"
     }
+
+    metrics["near_duplicates"] = without_near_duplicates(scores, session.folders.pairs, settings)
 
     weight = load_sarm(session.folders.sarm).score.weight.detach().squeeze(0).numpy()
     sae, _ = load_sae(session.folders.sae)
@@ -78,6 +82,10 @@ def evaluate(
     figures = {
         "heldout_accuracy": metrics["sarm"].get("accuracy"),
         "length_baseline_accuracy": metrics["shorter_answer"].get("accuracy"),
+        "accuracy_without_near_duplicates": (metrics["near_duplicates"] or {})
+        .get("without", {})
+        .get("sarm", {})
+        .get("accuracy"),
         "probe_accuracy": metrics["probe"].get("accuracy"),
         "scalar_head_accuracy": metrics.get("scalar_head", {}).get("accuracy"),
         "fvu_heldout": quality.fvu,
@@ -85,6 +93,33 @@ def evaluate(
         "completeness": metrics["completeness"],
     }
     return {"figures": figures, "rows": scores["sarm"].num_rows}
+
+
+def without_near_duplicates(
+    scores: Mapping[str, pa.Table], pairs: Path, settings: tuple[int, int]
+) -> dict[str, Any] | None:
+    """How many held-out prompts and pairs are nearly a training prompt's, and every model's accuracy without them.
+
+    None if the pairs do not say.
+    """
+    if not (pairs / NEAR_DUPLICATES).exists():
+        return None
+    found = read_json(pairs / NEAR_DUPLICATES)
+    near, prompts = pa.array(list(found["prompts"]), pa.string()), scores["sarm"]["prompt_id"]
+    is_near = pc.is_in(prompts, value_set=near)
+    measured = {
+        name: measures.measure_pairs(table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=near))), *settings)
+        for name, table in scores.items()
+    }
+    kept = ("accuracy", "accuracy_ci95", "num_pairs", "num_prompts")
+    return {
+        "similarity": found["similarity"],
+        "prompts": pc.count_distinct(prompts.filter(is_near)).as_py(),
+        "of_prompts": pc.count_distinct(prompts).as_py(),
+        "pairs": pc.sum(is_near).as_py() or 0,
+        "of_pairs": len(prompts),
+        "without": {name: {key: one.get(key) for key in kept} for name, one in measured.items()},
+    }
 
 
 def probe_scores(session: Session, like: pa.Table) -> pa.Table:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from sarm.config import Model, Reward, Run, Sae, UserError, identity
 from sarm.manifest import first_difference, write_atomically
+from sarm.reward_config import RANDOM_ENCODERS
 from sarm.runtime import plan
 from sarm.runtime.session import RUN_FILE
 from sarm.runtime.sweeps.sweep_cells import Cell, SaeKey, layers_of, sae_key, saes_of
@@ -72,10 +73,12 @@ class SweepPlan(NamedTuple):
     def cell_folder(self, cell: Cell) -> Path:
         """Where the cell's reward model and figures are: found by everything that decides them."""
         key = sae_key(cell, self.config.extraction.units)
+        # What a component's name means decides the folder too: a cell of an older meaning is not found.
+        reward = replace(self.config.reward, encoder=RANDOM_ENCODERS.get(cell.component, self.config.reward.encoder))
         settings = {
             "cell": list(cell),
             "sae": None if key is None else self.sae_settings(key),
-            "reward": plan.reward_settings(self.model(cell.layer), self.config.reward, cell.seed),
+            "reward": plan.reward_settings(self.model(cell.layer), reward, cell.seed),
             "evaluation": plan.evaluation_settings(self.config.evaluation, cell.seed),
         }
         return self.config.run.out / "cells" / f"{self.name(cell)}-{digest(settings)}"

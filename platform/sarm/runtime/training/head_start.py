@@ -19,6 +19,8 @@ from sarm.evaluate.probe import fit_probe
 from sarm.nn.backbone import residual_stream
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.sae import standardise
+from sarm.reward_config import Encoder
+from sarm.runtime.training.random_encoder import read_through_codes
 from sarm.schema import hash_share, stable_int
 
 _BATCH_TOKENS = 4096
@@ -33,6 +35,7 @@ def start_head_(
     pairs: pa.Table,
     seed: int,
     groups: Sequence[PromptGroup] = (),
+    encoder: Encoder = "pretrained",
 ) -> None:
     """Set the head to the logistic probe w_D on the stored activations of these pairs.
 
@@ -40,7 +43,8 @@ def start_head_(
     on raw activations keeps its own start: the probe reads standardised ones.
 
     A latent starts at W_dec w_D, what its direction adds to the probe's reward, so that the first reward is the probe's reading of
-    x_hat. (A fit on the codes themselves has a coefficient for every latent, often more than there are prompts.)
+    x_hat. (A fit on the codes themselves has a coefficient for every latent, often more than there are prompts.) The decoder of a
+    matched random encoder was never trained: the probe is read through the one that fits its codes best (`read_through_codes`).
 
     Raises UserError if the activations are not those of the pairs.
     """
@@ -63,7 +67,12 @@ def start_head_(
     prompts = np.array([rows[i]["prompt_id"] for i in usable])
     w_D = torch.from_numpy(fit_probe(chosen_ND, rejected_ND, prompts, seed).weight)
     with torch.no_grad():
-        model.score.weight[0] = w_D if model.config.head == "scalar" else model.sae.W_dec @ w_D
+        if model.config.head == "scalar":
+            model.score.weight[0] = w_D
+        elif encoder == "random_matched":
+            model.score.weight[0] = read_through_codes(model.sae, chosen_ND, rejected_ND, w_D, prompts, seed)
+        else:
+            model.score.weight[0] = model.sae.W_dec @ w_D
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sarm.config import Model, Reward, UserError
+from sarm.data.activations import ActivationStore
 from sarm.data.artifacts import load_sae
 from sarm.data.chat import ChatTokenizer
 from sarm.data.models import backbone_of, model_folder
@@ -15,6 +16,7 @@ from sarm.nn.architectures import DenseSae, options_of
 from sarm.nn.backbone import read_config
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import Sae
+from sarm.runtime.training.random_encoder import draw_directions_, match_
 from sarm.runtime.training.variants import NO_PEFT
 
 # Llama-family heads of `*ForSequenceClassification` start so; the papers' looser baseline is two of them.
@@ -49,13 +51,16 @@ def build_model(
     chat: ChatTokenizer,
     reward: Reward = Reward(),
     seed: int = 0,
+    chat_ends: Path | None = None,
 ) -> SarmForSequenceClassification:
     """The reward model before its first step, fp32; without an SAE folder it has the scalar head.
 
-    Equal arguments give equal weights. Raises UserError if low-rank adapters are asked for and `peft` is not installed.
+    `chat_ends` is the folder of the training responses' activations, which a random encoder is matched on.
+
+    Equal arguments give equal weights. Raises UserError if low-rank adapters are asked for and `peft` is not installed, or a random encoder has no chat ends to be matched on.
     """
     backbone = backbone_of(model, model_folder, model.layer, torch.float32)
-    sae = None if sae_folder is None else encoder_of(load_sae(sae_folder)[0], reward, seed)
+    sae = None if sae_folder is None else _pretrained_or_random(sae_folder, reward, seed, chat_ends)
     config = SarmConfig(
         backbone=backbone.config.to_dict(),
         layer=model.layer,
@@ -84,18 +89,16 @@ def build_model(
 
 
 def encoder_of(sae: Sae, reward: Reward, seed: int) -> Sae:
-    """The SAE as the settings want it: pretrained, as random as before its training, or without TopK.
+    """The SAE as the settings want it: pretrained, with directions drawn anew, or without TopK.
 
     `random` differs from the pretrained one in the directions of its encoder alone: each latent keeps its length and bias. Its
-    decoder is the encoder's transpose of unit rows, as SAE training starts. `random_linear` is a linear map with a bias, normal of
-    std 0.02, that knows no TopK (SARM section 4.2's "random init", as its code has it).
+    decoder is the encoder's transpose of unit rows, as SAE training starts; `random_matched` is the same before `match_`. `random_linear` is a linear
+    map with a bias, normal of std 0.02, that knows no TopK (SARM section 4.2's "random init", as its code has it).
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        if reward.encoder == "random":
-            directions_SD = nn.functional.normalize(torch.randn(sae.d_sae, sae.d_in, generator=generator), dim=1)
-            sae.W_enc.copy_((directions_SD * sae.W_enc.norm(dim=0)[:, None]).T)
-            sae.W_dec.copy_(directions_SD)
+        if reward.encoder in ("random", "random_matched"):
+            draw_directions_(sae, generator)
         if reward.topk and reward.encoder != "random_linear":
             return sae
         dense = DenseSae(sae.d_in, sae.d_sae, sae.k)
@@ -107,6 +110,16 @@ def encoder_of(sae: Sae, reward: Reward, seed: int) -> Sae:
             dense.b_dec.zero_()
             dense.W_dec.copy_(nn.functional.normalize(dense.W_enc.T, dim=1))
     return dense
+
+
+def _pretrained_or_random(folder: Path, reward: Reward, seed: int, chat_ends: Path | None) -> Sae:
+    sae, metadata = load_sae(folder)
+    sae = encoder_of(sae, reward, seed)
+    if reward.encoder == "random_matched":
+        if chat_ends is None:
+            raise UserError("the random encoder needs the activations of chat ends. Extract them first, or pass --reward.encoder random.")  # fmt: skip
+        match_(sae, ActivationStore(chat_ends), absorb=len(metadata.get("phases", ())) > 1)
+    return sae
 
 
 def add_adapters_(model: SarmForSequenceClassification, rank: int, seed: int) -> None:

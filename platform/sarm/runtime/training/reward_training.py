@@ -1,6 +1,7 @@
 """Reward-model training on Ray Train with DeepSpeed ZeRO: what each worker runs, and the trainer that starts them."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sarm.config import Model, Reward, Run, UserError
-from sarm.data.chat import load_chat_tokenizer
+from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import token_batches
@@ -47,7 +48,10 @@ _STEPS_BETWEEN_LOOKS = 1
 
 @dataclass(frozen=True)
 class RewardTask:
-    """What a worker needs to know; picklable. `sae` None trains the scalar head; the head starts at a probe of `head_start`, else at 0."""
+    """What a worker needs to know; picklable. `sae` None trains the scalar head; the head starts at a probe of `head_start`, else at 0.
+
+    `chat_ends` are the activations that a random encoder is matched on.
+    """
 
     run: Run
     model: Model
@@ -60,6 +64,7 @@ class RewardTask:
     tracking: StageRun
     states: Checkpoints
     report_steps: int = 0
+    chat_ends: Path | None = None
 
     @property
     def name(self) -> str:
@@ -113,13 +118,13 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     chat = load_chat_tokenizer(task.model, task.model_folder)
     pairs, validation_pairs = split_off_validation(load_pairs(task.pairs, "train"), task.reward.validation_share)
     groups, validation = list(prompt_groups(pairs, chat)), list(prompt_groups(validation_pairs, chat))
-    model = build_model(task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed)
+    model = _build(task, chat)
     to_train = parameter_groups(model, task.reward)
     # DeepSpeed hands rank 0's weights to the others.
     if rank == 0 and found is not None:
         load_weights_(model, found, "shards")
     elif rank == 0 and task.head_start is not None:
-        start_head_(model, task.head_start, pairs, task.run.seed, groups)
+        start_head_(model, task.head_start, pairs, task.run.seed, groups, task.reward.encoder)
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -170,7 +175,7 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     whole = engine.whole_state()
     if rank != 0:
         return None
-    trained = build_model(task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed)
+    trained = _build(task, chat)
     # Buffers (thresholds) are as they were built.
     trained.load_state_dict({**trained.state_dict(), **whole})
     if validation:
@@ -186,7 +191,8 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     figures = {
         "reward_mean": mean,
         "reward_std": std,
-        "train_accuracy_last_epoch": _weighted_tail(progress.history, "accuracy", task.reward.epochs),
+        "train_accuracy_last_epoch": last_epoch_accuracy(progress.history),
+        "epochs_trained": progress.history[-1]["epoch"] if progress.history else 0.0,
         "truncated_responses": sum(tokens.num_truncated > 0 for group in groups for tokens in group.tokens),
         "num_pairs": sum(len(group.pairs) for group in groups),
         "num_prompts": len(groups),
@@ -199,6 +205,12 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
             "validation_prompts": len(validation),
         }
     return {"figures": figures, "history": progress.history}
+
+
+def _build(task: RewardTask, chat: ChatTokenizer) -> SarmForSequenceClassification:
+    return build_model(
+        task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed, task.chat_ends
+    )  # fmt: skip
 
 
 def reward_moments(
@@ -220,6 +232,13 @@ def reward_moments(
     return float(values.mean()), float(values.std()) if len(values) > 1 else 1.0
 
 
-def _weighted_tail(history: list[dict[str, float]], key: str, epochs: int) -> float:
-    last = [entry for entry in history if entry["epoch"] > epochs - 1]
-    return sum(entry[key] for entry in last) / max(1, len(last))
+def last_epoch_accuracy(history: Sequence[Mapping[str, float]]) -> float | None:
+    """Share of the pairs of the last epoch that was begun which were in the right order when they were trained on; None without a step.
+
+    Every pair counts once. After early stopping it is what was trained of the epoch in which training stopped.
+    """
+    if not history:
+        return None
+    begun = math.ceil(history[-1]["epoch"])
+    last = [entry for entry in history if entry["epoch"] > begun - 1]
+    return sum(entry["accuracy"] * entry["pairs"] for entry in last) / sum(entry["pairs"] for entry in last)

@@ -13,11 +13,12 @@ from sarm.config import Run, UserError
 from sarm.data.activations import ActivationStore
 from sarm.data.checkpoints import Checkpoint, Checkpoints
 from sarm.data.shuffled_rows import ShuffledRows, memory_for_rows
-from sarm.nn.architectures import BatchTopKSae, build_sae
-from sarm.nn.sae import Sae, standardise
+from sarm.nn.architectures import build_sae
+from sarm.nn.sae import standardise
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.tracking import StageRun
-from sarm.runtime.training.sae_folder import count_latents, write_sae_folder
+from sarm.runtime.training.phase_shift import absorb_phase_shift_
+from sarm.runtime.training.sae_folder import write_sae_folder
 from sarm.runtime.training.stall import StallGuard
 from sarm.runtime.training.trainer import (
     Progress,
@@ -32,7 +33,6 @@ from sarm.train.sae import Phase, SaeTraining
 from sarm.train.sae_quality import measure
 
 _SAMPLE_ROWS = 16 * 1024
-_ROWS_AT_ONCE = 4096
 _OF_THE_SAE = ("architecture", "d_sae", "k", "signed", "prefixes", "bandwidth", "l0_penalty")
 _OF_ONE_DICTIONARY = {*_OF_THE_SAE, "aux_k", "aux_coefficient", "dead_after_rows", "b_dec_init", "cross_entropy_texts"}
 
@@ -127,7 +127,7 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         is_resumed = saved is not None and number == saved["phase"]
         if number > 0 and not is_resumed:
             for sae in saes:
-                _enter_phase_(sae, samples[names[number - 1]].to(device), samples[name].to(device))
+                absorb_phase_shift_(sae, samples[names[number - 1]].to(device), samples[name].to(device))
         epochs, lr = settings[name]
         logs = [
             Progress(f"sae_{name}", member.tracking, ("loss", "fvu", "alive_share"), member.name) for member in members
@@ -182,15 +182,6 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         results.append({"figures": of_sae, "history": history})
     rejected = {name: source.rejected for name, source in rows.items() if source.rejected}
     return {**results[0], "rejected": rejected, "also": results[1:]}
-
-
-def _enter_phase_(sae: Sae, before_ND: torch.Tensor, after_ND: torch.Tensor) -> None:
-    """Take out of the dictionary how far the new phase's rows lie from those before (`Sae.absorb_shift_`)."""
-    unused = int(count_latents(sae, before_ND.split(_ROWS_AT_ONCE)).fired.argmin())
-    sae.absorb_shift_(after_ND, unused)
-    if isinstance(sae, BatchTopKSae):
-        # A threshold that follows a hundredth of the way each step would spend a short phase on getting there.
-        sae.calibrate_(after_ND)
 
 
 def _shared_state(found: Checkpoint, sae: configs.Sae, world: int) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sarm.config import Model, Reward, UserError
+from sarm.reward_config import RANDOM_ENCODERS
 
 NO_PEFT = "--reward.lora-rank needs the package peft. Run pip install 'sarm[lora]'."
 
@@ -50,10 +51,13 @@ def variants(model: Model, reward: Reward, sae: Path, depth_of: Callable[[Model]
             assert reward.token_sae is not None
             found.append(Variant("train SARM on token SAE", "sarm_token_sae", reward.token_sae, model, reward))
         elif name == "random_encoder":
-            random = replace(reward, encoder="random")
+            random = replace(reward, encoder=RANDOM_ENCODERS[name])
             found.append(Variant("train SARM, random encoder", "sarm_random_encoder", sae, model, random))
+        elif name == "random_directions":
+            random = replace(reward, encoder=RANDOM_ENCODERS[name])
+            found.append(Variant("train SARM, random directions", "sarm_random_directions", sae, model, random))
         else:
             # The papers' code trains this encoder, which nothing made worth keeping.
-            linear = replace(reward, encoder="random_linear", train_sae=True, sae_lr=reward.lr or reward.sae_lr)
+            linear = replace(reward, encoder=RANDOM_ENCODERS[name], train_sae=True, sae_lr=reward.lr or reward.sae_lr)
             found.append(Variant("train SARM, random linear map", "sarm_random_linear", sae, model, linear))
     return found

@@ -40,7 +40,8 @@ class ZeroEngine:
         self._beat = beat
         self._rates = [group["lr"] for group in parameter_groups]
         self._parameters = [p for group in parameter_groups for p in group["params"]]
-        self._max_grad_norm, self._grad_norm = config.max_grad_norm, 0.0
+        self._max_grad_norm = self._norm_limit = config.max_grad_norm
+        self._grad_norm = 0.0
         self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(device),  # type: ignore[arg-type]  # its wrapper hides `to`
             model_parameters=parameter_groups,
@@ -62,8 +63,11 @@ class ZeroEngine:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss)
 
-    def step(self, rate_factor: float) -> float:
+    def step(self, rate_factor: float, norm_factor: float = 1.0) -> float:
         self._beat()
+        self._norm_limit = self._max_grad_norm * norm_factor
+        if self.stage > 0:
+            self.deepspeed.optimizer.clip_grad = self._norm_limit
         for group, rate in zip(self.deepspeed.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * rate_factor
         try:
@@ -87,7 +91,7 @@ class ZeroEngine:
         return state
 
     def _clip(self) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._norm_limit)
         self._grad_norm = float(norm)
         if not math.isfinite(self._grad_norm):
             raise _NotFiniteError

@@ -1,0 +1,117 @@
+"""What pairs should weigh: the demo's SARM trained with every pair alike, and with every step alike, on the same order of prompts.
+
+Reads a finished demo (`make demo`), or `--run FOLDER --preset NAME` of another. Says how unequal the steps are, and trains the SARM once a
+seed and rule; differences are paired on held-out prompts. What is trained is kept, so that the same command goes on after a stop. A training takes minutes on 2 cores.
+
+    make bench BENCH=pair_weights
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.data.groups import PromptGroup, prompt_groups
+from sarm.data.models import model_folder
+from sarm.data.packing import token_batches
+from sarm.data.statistics import bootstrap_means, pair_credit
+from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.presets import PRESETS
+from sarm.runtime.training.head_start import start_head_
+from sarm.runtime.training.reward_models import build_model
+from sarm.runtime.training.reward_training import load_pairs
+from sarm.train.reward import LocalEngine, cut_into_steps, parameter_groups, train_reward
+
+OUT = Path("outputs/bench")
+RULES = ("equal", "step")
+RESAMPLES, BATCH_TOKENS = 10_000, 4096
+
+
+def main() -> None:
+    """Train what is not trained yet, and compare."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=Path, default=Path("outputs/demo"))
+    parser.add_argument("--preset", default="demo", choices=sorted(PRESETS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    if not (arguments.run / "sae" / "manifest.json").exists():
+        raise SystemExit(f"no finished run in {arguments.run}. Run make demo, or pass --run FOLDER --preset NAME.")
+    config = PRESETS[arguments.preset][1]
+    chat = load_chat_tokenizer(config.model, model_folder(config.model))
+    train, heldout = (list(prompt_groups(load_pairs(arguments.run / "pairs", split), chat)) for split in ("train", "heldout"))  # fmt: skip
+    prompts = [group.prompt_id for group in heldout for _ in group.pairs]
+    found: dict[str, Any] = {"steps": sizes_of_steps(train, config.reward.batch_pairs, arguments.seeds[0])}
+    credit: dict[str, np.ndarray] = {}
+    for rule in RULES:
+        margins = [margins_of(arguments.run, arguments.preset, rule, seed, train, heldout, chat) for seed in arguments.seeds]  # fmt: skip
+        credit[rule] = np.mean([pair_credit(one) for one in margins], axis=0)
+        by_seed = [float(pair_credit(one).mean()) for one in margins]
+        found[rule] = interval(credit[rule], prompts) | {"by_seed": by_seed}
+    found["equal_minus_step"] = interval(credit["equal"] - credit["step"], prompts)
+    found |= {"seeds": arguments.seeds, "heldout_pairs": len(prompts), "heldout_prompts": len(set(prompts))}
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "pair_weights.json").write_text(json.dumps(found, indent=1))
+    print(json.dumps(found, indent=1))
+
+
+def sizes_of_steps(groups: Sequence[PromptGroup], batch_pairs: int, seed: int) -> dict[str, float]:
+    """How many pairs a step of the first epoch has, and how much a pair weighs at most beside another under `step`."""
+    sizes = [sum(len(group.pairs) for group in step) for step in cut_into_steps(groups, batch_pairs, seed, 0)]
+    return {
+        "steps": len(sizes),
+        "least_pairs": min(sizes),
+        "median_pairs": float(np.median(sizes)),
+        "most_pairs": max(sizes),
+        "largest_over_smallest_weight": max(sizes) / min(sizes),
+    }
+
+
+def margins_of(
+    run: Path, preset: str, rule: str, seed: int, train: list[PromptGroup], heldout: list[PromptGroup], chat: ChatTokenizer
+) -> np.ndarray:  # fmt: skip
+    """Held-out margins of one training, from disk if it is there."""
+    known = OUT / "pair_weights" / f"{preset}-{rule}-{seed}.npy"
+    if known.exists():
+        return np.load(known)
+    config = PRESETS[preset][1]
+    reward = replace(config.reward, pair_weights=rule)
+    model = build_model(config.model, model_folder(config.model), run / "sae", chat, reward, seed)
+    if reward.head_init == "probe":
+        start_head_(model, run / "activations" / "chat", load_pairs(run / "pairs", "train"), seed, train)
+    engine = LocalEngine(model.train(), parameter_groups(model, reward), reward.max_grad_norm)
+    train_reward(engine, train, reward, seed, config.model.max_length, chat.pad_id, lambda *_: None)
+    margins = score(model.eval(), heldout, config.model.max_length, chat.pad_id)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    np.save(known, margins)
+    print(f"{rule}, seed {seed}: {pair_credit(margins).mean():.3f}", flush=True)
+    return margins
+
+
+@torch.inference_mode()
+def score(
+    model: SarmForSequenceClassification, groups: list[PromptGroup], row_tokens: int, pad_id: int
+) -> np.ndarray:  # fmt: skip
+    """The margin of every pair, group after group."""
+    rewards: dict[Any, float] = {}
+    rows = [row for group in groups for row in group.rows(row_tokens)]
+    for batch in token_batches(rows, BATCH_TOKENS, pad_id):
+        rewards.update(zip(batch.keys, model(**batch.model_inputs()).logits.squeeze(-1).tolist(), strict=True))
+    return np.array(
+        [rewards[g.prompt_id, p.chosen] - rewards[g.prompt_id, p.rejected] for g in groups for p in g.pairs]
+    )
+
+
+def interval(values_N: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
+    """A mean over pairs with its 95 % interval over prompts."""
+    low, high = bootstrap_means(values_N[:, None], np.array(prompts), RESAMPLES, 0)
+    return {"value": float(values_N.mean()), "ci95": [float(low[0]), float(high[0])]}
+
+
+if __name__ == "__main__":
+    main()
