@@ -133,7 +133,7 @@ def test_activations_of_a_model_that_has_none_stored_are_its_own(tiny_folder, ti
 
 
 def test_adapters_without_their_library_are_refused_with_what_to_do(sae_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sarm.runtime.training.reward_models.find_spec", lambda name: None)
+    monkeypatch.setattr("sarm.runtime.training.variants.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package peft. Run pip install 'sarm\[lora\]'"):
         variants(MODEL, Reward(lora_rank=4), sae_folder)
 
