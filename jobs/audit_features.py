@@ -1,8 +1,8 @@
 """SARM and labelled pairs -> safety features by contrast, causal tests with matched controls, audit.html.
 
-    python jobs/audit_features.py demo --off-target rm_bench=chat.jsonl
-    python jobs/audit_features.py --sarm outputs/demo/sarm --select outputs/demo/pairs --target outputs/demo/pairs --off-target rm_bench=chat.jsonl --out outputs/audit-chat
-    ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/audit_features.py demo --off-target rm_bench=chat.jsonl
+python jobs/audit_features.py demo --off-target rm_bench=chat.jsonl
+python jobs/audit_features.py --sarm outputs/demo/sarm --select outputs/demo/pairs --target outputs/demo/pairs --off-target rm_bench=chat.jsonl --out outputs/audit-chat
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/audit_features.py demo --off-target rm_bench=chat.jsonl
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """SARM and pairs (and corpus) -> contexts/v1: for each latent the texts that make it fire, how often it does, and which part drives it.
 
-    python jobs/collect_contexts.py demo
-    python jobs/collect_contexts.py demo --redo-from collect_contexts --contexts.split heldout --contexts.corpus
-    ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/collect_contexts.py demo
+python jobs/collect_contexts.py demo
+python jobs/collect_contexts.py demo --redo-from collect_contexts --contexts.split heldout --contexts.corpus
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/collect_contexts.py demo
 """
 
 from sarm.config import CollectContexts

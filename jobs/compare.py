@@ -1,6 +1,6 @@
 """Compare two evaluations row by row: differences with intervals, exact McNemar, Holm over the subsets; a report and its run in MLflow.
 
-    python jobs/compare.py outputs/benchmarks-a outputs/benchmarks-b --out outputs/a-against-b
+python jobs/compare.py outputs/benchmarks-a outputs/benchmarks-b --out outputs/a-against-b
 """
 
 from sarm.evaluate.settings import Comparison

@@ -1,7 +1,7 @@
 """An SAE of this platform, SAELens, sparsify, dictionary_learning or the papers -> any other of these formats.
 
-    python jobs/convert_sae.py outputs/demo/sae exported-sae --format saelens
-    python jobs/convert_sae.py sae.pt outputs/mine/sae --format sarm --k 192 --model meta-llama/Llama-3.1-8B-Instruct --layer 16
+python jobs/convert_sae.py outputs/demo/sae exported-sae --format saelens
+python jobs/convert_sae.py sae.pt outputs/mine/sae --format sarm --k 192 --model meta-llama/Llama-3.1-8B-Instruct --layer 16
 """
 
 from sarm.runtime.conversion.convert_options import ConvertSae

@@ -1,8 +1,8 @@
 """A reward model of this platform <-> one in the papers' layout (`sarm_param` in its config, keys `model.*`, `sae.*`, `score.weight`).
 
-    python jobs/convert_sarm.py Llama-SARM-4B outputs/llama-sarm-4b
-    python jobs/convert_sarm.py outputs/demo/sarm exported-sarm --format papers
-    python jobs/convert_sarm.py Llama-SARM-4B-PostSAEPretrain outputs/postpretrained/sae --format sae --model meta-llama/Llama-3.1-8B-Instruct
+python jobs/convert_sarm.py Llama-SARM-4B outputs/llama-sarm-4b
+python jobs/convert_sarm.py outputs/demo/sarm exported-sarm --format papers
+python jobs/convert_sarm.py Llama-SARM-4B-PostSAEPretrain outputs/postpretrained/sae --format sae --model meta-llama/Llama-3.1-8B-Instruct
 """
 
 from sarm.runtime.conversion.convert_options import ConvertSarm

@@ -1,7 +1,7 @@
 """corpus/v1 and pairs/v1 -> activations/v1: the residual stream at sentence ends and at rewarded tokens.
 
-    python jobs/extract_activations.py demo
-    ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/extract_activations.py demo
+python jobs/extract_activations.py demo
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/extract_activations.py demo
 """
 
 from sarm.config import ExtractActivations

@@ -1,7 +1,7 @@
 """contexts/v1 -> feature pages: features.html (sort, filter, search), pages of features, features.md, a picture, SAEDashboard's JSON.
 
-    python jobs/feature_pages.py demo
-    python jobs/feature_pages.py demo --redo-from feature_pages --pages.features 200 --pages.explanations outputs/demo/explanations
+python jobs/feature_pages.py demo
+python jobs/feature_pages.py demo --redo-from feature_pages --pages.features 200 --pages.explanations outputs/demo/explanations
 """
 
 from sarm.config import FeaturePages

@@ -1,7 +1,7 @@
 """Every stage in order: sources -> activations -> SAE -> SARM -> evaluation -> report -> contexts -> feature pages.
 
-    python jobs/pipeline.py demo
-    ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/pipeline.py demo
+python jobs/pipeline.py demo
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/pipeline.py demo
 """
 
 from sarm.config import Pipeline

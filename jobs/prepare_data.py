@@ -1,7 +1,7 @@
 """Sources -> corpus/v1 and pairs/v1: cleaned, de-duplicated, split by the hash of the prompt.
 
-    python jobs/prepare_data.py demo
-    ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/prepare_data.py demo
+python jobs/prepare_data.py demo
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/prepare_data.py demo
 """
 
 from sarm.config import PrepareData

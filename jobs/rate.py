@@ -1,7 +1,7 @@
 """Ratings by people: write a sheet of an explanations folder, and put filled sheets beside the judges' ratings.
 
-    python jobs/rate.py outputs/demo/explanations --sheet safety.csv
-    python jobs/rate.py outputs/demo/explanations --filled ada.csv bob.csv --out outputs/agreement
+python jobs/rate.py outputs/demo/explanations --sheet safety.csv
+python jobs/rate.py outputs/demo/explanations --filled ada.csv bob.csv --out outputs/agreement
 """
 
 from sarm.interpret.judge_settings import HumanRatings

@@ -1,7 +1,7 @@
 """One conversation's reward as a sum of named features, sentence by sentence and token by token: on the terminal and as a page.
 
-    python jobs/reward_card.py --model outputs/demo/sarm --prompt "How do I pick a lock?" --response "I can't help with that."
-    python jobs/reward_card.py --model outputs/demo/sarm --conversation chat.json --out card.html
+python jobs/reward_card.py --model outputs/demo/sarm --prompt "How do I pick a lock?" --response "I can't help with that."
+python jobs/reward_card.py --model outputs/demo/sarm --conversation chat.json --out card.html
 """
 
 from sarm.interpret.card_settings import RewardCard

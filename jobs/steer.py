@@ -1,8 +1,8 @@
 """Audited SARM -> edited head weights, what the edit does on target and other pairs, and the edited model.
 
-    python jobs/steer.py --out outputs/audit --name doubled --edit scale --strength 2
-    python jobs/steer.py --out outputs/audit --name safer --edit goal --goal 1.0 --tolerance 0.1
-    python jobs/steer.py --out outputs/audit --name as-before --undo doubled
+python jobs/steer.py --out outputs/audit --name doubled --edit scale --strength 2
+python jobs/steer.py --out outputs/audit --name safer --edit goal --goal 1.0 --tolerance 0.1
+python jobs/steer.py --out outputs/audit --name as-before --undo doubled
 """
 
 from sarm.audit.settings import Steer

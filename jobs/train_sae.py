@@ -1,8 +1,8 @@
 """activations/v1 -> a TopK sparse autoencoder, trained on sentence ends and then on chat ends.
 
-    python jobs/train_sae.py demo
-    python jobs/train_sae.py demo --also.d-sae 4608 18432 --also.k 13 54
-    ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/train_sae.py demo
+python jobs/train_sae.py demo
+python jobs/train_sae.py demo --also.d-sae 4608 18432 --also.k 13 54
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/train_sae.py demo
 """
 
 from sarm.config import TrainSae

@@ -1,7 +1,7 @@
 """pairs/v1 and the SAE -> a SARM, and a scalar head on the same backbone to compare it with.
 
-    python jobs/train_sarm.py demo
-    ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/train_sarm.py demo
+python jobs/train_sarm.py demo
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/train_sarm.py demo
 """
 
 from sarm.config import TrainSarm

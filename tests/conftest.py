@@ -33,6 +33,7 @@ _SHARED = {
     "test_jobs": "chain",
     "chaos": "chain",
     "test_submit": "chain",
+    "test_stopping": "chain",
     "test_secrets": "chain",
     "test_documented_commands": "chain",
 }

@@ -21,6 +21,7 @@ BOTTOM = {
     "sae_config",
     "reward_config",
     "reading_config",
+    "results_root",
     "folder_schemas",
     "untrusted",
     "schema",

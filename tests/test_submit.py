@@ -1,5 +1,7 @@
 """Jobs through `ray job submit`, from a working directory, on a cluster started for it, which asks for a token as those of cluster/ do."""
 
+import contextlib
+import http.server
 import os
 import re
 import shutil
@@ -7,12 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
@@ -42,12 +46,25 @@ def with_token(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     token = tmp_path_factory.mktemp("token") / "token"
     token.write_text(TOKEN)
     token.chmod(0o600)
-    return {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    home = tmp_path_factory.mktemp("home")
+    return {
+        **{k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "SARM_RESULTS", "MLFLOW_TRACKING_URI")},
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": path, "HOME": str(home),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, with_token: dict[str, str]) -> Iterator[str]:
-    """Address of the jobs server of a one-node cluster, ended by its process group."""
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean clone of this repository."""
+    folder = tmp_path_factory.mktemp("clone") / "sarm"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, with_token: dict[str, str], clone: Path) -> Iterator[str]:
+    """Address of the jobs server of a one-node cluster, started in a checkout, and ended by its process group."""
     gcs, dashboard, agent, grpc_agent, client = free_ports(5)
     log = tmp_path_factory.mktemp("ray") / "head.log"
     command = [
@@ -56,7 +73,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, with_token: dict[str, str]
         f"--ray-client-server-port={client}", "--object-store-memory=200000000", f"--temp-dir={TEMPORARY}",
     ]  # fmt: skip
     with log.open("w") as out:
-        head = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=with_token, start_new_session=True)
+        head = subprocess.Popen(
+            command, cwd=clone, stdout=out, stderr=subprocess.STDOUT, env=with_token, start_new_session=True
+        )
     address = f"http://127.0.0.1:{dashboard}"
     try:
         deadline = time.monotonic() + 90
@@ -134,6 +153,182 @@ def test_a_submitted_job_trains_on_the_cluster(
     alone, submitted = (load_file(folder / "sarm" / weights) for folder in (finished, out))
     assert alone.keys() == submitted.keys()
     assert all(torch.equal(alone[name], submitted[name]) for name in alone), "the same seed, the same weights"
+
+
+def in_shell(line: str, address: str, with_token: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """A line as its user types it, in a shell of theirs that knows the cluster."""
+    environment = {**with_token, "RAY_ADDRESS": address}
+    return subprocess.run(
+        line, shell=True, cwd=folder, capture_output=True, text=True, env=environment, timeout=900, check=False
+    )
+
+
+def place_of(said: str) -> Path:
+    """Where a job says that its results are, the same at its start and its end."""
+    (place,) = set(re.findall(r"^results  (\S+) on", said, flags=re.M))
+    assert said.count("mlflow   make ui MLFLOW_URI=sqlite:///") == 2, said[-2000:]
+    return Path(place)
+
+
+def test_the_readme_s_line_from_a_clean_clone_leaves_its_model_in_the_home_folder(
+    cluster: str, with_token: dict[str, str], clone: Path
+) -> None:
+    (line,) = re.findall(r"^(ray job submit .*runtime_env.*)$", (clone / "README.md").read_text(), flags=re.M)
+    # Only shorter: the whole chain on the preset for tests.
+    line = re.sub(r"jobs/\w+\.py \w+", "jobs/pipeline.py tiny", line)
+    done = in_shell(line, cluster, with_token, clone)
+    assert done.returncode == 0, done.stdout[-4000:]
+    place = place_of(done.stdout)
+    assert place == Path(with_token["HOME"]) / "sarm-outputs" / "tiny"
+    assert load_file(place / "sarm" / "model.safetensors")
+    assert (place.parent / "mlflow.db").exists()
+    assert not list(TEMPORARY.rglob("mlflow.db")), "nothing is left in Ray's temporary folder"
+    assert not (clone / "outputs").exists()
+    started = time.monotonic()
+    again = in_shell(line, cluster, with_token, clone)
+    print(f"the second time: {time.monotonic() - started:.1f} s")
+    assert again.returncode == 0, again.stdout[-4000:]
+    assert "train SARM: already done" in again.stdout
+
+
+def test_the_short_form_writes_to_the_checkout_that_the_head_was_started_in(
+    cluster: str, with_token: dict[str, str], clone: Path, tmp_path: Path
+) -> None:
+    done = in_shell("ray job submit -- python jobs/prepare_data.py tiny", cluster, with_token, tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert place_of(done.stdout) == clone / "outputs" / "tiny"
+    assert (clone / "outputs" / "tiny" / "pairs" / "manifest.json").exists()
+    shutil.rmtree(clone / "outputs")
+
+
+def until(what: Callable[[], object], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_job_whose_client_is_killed_goes_on(cluster: str, with_token: dict[str, str], clone: Path) -> None:
+    out = Path(with_token["HOME"]) / "sarm-outputs" / "alone"
+    line = [RAY, "job", "submit", "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml"]
+    client = subprocess.Popen(
+        [*line, "--", "python", "jobs/prepare_data.py", "tiny", "--out", "outputs/alone"],
+        cwd=clone, env={**with_token, "RAY_ADDRESS": cluster}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert client.stdout is not None
+    assert any("submitted successfully" in said for said in client.stdout)
+    client.kill()
+    client.wait()
+    until((out / "pairs" / "manifest.json").exists)
+
+
+def drivers(word: str) -> list[psutil.Process]:
+    """The processes that do a job's work, not those that watch over them."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            line, parent = process.info["cmdline"] or [], process.parent()
+            if word in line and "python" in line[0] and parent is not None and word in parent.cmdline():
+                found.append(process)
+    return found
+
+
+def test_a_job_whose_driver_is_killed_is_started_again(cluster: str, with_token: dict[str, str], clone: Path) -> None:
+    line = "ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/prepare_data.py tiny --out outputs/killed"
+    killed: list[int] = []
+
+    def kill() -> None:
+        until(lambda: drivers("outputs/killed"))
+        for process in drivers("outputs/killed"):
+            process.kill()
+            killed.append(process.pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    done = in_shell(line, cluster, with_token, clone)
+    thread.join()
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert killed
+    assert "supervisor: killed by SIGKILL; starting again" in done.stdout
+    assert (Path(with_token["HOME"]) / "sarm-outputs" / "killed" / "pairs" / "manifest.json").exists()
+
+
+def test_ray_job_stop_lets_a_training_save_its_state_and_say_what_goes_on(
+    cluster: str, with_token: dict[str, str], clone: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "stopped"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "sarm")
+    address = f"--address {cluster}"
+    work = f"jobs/train_sarm.py tiny --out {out} --reward.epochs 300 --cpus-per-worker 1"
+    line = f"ray job submit {address} --working-dir . --runtime-env cluster/runtime_env.yaml"
+    assert in_shell(f"{line} --no-wait --submission-id stopped -- python {work}", cluster, with_token, clone).returncode == 0  # fmt: skip
+    logs = f"ray job logs {address} stopped"
+    until(lambda: " step " in in_shell(logs, cluster, with_token, clone).stdout)
+    in_shell(f"ray job stop {address} stopped", cluster, with_token, clone)
+    said = in_shell(logs, cluster, with_token, clone).stdout
+    assert f"this command goes on: ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python {work}" in said  # fmt: skip
+    assert re.search(r"stopped after step \d+: it was asked to; its state is saved", said)
+    assert "Traceback" not in said
+    assert list(out.rglob("step-*/manifest.json"))
+
+
+@pytest.fixture
+def stranger() -> Iterator[Callable[[str], str]]:
+    """Servers that answer every request with a text; called with it, gives the address."""
+    servers = []
+
+    def serve(text: str) -> str:
+        class Answer(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        servers.append(http.server.HTTPServer(("127.0.0.1", 0), Answer))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+
+
+def test_what_cannot_be_submitted_is_one_line(
+    cluster: str, with_token: dict[str, str], clone: Path, tmp_path: Path, stranger: Callable[[str], str]
+) -> None:
+    (free,) = free_ports(1)
+    wrong = tmp_path / "wrong"
+    wrong.write_text("0" * 32)
+    version = f"this project Ray {ray.__version__}"
+    cases = [
+        (f"http://127.0.0.1:{free}", {}, "no Ray cluster answers at"),
+        (cluster, {"RAY_AUTH_TOKEN_PATH": str(wrong)}, "does not accept the token"),
+        (cluster, {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, "this process has no token"),
+        (stranger('{"ray_version": "2.9.0"}'), {}, f"runs Ray 2.9.0, and {version}"),
+        (stranger("hello"), {}, "is no Ray dashboard"),
+    ]
+    for address, environment, said in cases:
+        line = f"python jobs/prepare_data.py tiny --submit {address}"
+        done = in_shell(line, cluster, {**with_token, **environment}, clone)
+        assert done.returncode == 2, (said, done.stderr)
+        assert said in done.stderr
+        assert done.stdout + done.stderr.strip().partition("\n")[2] == "", "one line"
+
+
+def test_submit_says_where_results_go_and_what_the_cluster_refuses(
+    cluster: str, with_token: dict[str, str], clone: Path
+) -> None:
+    line = f"python jobs/prepare_data.py tiny --submit {cluster}"
+    done = in_shell(line, cluster, with_token, clone)
+    assert done.returncode == 0, done.stderr
+    assert f"\nresults  {with_token['HOME']}/sarm-outputs/tiny on " in done.stdout
+    done = in_shell(f"{line} --out /proc/here", cluster, with_token, clone)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /proc"), done.stderr
 
 
 def mutating_endpoints() -> list[tuple[str, str]]:

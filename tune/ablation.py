@@ -1,8 +1,8 @@
 """Ablation: SAE and reward model of every (layer, width, k, component, seed), trained and evaluated through Ray Tune.
 
-    python tune/ablation.py tiny
-    python tune/ablation.py smollm2 --dry-run
-    ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python tune/ablation.py smollm2
+python tune/ablation.py tiny
+python tune/ablation.py smollm2 --dry-run
+ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python tune/ablation.py smollm2
 """
 
 from sarm.runtime.job import run_job

@@ -20,6 +20,7 @@ from sarm.checks import check_least as _check_least
 from sarm.extraction_config import Extraction as Extraction
 from sarm.reading_config import Contexts as Contexts
 from sarm.reading_config import Pages as Pages
+from sarm.results_root import absolute_out
 from sarm.reward_config import Reward as Reward
 from sarm.sae_config import AlsoSaes as AlsoSaes
 from sarm.sae_config import Sae as Sae
@@ -66,7 +67,7 @@ class Run:
     """Where a job writes, what it logs to and which machines it may use."""
 
     out: Path = field(default=Path("outputs/run"), metadata=OPERATIONAL)
-    """Folder of the run; every stage writes one folder inside it."""
+    """Folder of the run; every stage writes one folder inside it. In a submitted job a relative one stands under `$SARM_RESULTS` (default ~/sarm-outputs)."""
     seed: int = 0
     """Seed of every random choice: initialisation, shuffling, bootstrap."""
     mlflow_uri: str = field(default="", metadata=OPERATIONAL)
@@ -101,7 +102,7 @@ class Run:
         is_name = 0 < len(self.experiment) <= 100 and re.fullmatch(r"[A-Za-z0-9][\w .+()-]*", self.experiment, re.ASCII)
         _check(self, "experiment", bool(is_name), "1 to 100 letters, digits, spaces and ._+-()")
         # Ray Train changes the workers' directory, so a relative path would mean another folder there.
-        object.__setattr__(self, "out", self.out.expanduser().absolute())
+        object.__setattr__(self, "out", absolute_out(self.out))
         _check_least(self, "", num_workers=1, num_actors=1, cpus_per_worker=0, max_restarts=0)
 
 

@@ -9,10 +9,20 @@ MADE = Made(TrainSarm, lambda run: {"contexts": str(run / "contexts"), "--sarm":
 def test_flags_go_to_whom_they_belong() -> None:
     line = "demo --sae.k 4 --off-target a b --out x --num-workers 2 --no-reward.use-margin --reward.no-topk --fdr 0.1 --dry-run --config f"
     chain, own = split(line.split())
-    assert (
-        chain
-        == ["demo", "--sae.k", "4", "--out", "x", "--num-workers", "2", "--no-reward.use-margin", "--reward.no-topk", "--dry-run", "--config", "f"]
-    )
+    assert chain == [
+        "demo",
+        "--sae.k",
+        "4",
+        "--out",
+        "x",
+        "--num-workers",
+        "2",
+        "--no-reward.use-margin",
+        "--reward.no-topk",
+        "--dry-run",
+        "--config",
+        "f",
+    ]
     assert own == ["--off-target", "a", "b", "--num-workers", "2", "--fdr", "0.1", "--dry-run"]
 
 

@@ -1,5 +1,6 @@
 """The chain of stages: a job runs those that it reads first, reuses what is finished, and says so before it begins."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,8 @@ from sarm.config import AlsoSaes, FeaturePages, StageName
 from sarm.runtime import stages
 from sarm.runtime.chain_state import ChainState, StageState, move_aside, state_of
 from sarm.runtime.dry_run.inputs import check_layers
+from sarm.runtime.dry_run.machine import this_machine
+from sarm.runtime.dry_run.plan_text import plan_text
 from sarm.runtime.job import say
 from sarm.runtime.plan import Folders, stage_folders
 from sarm.runtime.session import Session, open_session
@@ -24,7 +27,7 @@ def run_chain(config: Any) -> dict[StageName, Any]:
     state = state_of(config)
     state.refuse(config.run.out)
     _check(config, state)
-    _announce(state)
+    _announce(config, state)
     with open_session(config) as session:
         return {stage.name: _run(session, config, stage) for stage in state.stages if not _is_settled(config, stage)}
 
@@ -41,10 +44,18 @@ def _check(config: Any, state: ChainState) -> None:
         check_layers(config.model, {config.model.layer, *config.extraction.layers}, "--layers")
 
 
-def _announce(state: ChainState) -> None:
-    if len(state.stages) > 1 and not state.is_done:
-        for stage in state.stages:
-            say(f"plan: {stage.name:<20}{stage.state}")
+def _announce(config: Any, state: ChainState) -> None:
+    """The plan and its cost, where the job does more than its own stage or anything at all is left of a whole chain."""
+    if len(state.stages) == 1 or state.is_done:
+        return
+    machine = this_machine()
+    if config.run.ray_address or os.environ.get("RAY_ADDRESS"):
+        # Asking the cluster would mean joining it twice.
+        machine = machine._replace(note="Times are for this machine. --dry-run asks the cluster.")
+    print(
+        plan_text(config, [(stage.name, stage.state) for stage in state.stages], machine=machine, is_dry=False),
+        flush=True,
+    )
 
 
 def _is_settled(config: Any, stage: StageState) -> bool:

@@ -8,7 +8,6 @@ import difflib
 import io
 import os
 import re
-import signal
 import sys
 import time
 import traceback
@@ -23,6 +22,9 @@ from sarm.presets import PRESETS
 from sarm.runtime.config_file import as_file, config_flags
 from sarm.runtime.dry_run.describing import describe
 from sarm.runtime.preset_command import Made, in_order, names_a_preset, split, with_defaults
+from sarm.runtime.results import kept
+from sarm.runtime.stopping import Listener, command_line
+from sarm.runtime.supervisor import is_supervised, supervise_this
 from sarm.untrusted import holds_a_secret
 
 DEFAULT_PRESET = "demo"
@@ -94,16 +96,10 @@ def _guarded(
 
             submit(sys.argv[0], arguments, config)
             return
-        if run is not None and run.supervise:
-            from sarm.runtime.submission import without_flag
-            from sarm.runtime.supervisor import supervise
-
-            sys.exit(supervise([sys.executable, sys.argv[0], *without_flag(arguments, "--supervise")], config))
-        before = signal.signal(signal.SIGTERM, _stop)
-        try:
+        if run is not None and is_supervised(run):
+            sys.exit(supervise_this(arguments, config))
+        with Listener(command_line(arguments), is_loud=debug), kept(config):
             job(config)
-        finally:
-            signal.signal(signal.SIGTERM, before)
     except StoppedError as stopped:
         print(f"{stopped}; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(75)
@@ -142,10 +138,6 @@ def _refuse_arguments(arguments: Sequence[str]) -> None:
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     if repeated := [flag for flag in flags if flags.count(flag) > 1]:
         raise UserError(f"{repeated[0]} is given twice, and only one could count. Pass it once.")
-
-
-def _stop(*_: Any) -> None:
-    raise StoppedError("stopped by SIGTERM")
 
 
 def say(message: str) -> None:

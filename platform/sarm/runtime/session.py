@@ -16,6 +16,7 @@ from sarm.manifest import Manifest, StageFolder, write_atomically
 from sarm.runtime.cluster import Cluster, check_machine, connect, nodes_without
 from sarm.runtime.job import say
 from sarm.runtime.plan import Folders
+from sarm.runtime.stopping import leave_if_asked
 from sarm.runtime.tracking import StageRun, ended_by, flat_params, tracking_uri
 from sarm.runtime.writer_lock import WriterLock
 from sarm.untrusted import read_json
@@ -132,6 +133,7 @@ class Session:
         *,
         resume: bool,
     ) -> dict[Any, Manifest]:
+        leave_if_asked()
         started = time.monotonic()
         for folder in folders.values():
             folder.verify_inputs(self._verified)

@@ -3,15 +3,27 @@
 import dataclasses
 import glob
 import hashlib
+import http.client
 import json
+import os
 import re
 import shlex
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sarm.config import UserError
 from sarm.manifest import MANIFEST, sha256_of
+from sarm.results_root import VARIABLE
+from sarm.runtime.results import MLFLOW, RESULTS
+from sarm.runtime.stopping import SUBMITTED_TO, without_flag
+
+_SECONDS_FOR_AN_ANSWER = 10.0
+# A cluster that is new to the working directory unpacks it first; one without room makes the job wait.
+_SECONDS_FOR_A_START = 120.0
 
 
 def submission_id(script: str, config: Any) -> str:
@@ -30,13 +42,21 @@ def submission_id(script: str, config: Any) -> str:
 def submit(script: str, arguments: Sequence[str], config: Any) -> None:
     """Hand the job, supervised, to the Ray cluster whose dashboard is at `run.submit`, or find it there under its name.
 
-    Raises UserError if the cluster cannot be reached.
+    Returns once the job has said where its results go. Raises UserError if the cluster cannot be used, or the job is refused there.
     """
+    address, root, own_id = (
+        config.run.submit.rstrip("/"),
+        Path(script).absolute().parent.parent,
+        submission_id(script, config),
+    )
+    check_dashboard(address)
     from ray.dashboard.modules.dashboard_sdk import parse_runtime_env_args
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    address, root, own_id = config.run.submit, Path(script).absolute().parent.parent, submission_id(script, config)
     runtime_env = parse_runtime_env_args(runtime_env=str(root / "cluster" / "runtime_env.yaml"), working_dir=str(root))
+    place = {VARIABLE: os.environ[VARIABLE]} if VARIABLE in os.environ else {}
+    runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **place, SUBMITTED_TO: address}
     try:
         client = JobSubmissionClient(address)
         known = {job.submission_id or "": job.status for job in client.list_jobs()}
@@ -52,24 +72,65 @@ def submit(script: str, arguments: Sequence[str], config: Any) -> None:
                 "--supervise",
             ]
             client.submit_job(entrypoint=shlex.join(entry), submission_id=name, runtime_env=runtime_env)
-    except (ConnectionError, RuntimeError) as error:
+        print(
+            f"{name} {'is running already' if running else 'is submitted'}: ray job logs --address {address} --follow {name}",
+            flush=True,
+        )
+        _follow(client, name)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"no job can be submitted to {address}: {str(error).splitlines()[0]}.") from error
+
+
+def check_dashboard(address: str) -> None:
+    """Raise UserError unless a Ray dashboard with this Ray's version answers at the address and accepts the token of this process."""
+    import ray
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+    from ray.exceptions import AuthenticationError
+
+    if not re.match(r"https?://[^/]+$", address):
+        raise UserError(f"--submit takes the address of a Ray dashboard, such as http://HOST:8265, got {address!r}.")
+    token = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
+    try:
+        request = urllib.request.Request(f"{address}/api/version", headers=get_auth_headers_if_auth_enabled({}))
+        with urllib.request.urlopen(request, timeout=_SECONDS_FOR_AN_ANSWER) as answer:
+            version = str(json.loads(answer.read(10_000))["ray_version"])
+    except AuthenticationError as error:
+        raise UserError(f"the cluster at {address} was not asked: this process has no token. {token}") from error
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise UserError(f"the cluster at {address} does not accept the token of this process. {token}") from error
         raise UserError(
-            f"no job can be submitted to {address}: {str(error).splitlines()[0]}. Pass --submit with the dashboard's address."
+            f"what answers at {address} is no Ray dashboard (HTTP {error.code}). Pass its address to --submit."
         ) from error
-    print(
-        f"{name} {'is running already' if running else 'is submitted'}: ray job logs --address {address} --follow {name}"
-    )
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"no Ray cluster answers at {address}: {reason}. Pass the dashboard's address to --submit, or leave it out."
+        ) from error
+    except (ValueError, KeyError, TypeError, http.client.HTTPException) as error:
+        raise UserError(f"what answers at {address} is no Ray dashboard. Pass its address to --submit.") from error
+    if version != ray.__version__:
+        raise UserError(
+            f"the cluster at {address} runs Ray {version}, and this project Ray {ray.__version__}. Use a cluster that has the versions of requirements.lock."
+        )
 
 
-def without_flag(arguments: Sequence[str], flag: str, *, has_value: bool = False) -> list[str]:
-    """A command line without a flag (and its value)."""
-    kept: list[str] = []
-    skipped = False
-    for argument in arguments:
-        if not skipped and argument.partition("=")[0] != flag:
-            kept.append(argument)
-        skipped = has_value and argument == flag
-    return kept
+def _follow(client: Any, name: str) -> None:
+    """Wait until the job says where its results go, and say it here. Raises UserError with its line if it is refused."""
+    last = time.monotonic() + _SECONDS_FOR_A_START
+    while time.monotonic() < last:
+        is_over = client.get_job_status(name).is_terminal()
+        log = client.get_job_logs(name).splitlines()
+        if refused := [line for line in log if line.startswith("error: ")]:
+            raise UserError(refused[0].removeprefix("error: "))
+        if RESULTS in (line[: len(RESULTS)] for line in log):
+            print("\n".join(line for line in log if line.startswith((RESULTS, MLFLOW))), flush=True)
+            return
+        if is_over:
+            raise UserError(f"{name} ended before it began: {client.get_job_info(name).message}"[:500].splitlines()[0])
+        time.sleep(0.5)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from sarm.manifest import MANIFEST, write_atomically
+from sarm.results_root import submitted_as
 from sarm.runtime.failures import AGAIN, DONE, USER
+from sarm.runtime.stopping import INTERRUPTED, SUPERVISED, without_flag
 from sarm.runtime.submission import submission_id
 from sarm.runtime.writer_lock import HeldError, WriterLock
 from sarm.untrusted import read_json
 
 # In the environment of a job that ran before.
 STARTED_AGAIN = "SARM_STARTED_AGAIN"
-_INTERRUPTED = 130
 _MAX_BACKOFF = 60.0
 _PR_SET_PDEATHSIG = 1
 
@@ -36,6 +37,23 @@ class _Failure(NamedTuple):
 
     name: str
     by_signal: bool
+
+
+def is_supervised(run: Any) -> bool:
+    """Whether this process is to watch over the job's: `--supervise` says so, or it was submitted and nobody watches over it yet."""
+    return bool(run.supervise or (submitted_as() and not os.environ.get(SUPERVISED)))
+
+
+def supervise_this(arguments: Sequence[str], config: Any) -> int:
+    """`supervise` this process's own command line, without `--supervise`.
+
+    A submitted job that did not ask for it is started again only if a signal ended it or it says 75 itself, and locks nothing but what
+    its stages lock.
+    """
+    command = [sys.executable, sys.argv[0], *without_flag(arguments, "--supervise")]
+    if config.run.supervise:
+        return supervise(command, config)
+    return _Runs(command, config.run.out, config.run.max_restarts, 0.5, is_asked_for=False).until_done()
 
 
 def supervise(command: Sequence[str], config: Any, backoff: float = 0.5) -> int:
@@ -59,10 +77,13 @@ def supervise(command: Sequence[str], config: Any, backoff: float = 0.5) -> int:
 class _Runs:
     """The processes of one job, one after the other."""
 
-    def __init__(self, command: Sequence[str], out: Path, max_restarts: int, backoff: float):
+    def __init__(
+        self, command: Sequence[str], out: Path, max_restarts: int, backoff: float, *, is_asked_for: bool = True
+    ):
+        self._is_asked_for = is_asked_for
         self._command, self._out, self._max_restarts, self._backoff = command, out, max_restarts, backoff
         self._process: subprocess.Popen[bytes] | None = None
-        self._environment: dict[str, str] = {}
+        self._environment = {SUPERVISED: "1"}
         self._stop = threading.Event()
         # Beside the folder, so that it outlives this process: whoever queues the job again must not try the same for ever.
         self._notes = out.with_name(f".{out.name}.failure.json")
@@ -80,11 +101,13 @@ class _Runs:
         in_a_row = 0
         while True:
             code, failure = self._run_once()
-            if code in (DONE, USER, _INTERRUPTED):
+            if code in (DONE, USER, INTERRUPTED):
                 self._notes.unlink(missing_ok=True)
                 return code
             if self._stop.is_set():
                 return AGAIN
+            if not self._is_asked_for and not failure.by_signal and code != AGAIN:
+                return code
             now = {"failure": failure.name, "progress": self._progress()}
             has_moved = last.get("progress") != now["progress"]
             in_a_row = 1 if has_moved else in_a_row + 1
@@ -107,7 +130,7 @@ class _Runs:
         process = subprocess.Popen(
             self._command, stderr=subprocess.PIPE, preexec_fn=_die_with_parent, env=os.environ | self._environment
         )
-        self._process, self._environment = process, {STARTED_AGAIN: "1"}
+        self._process, self._environment = process, {SUPERVISED: "1", STARTED_AGAIN: "1"}
         if self._stop.is_set():
             process.send_signal(signal.SIGTERM)
         tail: collections.deque[str] = collections.deque(maxlen=50)
@@ -121,8 +144,8 @@ class _Runs:
 
     def _pass_on(self, number: int, _: Any) -> None:
         self._stop.set()
-        # A terminal has sent its interrupt to both.
-        if number == signal.SIGTERM and self._process is not None and self._process.poll() is None:
+        # A terminal has sent its interrupt to both, and the job takes the two for one.
+        if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
     def _progress(self) -> list[str]:

@@ -148,4 +148,6 @@ def flat_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def ended_by(error: BaseException | None) -> str:
     """MLflow's word for how a run came to its end."""
-    return "FINISHED" if error is None else "KILLED" if isinstance(error, StoppedError) else "FAILED"
+    return (
+        "FINISHED" if error is None else "KILLED" if isinstance(error, StoppedError | KeyboardInterrupt) else "FAILED"
+    )

@@ -25,11 +25,14 @@ def plan_text(
     states: Sequence[tuple[str, str]] | None = None,
     costs: Sequence[StageCost] | None = None,
     machine: Machine | None = None,
+    *,
+    is_dry: bool = True,
 ) -> str:
     """The plan of a job of the chain, at most 80 columns wide.
 
     `states` are the job's stages in order, each with how it stands; a stage that is `done` costs nothing. Without them, every stage
-    that the config has settings of is to do. `costs` and `machine` are worked out unless they are given.
+    that the config has settings of is to do. `costs` and `machine` are worked out unless they are given. A job that begins
+    (`is_dry` false) says the same without the details.
     Raises UserError for a source that cannot be opened.
     """
     machine = machine or planned_machine(config)
@@ -44,13 +47,13 @@ def plan_text(
         f"GPU-h: hours of one {machine.planned_gpu} at {PEAK_SHARE:.0%} of its peak (assumed). Memory: of one process and of one GPU. "
         "Times and sizes are estimates, to a factor of 2."
     )
-    if any(cost.work for cost in todo):
+    if is_dry and any(cost.work for cost in todo):
         lines += ["", "what there is to do:"]
         for cost in todo:
             lines += textwrap.wrap(cost.work, WIDTH, initial_indent=f"  {cost.stage:<20}", subsequent_indent=" " * 22)
     if notes := list(_notes(config, machine, todo)):
         lines += ["", *(line for note in notes for line in _wrapped(note))]
-    return "\n".join([*lines, "", *_wrapped("All settings, for --config: add --json.")])
+    return "\n".join([*lines, "", *_wrapped("All settings, for --config: add --json." if is_dry else "")])
 
 
 def planned_machine(config: Any) -> Machine:

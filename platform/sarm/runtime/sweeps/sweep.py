@@ -7,9 +7,11 @@ from sarm.config import UserError
 from sarm.data.models import check_model, model_folder
 from sarm.nn.backbone import read_config
 from sarm.runtime import stages
+from sarm.runtime.dry_run.machine import this_machine
 from sarm.runtime.job import say
 from sarm.runtime.session import Session, open_session
 from sarm.runtime.sweeps.sweep_cells import Cell, check_sweep
+from sarm.runtime.sweeps.sweep_cost import sweep_text
 from sarm.runtime.sweeps.sweep_folder import move_sweep_aside, refuse_unshared
 from sarm.runtime.sweeps.sweep_plan import SweepFolders, SweepPlan, claim_sweep, refuse_other_sweep, sweep_plan
 from sarm.runtime.sweeps.sweep_report import Report, Spent, report
@@ -67,6 +69,8 @@ def _run(session: Session, plan: SweepPlan) -> Report:
         # Optuna may propose a cell again, which costs nothing.
         num_samples = sweep.num_samples - (len(plan.cells) - len(missing))
     if missing and num_samples > 0:
+        # Before a cluster is started; --dry-run asks the one that is there for its size.
+        print(sweep_text(plan.config, this_machine()), flush=True)
         # Before anything is paid for.
         at_once = trials_at_once(plan.config.sweep, plan.config.run, session.cluster)
         claim_sweep(plan.config)

@@ -22,6 +22,11 @@ _SECONDS_A_CELL, _SECONDS_BEFORE, _SECONDS_A_LAYER = 40, 34, 15
 
 
 def describe_sweep(config: Ablation) -> str:
+    """`sweep_text`, and where the settings are."""
+    return f"{sweep_text(config, planned_machine(config))}\n\nAll settings, for --config: add --json."
+
+
+def sweep_text(config: Ablation, machine: Machine) -> str:
     """Cells, GPU-hours, disk and time, one line each.
 
     Raises UserError as the sweep would for what it can tell: the grid, its layers and the sources.
@@ -42,7 +47,7 @@ def describe_sweep(config: Ablation) -> str:
     if shape is None or sizes.pairs is None or sizes.texts is None:
         said = ", ".join(lacking) or "a source"
         return "\n".join([*lines, *_entry("cost", f"the size of {said} is not known here, so hours and disk are not")])
-    return "\n".join([*lines, *_costs(config, cells, shape, sizes, sizes.texts, sizes.pairs, planned_machine(config))])
+    return "\n".join([*lines, *_costs(config, cells, shape, sizes, sizes.texts, sizes.pairs, machine)])
 
 
 def _costs(
@@ -96,8 +101,6 @@ def _costs(
         *_entry("disk", f"about {size((activations + dictionaries + models) / 1e9)}: {parts}"),
         *_entry("time", f"about {_time(config, cells, flops, dtypes, machine)}"),
         *(textwrap.wrap(machine.note, WIDTH) if machine.note else []),
-        "",
-        "All settings, for --config: add --json.",
     ]
 
 

@@ -75,6 +75,8 @@ def run_trials(plan: SweepPlan, cells: Sequence[Cell], cluster: Cluster, num_sam
     shutil.rmtree(storage, ignore_errors=True)
     # Reports during training have no held-out accuracy yet, which Optuna is told at the end.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # Ray Tune would answer Ctrl-C itself, and go on with what comes after the trials.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # Its tables count trials by id; the lines of `Watch` name the cells.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     threads = cluster.cpus_each(run_of_trials(sweep, run), max(run.num_workers, run.num_actors))

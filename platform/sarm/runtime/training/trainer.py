@@ -3,8 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +24,7 @@ from sarm.data.checkpoints import Checkpoints
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.job import say
 from sarm.runtime.placement import note_placement_group
+from sarm.runtime.stopping import leave_if_asked, saving
 from sarm.runtime.tracking import StageRun, close_outboxes
 from sarm.runtime.training.interfaces import TorchOverNodeAddresses
 from sarm.runtime.training.stall import who_stood_still
@@ -36,6 +35,9 @@ _FEW_WORKERS = 16
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # Of a group of workers, each given 60 s by Ray Train.
 _STARTS = 4
+_SAVES = (
+    "the training saves its state first, which takes up to ten steps and the writing of it (Ctrl-C again ends at once)"
+)
 
 
 class _Here(NamedTuple):
@@ -76,7 +78,7 @@ def run_workers(
     """Run `worker(task)` on `run.num_workers` Ray Train workers in one process group and return what rank 0 returned.
 
     With `states`, the worker goes on from the newest of them: when a worker's process or machine dies, all are started again, up
-    to `run.max_restarts` times without a newer state; and on SIGTERM they save and stop. Raises StoppedError then, StalledError if
+    to `run.max_restarts` times without a newer state; and on SIGTERM or Ctrl-C they save and stop. Raises StoppedError then, StalledError if
     a worker stood still too often (`StallGuard`), TimeoutError if the cluster has no room for them for minutes, and else what the
     worker raised, without Ray's wrapping.
     """
@@ -90,9 +92,11 @@ def run_workers(
     restarts, newest = 0, -1
     while True:
         try:
-            with _stopping_on_sigterm(states):
+            with _saving_when_asked(states):
                 result = _fit(name, worker, task, run, folder, cluster, threads, callbacks)
         except _WorkersFailed as failed:
+            # Whoever is asked to stop starts nobody again.
+            leave_if_asked()
             has_died = _has_died(failed.cause)
             is_stalled = has_died and bool(failed.stood_still)
             cause = StalledError(f"{name}: {failed.stood_still}.") if is_stalled else failed.cause
@@ -121,7 +125,7 @@ def _fit(
     callbacks: Sequence[Any],
 ) -> Any:
     storage = folder / ".ray_train"
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         _call,
         train_loop_config={
             "worker": worker,
@@ -183,18 +187,24 @@ def _call(config: dict[str, Any]) -> Any:
         close_outboxes()
 
 
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Ray Train's, which leaves Ctrl-C to the job: its own handler ends the workers before they have saved, with status 1."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
 @contextlib.contextmanager
-def _stopping_on_sigterm(states: Checkpoints | None) -> Iterator[None]:
-    """While the body runs, SIGTERM asks the workers to save and stop."""
-    if states is None or threading.current_thread() is not threading.main_thread():
+def _saving_when_asked(states: Checkpoints | None) -> Iterator[None]:
+    """While the body runs, a signal to stop asks the workers to save first."""
+    if states is None:
         yield
         return
     states.withdraw_stop()
-    before = signal.signal(signal.SIGTERM, lambda *_: states.request_stop())
     try:
-        yield
+        with saving(states.request_stop, _SAVES):
+            yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         states.withdraw_stop()
 
 
