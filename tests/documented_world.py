@@ -56,6 +56,9 @@ class World:
         for name, make in _MADE.items():
             if name in command and not (self.folder / name).exists():
                 make(self)
+        return self._shell(command, timeout)
+
+    def _shell(self, command: str, timeout: float = 3600) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["bash", "-c", command], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False,
             stdin=subprocess.DEVNULL,
@@ -63,7 +66,7 @@ class World:
 
     def must(self, command: str) -> None:
         """Run a command that is no subject of the test."""
-        done = self.run(command)
+        done = self._shell(command)
         assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
 
 

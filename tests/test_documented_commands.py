@@ -60,6 +60,8 @@ SLOW = {
     "python jobs/* --redo-from *": "reads all texts again",
     "python jobs/evaluate.py --model outputs/demo/sarm *": "scores on a Ray cluster",
     "python jobs/compare.py *": "reads two evaluations, which are scored first",
+    'python jobs/reward_card.py * --prompt "...*': "loads the model once more",
+    'python jobs/reward_card.py * --prompt "My*': "loads the model once more",
     "python jobs/audit_features.py *": "scores and reruns on a Ray cluster",
     "python jobs/steer.py *": "reads an audit",
     "python jobs/relabel.py *": "reads an audit",

@@ -39,9 +39,10 @@ def _check(config: Any, state: ChainState) -> None:
     if state.is_todo("prepare_data"):
         stages.check_sources(config.data)
     if state.is_todo("extract_activations") or state.is_todo("train_sarm"):
-        check_model(config.model)
-    if state.is_todo("extract_activations"):
+        # First what needs no library that takes seconds to load.
+        check_layers(config.model, {config.model.layer})
         check_layers(config.model, {config.model.layer, *config.extraction.layers}, "--layers")
+        check_model(config.model)
 
 
 def _announce(config: Any, state: ChainState) -> None:
