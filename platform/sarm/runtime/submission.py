@@ -5,6 +5,7 @@ import glob
 import hashlib
 import http.client
 import json
+import logging
 import os
 import re
 import shlex
@@ -57,6 +58,8 @@ def submit(script: str, arguments: Sequence[str], config: Any) -> None:
     runtime_env = parse_runtime_env_args(runtime_env=str(root / "cluster" / "runtime_env.yaml"), working_dir=str(root))
     place = {VARIABLE: os.environ[VARIABLE]} if VARIABLE in os.environ else {}
     runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **place, SUBMITTED_TO: address}
+    # What it packs and what it leaves out, on four lines.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(address)
         known = {job.submission_id or "": job.status for job in client.list_jobs()}

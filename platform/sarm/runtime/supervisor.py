@@ -21,6 +21,7 @@ from typing import IO, Any, NamedTuple
 from sarm.manifest import MANIFEST, write_atomically
 from sarm.results_root import submitted_as
 from sarm.runtime.failures import AGAIN, DONE, USER
+from sarm.runtime.results import check_place, check_room
 from sarm.runtime.stopping import INTERRUPTED, SUPERVISED, without_flag
 from sarm.runtime.submission import submission_id
 from sarm.runtime.writer_lock import HeldError, WriterLock
@@ -48,8 +49,10 @@ def supervise_this(arguments: Sequence[str], config: Any) -> int:
     """`supervise` this process's own command line, without `--supervise`.
 
     A submitted job that did not ask for it is started again only if a signal ended it or it says 75 itself, and locks nothing but what
-    its stages lock.
+    its stages lock. Raises UserError for an output folder that cannot be used.
     """
+    check_place(config.run)
+    check_room(config)
     command = [sys.executable, sys.argv[0], *without_flag(arguments, "--supervise")]
     if config.run.supervise:
         return supervise(command, config)

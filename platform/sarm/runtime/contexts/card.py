@@ -14,6 +14,7 @@ from sarm.interpret.context_store import load_contexts
 from sarm.interpret.feature_data import feature_names
 from sarm.interpret.reward_card import Prefixes, card, print_card, write_card
 from sarm.nn.sae import Codes, dense
+from sarm.results_root import absolute_out
 from sarm.runtime.contexts.context_actors import reader_of
 from sarm.runtime.models import hash_of_folder
 from sarm.untrusted import read_json
@@ -36,7 +37,7 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     weight_S = model.score.weight.detach().squeeze(0).numpy()
     content = card(prefixes, weight_S, names, settings.features, (model.config.reward_mean, model.config.reward_std))
     print_card(content)
-    out = settings.out.expanduser().absolute()
+    out = absolute_out(settings.out)
     write_card(content, messages[-2]["content"] if len(messages) > 1 else "", str(settings.model), out)
     print(f"\ncard  {out}")
     return content
