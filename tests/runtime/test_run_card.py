@@ -47,9 +47,9 @@ def test_other_jobs_have_those_of_their_own():
     ablation = parameters(config_of(ABLATIONS["tiny"][1]))
     assert {"layers", "widths", "ks", "components", "seeds"} <= ablation.keys()
     assert not {"layer", "k", "d_sae", "seed"} & ablation.keys()
-    comparing = parameters(config_of(Comparison(a=Path("/a"), b=Path("/b"))))
-    assert comparing.keys() >= {"a", "b"}
-    assert not any(name.startswith("run") for name in comparing)
+    comparing = parameters(config_of(Comparison(run_a=Path("/a"), run_b=Path("/b"))))
+    assert comparing.keys() >= {"run_a", "run_b"}
+    assert not any(name.startswith("run.") for name in comparing)
 
 
 def test_a_description_reads_as_sentences():

@@ -1,6 +1,6 @@
 """The files that make a folder of a reward model one of MLflow's models: `mlflow.pyfunc` and `mlflow.transformers` load it.
 
-No pickles: `mlflow.pyfunc` gets a copy of `sarm_pyfunc`, `mlflow.transformers` the model's own code. Weights are copied, or named by the
+No pickles: `mlflow.pyfunc` gets copies of `sarm_pyfunc` and of the model's code; `mlflow.transformers` runs the code in the model's folder. Weights are copied, or named by the
 absolute path of their folder, so that they are loaded where that path exists.
 """
 
@@ -13,6 +13,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array, Object, Property
 
+from sarm.data.sarm_artifacts import copy_model_code
 from sarm.untrusted import read_json
 
 WEIGHTS = "model"
@@ -27,8 +28,10 @@ def describe(folder: Path, target: Path, run_id: str, place: str, *, copied: boo
     With `copied` the weights are to be put beside it, in `target/WEIGHTS`; else they are read from `folder`.
     """
     target.mkdir(parents=True, exist_ok=True)
-    (target / "code").mkdir()
+    (target / "code" / "sarm_model").mkdir(parents=True)
     shutil.copyfile(_LOADER, target / "code" / _LOADER.name)
+    (target / "code" / "sarm_model" / "__init__.py").touch()
+    copy_model_code(target / "code" / "sarm_model")
     tokenizer = target / "components" / "tokenizer"
     tokenizer.mkdir(parents=True)
     for name in _TOKENIZER:

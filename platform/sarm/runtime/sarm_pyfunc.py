@@ -1,7 +1,7 @@
 """How `mlflow.pyfunc` loads a registered reward model: conversations in, rewards out.
 
-A copy of this file lies in every registered model. It needs torch, transformers and the code in the model's own folder, and not the
-package that trained it; so it imports nothing of that package.
+A copy of this file lies in every registered model, and beside it, as `sarm_model`, the code of the model. It needs torch and transformers,
+and not the package that trained the model; so it imports nothing of that package, and runs no code that it finds beside the weights.
 """
 
 import json
@@ -24,7 +24,8 @@ class Rewards:
     """The reward of conversations, each rendered and tokenised as in training."""
 
     def __init__(self, folder: Path):
-        from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+        from sarm_model.modeling_sarm import SarmForSequenceClassification
+        from transformers import PreTrainedTokenizerFast
 
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         known = config.get("provenance") or {}
@@ -32,7 +33,7 @@ class Rewards:
         # Named, since `AutoTokenizer` would ask whether to run the model's own code.
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self._max_length = int(known.get("max_length") or self.tokenizer.model_max_length)
-        self.model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+        self.model = SarmForSequenceClassification.from_pretrained(folder).eval()
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[float]:
         """Rewards of a table or list with `messages` (role and content of each turn, the last one the answer), or of such lists themselves."""

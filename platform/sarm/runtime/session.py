@@ -49,7 +49,7 @@ class Session:
     reports: Reports = Reports()
     """To whom else its reward training tells how it goes."""
     registers_models: bool = True
-    """Whether each of its reward models is copied to MLflow and registered there."""
+    """Whether each of its reward models is registered in MLflow."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _cluster: Cluster | None = None
     _tracker: "Tracker | None" = None
