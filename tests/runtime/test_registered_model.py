@@ -95,7 +95,7 @@ def test_a_reference_whose_folder_is_gone_says_so(outputs, expected):
     shutil.rmtree(outputs / "run")
     mlflow.set_tracking_uri(f"sqlite:///{outputs / 'mlflow.db'}")
     try:
-        with pytest.raises(FileNotFoundError, match="registered by reference.*--mlflow-models copy"):
+        with pytest.raises(FileNotFoundError, match=r"registered by reference.*--mlflow-models copy"):
             mlflow.pyfunc.load_model("models:/sarm-sarm/1")
     finally:
         mlflow.set_tracking_uri(None)

@@ -19,8 +19,8 @@ def config_of(config: object) -> dict:
 def test_a_pipeline_has_few_parameters_and_they_say_what_was_trained_on_what():
     found = parameters(config_of(PRESETS["demo"][1]))
     assert len(found) <= 16
-    expected = {"model": "demo:smollm2", "layer": "15", "d_sae": "9216", "k": "27", "sae_lr": "0.0005", "reward_lr": "5e-06",
-                "head_lr": "0.0001", "epochs": "1", "batch_pairs": "16", "texts": "demo:openwebtext, demo:wikipedia",
+    expected = {"model": "demo:smollm2", "layer": "15", "d_sae": "9216", "k": "27", "lr_sae": "0.0005", "lr_reward": "5e-06",
+                "lr_head": "0.0001", "reward_epochs": "1", "reward_batch": "16", "texts": "demo:openwebtext, demo:wikipedia",
                 "pairs": "demo:harm", "seed": "0"}  # fmt: skip
     assert found.items() >= expected.items()
 
@@ -28,9 +28,12 @@ def test_a_pipeline_has_few_parameters_and_they_say_what_was_trained_on_what():
 def test_runs_that_differ_in_layer_width_and_k_differ_in_these_first():
     """MLflow's parallel coordinates start with the first three parameters, by name, whose values differ."""
     one, other = config_of(PRESETS["tiny"][1]), config_of(PRESETS["tiny"][1])
-    other["model"]["layer"], other["sae"]["k"], other["sae"]["d_sae"], other["reward"]["lr"] = 2, 4, 128, 1e-5
+    other["model"]["layer"], other["sae"]["k"], other["sae"]["d_sae"] = 2, 4, 128
+    other["sae"] |= {"lr": 1e-3, "batch_size": 32}
+    other["reward"] |= {"lr": 1e-5, "head_lr": 1e-2, "batch_pairs": 8, "epochs": 1, "head_init": "probe"}
     a, b = parameters(one), parameters(other)
-    assert sorted(name for name in a if a[name] != b[name])[:3] == ["d_sae", "k", "layer"]
+    differing = sorted(name for name in a if a[name] != b[name])
+    assert differing[:6] == ["d_sae", "k", "layer", "lr_head", "lr_reward", "lr_sae"]
 
 
 def test_no_parameter_is_operational():
@@ -43,7 +46,7 @@ def test_no_parameter_is_operational():
 
 
 def test_other_jobs_have_those_of_their_own():
-    assert "sae_lr" not in parameters(config_of(PRESETS["tiny"][1].part(TrainSarm)))
+    assert "lr_sae" not in parameters(config_of(PRESETS["tiny"][1].part(TrainSarm)))
     ablation = parameters(config_of(ABLATIONS["tiny"][1]))
     assert {"layers", "widths", "ks", "components", "seeds"} <= ablation.keys()
     assert not {"layer", "k", "d_sae", "seed"} & ablation.keys()

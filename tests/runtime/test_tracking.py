@@ -175,5 +175,5 @@ def test_a_data_set_is_listed_once_with_its_source_and_digest(run: Run) -> None:
     for _ in range(2):
         tracker.parent.log_data_set(data)
     (found,) = MlflowClient(tracker.uri).get_run(tracker.parent.run_id).inputs.dataset_inputs
-    assert (found.dataset.name, found.dataset.digest, found.dataset.source) == data[:2] + (data.source,)
+    assert (found.dataset.name, found.dataset.digest, found.dataset.source) == (*data[:2], data.source)
     assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "pairs")]

@@ -85,6 +85,9 @@ def report(session: Session, title: str, evaluation: Evaluation) -> tuple[Report
     parent.log_table(accuracies, "accuracies.json")
     settings = {key: content.facts[key] for key in ("model", "layer", "d_sae", "k")}
     parent.log_params(settings)
+    for data in map(run_card.data_set, manifests.values()):
+        if data is not None:
+            parent.log_data_set(data)
     parent.set_tags({run_card.NOTE: run_card.description(settings, run_card.origin(), _figures(content.headline))})
     return files, as_dict(content)
 

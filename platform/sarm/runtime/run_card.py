@@ -23,22 +23,22 @@ from sarm.untrusted import holds_a_secret
 USER, SOURCE_NAME, SOURCE_TYPE = "mlflow.user", "mlflow.source.name", "mlflow.source.type"
 COMMIT, NOTE = "mlflow.source.git.commit", "mlflow.note.content"
 
-# What MLflow's list and its comparison call a setting, and where it stands in a job's config. Its parallel coordinates start with the
-# first three, by name, that differ between the runs. None of them may be an operational setting: a run whose values differ is another run.
+# What MLflow's list and its comparison call a setting, and where it stands in a job's config. The comparison sorts by name, and its plot
+# starts with the first three that differ: width, k and layer come first, then the rates. None of them may be an operational setting: a run whose values differ is another run.
 _SETTINGS = {
     "model": "model.name",
     "layer": "model.layer",
     "d_sae": "sae.d_sae",
     "k": "sae.k",
-    "sae_lr": "sae.lr",
-    "sae_chat_lr": "sae.chat_lr",
+    "lr_sae": "sae.lr",
+    "lr_sae_chat": "sae.chat_lr",
     "sae_batch": "sae.batch_size",
     "sae_architecture": "sae.architecture",
-    "reward_lr": "reward.lr",
-    "head_lr": "reward.head_lr",
-    "head_init": "reward.head_init",
-    "epochs": "reward.epochs",
-    "batch_pairs": "reward.batch_pairs",
+    "lr_reward": "reward.lr",
+    "lr_head": "reward.head_lr",
+    "reward_head_init": "reward.head_init",
+    "reward_epochs": "reward.epochs",
+    "reward_batch": "reward.batch_pairs",
     "texts": "data.texts",
     "pairs": "data.pairs",
     "seed": "run.seed",

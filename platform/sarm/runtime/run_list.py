@@ -10,32 +10,35 @@ KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 VIEW = "sarm"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 
-# Widths are in pixels; MLflow chooses those of its own columns.
+# In the order in which they stand, with widths in pixels: those that are compared come first, and fit a screen.
 _COLUMNS = {
-    ("metrics", "heldout_accuracy"): 130,
-    ("metrics", "heldout_accuracy_low"): 130,
-    ("metrics", "heldout_accuracy_high"): 130,
-    ("metrics", "sae_fvu"): 90,
-    ("params", "layer"): 70,
-    ("params", "d_sae"): 80,
-    ("params", "k"): 60,
-    ("params", "sae_lr"): 80,
-    ("params", "reward_lr"): 90,
-    ("params", "head_lr"): 80,
-    ("params", "model"): 130,
-    ("attributes", "Dataset"): 0,
-    ("attributes", "Source"): 0,
-    ("attributes", "Version"): 0,
-    ("attributes", "User"): 0,
+    "attributes.`Run Name`": 130,
+    "metrics.`heldout_accuracy`": 125,
+    "metrics.`heldout_accuracy_low`": 125,
+    "metrics.`heldout_accuracy_high`": 125,
+    "metrics.`sae_fvu`": 75,
+    "params.`layer`": 60,
+    "params.`d_sae`": 70,
+    "params.`k`": 50,
+    "params.`lr_sae`": 70,
+    "params.`lr_reward`": 85,
+    "params.`lr_head`": 75,
+    "params.`model`": 110,
+    "runDateAndNestInfo": 110,
+    "duration": 80,
+    "attributes.`User`": 70,
+    "attributes.`Source`": 120,
+    "attributes.`Version`": 80,
+    "attributes.`Dataset`": 300,
 }
-_COLUMN_ID = {"metrics": "$$$metric$$$", "params": "$$$param$$$"}
 
 
 def view() -> str:
     """The tag's value: the state of MLflow's list as its browser part writes it when a view is shared."""
     state = {
-        "selectedColumns": [f"{group}.`{name}`" for group, name in _COLUMNS],
-        "columnWidths": {f"{_COLUMN_ID[group]}-{name}": width for (group, name), width in _COLUMNS.items() if width},
+        "selectedColumns": [name for name in _COLUMNS if "." in name],
+        "columnOrder": list(_COLUMNS),
+        "columnWidths": _COLUMNS,
         "runsHiddenMode": "SHOW_ALL",
     }
     return json.dumps(state)

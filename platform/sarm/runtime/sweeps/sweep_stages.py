@@ -25,7 +25,7 @@ from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.sae_stages import SaeStage, train_saes
 
 TOKENS = "text-token"
-_SHARED_SETTINGS = ("model", "sae_lr", "sae_chat_lr", "reward_lr", "head_lr", "epochs", "batch_pairs")
+_SHARED_SETTINGS = ("model", "lr_sae", "lr_sae_chat", "lr_reward", "lr_head", "reward_epochs", "reward_batch")
 # What the runs of other jobs call the same figures.
 _IN_MLFLOW = {
     "ci95_low": "heldout_accuracy_low",
