@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-MLFLOW_URI ?= sqlite:///$(CURDIR)/outputs/mlflow.db
+OUTPUTS ?= outputs
 UI_PORT ?= 5000
 # The study of quality trains a dozen models, for hours, that of full retraining four: only when they are named.
 BENCH ?= $(filter-out pair_weights quality retraining,$(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py)))
@@ -76,8 +76,8 @@ $(AUDIT)/.ready:
 audit: $(AUDIT)/.ready  ## the locked dependencies against the published vulnerabilities; asks pypi.org
 	$(AUDIT)/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict
 
-ui: $(VENV)/.ready  ## MLflow on this machine's runs: http://127.0.0.1:5000
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri "$(MLFLOW_URI)" --host 127.0.0.1 --port $(UI_PORT)
+ui: $(VENV)/.ready  ## the list of runs in MLflow, on this machine; OUTPUTS=FOLDER for another place
+	$(BIN)/python jobs/ui.py --outputs "$(OUTPUTS)" --port $(UI_PORT)
 
 lock:  ## pin what pyproject.toml asks for, as it resolves today
 	rm -rf .lock-venv

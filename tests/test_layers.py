@@ -204,6 +204,7 @@ FLAGS_ONLY = (
     "reward_card",
     "interpret",
     "rate",
+    "ui",
 )
 WITH_PRESETS = [job for job in SCRIPTS if job.stem not in FLAGS_ONLY]
 ANSWERS = [
@@ -223,6 +224,7 @@ ANSWERS = [
     (ROOT / "jobs" / "compare.py", ["a", "b", "--dry-run"]),
     (ROOT / "jobs" / "interpret.py", ["--help"]),
     (ROOT / "jobs" / "rate.py", ["--help"]),
+    (ROOT / "jobs" / "ui.py", ["--help"]),
     (ROOT / "jobs" / "interpret.py", ["contexts", "--judging.judges", "m@http://h:1/v1", "--dry-run"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--benchmarks", "rm_bench", "--dry-run"]),

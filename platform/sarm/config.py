@@ -30,6 +30,7 @@ Flat = tyro.conf.arg(name="")
 
 
 Job = TypeVar("Job")
+ModelsLogged = Literal["reference", "copy", "none"]
 
 StageName = Literal[
     "prepare_data",
@@ -74,6 +75,8 @@ class Run:
     """MLflow tracking URI (server, or absolute sqlite path). Empty: `MLFLOW_TRACKING_URI`, else sqlite beside `out`."""
     experiment: str = field(default="sarm", metadata=OPERATIONAL)
     """MLflow experiment."""
+    mlflow_models: ModelsLogged = field(default="reference", metadata=OPERATIONAL)
+    """How reward models are registered in MLflow: `reference` names the folder, which has to stay; `copy` copies it; `none` registers none."""
     ray_address: str = field(default="", metadata=OPERATIONAL)
     """Ray cluster to join (`auto`, `HOST:PORT`). Empty: the cluster of the submitted job, else a local one."""
     num_workers: int = field(default=1, metadata=OPERATIONAL)

@@ -101,6 +101,11 @@ class StageFolder:
             self._read.append((path, read_manifest(path, input_schema)))
             self.inputs[name] = sha256_of(path / MANIFEST)
 
+    @property
+    def read_manifests(self) -> list[Manifest]:
+        """Manifests of the folders that the stage reads."""
+        return [manifest for _, manifest in self._read]
+
     def verify_inputs(self, known: set[Path]) -> None:
         """Raise UserError unless the input folders hold what was written there; those in `known` were looked at already, and others join it."""
         for path, manifest in self._read:

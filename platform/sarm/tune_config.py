@@ -55,7 +55,7 @@ class Sweep:
     saes_at_once: int = field(default=8, metadata=OPERATIONAL)
     """SAEs of one layer that learn from one read at most; each takes its own memory."""
     register_best: bool = field(default=True, metadata=OPERATIONAL)
-    """Copy the best model to MLflow and register it there."""
+    """Register the best model in MLflow, as `--mlflow-models` says."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "widths", "ks", "components", "seeds"):

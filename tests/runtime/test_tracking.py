@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from tests.runtime.random_sarm import random_sarm
 
 from sarm.config import Run, UserError
+from sarm.manifest import git_commit
 from sarm.runtime.outbox import close_all
+from sarm.runtime.run_card import DataSet
 from sarm.runtime.tracker import Tracker
-from sarm.runtime.tracking import flat_params, tracking_uri
+from sarm.runtime.tracking import tracking_uri
 from sarm.runtime.training.trainer import Progress
 
 
@@ -66,18 +69,19 @@ def test_artifacts_lie_beside_the_database_and_not_in_the_working_directory(run:
     assert json.loads(table.read_text())["data"] == [["SARM", 0.9]]
 
 
-def test_a_run_registers_its_model_once_and_other_runs_later_versions(run: Run, tmp_path: Path) -> None:
+def test_a_run_registers_its_model_once_and_other_runs_later_versions(
+    run: Run, tmp_path: Path, tiny_folder: Path, tiny_chat
+) -> None:
     tracker = Tracker(run, "a")
-    (tmp_path / "sarm").mkdir()
-    (tmp_path / "sarm" / "config.json").write_text("{}")
+    folder = random_sarm(tmp_path / "sarm", tiny_folder, tiny_chat)
     for _ in range(2):
-        tracker.parent.register_model(tmp_path / "sarm", "sarm-demo")
-    Tracker(run, "b").parent.register_model(tmp_path / "sarm", "sarm-demo")
+        tracker.parent.register_model(folder, "sarm-demo", "reference")
+    Tracker(run, "b").parent.register_model(folder, "sarm-demo", "reference")
     client = MlflowClient(tracker.uri)
     versions = client.search_model_versions("name = 'sarm-demo'")
     assert sorted(int(version.version) for version in versions) == [1, 2]
     assert client.get_model_version_download_uri("sarm-demo", "1") == f"runs:/{tracker.parent.run_id}/model"
-    assert [file.path for file in client.list_artifacts(tracker.parent.run_id, "model")] == ["model/config.json"]
+    assert "model/MLmodel" in [file.path for file in client.list_artifacts(tracker.parent.run_id, "model")]
 
 
 def test_steps_that_are_repeated_are_not_logged_again(run: Run) -> None:
@@ -140,5 +144,36 @@ def test_jobs_that_start_together_make_one_database(tmp_path: Path) -> None:
     assert {run.info.run_name for run in client.search_runs([experiment.experiment_id])} == {"a", "b", "c"}
 
 
-def test_nested_settings_get_dotted_names() -> None:
-    assert flat_params({"sae": {"k": 3}, "seed": 0}) == {"sae.k": 3, "seed": 0}
+def test_settings_that_changed_get_a_new_run_since_parameters_cannot(run: Run, capsys) -> None:
+    first = Tracker(run, "a", params={"k": "3"})
+    first.parent.log_params({"k": "3"})
+    same = Tracker(run, "a", first.parent.run_id, params={"k": "3", "layer": "1"})
+    assert same.parent.run_id == first.parent.run_id
+    other = Tracker(run, "a", first.parent.run_id, params={"k": "4"})
+    assert other.parent.run_id != first.parent.run_id
+    assert "k changed since its MLflow run" in capsys.readouterr().out
+
+
+def test_runs_say_who_made_them_with_what_from_which_commit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[2] / "jobs" / "pipeline.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "tiny", "--sae.k", "4"])
+    monkeypatch.setenv("LOGNAME", "ada")
+    tracker = Tracker(run, "a")
+    with tracker.stage("train SAE", None, {}) as child:
+        pass
+    for run_id in (tracker.parent.run_id, child.run_id):
+        tags = MlflowClient(tracker.uri).get_run(run_id).data.tags
+        assert (tags["mlflow.user"], tags["mlflow.source.name"], tags["preset"]) == ("ada", "jobs/pipeline.py", "tiny")
+        assert tags["command"] == "python jobs/pipeline.py tiny --sae.k 4"
+        assert tags["mlflow.source.git.commit"] == git_commit()
+    assert tags["stage"] == "train SAE"
+
+
+def test_a_data_set_is_listed_once_with_its_source_and_digest(run: Run) -> None:
+    tracker = Tracker(run, "a")
+    data = DataSet("demo:harm", "0123456789ab", "local", '{"uri": "demo:harm"}', '{"rows": 3}', "pairs")
+    for _ in range(2):
+        tracker.parent.log_data_set(data)
+    (found,) = MlflowClient(tracker.uri).get_run(tracker.parent.run_id).inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest, found.dataset.source) == (*data[:2], data.source)
+    assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "pairs")]

@@ -19,7 +19,6 @@ from sarm.untrusted import read_json
 
 def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder: Path) -> None:
     """Write a model that `AutoModelForSequenceClassification` loads, its tokenizer, and copies of the code it needs."""
-    code = Path(__file__).parent.parent / "nn"
     model.config.auto_map = {
         "AutoConfig": "modeling_sarm.SarmConfig",
         "AutoModelForSequenceClassification": "modeling_sarm.SarmForSequenceClassification",
@@ -30,6 +29,12 @@ def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder:
     chat.tokenizer.truncation_side = chat.tokenizer.init_kwargs["truncation_side"] = "left"
     chat.tokenizer.model_max_length = chat.max_length
     chat.tokenizer.save_pretrained(folder)
+    copy_model_code(folder)
+
+
+def copy_model_code(folder: Path) -> None:
+    """Copy the modules that a reward model is made of; they import each other relatively, and otherwise torch and transformers alone."""
+    code = Path(__file__).parent.parent / "nn"
     for name in ("modeling_sarm.py", "backbone.py", "architectures.py", "sae.py", "losses.py"):
         shutil.copyfile(code / name, folder / name)
 

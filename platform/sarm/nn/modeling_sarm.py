@@ -48,6 +48,8 @@ class SarmConfig(PretrainedConfig):
         self.end_of_turn_id, self.reward_mean, self.reward_std = end_of_turn_id, reward_mean, reward_std
         self.provenance = provenance or {}
         kwargs["num_labels"] = 1
+        # A pipeline for text classification gives the reward as it is, not its sigmoid.
+        kwargs |= {"problem_type": "regression", "id2label": {0: "reward"}, "label2id": {"reward": 0}}
         super().__init__(**kwargs)
 
 

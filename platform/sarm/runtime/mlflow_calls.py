@@ -4,13 +4,14 @@ A record is a dictionary that JSON takes, with its `kind` and what that needs.
 """
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
 
@@ -69,7 +70,13 @@ def send(uri: str, run_id: str, records: Sequence[Record], last_steps: dict[str,
     elif kind == "table":
         client.log_table(run_id, record["columns"], record["name"])
     elif kind == "model":
-        _register(client, run_id, Path(record["path"]), record["name"], record["place"])
+        _register(
+            client, run_id, Path(record["path"]), record["name"], record["place"], copied=record.get("copied", True)
+        )
+    elif kind == "dataset":
+        kinds = {key: record[key] for key in ("name", "digest", "source_type", "source", "profile")}
+        context = InputTag("mlflow.data.context", record["context"])
+        client.log_inputs(run_id, datasets=[DatasetInput(Dataset(**kinds), [context])])
     elif kind == "end":
         client.set_terminated(run_id, record["status"])
     else:
@@ -85,13 +92,23 @@ def _send_file(client: MlflowClient, run_id: str, path: Path, folder: str | None
         say(f"{path} was deleted before MLflow could take it")
 
 
-def _register(client: MlflowClient, run_id: str, folder: Path, name: str, place: str) -> None:
+def _register(client: MlflowClient, run_id: str, folder: Path, name: str, place: str, *, copied: bool) -> None:
+    # Seconds of imports, that runs without models need not wait for.
+    from sarm.runtime.registered_model import WEIGHTS, describe
+
+    if not folder.is_dir():
+        say(f"{folder} was deleted before MLflow could take it")
+        return
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     source = f"runs:/{run_id}/{place}"
     known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if source not in [version.source for version in known]:
-        _send_file(client, run_id, folder, place)
+        if copied:
+            client.log_artifacts(run_id, str(folder), f"{place}/{WEIGHTS}")
+        with tempfile.TemporaryDirectory() as described:
+            describe(folder, Path(described), run_id, place, copied=copied)
+            client.log_artifacts(run_id, described, place)
         client.create_model_version(name, source, run_id)
 
 

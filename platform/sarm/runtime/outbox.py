@@ -14,12 +14,13 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from mlflow.exceptions import MlflowException
 
 from sarm.runtime.job import say
 from sarm.runtime.mlflow_calls import MAX_METRICS, WAITS, Record, is_away, send
+from sarm.runtime.moved_database import database_of
 
 # What the end of a process still waits for a server that does not answer.
 LAST_SECONDS = 15.0
@@ -35,7 +36,8 @@ class Outbox:
         self._path = folder / f"{run_id}.{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}{_SUFFIX}"
         self._file = _locked(self._path, create=True)
         assert self._file is not None
-        self._write({"uri": uri, "run_id": run_id})
+        self._header = {"uri": uri, "run_id": run_id, "folder": str(folder.absolute())}
+        self._write(self._header)
         self._queue: deque[Record] = deque()
         self._last_steps: dict[str, int] = {}
         self._changed = threading.Condition()
@@ -121,7 +123,7 @@ class Outbox:
             if not self._queue and self._file is not None and not self._file.closed:
                 self._file.truncate(0)
                 self._file.seek(0)
-                self._write({"uri": self._uri, "run_id": self._run_id})
+                self._write(self._header)
             self._changed.notify_all()
 
     def _wait(self, reason: str) -> None:
@@ -203,6 +205,13 @@ def send_left(folder: Path, run_id: str = "*") -> bool:
                 continue
             with file:
                 header, *records = _whole_lines(file)
+                if records and (moved := _moved(header, folder)) is not None:
+                    if moved.uri is None and (moved.old / path.name).exists():
+                        # A copy of what its own folder sends to the same server.
+                        path.unlink(missing_ok=True)
+                        continue
+                    header["uri"] = moved.uri or header["uri"]
+                    records = [moved.record(record) for record in records]
                 last_steps: dict[str, int] = {}
                 while records:
                     together = _together(records)
@@ -216,6 +225,30 @@ def send_left(folder: Path, run_id: str = "*") -> bool:
                     del records[: len(together)]
                 path.unlink(missing_ok=True)
     return True
+
+
+class _Moved(NamedTuple):
+    """Where an outbox was written, where it lies now, and its database there; None for a database that is not beside it."""
+
+    old: Path
+    here: Path
+    uri: str | None
+
+    def record(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with the file that it names, if that lay beside the outbox, where it is now."""
+        path = Path(str(record.get("path", "")))
+        inside = path.is_relative_to(self.old.parent)
+        return {**record, "path": str(self.here.parent / path.relative_to(self.old.parent))} if inside else record
+
+
+def _moved(header: dict[str, Any], folder: Path) -> _Moved | None:
+    """What became of an outbox whose folder was moved or copied; None if it lies where it was written, or does not know."""
+    old, here = Path(header.get("folder") or folder), folder.absolute()
+    if old == here or (old.exists() and old.samefile(here)):
+        return None
+    database = database_of(header["uri"])
+    beside = database is not None and database.parent == old.parent
+    return _Moved(old, here, f"sqlite:///{here.parent / database.name}" if database is not None and beside else None)
 
 
 def _whole_lines(file: IO[str]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The report of a run, built from its finished folders: report.json, report.md, report.html, and pictures in MLflow."""
 
 import json
-import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from sarm.interpret import figures
 from sarm.interpret.attribution import pair_explanation, top_features
 from sarm.interpret.report import Report, ReportFiles, as_dict, describe_features, describe_pair, write_report
 from sarm.manifest import MANIFEST, Manifest, parse_manifest
+from sarm.runtime import run_card
 from sarm.runtime.plan import BASELINES
 from sarm.runtime.session import Session
 from sarm.runtime.training.reward_training import load_pairs
+from sarm.runtime.ui import ui_command
 
 _NAMES = {
     "sarm": "SARM",
@@ -29,6 +31,13 @@ _NAMES = {
     "shorter_answer": "shorter answer",
     "longer_answer": "longer answer",
     "random": "random",
+}
+# Metrics of the parent run, and whose accuracy each is.
+_COMPARED = {
+    "heldout_accuracy": "sarm",
+    "scalar_head_accuracy": "scalar_head",
+    "probe_accuracy": "probe",
+    "length_baseline_accuracy": "shorter_answer",
 }
 _CONTEXTS_SHOWN, _PAIRS_SHOWN = 3, 6
 
@@ -64,7 +73,7 @@ def report(session: Session, title: str, evaluation: Evaluation) -> tuple[Report
         rejected_rows=_rejected(manifests),
         figures={caption: figures.as_svg(figure) for caption, figure in pictures.items()},
         notes=_notes(metrics),
-        ui_command=_ui_command(session.tracker.uri),
+        ui_command=ui_command(session.tracker.uri, session.tracker.experiment_id),
     )
     files = write_report(content, folders.out)
     parent = session.tracker.parent
@@ -72,15 +81,40 @@ def report(session: Session, title: str, evaluation: Evaluation) -> tuple[Report
         parent.log_figure(figure, f"figures/{caption.lower().replace(' ', '_').replace(',', '')}.png")
     for path in files:
         parent.log_artifact(path)
-    parent.log_metrics({key: value for key, value in content.headline.items() if isinstance(value, int | float)})
+    parent.log_metrics(_compared(content.headline, metrics))
     parent.log_table(accuracies, "accuracies.json")
+    settings = {key: content.facts[key] for key in ("model", "layer", "d_sae", "k")}
+    parent.log_params(settings)
+    for data in map(run_card.data_set, manifests.values()):
+        if data is not None:
+            parent.log_data_set(data)
+    parent.set_tags({run_card.NOTE: run_card.description(settings, run_card.origin(), _figures(content.headline))})
     return files, as_dict(content)
 
 
-def _ui_command(uri: str) -> str:
-    """`make ui` opens the database that runs use by default; any other place is named."""
-    default = f"sqlite:///{Path.cwd() / 'outputs' / 'mlflow.db'}"
-    return "make ui" if uri == default else f"make ui MLFLOW_URI={shlex.quote(uri)}"
+def _compared(headline: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The figures that people compare runs by: accuracies with their intervals, the dictionary's quality, what it cost.
+
+    The plot of MLflow's comparison starts with the metric that was logged first: held-out accuracy.
+    """
+    found: dict[str, Any] = {}
+    for name, key in _COMPARED.items():
+        measured = metrics.get(key, {})
+        found[name] = measured.get("accuracy")
+        found |= dict(zip((f"{name}_low", f"{name}_high"), measured.get("accuracy_ci95") or (), strict=False))
+    found |= {key: headline[key] for key in ("mean_margin", "num_heldout_pairs", "peak_rss_gb", "total_seconds")}
+    found |= {f"sae_{key}": headline[key] for key in ("fvu", "alive_at_reward", "dead_share")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _figures(headline: Mapping[str, Any]) -> str:
+    """The main result as a sentence."""
+    if headline["heldout_accuracy"] is None:
+        return ""
+    low, high = headline["heldout_accuracy_ci95"]
+    text = f"Held-out accuracy **{headline['heldout_accuracy']:.1%}** ({low:.1%} to {high:.1%}, 95 % interval) over {headline['num_heldout_pairs']:,} pairs"
+    beside = headline["scalar_head_accuracy"]
+    return f"{text}; a scalar head on the same backbone {beside:.1%}." if beside is not None else f"{text}."
 
 
 def _manifests(out: Path) -> dict[str, Manifest]:

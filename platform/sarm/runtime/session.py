@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from sarm.config import Run, UserError, as_json
+from sarm.folder_schemas import SAE
 from sarm.manifest import Manifest, StageFolder, write_atomically
+from sarm.runtime import run_card
 from sarm.runtime.cluster import Cluster, check_machine, connect, nodes_without
 from sarm.runtime.job import say
 from sarm.runtime.plan import Folders
 from sarm.runtime.stopping import leave_if_asked
-from sarm.runtime.tracking import StageRun, ended_by, flat_params, tracking_uri
+from sarm.runtime.tracking import StageRun, ended_by, tracking_uri
 from sarm.runtime.writer_lock import WriterLock
 from sarm.untrusted import read_json
 
@@ -48,7 +50,7 @@ class Session:
     reports: Reports = Reports()
     """To whom else its reward training tells how it goes."""
     registers_models: bool = True
-    """Whether each of its reward models is copied to MLflow and registered there."""
+    """Whether each of its reward models is registered in MLflow."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _cluster: Cluster | None = None
     _tracker: "Tracker | None" = None
@@ -82,8 +84,11 @@ class Session:
 
             path = self.run.out / RUN_FILE
             known = _known_run(path)
-            self._tracker = Tracker(self.run, self.name, known.get("mlflow_run_id"), self.tags)
-            self._tracker.parent.log_params(flat_params(self.params))
+            few = run_card.parameters(self.params)
+            tags = run_card.origin() | dict(self.tags)
+            tags |= {run_card.NOTE: run_card.description(few, tags)}
+            self._tracker = Tracker(self.run, self.name, known.get("mlflow_run_id"), tags, few)
+            self._tracker.parent.log_config(self.params, tags[run_card.SOURCE_NAME])
             self.run.out.mkdir(parents=True, exist_ok=True)
             write_atomically(
                 path, json.dumps({"mlflow_run_id": self._tracker.parent.run_id, "mlflow_uri": self._tracker.uri})
@@ -140,7 +145,7 @@ class Session:
         notes = [folder.claim(resume=resume) for folder in folders.values()]
         config = next(iter(folders.values())).config
         manifests = {}
-        with self.tracker.stage(name, notes[0].get("mlflow_run_id"), flat_params(config)) as child:
+        with self.tracker.stage(name, notes[0].get("mlflow_run_id"), run_card.flat_params(config)) as child:
             for folder in folders.values():
                 folder.note(mlflow_run_id=child.run_id)
             with peak_memory() as memory:
@@ -154,8 +159,18 @@ class Session:
                 numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
                 child.log_metrics({**numbers, **took})
                 child.log_artifact(folder.folder / "manifest.json")
+                self._name_inputs(child, [*folder.read_manifests, manifests[key]])
         say(f"{name}: done in {took['seconds']:.0f} s")
         return manifests
+
+    def _name_inputs(self, child: StageRun, manifests: Sequence[Manifest]) -> None:
+        """Tell MLflow the data sets of a stage, and the parent the dictionary that it reads, which its own config may not hold."""
+        for manifest in manifests:
+            if data := run_card.data_set(manifest):
+                child.log_data_set(data)
+                self.tracker.parent.log_data_set(data)
+            if manifest.schema == SAE and self.own_folders is None:
+                self.tracker.parent.log_params({name: manifest.config[name] for name in ("d_sae", "k")})
 
     def __enter__(self) -> "Session":
         return self

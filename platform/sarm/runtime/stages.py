@@ -141,5 +141,5 @@ def _train_reward(
     (target / "history.json").write_text(json.dumps(history))
     child.log_figure(reward_curves(history), "reward_curves.png")
     if session.registers_models:
-        child.register_model(target, f"{session.run.experiment}-{target.name}")
+        child.register_model(target, f"{session.run.experiment}-{target.name}", session.run.mlflow_models)
     return {"figures": result["figures"]}

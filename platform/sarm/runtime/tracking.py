@@ -4,6 +4,7 @@ Workers get a `StageRun`, which holds an absolute URI and a run id and nothing t
 MLflow takes a second to import, so that it is not before something is logged.
 """
 
+import json
 import math
 import os
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sarm.checks import StoppedError
-from sarm.config import Run, UserError
+from sarm.config import ModelsLogged, Run, UserError
+from sarm.runtime.run_card import DataSet, parameters
 from sarm.untrusted import holds_a_secret
 
 if TYPE_CHECKING:
@@ -50,9 +52,22 @@ class StageRun:
         """Copy a file (or a whole folder) to the run."""
         self._log("artifact", path=str(path.absolute()), folder=folder, is_copy=False)
 
-    def register_model(self, folder: Path, name: str, place: str = "model") -> None:
-        """Copy a model's folder to a place in the run and make it the newest version of a registered model, once for each place."""
-        self._log("model", path=str(folder.absolute()), name=name, place=place)
+    def register_model(self, folder: Path, name: str, how: ModelsLogged, place: str = "model") -> None:
+        """Make a reward model's folder the newest version of a registered model, once for each place in the run.
+
+        `how` says whether its weights are copied to MLflow or found by the folder's path; "none" does nothing.
+        """
+        if how != "none":
+            self._log("model", path=str(folder.absolute()), name=name, place=place, copied=how == "copy")
+
+    def log_data_set(self, data: DataSet) -> None:
+        """Name a data set that the run reads or makes; the same again changes nothing."""
+        self._log("dataset", **data._asdict())
+
+    def log_config(self, config: Mapping[str, Any], script: str = "") -> None:
+        """Log the few settings that tell a job's run from others as parameters, and its whole config as `config/SCRIPT.json`."""
+        self.log_params(parameters(config))
+        self.log_text(json.dumps(config, indent=2), f"config/{Path(script or sys.argv[0] or 'job').stem}.json")
 
     def log_table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Log rows as a table that MLflow's run comparison shows."""
@@ -135,15 +150,6 @@ def tracking_uri(run: Run) -> str:
             f"--mlflow-uri {uri} is neither a server nor a database. Pass http://HOST:PORT or sqlite:////absolute/path.db."
         )
     return uri
-
-
-def flat_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested config values under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        flat.update(flat_params(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
-    return flat
 
 
 def ended_by(error: BaseException | None) -> str:

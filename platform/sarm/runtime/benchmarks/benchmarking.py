@@ -21,7 +21,7 @@ from sarm.runtime.job import say
 from sarm.runtime.models import ModelSpec, check_tokenizer, find_model
 from sarm.runtime.pages import share, span, write_page
 from sarm.runtime.session import tracked_folder
-from sarm.runtime.tracking import flat_params, tracking_uri
+from sarm.runtime.tracking import tracking_uri
 
 BENCHMARK = "benchmarks/v1"
 
@@ -48,7 +48,7 @@ def run_benchmarks(settings: Benchmarking) -> Path:
     if not all_cached(spec, texts, alone):
         check_tokenizer(spec)
     with tracked_folder(folder, settings.run) as own_run:
-        own_run.log_params(flat_params(json.loads(as_json(settings))))
+        own_run.log_config(json.loads(as_json(settings)))
         scores = score_all(spec, texts, alone, settings.batch_tokens, settings.run)
         table = items_table(items, scores)
         pq.write_table(table, folder.folder / "items.parquet", write_page_checksum=True)

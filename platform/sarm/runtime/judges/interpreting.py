@@ -29,7 +29,7 @@ from sarm.runtime.judges.llm import Judge, open_judges
 from sarm.runtime.judges.llm_endpoint import JudgeStoppedError
 from sarm.runtime.pages import write_page
 from sarm.runtime.session import tracked_folder
-from sarm.runtime.tracking import StageRun, flat_params, tracking_uri
+from sarm.runtime.tracking import StageRun, tracking_uri
 
 POOL_FILE = "pool.parquet"
 _FILES = ("explanations.parquet", "ratings.parquet", "examples.parquet", "report.json", "report.md", "report.html")
@@ -82,7 +82,7 @@ async def _run(
             await judge.prepare()
         (folder.folder / MANIFEST).unlink(missing_ok=True)
         with tracked_folder(folder, settings.run) as own_run:
-            own_run.log_params(flat_params(json.loads(as_json(settings))))
+            own_run.log_config(json.loads(as_json(settings)))
             own_run.log_params({f"prompt.{kind}": version for kind, version in questions.prompt_versions().items()})  # fmt: skip
             found = await _interpret(settings, store, pool, latents, judges)
             failed = _write(

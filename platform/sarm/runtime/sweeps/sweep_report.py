@@ -140,7 +140,7 @@ def report(session: Session, plan: SweepPlan, spent: Spent | None) -> Report:
             {f"best_{name}": best[name] for name in ("heldout_accuracy", "layer", "width", "k", "d_sae")}
         )
         parent.set_tags({"best_cell": best["cell"]})
-        if plan.config.sweep.register_best:
+        if plan.config.sweep.register_best and plan.config.run.mlflow_models != "none":
             _register(session, plan, best)
     return found
 
@@ -149,7 +149,7 @@ def _register(session: Session, plan: SweepPlan, best: Mapping[str, Any]) -> Non
     """A version of the model named after the sweep, on the sweep's run: a new best is a new version."""
     cell, name = next(cell for cell in plan.cells if plan.name(cell) == best["cell"]), plan.config.run.out.name
     folder = plan.cell_folder(cell) / ("sarm_token_sae" if cell.component == "token_sae" else "sarm")
-    session.tracker.parent.register_model(folder, name, f"best/{best['cell']}")
+    session.tracker.parent.register_model(folder, name, plan.config.run.mlflow_models, f"best/{best['cell']}")
     session.tracker.parent.set_tags({"registered_model": name})
     say(f"registered {best['cell']} as the newest version of {name}")
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from sarm.config import as_json
 from sarm.data.activations import ActivationStore
 from sarm.data.artifacts import load_sae
 from sarm.data.models import check_model
@@ -16,6 +17,7 @@ from sarm.folder_schemas import ACTIVATIONS, EVALUATION, PAIRS, SAE, SARM
 from sarm.manifest import MANIFEST, Manifest, StageFolder, read_manifest
 from sarm.runtime import plan as plans
 from sarm.runtime import stages
+from sarm.runtime.run_card import SOURCE_NAME, parameters
 from sarm.runtime.session import Reports, Session
 from sarm.runtime.sweeps.sweep_cells import Cell, SaeKey, sae_key
 from sarm.runtime.sweeps.sweep_plan import CellFolders, SweepFolders, SweepPlan, digest
@@ -23,6 +25,17 @@ from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.sae_stages import SaeStage, train_saes
 
 TOKENS = "text-token"
+_SHARED_SETTINGS = ("model", "lr_sae", "lr_sae_chat", "lr_reward", "lr_head", "reward_epochs", "reward_batch")
+# What the runs of other jobs call the same figures.
+_IN_MLFLOW = {
+    "ci95_low": "heldout_accuracy_low",
+    "ci95_high": "heldout_accuracy_high",
+    "heldout_margin": "mean_margin",
+    "fvu_heldout": "sae_fvu",
+    "alive_at_reward": "sae_alive_at_reward",
+    "dead_share": "sae_dead_share",
+    "evaluation_seconds": "seconds_of_evaluation",
+}
 WITH_TRAINED_SAE = ("sarm", "token_sae")
 
 
@@ -71,10 +84,15 @@ def cell_session(plan: SweepPlan, cell: Cell, reports: Reports) -> Session:
     """The session of one cell: its MLflow run hangs under the sweep's and has a tag and a parameter for every axis."""
     run, key = plan.run(cell), sae_key(cell, plan.config.extraction.units)
     axes = axes_of(plan, cell)
+    settings = {
+        name: value for name, value in parameters(json.loads(as_json(plan.config))).items() if name in _SHARED_SETTINGS
+    }
     folders = CellFolders(run.out, plan.config.run.out, cell.layer or plan.layers[0], key and plan.sae_folder(key))
     tags = {MLFLOW_PARENT_RUN_ID: plan.parent_run_id, **{name: str(value) for name, value in axes.items()}}
+    # A trial's process is a worker of Ray's.
+    tags |= {SOURCE_NAME: "tune/ablation.py", "command": ""}
     # Of a sweep's models only the best is registered, by the sweep.
-    return Session(run, plan.name(cell), axes, tags, folders, reports, registers_models=False)
+    return Session(run, plan.name(cell), {**settings, **axes}, tags, folders, reports, registers_models=False)
 
 
 def axes_of(plan: SweepPlan, cell: Cell) -> dict[str, Any]:
@@ -94,7 +112,8 @@ def do_cell(plan: SweepPlan, cell: Cell, reports: Reports) -> Manifest:
         check_model(variant.model)
         folder = stages.train_reward_model(session, variant)
         found = _evaluate(session, plan, cell, folder)
-        session.tracker.parent.log_metrics(result_of(plan, cell, found))
+        figures = result_of(plan, cell, found)
+        session.tracker.parent.log_metrics({_IN_MLFLOW.get(name, name): value for name, value in figures.items()})
     return found
 
 

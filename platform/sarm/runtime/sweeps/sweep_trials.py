@@ -245,7 +245,8 @@ class Watch(tune.Callback):
         with contextlib.suppress(OSError, KeyError, json.JSONDecodeError):
             known = json.loads((self._folder(trial) / RUN_FILE).read_text())
             outbox = outbox_of(self._plan.run(cell_of(self._plan, trial.config)))
-            StageRun(known["mlflow_uri"], known["mlflow_run_id"], outbox).end(status)
+            # Not the address in the file: the folder may have been moved since.
+            StageRun(self._plan.mlflow_uri, known["mlflow_run_id"], outbox).end(status)
 
 
 def _reason(trial: Any) -> str:

@@ -1,0 +1,18 @@
+"""MLflow on the runs of a folder of outputs: the list of runs, with the figures that people compare as columns.
+
+python jobs/ui.py
+python jobs/ui.py --outputs /backup/outputs --port 5001
+"""
+
+from sarm.runtime.job import run_command
+from sarm.runtime.ui import Ui
+
+
+def main(settings: Ui) -> None:
+    from sarm.runtime.ui import serve
+
+    serve(settings)
+
+
+if __name__ == "__main__":
+    run_command(Ui, main, __doc__ or "")
