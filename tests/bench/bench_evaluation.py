@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sarm.evaluate.resampling import intervals
 
 from sarm.data.benchmark_sources import load_benchmark, parse_source
 from sarm.data.benchmarks import FORMATS
 from sarm.data.packing import answer_rows, token_batches
 from sarm.data.sarm_artifacts import load_sarm
-from sarm.evaluate.resampling import intervals
 from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2
 from sarm.evaluate.rows import ScoredRow
 from sarm.evaluate.settings import Benchmarking

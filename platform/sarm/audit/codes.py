@@ -1,4 +1,4 @@
-"""codes/v1: what a SARM makes of every response of an audit, at the rewarded token and at sentence ends; and its reader.
+"""codes/v2: what a SARM makes of every response of an audit, at the rewarded token and at sentence ends; and its reader.
 
 R responses, N pairs, S d_sae, D d_in. `responses.parquet` has each distinct response once, `pairs.parquet` names them by id, so the
 model runs once and everything else is arithmetic on sparse matrices.
@@ -21,14 +21,15 @@ from sarm.config import UserError
 from sarm.data.audit_pairs import chooses
 from sarm.manifest import read_manifest, verify_files
 
-CODES = "codes/v1"
+CODES = "codes/v2"
 COMPLETENESS = 1e-4
 
 RESPONSES = pa.schema(
     [
         pa.field("response_id", pa.string(), nullable=False),
         pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
+        # Tokens of the answer alone, as far as they were not cut off.
+        pa.field("answer_tokens", pa.int32(), nullable=False),
         pa.field("reward", pa.float32(), nullable=False),
         pa.field("latents", pa.list_(pa.int32()), nullable=False),
         pa.field("values", pa.list_(pa.float32()), nullable=False),
@@ -56,6 +57,7 @@ class AuditCodes:
     weight: Float[np.ndarray, " d_sae"]
     reward: Float[np.ndarray, " responses"]
     tokens: Float[np.ndarray, " responses"]
+    """Tokens of each answer, without prompt and template."""
     z: sparse.csr_array
     """Latents at the rewarded token."""
     sentence: sparse.csr_array
@@ -80,8 +82,8 @@ class AuditCodes:
 
     @property
     def log_length(self) -> Float[np.ndarray, " pairs"]:
-        """log tokens of the chosen conversation minus that of the rejected one."""
-        log_R = np.log(self.tokens)
+        """log tokens of the chosen answer minus that of the rejected one: whole conversations would hide it behind a long prompt."""
+        log_R = np.log(np.maximum(self.tokens, 1.0))
         return log_R[self.chosen] - log_R[self.rejected]
 
     def at(self, site: str) -> sparse.csr_array:
@@ -142,7 +144,7 @@ def read_codes(folder: Path, weight_S: Float[np.ndarray, " d_sae"]) -> AuditCode
 
 
 def codes_of(responses: pa.Table, pairs: pa.Table, weight_S: Float[np.ndarray, " d_sae"]) -> AuditCodes:
-    """The tables of a codes/v1 folder as matrices. Raises as `read_codes`."""
+    """The tables of a codes/v2 folder as matrices. Raises as `read_codes`."""
     place = {response_id: row for row, response_id in enumerate(responses["response_id"].to_pylist())}
     sides = [[place.get(i, -1) for i in pairs[f"{side}_id"].to_pylist()] for side in ("chosen", "rejected")]
     missing = sum(min(both) < 0 for both in zip(*sides, strict=True))
@@ -155,7 +157,7 @@ def codes_of(responses: pa.Table, pairs: pa.Table, weight_S: Float[np.ndarray, "
     codes = AuditCodes(
         weight=weight_S.astype(np.float64),
         reward=responses["reward"].to_numpy().astype(np.float64),
-        tokens=responses["num_tokens"].to_numpy().astype(np.float64),
+        tokens=responses["answer_tokens"].to_numpy().astype(np.float64),
         z=_matrix(responses, "latents", "values", d_sae),
         sentence=_matrix(responses, "sentence_latents", "sentence_values", d_sae, positive=True),
         ends=ends_R,

@@ -1,4 +1,4 @@
-"""The codes stage of an audit: every response through the SARM once, on the cluster, into codes/v1."""
+"""The codes stage of an audit: every response through the SARM once, on the cluster, into codes/v2."""
 
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
@@ -52,7 +52,7 @@ class ResponseCodes:
                 out[key] = {
                     "response_id": schema.stable_id(group.prompt_id, text),
                     "prompt_id": group.prompt_id,
-                    "num_tokens": len(tokens.ids),
+                    "answer_tokens": sum(start < end for start, end in tokens.offsets),
                     "truncated": tokens.num_truncated > 0,
                 }
             rows += group.rows(self._chat.max_length, columns)

@@ -83,7 +83,7 @@ def _identity(settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Load
 def _content(
     settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Loaded], table: pa.Table, scores: Scores
 ) -> dict[str, Any]:
-    found = measure(table, settings.resamples, settings.run.seed)
+    found = measure(table, settings.run.seed)
     for one in benchmarks:
         own = found["benchmarks"][one.source.name]
         own["source"], own["digest"], own["num_read"] = one.source.place, one.digest, one.num_read
@@ -99,7 +99,6 @@ def _content(
             "dtype": spec.dtype,
             "template": spec.template or "none",
             "weights": spec.identity[:12],
-            "resamples": settings.resamples,
             "seed": settings.run.seed,
         },
         "notes": _notes(settings, found, benchmarks),

@@ -40,20 +40,17 @@ def evaluate(
     session: Session, extraction: Extraction, evaluation: Evaluation, folder: Path, child: StageRun
 ) -> Mapping[str, Any]:
     """Write scores, `metrics.json`, features and contexts into `folder`; returns the stage's counts."""
-    settings = (evaluation.resamples, session.run.seed)
     scores = {"sarm": score_heldout(session, extraction, "sarm", folder)}
     for name in BASELINES:
         if (session.folders.out / name).exists():
             scores[name] = score_heldout(session, extraction, name, folder)
     say("evaluate: fitting the logistic probe on frozen activations")
     scores["probe"] = probe_scores(session, scores["sarm"])
-    metrics: dict[str, Any] = {name: measures.measure_pairs(table, *settings) for name, table in scores.items()}
-    metrics |= {f"{name}_answer": value for name, value in measures.length_baseline(scores["sarm"], *settings).items()}
-    metrics["random"] = measures.random_baseline(scores["sarm"], *settings)
+    metrics: dict[str, Any] = {name: measures.measure_pairs(table) for name, table in scores.items()}
+    metrics |= {f"{name}_answer": value for name, value in measures.length_baseline(scores["sarm"]).items()}
+    metrics["random"] = measures.random_baseline(scores["sarm"], session.run.seed)
     metrics["sarm_minus"] = {
-        name: measures.accuracy_difference(scores["sarm"], table, *settings)
-        for name, table in scores.items()
-        if name != "sarm"
+        name: measures.accuracy_difference(scores["sarm"], table) for name, table in scores.items() if name != "sarm"
     }
 
     weight = load_sarm(session.folders.sarm).score.weight.detach().squeeze(0).numpy()

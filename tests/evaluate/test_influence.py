@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from sarm.evaluate.resampling import Sums, interval, intervals, resample
 
 from sarm.data.statistics import wilson_interval
 from sarm.evaluate.best_of_n import PAIRS
-from sarm.evaluate.resampling import Sums, interval, intervals, resample
 from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2
 from sarm.evaluate.rm_bench import RM_BENCH
 from sarm.evaluate.rows import ScoredRow
