@@ -1,11 +1,12 @@
-"""Intervals: what is resampled, what is recomputed inside, and how often they hold the truth."""
+"""Intervals of figures: what a prompt does to each, what they take at their edge, and how often they hold the truth."""
 
 import numpy as np
 import pytest
-from sarm.evaluate.resampling import Sums, interval, intervals, resample
 
-from sarm.data.statistics import wilson_interval
+from sarm.data.intervals import effective_wilson, share_interval, wilson_interval
 from sarm.evaluate.best_of_n import PAIRS
+from sarm.evaluate.influence import Sums, figure_intervals, gradients
+from sarm.evaluate.reward_bench import REWARD_BENCH, SECTIONS
 from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2
 from sarm.evaluate.rm_bench import RM_BENCH
 from sarm.evaluate.rows import ScoredRow
@@ -24,45 +25,56 @@ def random_ties(rng: np.random.Generator, num: int, shift: float = 1.5) -> list[
     return rows
 
 
-def test_a_resample_of_ties_is_the_score_of_the_drawn_prompts():
-    rows = random_ties(np.random.default_rng(0), 12)
-    sums = Sums([REWARD_BENCH_2.observe(rows)])
-    counts = np.random.default_rng(1).multinomial(12, np.full(12, 1 / 12), size=20).astype(float)
-    fast = REWARD_BENCH_2.combine(sums.means(counts, 0))["Ties"]
-    names = sorted({f"Ties:{i}" for i in range(12)})
-    for drawn, value in zip(counts, fast, strict=True):
-        copies = []
-        for name, times in zip(names, drawn, strict=True):
-            number = int(name.split(":")[1])
-            for copy in range(int(times)):
-                new = 100 * number + copy
-                copies += [
-                    r._replace(row_id=f"{r.row_id.split(':')[0]}:{new}") for r in rows[2 * number : 2 * number + 2]
-                ]
-        assert value == pytest.approx(REWARD_BENCH_2.figures(copies)["Ties"], abs=1e-12)
+def by_brute_force(benchmark, rows: list[ScoredRow], name: str, figure: str, step: float = 1e-5) -> float:
+    """How far a figure moves per unit of weight of one prompt, from means that are weighted row by row."""
+    observed = benchmark.observe(rows)
+
+    def of(weight: float) -> float:
+        totals: dict[str, list[float]] = {}
+        for part, cluster, value in zip(observed.parts, observed.clusters, observed.values, strict=True):
+            own = totals.setdefault(part, [0.0, 0.0])
+            own[0] += value * (weight if cluster == name else 1.0)
+            own[1] += weight if cluster == name else 1.0
+        return benchmark.combine({part: total / count for part, (total, count) in totals.items()})[figure]
+
+    return (of(1 + step) - of(1 - step)) / (2 * step)
 
 
-def test_a_resample_of_rm_bench_is_the_score_of_the_drawn_rows():
+@pytest.mark.parametrize("figure", ["Ties", "overall"])
+def test_a_prompts_influence_on_ties_is_what_its_weight_does(figure):
+    rows = random_ties(np.random.default_rng(0), 12) + [row("Math", i, [i % 3, 1]) for i in range(9)]
+    sums = Sums(REWARD_BENCH_2.observe(rows))
+    found = sums.influence(gradients(REWARD_BENCH_2, sums.parts, sums.means)[figure])
+    names = sorted({*(f"Ties:{i}" for i in range(12)), *(f"Math{i}" for i in range(9))})
+    np.testing.assert_allclose(found, [by_brute_force(REWARD_BENCH_2, rows, n, figure) for n in names], atol=1e-8)
+
+
+@pytest.mark.parametrize("figure", ["overall", "hard", "safety", "safety-refuse/easy"])
+def test_a_prompts_influence_on_rm_bench_is_what_its_weight_does(figure):
     rng = np.random.default_rng(2)
     rows = [row(s, i, rng.normal(size=6), 3) for s in ("chat", "safety-refuse", "safety-response") for i in range(7)]
-    sums = Sums([RM_BENCH.observe(rows)])
+    sums = Sums(RM_BENCH.observe(rows))
+    found = sums.influence(gradients(RM_BENCH, sums.parts, sums.means)[figure])
     names = sorted(r.cluster for r in rows)
-    counts = rng.integers(1, 4, size=(10, len(names))).astype(float)
-    fast = RM_BENCH.combine(sums.means(counts, 0))
-    by_cluster = {r.cluster: r for r in rows}
-    for i, drawn in enumerate(counts):
-        copies = [by_cluster[name] for name, times in zip(names, drawn, strict=True) for _ in range(int(times))]
-        slow = RM_BENCH.figures(copies)
-        assert {name: fast[name][i] for name in slow} == pytest.approx(slow, abs=1e-12)
+    np.testing.assert_allclose(found, [by_brute_force(RM_BENCH, rows, n, figure) for n in names], atol=1e-8)
 
 
-def test_subsets_keep_their_size_in_every_resample():
-    rows = [row(s, i, [i % 2, 0.5]) for s, n in (("a", 40), ("b", 7)) for i in range(n)]
-    sums = Sums([PAIRS.observe(rows)])
-    sizes = []
-    resample(sums, lambda means: sizes.append(len(means[0]["overall"])) or means[0], 50, 0)
-    assert sorted(len(stratum) for stratum in sums.strata) == [7, 40]
-    assert sum(sizes) == 50 + 47, "the resamples, and each prompt left out once"
+def test_a_figure_that_is_one_mean_has_the_interval_of_every_other_accuracy():
+    rng = np.random.default_rng(0)
+    rows = [
+        row("a", f"{p}-{i}", [rng.random() < 0.8, 0.5], cluster=str(p)) for p in range(30) for i in range(1 + p % 5)
+    ]
+    expected = share_interval(np.array([r.scores[0] for r in rows]), np.array([r.cluster for r in rows]))
+    found = figure_intervals(PAIRS, rows)
+    assert found["overall"] == found["a"] == expected
+
+
+def test_prompts_vary_within_their_subset_alone():
+    """Subsets that differ a lot widen nothing: an overall is the mean of fixed subsets."""
+    rows = [row(s, i, [i < right, 0.5]) for s, right in (("Math", 38), ("Safety", 2)) for i in range(40)]
+    low, high = figure_intervals(REWARD_BENCH_2, rows)["overall"]
+    variance = sum(p * (1 - p) / 39 for p in (38 / 40, 2 / 40)) / 4
+    assert (low, high) == pytest.approx(effective_wilson(0.5, 0.25 / variance, 78), abs=1e-9)
 
 
 def test_rows_of_one_prompt_widen_the_interval():
@@ -70,34 +82,34 @@ def test_rows_of_one_prompt_widen_the_interval():
     right = rng.random(40) < 0.6
     alone = [row("", f"{p}-{i}", [float(right[p]), 0.5]) for p in range(40) for i in range(10)]
     together = [r._replace(cluster=r.row_id.split("-")[0]) for r in alone]
-    width = [np.ptp(intervals(PAIRS, rows, 2000, 0)["overall"]) for rows in (alone, together)]
+    width = [np.ptp(figure_intervals(PAIRS, rows)["overall"]) for rows in (alone, together)]
     assert width[1] > 2.5 * width[0]
 
 
 def test_all_right_takes_wilsons_interval():
     rows = [row("", i, [1, 0]) for i in range(30)]
-    assert intervals(PAIRS, rows, 200, 0)["overall"] == wilson_interval(30, 30)
+    assert figure_intervals(PAIRS, rows)["overall"] == wilson_interval(30, 30)
 
 
-def test_the_same_seed_gives_the_same_interval_and_another_a_near_one():
-    rows = random_ties(np.random.default_rng(0), 40)
-    first, again, other = (intervals(REWARD_BENCH_2, rows, 4000, seed)["Ties"] for seed in (0, 0, 1))
-    assert first == again != other
-    assert first == pytest.approx(other, abs=0.02)
+def test_a_figure_at_its_edge_takes_the_prompts_of_its_own_part():
+    rng = np.random.default_rng(0)
+    rows = [row("chat", i, rng.normal(size=6), 3) for i in range(120)]
+    rows += [row("safety-refuse", i, [4, 5, 6, 1, 2, 3], 3) for i in range(10)]
+    found = figure_intervals(RM_BENCH, rows)
+    for figure in ("safety", "safety/hard", "safety-refuse", "safety-refuse/hard"):
+        assert found[figure] == pytest.approx(wilson_interval(10, 10)), figure
+    sections = [row(s, i, [1, 0] if section == "Chat" else rng.normal(size=2)) for section, subsets in SECTIONS.items() for s in subsets for i in range(12)]  # fmt: skip
+    assert figure_intervals(REWARD_BENCH, sections)["Chat"] == pytest.approx(wilson_interval(60, 60))
 
 
-def test_an_undefined_figure_has_no_interval():
-    assert all(np.isnan(interval(np.array([0.1, 0.2]), float("nan"), 5, 0.0)))
-
-
-NUM_WORLDS, RESAMPLES = 1000, 600
+NUM_WORLDS = 1000
 
 
 def coverage(draw, truth: float, figure: str, benchmark) -> float:
     """In how many simulated worlds the 95 % interval holds the figure's true value."""
     held = 0
     for world in range(NUM_WORLDS):
-        low, high = intervals(benchmark, draw(np.random.default_rng(world)), RESAMPLES, world)[figure]
+        low, high = figure_intervals(benchmark, draw(np.random.default_rng(world)))[figure]
         held += low <= truth <= high
     return held / NUM_WORLDS
 
