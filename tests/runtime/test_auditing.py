@@ -280,7 +280,7 @@ def test_what_follows_an_audit_needs_one(tmp_path):
         (steer, Steer(run=Run(out=tmp_path / "none"))),
         (relabel, Relabel(run=Run(out=tmp_path / "none"))),
     ):
-        with pytest.raises(UserError, match="codes/v1: no folder"):
+        with pytest.raises(UserError, match="codes/v2: no folder"):
             run_job(function, asked)
     with pytest.raises(UserError, match=r"between 0 and 0\.5"):
         Relabel(run=Run(out=tmp_path), poison=(0.7,))
