@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,6 +87,12 @@ def test_the_interval_of_the_difference_at_equal_length_holds_zero_19_times_in_2
     assert 0.93 <= held.mean() <= 0.97
 
 
+def test_answers_of_equal_length_leave_the_plain_difference():
+    codes = replace(of_length_alone(0, 30, -1, 5), tokens=np.full(60, 100.0))
+    found = contrast(codes, "reward", 100, 0)
+    np.testing.assert_allclose(found.difference, codes.difference.mean(axis=0))
+
+
 def test_a_long_prompt_hides_no_length():
     """Tokens are those of answers: `codes` has none of the prompt's."""
     codes = of_length_alone(0, 30, -1)
@@ -99,8 +106,6 @@ def test_pairs_taken_as_independent_look_surer_than_prompts(codes):
 
 
 def test_false_discoveries_are_rare_where_labels_mean_nothing(codes):
-    from dataclasses import replace
-
     rng = np.random.default_rng(0)
     selecting = codes.role("select")
     hits = 0

@@ -93,20 +93,21 @@ def contrast(codes: AuditCodes, site: str, permutations: int, seed: int) -> Cont
     )
 
 
+def _has_slope(x_N: NDArray[np.float64]) -> bool:
+    return float(np.square(x_N - x_N.mean()).sum()) > _NO_SPREAD
+
+
 def _intercept_weights(x_N: NDArray[np.float64]) -> NDArray[np.float64]:
     """What the intercept of a regression on x takes of each pair; the mean's where all ratios are equal."""
     centred_N = x_N - x_N.mean()
-    spread = float(np.square(centred_N).sum())
-    slope_N = centred_N / spread if spread > _NO_SPREAD else np.zeros_like(x_N)
+    slope_N = centred_N / float(np.square(centred_N).sum()) if _has_slope(x_N) else np.zeros_like(x_N)
     return np.asarray(1 / len(x_N) - x_N.mean() * slope_N)
 
 
 def _null_terms(d_NF: NDArray[np.float64], x_N: NDArray[np.float64]) -> NDArray[np.float64]:
     """What each pair adds to a, after length alone has explained what it can: their sum is a, whatever that was."""
-    if np.ptp(x_N) < _NO_SPREAD:
-        # Of equal ratios a slope and an intercept cannot be told apart: nothing is taken out.
-        return d_NF / len(x_N)
-    slope_F = (x_N @ d_NF) / (x_N @ x_N)
+    # Where all ratios are equal a slope and an intercept cannot be told apart: nothing is taken out.
+    slope_F = (x_N @ d_NF) / (x_N @ x_N) if _has_slope(x_N) else np.zeros(d_NF.shape[1])
     return np.asarray(_intercept_weights(x_N)[:, None] * (d_NF - x_N[:, None] * slope_F))
 
 
