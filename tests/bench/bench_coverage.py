@@ -6,6 +6,7 @@ with the answers that its pairs share. Right and wrong are drawn in two ways:
     beta      a prompt's accuracy is beta with an intraclass correlation (ICC), its pairs are independent given that
     answers   an answer's reward is quality + noise of the prompt + noise of the answer, so that pairs that share an answer go together
 
+and once ("uneven") with prompts of over 50 pairs 20 points harder than the others, which breaks the assumption of one correlation.
 The figure is the accuracy over pairs of all prompts, not of the prompts drawn. `before` is what this project did at first: percentiles of
 resampled prompts, BCa with tails moved out as t's, McNemar over pairs, and a contrast null that turned lengths with differences.
 """
@@ -37,6 +38,7 @@ from sarm.schema import hash_share
 ROOT = Path(__file__).parent.parent.parent
 PROMPTS, ACCURACIES, CAP = (19, 44, 82, 300), (0.6, 0.75, 0.85, 0.9, 0.95), 60
 KINDS = (("beta", 0.0), ("beta", 0.1), ("beta", 0.3), ("answers", 0.5), ("answers", 1.5))
+UNEVEN, LARGE = ("uneven", 0.2), 50
 # (spread of a prompt's quality, quality of either model): three of equal models, two of unequal ones.
 MODELS = ((0.0, 1.2, 1.2), (1.0, 1.2, 1.2), (0.0, 0.3, 0.3), (0.0, 1.2, 0.7), (1.0, 1.2, 0.7))
 _NOISE, _RESAMPLES, _NUM_LATENTS = 0.8, 500, 300
@@ -77,6 +79,13 @@ def right(chosen: list[Prompt], cluster_N: np.ndarray, kind: str, size: float, a
         return (rng.random(len(cluster_N)) < share_C[cluster_N]).astype(float)
     quality = stats.norm.ppf(accuracy) * math.sqrt(size**2 + 2 * _NOISE**2)
     return _by_answers(chosen, quality + size * rng.normal(size=len(chosen)), [_NOISE * rng.normal(size=len(one.characters)) for one in chosen])  # fmt: skip
+
+
+def uneven(prompts: list[Prompt], chosen: list[Prompt], cluster_N: np.ndarray, gap: float, accuracy: float, rng: np.random.Generator) -> np.ndarray:  # fmt: skip
+    """The same where large prompts are harder by `gap`, with this accuracy over the pairs of all prompts, and an ICC of 0.05."""
+    size_P, size_C = (np.array([len(one.pairs) for one in group]) for group in (prompts, chosen))
+    mean_C = accuracy + gap * (size_P[size_P > LARGE].sum() / size_P.sum() - (size_C > LARGE))
+    return (rng.random(len(cluster_N)) < rng.beta(19 * mean_C, 19 * (1 - mean_C))[cluster_N]).astype(float)
 
 
 def _by_answers(chosen: list[Prompt], quality_C: np.ndarray, rewards: list[np.ndarray]) -> np.ndarray:
@@ -134,7 +143,7 @@ def of_accuracies(job: tuple[list[Prompt], int, float, tuple[str, float], int]) 
     for world in range(worlds):
         rng = np.random.default_rng((world, num, round(100 * accuracy)))
         chosen, cluster_N = drawn(prompts, num, rng)
-        values_N = right(chosen, cluster_N, kind, size, accuracy, rng)
+        values_N = uneven(prompts, chosen, cluster_N, size, accuracy, rng) if kind == "uneven" else right(chosen, cluster_N, kind, size, accuracy, rng)  # fmt: skip
         ends = {"after": share_interval(values_N, cluster_N)}
         if world % 4 == 0 and 0 < values_N.mean() < 1:
             ends |= {"percentiles": percentiles(values_N, cluster_N, rng), "bca": bca(values_N, cluster_N, rng)}
@@ -267,10 +276,11 @@ def _from_to(rows: list[dict[str, Any]], name: str, by: str | None = None) -> st
 
 def as_markdown(found: dict[str, Any]) -> str:
     """The tables of docs/evaluation.md."""
-    lines = ["| prompts | accuracy, by accuracy: percentiles (before) | BCa-t (before) | now | now, by kind of world | width now |", "|--:|---|---|---|---|--:|"]  # fmt: skip
+    lines = ["| prompts | accuracy, by accuracy: percentiles (before) | BCa-t (before) | now | now, by kind of world | now, large prompts harder | width now |", "|--:|---|---|---|---|--:|--:|"]  # fmt: skip
     for num in PROMPTS:
         own = [{**row, "world": f"{row['kind']} {row['size']}"} for row in found["accuracies"] if row["prompts"] == num]
-        cells = [*(_from_to(own, name, "accuracy") for name in ("percentiles", "bca", "after")), _from_to(own, "after", "world")]  # fmt: skip
+        (harder,), own = [row for row in own if row["kind"] == UNEVEN[0]], [row for row in own if row["kind"] != UNEVEN[0]]  # fmt: skip
+        cells = [*(_from_to(own, name, "accuracy") for name in ("percentiles", "bca", "after")), _from_to(own, "after", "world"), f"{100 * harder['after']:.1f}"]  # fmt: skip
         lines.append(f"| {num} | {' | '.join(cells)} | {100 * np.mean([row['width'] for row in own]):.1f} |")
     lines += ["", "| prompts | difference: percentiles (before) | now | equal models: 0 left out before | now | McNemar, 5 % (before) | swaps of prompts, 5 % |", "|--:|---|---|---|---|---|---|"]  # fmt: skip
     for num in PROMPTS:
@@ -299,6 +309,7 @@ def main() -> None:
     of_demo = [prompts[i] for i in np.sort(np.random.default_rng(1).choice(len(prompts), 82, replace=False))]
     with multiprocessing.Pool(os.cpu_count()) as pool:
         accuracies = [(prompts, num, accuracy, kind, worlds[num]) for num in PROMPTS for accuracy in ACCURACIES for kind in KINDS]  # fmt: skip
+        accuracies += [(prompts, num, 0.85, UNEVEN, worlds[num]) for num in PROMPTS]
         differences = [(prompts, num, models, worlds[num] // 2) for num in PROMPTS for models in MODELS]
         contrasts = [(of_demo, "demo, 82 prompts", 8), *((one_pair_prompts(200, m), f"200 prompts of one pair, mean / sd of x {m}", 4) for m in (-1, -2, -3))]  # fmt: skip
         found = {
