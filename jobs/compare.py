@@ -1,4 +1,4 @@
-"""Compare two evaluations row by row: differences with intervals, exact McNemar, Holm over the subsets; a report and its run in MLflow.
+"""Compare two evaluations row by row: differences with intervals, tests that swap whole prompts, Holm over the subsets; a report and its run in MLflow.
 
 python jobs/compare.py outputs/benchmarks-a outputs/benchmarks-b --out outputs/a-against-b
 """

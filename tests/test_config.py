@@ -68,7 +68,6 @@ BAD = [
     (Reward, {"warmup_share": 1.0}, "--reward.warmup-share"),
     (Reward, {"warmup_share": -0.1}, "--reward.warmup-share"),
     (Reward, {"max_grad_norm": 0.0}, "--reward.max-grad-norm"),
-    (Evaluation, {"resamples": 99}, "--evaluation.resamples"),
     (Evaluation, {"top_features": 0}, "--evaluation.top-features"),
     (Evaluation, {"contexts_per_feature": 0}, "--evaluation.contexts-per-feature"),
 ]

@@ -70,7 +70,7 @@ class Run:
     out: Path = field(default=Path("outputs/run"), metadata=OPERATIONAL)
     """Folder of the run; every stage writes one folder inside it. In a submitted job a relative one stands under `$SARM_RESULTS` (default ~/sarm-outputs)."""
     seed: int = 0
-    """Seed of every random choice: initialisation, shuffling, bootstrap."""
+    """Seed of every random choice: initialisation, shuffling, permutations."""
     mlflow_uri: str = field(default="", metadata=OPERATIONAL)
     """MLflow tracking URI (server, or absolute sqlite path). Empty: `MLFLOW_TRACKING_URI`, else sqlite beside `out`."""
     experiment: str = field(default="sarm", metadata=OPERATIONAL)
@@ -171,15 +171,13 @@ class Data:
 class Evaluation:
     """Held-out measurement and attribution."""
 
-    resamples: int = 10_000
-    """Bootstrap resamples of prompts behind each 95 % interval."""
     top_features: int = 20
     """Features with the largest and with the smallest mean contribution that are reported."""
     contexts_per_feature: int = 8
     """Strongest contexts kept for each feature."""
 
     def __post_init__(self) -> None:
-        _check_least(self, "evaluation.", resamples=100, top_features=1, contexts_per_feature=1)
+        _check_least(self, "evaluation.", top_features=1, contexts_per_feature=1)
 
 
 @dataclass(frozen=True, kw_only=True)

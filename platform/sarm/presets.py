@@ -29,7 +29,7 @@ tiny = Pipeline(
         cross_entropy_texts=8,
     ),
     reward=Reward(lr=1e-4, head_lr=5e-3, epochs=2, batch_pairs=16, batch_tokens=1024),
-    evaluation=Evaluation(resamples=1000, top_features=5, contexts_per_feature=3),
+    evaluation=Evaluation(top_features=5, contexts_per_feature=3),
     contexts=Contexts(split="heldout", top=5, per_decile=1, span_contexts=1, batch_tokens=1024),
 )
 

@@ -16,7 +16,7 @@ def response(name: str, prompt: str, values: dict[int, float], tokens: int, sent
     return {
         "response_id": name,
         "prompt_id": prompt,
-        "num_tokens": tokens,
+        "answer_tokens": tokens,
         "reward": sum(float(WEIGHT[i]) * float(v) for i, v in on.items()),
         "latents": list(on),
         "values": list(on.values()),

@@ -78,7 +78,7 @@ def test_removing_a_direction_before_topk_lets_competitors_in(model, real):
 
 
 def test_upstream_reports_the_realised_share_beside_controls(model, real):
-    found = causal.upstream(model, real, np.array([1, 2]), np.array([[7, 8], [9, 10], [11, 12]]), 200, 0)
+    found = causal.upstream(model, real, np.array([1, 2]), np.array([[7, 8], [9, 10], [11, 12]]))
     for name, sign in (("removed", -1), ("added", 1)):
         one = found[name]
         assert one["realised_ci95"][0] <= one["value"] <= one["realised_ci95"][1]
@@ -93,7 +93,7 @@ def test_a_swap_is_scoring_with_the_values_changed_over(real):
     chosen, rejected = z[real.chosen].copy(), z[real.rejected].copy()
     chosen[:, latents], rejected[:, latents] = z[real.rejected][:, latents], z[real.chosen][:, latents]
     brute = (chosen - rejected) @ real.weight
-    found = causal.swap(real, latents, np.array([[7, 8, 9]] * 3), 200, 0)
+    found = causal.swap(real, latents, np.array([[7, 8, 9]] * 3))
     assert found["value"] == pytest.approx((brute - real.margins).mean())
     assert found["flips"] == pytest.approx((np.sign(brute) != np.sign(real.margins)).mean())
 
@@ -123,7 +123,8 @@ def test_sentences_are_cut_where_the_features_fire_and_elsewhere():
     own, placebo = edits[0]
     assert own == "One is here. Three is last."
     assert placebo in ("Two is there! Three is last.", "One is here. Two is there!")
-    effect = causal.deletion_effect(np.array([[-2.0, -0.5], [-1.0, 0.5]]), ["a", "b"], 200, 0)
+    effect = causal.deletion_effect(np.array([[-2.0, -0.5], [-1.0, 0.5]]), ["a", "b"])
     assert effect["own_sentence"]["value"] == -1.5
     assert effect["difference"]["value"] == -1.5
-    assert effect["placebo"]["ci95"] == [-0.5, 0.5]
+    low, high = effect["placebo"]["ci95"]
+    assert low == -high < -0.5, "two prompts say little"

@@ -64,7 +64,7 @@ def test_a_sweep_agrees_with_one_edit_at_a_time(codes, kind):
 def test_an_edit_of_the_features_moves_the_target_and_nothing_else(codes):
     target, off = codes.role("target"), codes.role("off_target")
     after = steered_rewards(codes, make_edit("scale", 2.0, LATENTS, codes.weight))
-    on_target, on_off = (measure_edit(part, after, 200, 0) for part in (target, off))
+    on_target, on_off = (measure_edit(part, after) for part in (target, off))
     low, high = on_target["margin_shift"]["ci95"]
     assert 0 < low < on_target["margin_shift"]["value"] < high
     assert on_off["margin_shift"] == {"value": 0.0, "ci95": [0.0, 0.0]}
@@ -87,7 +87,7 @@ def test_an_effect_beside_its_controls():
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.arange(30), 2)
     per_pair = np.column_stack([rng.normal(3, 1, 60), rng.normal(1, 0.1, (60, 5))])
-    low, high = ratio_interval(per_pair, prompts, 500, 0)
+    low, high = ratio_interval(per_pair, prompts)
     assert 2 < low < 3 < high < 4
 
 
@@ -194,13 +194,11 @@ def test_a_certificate_is_of_unseen_pairs_and_keeps_a_tolerance_only_with_its_wh
         group_of(np.array([[0.05, 1.0]] * 4)),
         group_of(np.array([[2.0, 0.0], [-2.0, 0.0], [0.2, 0.0], [-0.1, 0.0]])),
     )
-    found = certificate(delta, target, {"steady": steady}, 1.0, 0.1, 500, 0)
+    found = certificate(delta, target, {"steady": steady}, 1.0, 0.1)
     assert found["target"]["value"] == pytest.approx(1.05)
     assert found["goal_within"]
     assert found["others"]["steady"]["ci95"] == pytest.approx([0.05, 0.05])
     assert found["tolerance_kept"] == "yes"
     # The mean is within the tolerance; what four such prompts say about it is not.
-    assert (
-        certificate(delta, target, {"steady": steady, "wild": wild}, 1.0, 0.1, 500, 0)["tolerance_kept"] == "undecided"
-    )
-    assert certificate(delta, target, {"steady": steady}, 1.0, 0.01, 500, 0)["tolerance_kept"] == "no"
+    assert certificate(delta, target, {"steady": steady, "wild": wild}, 1.0, 0.1)["tolerance_kept"] == "undecided"
+    assert certificate(delta, target, {"steady": steady}, 1.0, 0.01)["tolerance_kept"] == "no"

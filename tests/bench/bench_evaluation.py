@@ -2,7 +2,7 @@
 
     throughput   tokens/s of the scoring pass over the bare forward of the same token batches at the same layer
     rerun        seconds of the whole job when every score is in the cache
-    bootstrap    seconds of 10,000 resamples of a whole RewardBench 2
+    intervals    seconds of all figures' intervals, and of a comparison with 10,000 swaps, of a whole RewardBench 2
 
 The benchmarks are the public data sets unless --benchmarks, or SARM_BENCHMARKS with spaces between, names files:
 
@@ -25,7 +25,8 @@ from sarm.data.benchmark_sources import load_benchmark, parse_source
 from sarm.data.benchmarks import FORMATS
 from sarm.data.packing import answer_rows, token_batches
 from sarm.data.sarm_artifacts import load_sarm
-from sarm.evaluate.resampling import intervals
+from sarm.evaluate.influence import figure_intervals
+from sarm.evaluate.paired import compare
 from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2
 from sarm.evaluate.rows import ScoredRow
 from sarm.evaluate.settings import Benchmarking
@@ -76,9 +77,9 @@ def job(model: Path, benchmarks: list[str], limit: int, out: Path, cache: Path) 
     return time.perf_counter() - started, json.loads((out / "report.json").read_text())
 
 
-def whole_reward_bench_2() -> list[ScoredRow]:
+def whole_reward_bench_2(seed: int = 0) -> list[ScoredRow]:
     """Random scores of the published size."""
-    rng, rows = np.random.default_rng(0), []
+    rng, rows = np.random.default_rng(seed), []
     for subset, size in (FORMATS["reward_bench_2"].subsets or {}).items():
         for i in range(size):
             kind, number = ("ref", "tied")[i % 2], i // 2
@@ -101,8 +102,11 @@ def main() -> None:
     model = options.model.absolute()
     rows = whole_reward_bench_2()
     started = time.perf_counter()
-    intervals(REWARD_BENCH_2, rows, 10_000, 0)
-    bootstrap = time.perf_counter() - started
+    figure_intervals(REWARD_BENCH_2, rows)
+    intervals = time.perf_counter() - started
+    started = time.perf_counter()
+    compare(REWARD_BENCH_2, rows, whole_reward_bench_2(1), 10_000, 0)
+    comparison = time.perf_counter() - started
     bare = bare_forward(model, options.benchmarks, options.limit)
     with tempfile.TemporaryDirectory() as scratch:
         first, report = job(model, options.benchmarks, options.limit, Path(scratch) / "first", Path(scratch) / "cache")
@@ -119,7 +123,8 @@ def main() -> None:
         "share_of_bare_forward": rate / bare["tokens_per_second"],
         "job_seconds": first,
         "rerun_from_cache_seconds": again,
-        "bootstrap_10000_reward_bench_2_seconds": bootstrap,
+        "intervals_of_reward_bench_2_seconds": intervals,
+        "comparison_of_reward_bench_2_seconds": comparison,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=2))

@@ -25,10 +25,11 @@ import torch
 from sarm.config import Reward
 from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
+from sarm.data.intervals import difference_interval
 from sarm.data.models import model_folder
 from sarm.data.packing import token_batches
 from sarm.data.prepare import prepare_pairs
-from sarm.data.statistics import bootstrap_means, pair_credit
+from sarm.data.statistics import pair_credit
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.presets import PRESETS
 from sarm.runtime.training.head_start import start_head_
@@ -39,7 +40,7 @@ from sarm.train.schedule import warmup_cosine
 
 OUT = Path("outputs/bench")
 RULES = ("equal", "step")
-RESAMPLES, BATCH_TOKENS = 10_000, 4096
+BATCH_TOKENS = 4096
 # How far a prompt's preference lies from the common one, and the rate at which one epoch reaches what a head can reach.
 STRAYS, LINEAR_LR = (0.0, 0.5, 1.0), 0.05
 
@@ -200,8 +201,7 @@ def score(
 
 def interval(values_N: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
     """A mean over pairs with its 95 % interval over prompts."""
-    low, high = bootstrap_means(values_N[:, None], np.array(prompts), RESAMPLES, 0)
-    return {"value": float(values_N.mean()), "ci95": [float(low[0]), float(high[0])]}
+    return {"value": float(values_N.mean()), "ci95": list(difference_interval(values_N, np.array(prompts)))}
 
 
 if __name__ == "__main__":

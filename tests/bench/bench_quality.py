@@ -27,9 +27,10 @@ from quality_data import FULL_DEPTH, chat_of, prepare, preset
 
 from sarm.config import Reward, Run
 from sarm.data.groups import PromptGroup, prompt_groups
+from sarm.data.intervals import difference_interval, share_interval
 from sarm.data.models import model_folder
 from sarm.data.packing import token_batches
-from sarm.data.statistics import cluster_bootstrap, pair_credit
+from sarm.data.statistics import pair_credit
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.runtime.benchmarks.evaluation import probe_scores
 from sarm.runtime.session import open_session
@@ -41,7 +42,7 @@ from sarm.train.reward import LocalEngine, parameter_groups, train_reward
 
 ROOT = Path(__file__).parents[2]
 SHARED_PAIRS = ROOT.parent / "shared" / "data" / "hh_rlhf_harmless" / "pairs.jsonl.gz"
-SEEDS, RESAMPLES = (0, 1, 2), 10_000
+SEEDS = (0, 1, 2)
 
 
 class System(NamedTuple):
@@ -198,10 +199,9 @@ def summarise(runs: Path) -> dict[str, Any]:
     if prompts_N is None or sources_N is None:
         return {"systems": {}, "sarm_minus": {}}
 
-    def measured(values_N: Any) -> dict[str, Any]:
+    def measured(values_N: Any, interval: Any) -> dict[str, Any]:
         def with_interval(of_N: Any) -> dict[str, Any]:
-            interval = cluster_bootstrap(values_N[of_N], prompts_N[of_N], RESAMPLES, 0)
-            return {"value": float(values_N[of_N].mean()), "ci95": list(interval)}
+            return {"value": float(values_N[of_N].mean()), "ci95": list(interval(values_N[of_N], prompts_N[of_N]))}
 
         by_source = {str(source): with_interval(sources_N == source) for source in np.unique(sources_N)}
         return {**with_interval(np.full(len(values_N), True)), "by_source": by_source}
@@ -212,7 +212,7 @@ def summarise(runs: Path) -> dict[str, Any]:
             continue
         mean_N = np.mean(list(by_seed.values()), axis=0)
         systems[name] = {
-            **measured(mean_N),
+            **measured(mean_N, share_interval),
             "by_seed": {seed: float(one.mean()) for seed, one in sorted(by_seed.items())},
             **({"alive_at_reward": float(np.mean(alive[name]))} if name in alive else {}),
         }
@@ -220,7 +220,7 @@ def summarise(runs: Path) -> dict[str, Any]:
         common = sorted(ours if name in REFERENCES else by_seed.keys() & ours.keys())
         if name != "sarm" and common:
             gain_N = np.mean([ours[seed] - by_seed.get(seed, mean_N) for seed in common], axis=0)
-            sarm_minus[name] = {**measured(gain_N), "seeds": common}
+            sarm_minus[name] = {**measured(gain_N, difference_interval), "seeds": common}
     return {
         "systems": systems,
         "sarm_minus": sarm_minus,

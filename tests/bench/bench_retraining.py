@@ -31,9 +31,10 @@ from sarm.config import Run
 from sarm.data.audit_pairs import ROLES, audit_pairs
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.groups import prompt_groups
+from sarm.data.intervals import difference_interval
 from sarm.data.packing import token_batches
 from sarm.data.sarm_artifacts import load_sarm
-from sarm.data.statistics import bootstrap_means, pair_credit
+from sarm.data.statistics import pair_credit
 from sarm.presets import PRESETS
 from sarm.runtime import stages
 from sarm.runtime.audit.relabelling import relabel, relabelled
@@ -43,7 +44,7 @@ OUT = Path("outputs/bench/retraining").absolute()
 # SAFER's score (and the better site of the features in the head-only study), the best control there, and the one that knows nothing.
 METHODS = {"features": "features, sentence ends", "loss": "loss", "random": "random"}
 CONTROLS = ("loss", "random")
-CLEAN, SHARE, RESAMPLES = "unchanged", 0.05, 2000
+CLEAN, SHARE = "unchanged", 0.05
 _BATCH_TOKENS = 4096
 
 
@@ -137,8 +138,7 @@ def compared(credit: dict[str, np.ndarray], pairs: pa.Table) -> dict[str, Any]:
 
 
 def _difference(gap_N: np.ndarray, prompts: Sequence[Any]) -> list[float]:
-    low, high = bootstrap_means(gap_N[:, None], prompts, RESAMPLES, 0)
-    return [float(gap_N.mean()), float(low[0]), float(high[0])]
+    return [float(gap_N.mean()), *difference_interval(gap_N, np.array(prompts))]
 
 
 if __name__ == "__main__":

@@ -1,33 +1,15 @@
-import time
+import itertools
 
 import numpy as np
 import pytest
 
 from sarm.data.statistics import (
-    bootstrap_means,
     calibration,
-    cluster_bootstrap,
     cluster_sums,
     pair_credit,
     reliability_bins,
-    wilson_interval,
+    sign_flip_p_values,
 )
-
-
-@pytest.mark.parametrize(("successes", "total", "low", "high"), [(144, 183, 0.7220, 0.8400), (64, 160, 0.3273, 0.4774)])
-def test_wilson_matches_published_intervals(successes, total, low, high):
-    assert wilson_interval(successes, total) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_keeps_its_width_at_none_and_at_all():
-    assert wilson_interval(0, 10).low == 0 < wilson_interval(0, 10).high
-    assert wilson_interval(10, 10).low < 1 == wilson_interval(10, 10).high
-
-
-@pytest.mark.parametrize(("successes", "total"), [(1, 0), (-1, 5), (6, 5)])
-def test_wilson_refuses_impossible_counts(successes, total):
-    with pytest.raises(ValueError, match="expected 0 <= successes"):
-        wilson_interval(successes, total)
 
 
 def test_calibration_matches_hand_numbers():
@@ -65,75 +47,38 @@ def test_pair_credit_gives_half_to_an_exact_tie_only():
     assert pair_credit(np.array([1e-30, 0.0, -0.0, -1e-30])).tolist() == [1, 0.5, 0.5, 0]
 
 
-def test_bootstrap_agrees_with_a_loop_over_resamples():
-    rng = np.random.default_rng(0)
-    clusters_N = rng.integers(0, 40, 200)
-    values_N = rng.random(200)
-    parts = [values_N[clusters_N == c] for c in np.unique(clusters_N)]
-    means = []
-    for _ in range(4000):
-        drawn = [parts[i] for i in rng.integers(len(parts), size=len(parts))]
-        means.append(np.concatenate(drawn).mean())
-    assert cluster_bootstrap(values_N, clusters_N, 4000, 1) == pytest.approx(
-        np.quantile(means, [0.025, 0.975]), abs=5e-3
-    )
-
-
-def test_bootstrap_covers_the_true_mean_of_clustered_data_about_95_times_in_100():
-    covered = 0
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        # Beta(2, 1) prompts with 6 pairs each: the true accuracy is 2/3, and pairs of a prompt go together.
-        share_C = rng.beta(2, 1, 60)
-        values_N = (rng.random((60, 6)) < share_C[:, None]).astype(float).ravel()
-        low, high = cluster_bootstrap(values_N, np.repeat(np.arange(60), 6), 1000, seed)
-        covered += low <= 2 / 3 <= high
-    assert 180 <= covered <= 196
-
-
-def test_bootstrap_of_clusters_is_wider_than_of_their_members():
-    values_N = np.repeat(np.random.default_rng(0).integers(0, 2, 50), 10).astype(float)
-    clustered = cluster_bootstrap(values_N, np.repeat(np.arange(50), 10), 2000, 0)
-    single = cluster_bootstrap(values_N, np.arange(500), 2000, 0)
-    assert clustered.high - clustered.low > 2 * (single.high - single.low)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_bootstrap_falls_back_to_wilson_on_clusters_where_nothing_varies(value):
-    interval = cluster_bootstrap(np.full(30, value), np.repeat(np.arange(10), 3), 500, 0)
-    assert interval == wilson_interval(10 * value, 10)
-
-
-def test_bootstrap_claims_no_certainty_from_one_cluster():
-    interval = cluster_bootstrap(np.array([1.0, 0.0, 1.0, 1.0]), np.array(["a"] * 4), 500, 0)
-    assert interval == wilson_interval(0.75, 1)
-
-
-def test_bootstrap_repeats_with_its_seed_and_refuses_nothing():
-    values_N, clusters_N = np.random.default_rng(0).random(50), np.arange(50)
-    assert cluster_bootstrap(values_N, clusters_N, 500, 7) == cluster_bootstrap(values_N, clusters_N, 500, 7)
-    with pytest.raises(ValueError, match="as many cluster ids as values"):
-        cluster_bootstrap(values_N[:0], clusters_N[:0], 500, 7)
-
-
-def test_ten_thousand_resamples_of_three_hundred_clusters_take_well_under_a_second():
-    rng = np.random.default_rng(0)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        cluster_bootstrap(rng.random(3000), rng.integers(0, 300, 3000), 10_000, 0)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1
-
-
-def test_the_bootstrap_of_columns_agrees_with_that_of_one_column_and_keeps_clusters_whole():
+def test_cluster_sums_are_those_of_a_loop():
     rng = np.random.default_rng(0)
     clusters = np.repeat(np.arange(12), rng.integers(1, 6, 12))
-    values = rng.normal(size=(len(clusters), 2)) + rng.normal(size=12)[clusters][:, None]
-    low, high = bootstrap_means(values, clusters, 4000, 0)
-    for column in (0, 1):
-        one = cluster_bootstrap(values[:, column], clusters, 4000, 1)
-        np.testing.assert_allclose([low[column], high[column]], one, atol=0.06)
+    values = rng.normal(size=(len(clusters), 2))
     brute = np.stack([values[clusters == c].sum(0) for c in range(12)])
     np.testing.assert_allclose(cluster_sums(values, clusters), brute)
-    assert (high - low > 1.2 * (2 * 1.96 * values.std(0) / np.sqrt(len(values)))).all(), "clusters widen an interval"
+
+
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "p"), [(30, 23, 0.4101), (4, 3, 1.0), (0, 0, 1.0), (6, 0, 0.03125), (9, 2, 0.0654)]
+)
+def test_sign_flips_of_clusters_of_one_are_mcnemars_exact_test(only_a, only_b, p):
+    for terms in ([1.0] * only_a + [-1.0] * only_b + [0.0] * 100, [-1.0] * only_a + [1.0] * only_b):
+        found = sign_flip_p_values(np.array(terms)[:, None], 40_000, 0)[0]
+        exact = only_a + only_b <= 12
+        assert found == pytest.approx(p, abs=5e-5 if exact else 0.01)
+
+
+def test_sign_flips_of_few_clusters_are_all_tried_and_of_many_drawn():
+    rng = np.random.default_rng(0)
+    terms_CF = rng.normal(size=(10, 3))
+    signs = np.array(list(itertools.product([-1, 1], repeat=10)))
+    expected = (np.abs(signs @ terms_CF) >= np.abs(terms_CF.sum(0)) - 1e-12).mean(0)
+    np.testing.assert_allclose(sign_flip_p_values(terms_CF, 100, 0), expected)
+    np.testing.assert_allclose(sign_flip_p_values(np.vstack([terms_CF, np.zeros((50, 3))]), 100, 0), expected)
+    many = rng.normal(1.0, 0.5, size=(40, 1))
+    assert sign_flip_p_values(many, 999, 0)[0] == 1 / 1000
+
+
+def test_sign_flips_of_equal_clusters_reject_as_often_as_said_however_unequal_they_are():
+    rng, rejected = np.random.default_rng(0), 0
+    size_C = np.array([1] * 10 + [10] * 8 + [60] * 4)
+    for world in range(600):
+        rejected += sign_flip_p_values((rng.normal(size=22) * size_C)[:, None], 400, world)[0] <= 0.05
+    assert 0.03 <= rejected / 600 <= 0.065

@@ -8,6 +8,7 @@ from sarm.evaluate.best_of_n import PAIRS
 from sarm.evaluate.controls import calibrated, drift, fit_temperature, length_and_style, rulers
 from sarm.evaluate.probes import PROBES, edit_conversation, flips, markup_count
 from sarm.evaluate.rows import ScoredRow
+from sarm.evaluate.suite import measure, metrics
 
 
 def row(row_id: object, scores, tokens, markup=None) -> ScoredRow:
@@ -35,6 +36,27 @@ def test_a_reward_blind_to_length_keeps_its_accuracy_under_control():
     rows = [row(i, [float(rng.random() < 0.8), 0.5], rng.integers(20, 400, size=2)) for i in range(800)]
     found = length_and_style(rows)
     assert found["length_controlled_accuracy"] == pytest.approx(found["accuracy"], abs=0.02)
+
+
+def test_a_model_that_counts_no_tokens_gets_no_length_figures():
+    """Not a longest and shortest of 0, and not an accuracy of one half at equal length."""
+    rows = [row(i, [float(i % 3 > 0), 0.5], [np.nan, np.nan]) for i in range(60)]
+    found, by_ruler = length_and_style(rows), rulers(PAIRS, rows, 0)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert [name for name, value in found.items() if value is not None] == ["accuracy", "num_prompts_spearman"]
+    assert (by_ruler["longest"], by_ruler["shortest"]) == ({}, {})
+    assert by_ruler["random"]["overall"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_model_that_counts_no_tokens_logs_no_length_figures():
+    items = [
+        {"benchmark": "pairs", "subset": "", "row_id": str(i), "variant": "", "completion": c, "correct": c == 0, "cluster": str(i),
+         "completion_id": f"{i}.{c}", "num_chars": 9, "markup": 0, "score": float(-c), "num_tokens": None, "truncated": False, "score_alone": None}
+        for i in range(4) for c in range(2)
+    ]  # fmt: skip
+    measured = measure(pa.Table.from_pylist(items, schema=schema.ITEMS), 0)
+    assert measured["benchmarks"]["pairs"]["figures"]["overall"]["longest"] is None
+    assert not [name for name in metrics(measured) if "length" in name]
 
 
 def test_spearman_is_taken_within_prompts():
@@ -96,6 +118,6 @@ def test_markup_is_counted_and_taken_out():
 def test_flips_are_counted_over_pairs_and_joined_by_id():
     plain = [row(i, [1, 0], [1, 1]) for i in range(4)]
     edited = [row(0, [0, 1], [1, 1]), row(1, [2, 1], [1, 1]), row(9, [0, 1], [1, 1])]
-    found = flips(plain, edited, 100, 0)
+    found = flips(plain, edited)
     assert (found["num_rows"], found["flipped"], found["accuracy_after"]) == (2, 0.5, 0.5)
-    assert flips(plain, edited[2:], 100, 0) is None
+    assert flips(plain, edited[2:]) is None

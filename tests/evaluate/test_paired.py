@@ -1,21 +1,19 @@
 import numpy as np
 import pytest
 
+from sarm.data.intervals import wilson_interval
 from sarm.evaluate.best_of_n import PAIRS
-from sarm.evaluate.paired import compare, holm, is_right, mcnemar
+from sarm.evaluate.paired import compare, holm, is_right
+from sarm.evaluate.reward_bench import REWARD_BENCH, SECTIONS
 from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2
 from sarm.evaluate.rows import ScoredRow
 
 
-def row(subset: str, row_id: object, scores, num_correct: int = 1) -> ScoredRow:
+def row(subset: str, row_id: object, scores, num_correct: int = 1, cluster: str = "") -> ScoredRow:
     zeros = np.zeros(len(scores))
-    return ScoredRow(subset, str(row_id), f"{subset}{row_id}", num_correct, np.array(scores, float), zeros, zeros)
-
-
-@pytest.mark.parametrize(("only_a", "only_b", "p"), [(30, 23, 0.4101), (4, 3, 1.0), (0, 0, 1.0), (6, 0, 0.03125)])
-def test_mcnemar_matches_published_values(only_a, only_b, p):
-    assert mcnemar(only_a, only_b) == pytest.approx(p, abs=5e-5)
-    assert mcnemar(only_b, only_a) == mcnemar(only_a, only_b)
+    return ScoredRow(
+        subset, str(row_id), cluster or f"{subset}{row_id}", num_correct, np.array(scores, float), zeros, zeros
+    )
 
 
 def test_holm_multiplies_the_smallest_by_their_number_and_never_falls():
@@ -31,8 +29,15 @@ def test_a_model_does_not_differ_from_itself():
     low, high = overall["difference_ci95"]
     assert overall["difference"] == 0
     assert low < 0 < high
-    assert overall["p_bootstrap"] is None
-    assert found["subsets"]["Math"] == {"num_rows": 50, "only_a": 0, "only_b": 0, "p_mcnemar": 1.0, "p_holm": 1.0}
+    assert overall["p_swap"] == 1
+    assert found["subsets"]["Math"] == {
+        "num_rows": 50,
+        "num_prompts": 50,
+        "only_a": 0,
+        "only_b": 0,
+        "p_swap": 1.0,
+        "p_holm": 1.0,
+    }
 
 
 def test_pairing_finds_what_two_separate_intervals_hide():
@@ -43,7 +48,7 @@ def test_pairing_finds_what_two_separate_intervals_hide():
     found = compare(PAIRS, strong, weak, 2000, 0)
     assert found["figures"]["overall"]["difference"] == pytest.approx(len(fixed) / 300)
     assert found["figures"]["overall"]["difference_ci95"][0] > 0
-    assert found["subsets"][""]["p_mcnemar"] < 0.01
+    assert found["subsets"][""]["p_swap"] == found["figures"]["overall"]["p_swap"] < 0.01
 
 
 def test_one_prompt_that_differs_is_no_evidence():
@@ -52,6 +57,7 @@ def test_one_prompt_that_differs_is_no_evidence():
     overall = compare(PAIRS, strong, weak, 500, 0)["figures"]["overall"]
     assert overall["num_differing_prompts"] == 1
     assert overall["difference_ci95"][0] < 0 < overall["difference"]
+    assert overall["p_swap"] == 1
 
 
 def test_the_interval_of_a_difference_holds_the_truth_19_times_in_20():
@@ -63,6 +69,36 @@ def test_the_interval_of_a_difference_holds_the_truth_19_times_in_20():
         low, high = compare(PAIRS, a, b, 400, world)["figures"]["overall"]["difference_ci95"]
         held += low <= 0 <= high
     assert 0.93 <= held / 400 <= 0.97
+
+
+def test_equal_models_differ_in_5_of_100_where_pairs_of_a_prompt_share_answers():
+    """Tests that take pairs as independent call two models of one law different in a quarter of such comparisons."""
+    claimed = {"subset": 0, "figure": 0}
+    for world in range(300):
+        rng = np.random.default_rng(world)
+        both: list[list[ScoredRow]] = [[], []]
+        for prompt, size in enumerate([1] * 7 + [10] * 9 + [49, 58, 60]):
+            shared = rng.normal(size=2)
+            for pair in range(size):
+                noise = rng.normal(size=2)
+                for model in range(2):
+                    score = 1.0 + shared[model] + 0.6 * noise[model]
+                    both[model].append(row("", f"{prompt}-{pair}", [score, 0.0], cluster=str(prompt)))
+        found = compare(PAIRS, *both, 200, world)
+        claimed["subset"] += found["subsets"][""]["p_holm"] <= 0.05
+        claimed["figure"] += found["figures"]["overall"]["p_swap"] <= 0.05
+    assert claimed["subset"] / 300 <= 0.07
+    assert claimed["figure"] / 300 <= 0.07
+
+
+def test_rows_that_are_equal_in_a_section_bound_its_difference_by_their_own_number():
+    rng = np.random.default_rng(0)
+    a, b = ([row(s, i, [1, 0] if section == "Chat" else rng.normal(size=2)) for section, subsets in SECTIONS.items() for s in subsets for i in range(12)] for _ in range(2))  # fmt: skip
+    found = compare(REWARD_BENCH, a, b, 200, 0)["figures"]
+    unseen = wilson_interval(0, 60).high
+    assert found["Chat"]["difference_ci95"] == pytest.approx([-unseen, unseen])
+    assert found["Chat"]["p_swap"] == 1
+    assert found["Safety"]["difference_ci95"][1] - found["Safety"]["difference_ci95"][0] > 0.1
 
 
 def test_rows_of_one_run_only_are_counted_and_not_compared():

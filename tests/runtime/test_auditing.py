@@ -69,7 +69,6 @@ def settings(work: Path, extracted: Path, name: str = "audit", **changes) -> Aud
         "target": (str(extracted / "pairs"),),
         "off_target": (f"pairs={work / 'sums.jsonl'}",),
         "permutations": 500,
-        "resamples": 100,
         "controls": 10,
         "upstream_controls": 5,
         "deletions": 4,
@@ -101,11 +100,13 @@ def test_codes_are_those_of_the_model_on_whole_conversations(audited, work, extr
     chat = load_chat_tokenizer(dataclasses.replace(PRESETS["tiny"][1].model, name=str(work / "sarm")), work / "sarm")
     for pair in load_pairs(extracted / "pairs", "heldout").to_pylist()[:3]:
         row = by_id[named[pair["pair_id"]]["chosen_id"]]
-        tokens = chat.encode_responses(pair["prompt"], [pair["chosen"]])[0]
+        tokens = chat.encode_responses(pair["prompt"], [pair["chosen"]], offsets=True)[0]
         with torch.no_grad():
             output = found.model(torch.tensor([tokens.ids]))
             assert row["reward"] == pytest.approx(output.logits.item(), abs=1e-4)
-        assert row["num_tokens"] == len(tokens.ids)
+        answer = [token for token, (start, end) in zip(tokens.ids, tokens.offsets, strict=True) if start < end]
+        assert row["answer_tokens"] == len(answer) < len(tokens.ids)
+        assert chat.tokenizer.decode(answer).strip() == pair["chosen"].strip()
         assert set(row["latents"]) == set(output.latent_indices[0][output.latent_values[0] != 0].tolist())
         assert sum(row["sentence_sizes"]) == len(row["sentence_latents"]) > 0
 
@@ -124,7 +125,7 @@ def test_the_audit_selects_tests_and_says_what_is_exact(audited):
 
 
 def test_an_edit_is_a_sarm_that_scores_as_said_and_can_be_taken_back(audited, work):
-    folder = run_job(steer, Steer(run=Run(out=audited), name="tripled", strength=3.0, resamples=100, controls=10))
+    folder = run_job(steer, Steer(run=Run(out=audited), name="tripled", strength=3.0, controls=10))
     found = read_audit(audited)
     edited = load_sarm(folder)
     x = standardise(torch.from_numpy(found.codes.residual.copy()))
@@ -143,7 +144,7 @@ def test_an_edit_is_a_sarm_that_scores_as_said_and_can_be_taken_back(audited, wo
 
 
 def test_a_goal_comes_with_its_certificate_or_says_how_far_one_gets(audited):
-    asked = Steer(run=Run(out=audited), name="goal", edit="goal", goal=0.05, tolerance=0.05, resamples=100, controls=10)
+    asked = Steer(run=Run(out=audited), name="goal", edit="goal", goal=0.05, tolerance=0.05, controls=10)
     content = json.loads((run_job(steer, asked) / "steering.json").read_text())
     found = content["certificate"]
     assert found["solved_on"]["target_shift"] == pytest.approx(0.05, abs=1e-4)
@@ -162,7 +163,7 @@ def test_a_goal_comes_with_its_certificate_or_says_how_far_one_gets(audited):
 
 def test_poison_and_denoise_leave_a_manifest_of_every_changed_pair(audited, extracted):
     asked = Relabel(
-        run=Run(out=audited), poison=(0.05,), denoise=(0.1,), seeds=2, resamples=100,
+        run=Run(out=audited), poison=(0.05,), denoise=(0.1,), seeds=2,
         write="poison:features:0.1", pairs=extracted / "pairs",
     )  # fmt: skip
     folder = run_job(relabel, asked)

@@ -61,7 +61,7 @@ def evaluate(work: Path, ray_cluster: None):
                 run=Run(out=work / name, cpus_per_worker=1),
                 model=f"{work / 'model.py'}:{function}",
                 benchmarks=(f"reward_bench_2={work / 'rb2.jsonl'}",),
-                **{"resamples": 200, "drift_items": 4, "probes": ("quoting",), "probe_rows": 3} | fields,
+                **{"drift_items": 4, "probes": ("quoting",), "probe_rows": 3} | fields,
             )
         )
 
@@ -95,7 +95,7 @@ def test_rows_left_out_are_named_with_their_reason(finished):
 
 def test_every_figure_is_recomputed_from_the_items_alone(finished):
     report = json.loads((finished / "report.json").read_text())
-    again = measure(pq.read_table(finished / "items.parquet"), 200, 0)
+    again = measure(pq.read_table(finished / "items.parquet"), 0)
     own = again["benchmarks"]["reward_bench_2"]
     told = report["benchmarks"]["reward_bench_2"]
     assert json.loads(json.dumps(own)) == {key: told[key] for key in own}
@@ -122,7 +122,7 @@ def test_a_metric_has_a_name_that_the_tracker_takes(figure, name):
 def test_the_same_texts_are_scored_once_ever(finished, evaluate, work):
     calls = (work / "model.calls").read_text()
     assert evaluate("first") == finished
-    evaluate("second", resamples=300)
+    evaluate("second", allow_partial=True)
     assert (work / "model.calls").read_text() == calls
     told = json.loads((work / "second" / "report.json").read_text())["scoring"]
     assert (told["num_scored"], told["num_cached"] > 0) == (0, True)
@@ -132,7 +132,7 @@ def test_an_interrupted_run_scores_only_what_is_missing(finished, evaluate, work
     parts = sorted((work / "cache" / "scores").glob("*/*/*.parquet"))
     lost = pq.read_table(parts[0]).num_rows
     parts[0].unlink()
-    evaluate("third", resamples=400)
+    evaluate("third", allow_partial=True)
     told = json.loads((work / "third" / "report.json").read_text())
     assert told["scoring"]["num_scored"] == lost
     assert told["scoring"]["num_cached"] > 0
@@ -142,20 +142,27 @@ def test_an_interrupted_run_scores_only_what_is_missing(finished, evaluate, work
 
 
 def test_other_settings_do_not_touch_a_finished_folder(finished, evaluate):
-    with pytest.raises(UserError, match=r"resamples=200, now asked for resamples=300"):
-        evaluate("first", resamples=300)
+    with pytest.raises(UserError, match=r"allow_partial=False, now asked for allow_partial=True"):
+        evaluate("first", allow_partial=True)
 
 
 def test_a_comparison_sees_the_difference_and_logs_it(finished, evaluate, work):
     evaluate("reversed", "reverse", probes=())
     run = Run(out=work / "comparison")
-    folder = run_comparison(Comparison(run_a=finished, run_b=work / "reversed", run=run, resamples=200))
+    folder = run_comparison(Comparison(run_a=finished, run_b=work / "reversed", run=run, permutations=200))
     one = json.loads((folder / "report.json").read_text())["benchmarks"]["reward_bench_2"]
     assert one["figures"]["Math"]["difference"] == 5.5 / 6
     assert one["figures"]["Math"]["difference_ci95"][0] > 0
-    assert one["subsets"]["Math"] == {"num_rows": 6, "only_a": 5, "only_b": 0, "p_mcnemar": 0.0625, "p_holm": 0.125}
+    assert one["subsets"]["Math"] == {
+        "num_rows": 6,
+        "num_prompts": 6,
+        "only_a": 5,
+        "only_b": 0,
+        "p_swap": 0.0625,
+        "p_holm": 0.125,
+    }
     assert {"report.md", "report.html", "reward_bench_2.png"} <= {path.name for path in folder.iterdir()}
-    assert run_comparison(Comparison(run_a=finished, run_b=work / "reversed", run=run, resamples=200)) == folder
+    assert run_comparison(Comparison(run_a=finished, run_b=work / "reversed", run=run, permutations=200)) == folder
 
 
 def test_a_changed_evaluation_is_not_compared(finished, work):

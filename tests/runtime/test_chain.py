@@ -113,15 +113,15 @@ def test_a_finished_chain_is_done_for_every_job(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_for_the_whole_chain_before_anything_runs(tmp_path: Path) -> None:
     do(config_of(tmp_path / "out"), *STAGES)
-    config = config_of(tmp_path / "out", sae={"k": 4}, evaluation={"resamples": 500})
+    config = config_of(tmp_path / "out", sae={"k": 4}, evaluation={"top_features": 7})
     with pytest.raises(UserError) as refused:
         state_of(config).refuse(config.run.out)
     message = str(refused.value)
-    for said in ("k=8, now asked for k=4", "sarm was made from another sae/v1", "resamples=1000", "--redo-from train_sae", "Nothing has been started"):  # fmt: skip
+    for said in ("k=8, now asked for k=4", "sarm was made from another sae/v1", "top_features=5", "--redo-from train_sae", "Nothing has been started"):  # fmt: skip
         assert said in message
     assert "\n" not in message
     # Its own stage is as it was: what lies behind it does not concern a job.
-    assert state_of(config_of(tmp_path / "out", ExtractActivations, evaluation={"resamples": 500})).is_done
+    assert state_of(config_of(tmp_path / "out", ExtractActivations, evaluation={"top_features": 7})).is_done
 
 
 @pytest.mark.parametrize("only", [False, True])

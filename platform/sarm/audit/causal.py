@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sarm.audit.codes import AuditCodes
 from sarm.audit.steering import against_controls
-from sarm.data.statistics import bootstrap_means, pair_credit
+from sarm.data.intervals import mean_interval
+from sarm.data.statistics import pair_credit
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.sae import STANDARDISE_EPS, standardise
 
@@ -52,8 +53,6 @@ def upstream(
     codes: AuditCodes,
     selected: NDArray[np.int64],
     control_sets_GE: NDArray[np.int64],
-    resamples: int,
-    seed: int,
 ) -> dict[str, Any]:
     """Margins of these pairs after each set's directions are removed, and added once more, beside matched sets.
 
@@ -75,12 +74,11 @@ def upstream(
     for name, sign in (("removed", -1.0), ("added", 1.0)):
         realised_N = margin_change(selected, sign)
         linear_N = sign * (codes.difference[:, selected] @ codes.weight[selected])
-        low, high = bootstrap_means(np.stack([realised_N, linear_N], axis=1), codes.prompts, resamples, seed)
         controls = np.array([margin_change(latents, sign).mean() for latents in control_sets_GE])
         linear = float(linear_N.mean())
         before_N = codes.margins
         out[name] = {
-            "realised_ci95": [float(low[0]), float(high[0])],
+            "realised_ci95": list(mean_interval(realised_N, codes.prompts)),
             "linear": linear,
             "realised_share": float(realised_N.mean() / linear) if abs(linear) > 1e-9 else None,
             "accuracy_before": float(pair_credit(before_N).mean()),
@@ -90,9 +88,7 @@ def upstream(
     return out
 
 
-def swap(
-    codes: AuditCodes, selected: NDArray[np.int64], control_sets_GE: NDArray[np.int64], resamples: int, seed: int
-) -> dict[str, Any]:
+def swap(codes: AuditCodes, selected: NDArray[np.int64], control_sets_GE: NDArray[np.int64]) -> dict[str, Any]:
     """Margins and orders of the pairs after a set's latents change places between chosen and rejected."""
     before_N = codes.margins
 
@@ -102,9 +98,8 @@ def swap(
     own_N = changed(selected)
     controls = [changed(latents) for latents in control_sets_GE]
     flips = [float((np.sign(before_N + one) != np.sign(before_N)).mean()) for one in [own_N, *controls]]
-    low, high = bootstrap_means(own_N[:, None], codes.prompts, resamples, seed)
     return {
-        "margin_ci95": [float(low[0]), float(high[0])],
+        "margin_ci95": list(mean_interval(own_N, codes.prompts)),
         **against_controls(float(own_N.mean()), np.array([one.mean() for one in controls])),
         "flips": flips[0],
         "flips_control_median": float(np.median(flips[1:])),
@@ -178,18 +173,14 @@ def _without(text: str, ends: Sequence[int], i: int) -> str:
     return text[:start].rstrip() + text[ends[i] + 1 :] if i else text[ends[i] + 1 :].lstrip()
 
 
-def deletion_effect(
-    change_D2: Float[np.ndarray, "deletions 2"], prompts: Sequence[str], resamples: int, seed: int
-) -> dict[str, Any]:
+def deletion_effect(change_D2: Float[np.ndarray, "deletions 2"], prompts: Sequence[str]) -> dict[str, Any]:
     """Mean change of the features' reward by cutting their own sentence, the placebo, and the difference, with intervals over prompts."""
     columns = np.column_stack([change_D2, change_D2[:, 0] - change_D2[:, 1]])
-    low, high = bootstrap_means(columns, np.array(prompts), resamples, seed)
     names = ("own_sentence", "placebo", "difference")
-    values = columns.mean(axis=0)
     return {
         "num_responses": len(columns),
         **{
-            name: {"value": float(v), "ci95": [float(a), float(b)]}
-            for name, v, a, b in zip(names, values, low, high, strict=True)
+            name: {"value": float(column.mean()), "ci95": list(mean_interval(column, np.array(prompts)))}
+            for name, column in zip(names, columns.T, strict=True)
         },
     }

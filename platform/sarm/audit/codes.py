@@ -28,7 +28,8 @@ RESPONSES = pa.schema(
     [
         pa.field("response_id", pa.string(), nullable=False),
         pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
+        # Tokens of the answer alone, as far as they were not cut off.
+        pa.field("answer_tokens", pa.int32(), nullable=False),
         pa.field("reward", pa.float32(), nullable=False),
         pa.field("latents", pa.list_(pa.int32()), nullable=False),
         pa.field("values", pa.list_(pa.float32()), nullable=False),
@@ -58,6 +59,7 @@ class AuditCodes:
     weight: Float[np.ndarray, " d_sae"]
     reward: Float[np.ndarray, " responses"]
     tokens: Float[np.ndarray, " responses"]
+    """Tokens of each answer, without prompt and template."""
     z: sparse.csr_array
     """Latents at the rewarded token."""
     sentence: sparse.csr_array
@@ -84,8 +86,8 @@ class AuditCodes:
 
     @property
     def log_length(self) -> Float[np.ndarray, " pairs"]:
-        """log tokens of the chosen conversation minus that of the rejected one."""
-        log_R = np.log(self.tokens)
+        """log tokens of the chosen answer minus that of the rejected one: whole conversations would hide it behind a long prompt."""
+        log_R = np.log(np.maximum(self.tokens, 1.0))
         return log_R[self.chosen] - log_R[self.rejected]
 
     def at(self, site: str) -> sparse.csr_array:
@@ -159,7 +161,7 @@ def codes_of(responses: pa.Table, pairs: pa.Table, weight_S: Float[np.ndarray, "
     codes = AuditCodes(
         weight=weight_S.astype(np.float64),
         reward=responses["reward"].to_numpy().astype(np.float64),
-        tokens=responses["num_tokens"].to_numpy().astype(np.float64),
+        tokens=responses["answer_tokens"].to_numpy().astype(np.float64),
         z=_matrix(responses, "latents", "values", d_sae),
         sentence=_matrix(responses, "sentence_latents", "sentence_values", d_sae, positive=True),
         ends=ends_R,

@@ -46,8 +46,6 @@ class AuditFeatures:
     """Smallest median rating of a safety feature (SAFER: 5)."""
     permutations: int = 10_000
     """Sampled sign changes behind a p-value, where there are too many to try all."""
-    resamples: int = 2_000
-    """Bootstrap resamples of prompts behind each 95 % interval."""
     controls: int = 100
     """Random sets of latents, matched on density and weight, that every effect is compared with."""
     upstream_controls: int = 20
@@ -61,7 +59,7 @@ class AuditFeatures:
         _absolute(self, "sarm")
         if self.ratings is not None:
             _absolute(self, "ratings")
-        _least(self, limit=1, limit_off_target=1, batch_tokens=64, max_features=1, permutations=100, resamples=100, controls=10, upstream_controls=5, deletions=0)  # fmt: skip
+        _least(self, limit=1, limit_off_target=1, batch_tokens=64, max_features=1, permutations=100, controls=10, upstream_controls=5, deletions=0)  # fmt: skip
         for name in ("select", "target", "off_target"):
             if not getattr(self, name):
                 raise UserError(f"there are no pairs to {name}. Pass --{name.replace('_', '-')} FOLDER or NAME=SOURCE.")
@@ -98,13 +96,11 @@ class Steer:
     """Subsets in which answering is right, so that a loss there is over-refusal."""
     undo: str | None = None
     """Name of an edit to take back: its model with the weights that it had before goes to `steer/NAME`; no other flag is used."""
-    resamples: int = 2_000
-    """Bootstrap resamples of prompts behind each 95 % interval."""
     controls: int = 100
     """Random sets of latents, matched on density and weight, that every effect is compared with."""
 
     def __post_init__(self) -> None:
-        _least(self, resamples=100, controls=10)
+        _least(self, controls=10)
         for name in (self.name, self.undo):
             if name is not None and not re.fullmatch(r"\w[\w.-]{0,99}", name):
                 raise UserError(f"a name is made of letters, digits, dots and dashes, got {name!r}. Pass --name.")
@@ -132,11 +128,9 @@ class Relabel:
     """With `--write`: the pairs/v1 folder that the selecting pairs came from."""
     seeds: int = 5
     """Repetitions, each on its own nine tenths of the training prompts and with its own noise."""
-    resamples: int = 2_000
-    """Bootstrap resamples of prompts behind each 95 % interval."""
 
     def __post_init__(self) -> None:
-        _least(self, seeds=2, resamples=100)
+        _least(self, seeds=2)
         if self.pairs is not None:
             _absolute(self, "pairs")
         if self.write is not None:

@@ -5,7 +5,7 @@ one product per set. That rewards move is therefore exact by construction; what 
 and further than under random latents of the same density and weight.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from sarm.audit.codes import AuditCodes
 from sarm.config import UserError
-from sarm.data.statistics import bootstrap_means, cluster_counts, cluster_sums, pair_credit
+from sarm.data.intervals import Interval, difference_interval, mean_interval, share_interval, student
+from sarm.data.statistics import cluster_sums, pair_credit
 
 
 @dataclass(frozen=True)
@@ -142,33 +143,31 @@ class Sweep:
         return out
 
 
-def measure_edit(
-    codes: AuditCodes, after_R: Float[np.ndarray, " responses"], resamples: int, seed: int
-) -> dict[str, Any]:
+def measure_edit(codes: AuditCodes, after_R: Float[np.ndarray, " responses"]) -> dict[str, Any]:
     """What new rewards of all responses do to these pairs, with 95 % intervals over prompts."""
     before_N, after_N = codes.margins, after_R[codes.chosen] - after_R[codes.rejected]
     moved_R = after_R - codes.reward
-    columns = {
-        "margin_shift": after_N - before_N,
-        "chosen_shift": moved_R[codes.chosen],
-        "rejected_shift": moved_R[codes.rejected],
-        "accuracy_before": pair_credit(before_N),
-        "accuracy_after": pair_credit(after_N),
-        "accuracy_change": pair_credit(after_N) - pair_credit(before_N),
-        "flips": (np.sign(after_N) != np.sign(before_N)).astype(np.float64),
-        "affected": (np.abs(after_N - before_N) > 1e-9).astype(np.float64),
+    columns: dict[str, tuple[Callable[..., Interval], NDArray[np.float64]]] = {
+        "margin_shift": (mean_interval, after_N - before_N),
+        "chosen_shift": (mean_interval, moved_R[codes.chosen]),
+        "rejected_shift": (mean_interval, moved_R[codes.rejected]),
+        "accuracy_before": (share_interval, pair_credit(before_N)),
+        "accuracy_after": (share_interval, pair_credit(after_N)),
+        "accuracy_change": (difference_interval, pair_credit(after_N) - pair_credit(before_N)),
+        "flips": (share_interval, (np.sign(after_N) != np.sign(before_N)).astype(np.float64)),
+        "affected": (share_interval, (np.abs(after_N - before_N) > 1e-9).astype(np.float64)),
     }
-    values = np.stack(list(columns.values()), axis=1)
-    low, high = bootstrap_means(values, codes.prompts, resamples, seed)
-    figures = {name: {"value": float(v), "ci95": [float(a), float(b)]} for name, v, a, b in zip(columns, values.mean(0), low, high, strict=True)}  # fmt: skip
+    figures = {
+        name: {"value": float(value_N.mean()), "ci95": list(interval(value_N, codes.prompts))}
+        for name, (interval, value_N) in columns.items()
+    }
     return {"num_pairs": codes.num_pairs, "num_prompts": len(np.unique(codes.prompts)), **figures}
 
 
-def by_subset(codes: AuditCodes, after_R: Float[np.ndarray, " responses"], resamples: int, seed: int) -> dict[str, Any]:
+def by_subset(codes: AuditCodes, after_R: Float[np.ndarray, " responses"]) -> dict[str, Any]:
     """`measure_edit` of every subset."""
     return {
-        name: measure_edit(codes.keep(codes.subsets == name), after_R, resamples, seed)
-        for name in sorted(set(codes.subsets.tolist()))
+        name: measure_edit(codes.keep(codes.subsets == name), after_R) for name in sorted(set(codes.subsets.tolist()))
     }
 
 
@@ -189,14 +188,27 @@ def against_controls(value: float, controls: NDArray[np.float64]) -> dict[str, f
     }
 
 
-def ratio_interval(
-    per_pair_NG: Float[np.ndarray, "pairs sets"], prompts_N: NDArray[Any], resamples: int, seed: int
-) -> list[float]:
-    """95 % interval, over prompts, of |mean of column 0| over the median |mean| of the other columns."""
-    counts_RC, cluster_N = cluster_counts(prompts_N, resamples, seed)
-    means_RG = np.abs(counts_RC @ cluster_sums(per_pair_NG, cluster_N))
-    ratio_R = means_RG[:, 0] / np.maximum(np.median(means_RG[:, 1:], axis=1), 1e-12)
-    return [float(end) for end in np.quantile(ratio_R, [0.025, 0.975])]
+def ratio_interval(per_pair_NG: Float[np.ndarray, "pairs sets"], prompts_N: NDArray[Any]) -> list[float]:
+    """95 % interval, over prompts, of |mean of column 0| over the median |mean| of the other columns; NaN where there is one prompt.
+
+    A ratio's errors are lopsided, so it is taken on the logarithm: the ratio without each prompt gives its variance (the jackknife), with
+    Student's t of the effective number of prompts.
+    """
+    _, prompt_N = np.unique(prompts_N, return_inverse=True)
+    size_C = np.bincount(prompt_N)
+    if (num := len(size_C)) == 1:
+        return [float("nan"), float("nan")]
+    sums_CG = cluster_sums(per_pair_NG, prompt_N)
+    total_G = sums_CG.sum(axis=0)
+    log_ratio, *without_C = np.log([_ratio(sums_G) for sums_G in (total_G, *(total_G - sums_CG))])
+    variance = (num - 1) / num * np.square(without_C - np.mean(without_C)).sum()
+    half = student(size_C.sum() ** 2 / np.square(size_C).sum() - 1) * np.sqrt(variance)
+    return [float(np.exp(log_ratio - half)), float(np.exp(log_ratio + half))]
+
+
+def _ratio(sums_G: NDArray[np.float64]) -> float:
+    size_G = np.maximum(np.abs(sums_G), 1e-12)
+    return float(size_G[0] / np.median(size_G[1:]))
 
 
 def specificity(target_change: float, other_changes: Sequence[float]) -> float | None:

@@ -3,6 +3,7 @@
 Rulers score a completion by its length alone. Length-controlled accuracy is sigmoid(a) of a logistic regression of "the
 correct one wins" on the difference of lengths (a + b dlen), style-controlled also on the difference of markup counts:
 what the model would get right on pairs of equal length (and style). Spearman is between reward and length within a prompt.
+A function as reward model counts no tokens (NaN): what needs a length is then None, or left out.
 """
 
 from collections.abc import Sequence
@@ -22,23 +23,32 @@ _RANDOM_DRAWS = 20
 
 
 def rulers(benchmark: Benchmark, rows: Sequence[ScoredRow], seed: int) -> dict[str, dict[str, float]]:
-    """The figures of choosing the longest and the shortest completion, and the mean figures of random scores."""
+    """The figures of choosing the longest and the shortest completion (none where lengths are unknown), and the mean figures of random scores."""
     rng = np.random.default_rng(seed)
     draws = [
         benchmark.figures([row._replace(scores=rng.normal(size=len(row.scores))) for row in rows])
         for _ in range(_RANDOM_DRAWS)
     ]
+    known = has_lengths(rows)
     return {
-        "longest": benchmark.figures([row._replace(scores=row.tokens) for row in rows]),
-        "shortest": benchmark.figures([row._replace(scores=-row.tokens) for row in rows]),
+        "longest": benchmark.figures([row._replace(scores=row.tokens) for row in rows]) if known else {},
+        "shortest": benchmark.figures([row._replace(scores=-row.tokens) for row in rows]) if known else {},
         "random": {figure: float(np.mean([draw[figure] for draw in draws])) for figure in draws[0]},
     }
 
 
+def has_lengths(rows: Sequence[ScoredRow]) -> bool:
+    """Whether every completion's number of tokens is known."""
+    return all(bool(np.isfinite(row.tokens).all()) for row in rows)
+
+
 def length_and_style(rows: Sequence[ScoredRow]) -> dict[str, Any]:
-    """Controlled accuracies over all (correct, wrong) pairs, each row counting once, and the mean Spearman within prompts."""
+    """Controlled accuracies over all (correct, wrong) pairs, each row counting once, and the mean Spearman within prompts.
+
+    All but the plain accuracy are None where lengths are unknown.
+    """
     won, lengths, styles, weights = [], [], [], []
-    correlations = []
+    correlations, known = [], has_lengths(rows)
     for row in rows:
         n = row.num_correct
         margins = (row.scores[:n, None] - row.scores[None, n:]).ravel()
@@ -46,13 +56,15 @@ def length_and_style(rows: Sequence[ScoredRow]) -> dict[str, Any]:
         lengths.append((np.log1p(row.tokens[:n, None]) - np.log1p(row.tokens[None, n:])).ravel())
         styles.append((np.log1p(row.markup[:n, None]) - np.log1p(row.markup[None, n:])).ravel())
         weights.append(np.full(len(margins), 1 / len(margins)))
-        if len(row.scores) > 2 and np.ptp(row.scores) > 0 and np.ptp(row.tokens) > 0:
+        if known and len(row.scores) > 2 and np.ptp(row.scores) > 0 and np.ptp(row.tokens) > 0:
             correlations.append(float(np.corrcoef(_ranks(row.scores), _ranks(row.tokens))[0, 1]))
     y, length, style, weight = (np.concatenate(part) for part in (won, lengths, styles, weights))
     return {
         "accuracy": float((y * weight).sum() / weight.sum()),
-        "length_controlled_accuracy": _accuracy_at_zero(y, length[:, None], weight),
-        "length_and_style_controlled_accuracy": _accuracy_at_zero(y, np.stack([length, style], 1), weight),
+        "length_controlled_accuracy": _accuracy_at_zero(y, length[:, None], weight) if known else None,
+        "length_and_style_controlled_accuracy": _accuracy_at_zero(y, np.stack([length, style], 1), weight)
+        if known
+        else None,
         "mean_spearman_reward_length": float(np.mean(correlations)) if correlations else None,
         "num_prompts_spearman": len(correlations),
     }

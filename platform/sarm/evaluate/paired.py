@@ -1,30 +1,21 @@
 """Two models on the same rows: is the difference real?
 
-McNemar (exact): of the rows that only one of the two gets right, b for A and c for B, the chance of a split at least as
-uneven if both were equally likely. Paired bootstrap: both models on the same resampled prompts, figures recomputed, percentiles (BCa is erratic where few prompts differ). Holm:
-p-values sorted, the i-th of m times m - i + 1, so that over all subsets a false difference is claimed 5 % of the time at most.
+Were the models equally good, which of the two gave which result would be chance, prompt by prompt: the rows of a prompt are one text's, so
+they change sides together. p is the share of such swaps with a difference at least as large: all of them for few prompts that
+differ, else P random ones (Phipson and Smyth 2010: (b + 1) / (P + 1)). Where each prompt has one row this is the exact McNemar test.
+Holm: p-values sorted, the i-th of m times m - i + 1, so that over all subsets a false difference is claimed 5 % of the time at most.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sarm.data.statistics import wilson_interval
-from sarm.evaluate.resampling import Sums, interval, resample
+from sarm.data.intervals import Interval, difference_interval, effective_difference, flat_difference
+from sarm.data.statistics import cluster_sums, sign_flip_p_values
+from sarm.evaluate.influence import Floats, Sums, gradients, is_flat, of_part, single_part, variance_of
 from sarm.evaluate.reward_bench_2 import TIES, best_of_n_credit
-from sarm.evaluate.rows import Benchmark, ScoredRow
-
-# Even if all of so few prompts favour one model, an exact test finds nothing at 5 %: 2 * 0.5 ** 5 is 0.0625.
-_TOO_FEW = 5
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p-value of `only_a` rows that A alone gets right against `only_b` that B alone does."""
-    total = only_a + only_b
-    tail = sum(math.comb(total, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**total)
+from sarm.evaluate.rows import Benchmark, Observations, ScoredRow
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -38,9 +29,9 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def compare(
-    benchmark: Benchmark, rows_a: Sequence[ScoredRow], rows_b: Sequence[ScoredRow], resamples: int, seed: int
+    benchmark: Benchmark, rows_a: Sequence[ScoredRow], rows_b: Sequence[ScoredRow], permutations: int, seed: int
 ) -> dict[str, Any]:
-    """Every figure of A, of B and of A - B with its interval, and McNemar by subset with Holm's adjustment.
+    """Every figure of A, of B and of A - B with its interval and p-value; and, by subset, the rows that one model alone gets right.
 
     Rows are joined by subset and id; those of one model only are counted in `num_unmatched`.
     """
@@ -49,33 +40,39 @@ def compare(
     counts = {"num_rows": len(pairs), "num_unmatched": len(rows_a) + len(rows_b) - 2 * len(pairs)}
     if not pairs:
         return {**counts, "figures": {}, "subsets": {}, "note": "no row was scored in both runs"}
-    both = [list(rows) for rows in zip(*pairs, strict=True)]
-    sums = Sums([benchmark.observe(rows) for rows in both])
-
-    def differences(means: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        of_a, of_b = (benchmark.combine(one) for one in means)
-        return {name: of_a[name] - of_b[name] for name in of_a}
-
-    drawn = resample(sums, differences, resamples, seed)
-    of_a, of_b = (benchmark.figures(rows) for rows in both)
+    rows = [list(one) for one in zip(*pairs, strict=True)]
+    of_a, of_b = (benchmark.figures(one) for one in rows)
+    observed_a, observed_b = (benchmark.observe(one) for one in rows)
+    a, b = Sums(observed_a), Sums(observed_b)
+    by_figure = gradients(benchmark, a.parts, a.means)
+    # What each prompt adds to A - B: the terms that change their sign when the models change places there.
+    added_CF = np.stack([(a.sums - b.sums) @ (by_figure[name] / a.counts.sum(axis=0)) for name in of_a], axis=1)
+    p_F = sign_flip_p_values(added_CF, permutations, seed)
     figures = {}
-    for name in of_a:
-        gain, values = of_a[name] - of_b[name], drawn.values[name][np.isfinite(drawn.values[name])]
-        num_differ, num = sums.differing(name), sums.clusters_of(name)
-        low, high = interval(values, gain, num, None) if num_differ else (gain, gain)
-        if num_differ <= _TOO_FEW:
-            # What the prompts seen could not show is bounded by how often an unseen one could differ.
-            unseen = wilson_interval(0, num).high
-            low, high = min(low, gain - unseen), max(high, gain + unseen)
+    for i, name in enumerate(of_a):
+        gain, gradient_P = of_a[name] - of_b[name], by_figure[name]
+        own = gradient_P != 0
         figures[name] = {
             "a": of_a[name],
             "b": of_b[name],
             "difference": gain,
-            "difference_ci95": [low, high],
-            "num_differing_prompts": num_differ,
-            "p_bootstrap": float(min(1.0, 2 * min(_share(values <= 0), _share(values >= 0)))) if num_differ else None,
+            "difference_ci95": list(_interval(gain, gradient_P, (a, b), (observed_a, observed_b))),
+            "num_differing_prompts": int((a.sums[:, own] != b.sums[:, own]).any(axis=1).sum()),
+            "p_swap": float(p_F[i]),
         }
-    return {**counts, "figures": figures, "subsets": _subsets(pairs)}
+    return {**counts, "figures": figures, "subsets": _subsets(pairs, permutations, seed)}
+
+
+def _interval(
+    gain: float, gradient_P: Floats, sums: tuple[Sums, Sums], observed: tuple[Observations, Observations]
+) -> Interval:
+    """As of any paired difference where the figure is one mean, else from the influences of the prompts on A - B."""
+    a, b = sums
+    if (part := single_part(a.parts, gradient_P)) is not None:
+        (values_a, clusters), (values_b, _) = (of_part(one, part) for one in observed)
+        return difference_interval(values_a - values_b, clusters)
+    found, prompts = variance_of(a.influence(gradient_P) - b.influence(gradient_P), a.strata), a.effective_prompts(gradient_P)  # fmt: skip
+    return flat_difference(gain, prompts) if is_flat(found) else effective_difference(gain, found.value, prompts, found.df)  # fmt: skip
 
 
 def is_right(row: ScoredRow) -> bool:
@@ -90,23 +87,21 @@ def is_right(row: ScoredRow) -> bool:
     return bool(won.all() if row.subset == TIES else won.mean() > 0.5)
 
 
-def _subsets(pairs: Sequence[tuple[ScoredRow, ScoredRow]]) -> dict[str, Any]:
-    outcomes: dict[str, list[tuple[bool, bool]]] = {}
+def _subsets(pairs: Sequence[tuple[ScoredRow, ScoredRow]], permutations: int, seed: int) -> dict[str, Any]:
+    outcomes: dict[str, list[tuple[str, bool, bool]]] = {}
     for a, b in pairs:
-        outcomes.setdefault(a.subset, []).append((is_right(a), is_right(b)))
-    found = {
-        subset: {
+        outcomes.setdefault(a.subset, []).append((a.cluster, is_right(a), is_right(b)))
+    found: dict[str, dict[str, Any]] = {}
+    p_values: dict[str, float] = {}
+    for subset, own in outcomes.items():
+        names, prompt_N = np.unique([cluster for cluster, _, _ in own], return_inverse=True)
+        gain_N = np.array([float(a) - float(b) for _, a, b in own])
+        p_values[subset] = float(sign_flip_p_values(cluster_sums(gain_N[:, None], prompt_N), permutations, seed)[0])
+        found[subset] = {
             "num_rows": len(own),
-            "only_a": sum(a and not b for a, b in own),
-            "only_b": sum(b and not a for a, b in own),
+            "num_prompts": len(names),
+            "only_a": int((gain_N > 0).sum()),
+            "only_b": int((gain_N < 0).sum()),
         }
-        for subset, own in outcomes.items()
-    }
-    p_values = {subset: mcnemar(one["only_a"], one["only_b"]) for subset, one in found.items()}
     adjusted = holm(p_values)
-    return {subset: {**one, "p_mcnemar": p_values[subset], "p_holm": adjusted[subset]} for subset, one in found.items()}
-
-
-def _share(values: Any) -> float:
-    # One more than counted: a bootstrap of R resamples cannot show a chance below 1 / (R + 1).
-    return float((np.count_nonzero(values) + 1) / (len(values) + 1))
+    return {subset: {**one, "p_swap": p_values[subset], "p_holm": adjusted[subset]} for subset, one in found.items()}

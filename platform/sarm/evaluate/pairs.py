@@ -1,6 +1,6 @@
 """Pairwise accuracy of a PAIR_SCORES table, and of rules that never read the text. N pairs.
 
-margin m = r_chosen - r_rejected    accuracy = mean credit(m)    intervals resample prompts, since one prompt's pairs depend on each other
+margin m = r_chosen - r_rejected    accuracy = mean credit(m)    intervals are over prompts, since one prompt's pairs depend on each other
 shorter-answer rule: m = tokens_rejected - tokens_chosen    longer-answer rule: its negative
 """
 
@@ -12,18 +12,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sarm.config import UserError
-from sarm.data.statistics import (
-    Interval,
-    calibration,
-    cluster_bootstrap,
-    pair_credit,
-    wilson_interval,
-)
+from sarm.data.intervals import difference_interval, share_interval
+from sarm.data.statistics import calibration, pair_credit
 
 Measures = dict[str, Any]
 
 
-def measure_pairs(scores: pa.Table, resamples: int, seed: int) -> Measures:
+def measure_pairs(scores: pa.Table) -> Measures:
     """Accuracy with its interval, calibration and reward distribution, overall and under `by_subset`.
 
     Pairs with a reward that is not finite are counted in `num_nonfinite` and left out of everything else. Where no
@@ -35,7 +30,7 @@ def measure_pairs(scores: pa.Table, resamples: int, seed: int) -> Measures:
         finite = np.isfinite(chosen_N) & np.isfinite(rejected_N)
         chosen_N, rejected_N = chosen_N[finite], rejected_N[finite]
         margins_N = chosen_N - rejected_N
-        measures = _accuracy(margins_N, _ids(part, "prompt_id")[finite], resamples, seed)
+        measures = _accuracy(margins_N, _ids(part, "prompt_id")[finite])
         measures["num_nonfinite"] = int((~finite).sum())
         if not len(margins_N):
             return measures
@@ -52,29 +47,29 @@ def measure_pairs(scores: pa.Table, resamples: int, seed: int) -> Measures:
     return _with_subsets(scores, measure)
 
 
-def length_baseline(scores: pa.Table, resamples: int, seed: int) -> dict[str, Measures]:
+def length_baseline(scores: pa.Table) -> dict[str, Measures]:
     """What choosing the `shorter` or the `longer` response (in tokens, equal lengths count half) would score."""
 
     def rule(sign: int) -> Callable[[pa.Table], Measures]:
         def measure(part: pa.Table) -> Measures:
             extra_N = _numbers(part, "rejected_tokens") - _numbers(part, "chosen_tokens")
-            return _accuracy(sign * extra_N, _ids(part, "prompt_id"), resamples, seed)
+            return _accuracy(sign * extra_N, _ids(part, "prompt_id"))
 
         return measure
 
     return {"shorter": _with_subsets(scores, rule(1)), "longer": _with_subsets(scores, rule(-1))}
 
 
-def random_baseline(scores: pa.Table, resamples: int, seed: int) -> Measures:
+def random_baseline(scores: pa.Table, seed: int) -> Measures:
     """What a normal random reward per response would score; depends on the seed and the set of pair ids alone."""
     ids_N = _ids(scores, "pair_id")
     margins_N = np.empty(len(ids_N))
     draws_N2 = np.random.default_rng(seed).normal(size=(len(ids_N), 2))
     margins_N[np.argsort(ids_N)] = draws_N2[:, 0] - draws_N2[:, 1]
-    return _accuracy(margins_N, _ids(scores, "prompt_id"), resamples, seed)
+    return _accuracy(margins_N, _ids(scores, "prompt_id"))
 
 
-def accuracy_difference(scores_a: pa.Table, scores_b: pa.Table, resamples: int, seed: int) -> Measures:
+def accuracy_difference(scores_a: pa.Table, scores_b: pa.Table) -> Measures:
     """Accuracy of a minus accuracy of b on the pairs that both scored, with the interval of the paired difference.
 
     Pairs are joined by `pair_id`; those of one table only are counted in `num_unmatched`, those with a reward that
@@ -96,23 +91,11 @@ def accuracy_difference(scores_a: pa.Table, scores_b: pa.Table, resamples: int, 
     }
     if not len(gain_N):
         return {**measures, "note": "no pair with finite rewards in both tables"}
-    if np.ptp(gain_N) == 0:
-        interval = _interval_of_constant(float(gain_N[0]), measures["num_prompts"])
-    else:
-        interval = cluster_bootstrap(gain_N, prompts_N, resamples, seed)
+    interval = difference_interval(gain_N, prompts_N)
     return {**measures, "difference": float(gain_N.mean()), "difference_ci95": list(interval)}
 
 
-def _interval_of_constant(gain: float, num_prompts: int) -> Interval:
-    """Wilson's bound on how often a prompt could still have differed from what every prompt showed."""
-    if gain == 0:
-        unseen = wilson_interval(0, num_prompts).high
-        return Interval(-unseen, unseen)
-    low, high = wilson_interval(abs(gain) * num_prompts, num_prompts)
-    return Interval(low, high) if gain > 0 else Interval(-high, -low)
-
-
-def _accuracy(margins_N: NDArray[np.float64], prompts_N: NDArray[Any], resamples: int, seed: int) -> Measures:
+def _accuracy(margins_N: NDArray[np.float64], prompts_N: NDArray[Any]) -> Measures:
     measures: Measures = {"num_pairs": len(margins_N), "num_prompts": len(np.unique(prompts_N))}
     if not len(margins_N):
         return {**measures, "note": "no pair with finite rewards"}
@@ -120,7 +103,7 @@ def _accuracy(margins_N: NDArray[np.float64], prompts_N: NDArray[Any], resamples
     return {
         **measures,
         "accuracy": float(credit_N.mean()),
-        "accuracy_ci95": list(cluster_bootstrap(credit_N, prompts_N, resamples, seed)),
+        "accuracy_ci95": list(share_interval(credit_N, prompts_N)),
         "ties": int((margins_N == 0).sum()),
     }
 

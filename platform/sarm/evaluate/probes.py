@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sarm.data.statistics import cluster_bootstrap
+from sarm.data.intervals import share_interval
 from sarm.evaluate.rows import ScoredRow
 from sarm.evaluate.settings import PROBES
 
@@ -75,7 +75,7 @@ _EDITS: dict[str, Callable[[str], str]] = {
 assert {*_EDITS, "quoting"} == set(PROBES)
 
 
-def flips(plain: Sequence[ScoredRow], edited: Sequence[ScoredRow], resamples: int, seed: int) -> dict[str, Any] | None:
+def flips(plain: Sequence[ScoredRow], edited: Sequence[ScoredRow]) -> dict[str, Any] | None:
     """Share of (correct, wrong) pairs whose order changes under an edit, with its interval, and the accuracy before and after.
 
     Rows are joined by subset and id; equal scores are an order of their own. None if no row is in both.
@@ -86,7 +86,7 @@ def flips(plain: Sequence[ScoredRow], edited: Sequence[ScoredRow], resamples: in
         return None
     signs = [(_signs(a), _signs(b)) for a, b in pairs]
     flipped = np.array([float((a != b).mean()) for a, b in signs])
-    interval = cluster_bootstrap(flipped, np.array([a.cluster for a, _ in pairs]), resamples, seed)
+    interval = share_interval(flipped, np.array([a.cluster for a, _ in pairs]))
     return {
         "num_rows": len(pairs),
         "flipped": float(flipped.mean()),

@@ -40,8 +40,6 @@ class Benchmarking:
     """Rows of each benchmark that are edited."""
     drift_items: int = 32
     """Completions that are scored a second time, alone, to see whether a batch changes scores; 0: none."""
-    resamples: int = 10_000
-    """Bootstrap resamples of prompts behind each 95 % interval."""
 
     def __post_init__(self) -> None:
         if unknown := [probe for probe in self.probes if probe not in PROBES]:
@@ -51,7 +49,7 @@ class Benchmarking:
         names = [text.partition("=")[0] for text in self.benchmarks]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise UserError(f"{repeated[0]} is named twice. Pass each of --benchmarks once; a source may be a glob.")
-        for name, least in (("max_length", 8), ("limit", 1), ("probe_rows", 1), ("drift_items", 0), ("resamples", 100), ("batch_tokens", 64)):  # fmt: skip
+        for name, least in (("max_length", 8), ("limit", 1), ("probe_rows", 1), ("drift_items", 0), ("batch_tokens", 64)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}. Pass --{name.replace('_', '-')}.")
@@ -66,5 +64,9 @@ class Comparison:
     run_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")]
     """Folder of the model that it is compared with."""
     run: Annotated[Run, Flat] = Run(out=Path("outputs/comparison"))
-    resamples: int = 10_000
-    """Bootstrap resamples of prompts behind each 95 % interval."""
+    permutations: int = 10_000
+    """Random swaps of the two models' results, whole prompts at a time, behind each p-value where more than 12 prompts differ."""
+
+    def __post_init__(self) -> None:
+        if self.permutations < 100:
+            raise UserError(f"permutations must be at least 100, got {self.permutations}. Pass --permutations.")

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 from sarm.data.benchmarks import FORMATS
 from sarm.evaluate.best_of_n import BEST_OF_N, PAIRS
 from sarm.evaluate.controls import calibrated, drift, length_and_style, rulers
+from sarm.evaluate.influence import figure_intervals
 from sarm.evaluate.probes import flips
-from sarm.evaluate.resampling import intervals
 from sarm.evaluate.reward_bench import REWARD_BENCH
 from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2, TIES, ties_score_0_1_4
 from sarm.evaluate.rm_bench import RM_BENCH
@@ -31,17 +31,17 @@ Measures = dict[str, Any]
 _MAX_NAME = 150
 
 
-def measure(items: pa.Table, resamples: int, seed: int) -> Measures:
+def measure(items: pa.Table, seed: int) -> Measures:
     """Per benchmark: figures with intervals, rulers, controls, calibration, probes and coverage; and the drift over all."""
     names = [name for name in BENCHMARKS if name in set(items["benchmark"].unique().to_pylist())]
     probes = [variant for variant in items["variant"].unique().to_pylist() if variant]
     return {
-        "benchmarks": {name: _measure(name, items, probes, resamples, seed) for name in names},
+        "benchmarks": {name: _measure(name, items, probes, seed) for name in names},
         "drift": drift(items.filter(pc.equal(items["variant"], ""))),
     }
 
 
-def _measure(name: str, items: pa.Table, probes: Sequence[str], resamples: int, seed: int) -> Measures:
+def _measure(name: str, items: pa.Table, probes: Sequence[str], seed: int) -> Measures:
     benchmark, rows = BENCHMARKS[name], scored_rows(items, name)
     plain = items.filter(pc.and_(pc.equal(items["benchmark"], name), pc.equal(items["variant"], "")))
     if name == "reward_bench_2":
@@ -57,7 +57,7 @@ def _measure(name: str, items: pa.Table, probes: Sequence[str], resamples: int, 
     }
     if not rows:
         return {**found, "figures": {}, "note": "no row has finite scores"}
-    values, ends = benchmark.figures(rows), intervals(benchmark, rows, resamples, seed)
+    values, ends = benchmark.figures(rows), figure_intervals(benchmark, rows)
     by_ruler = rulers(benchmark, rows, seed)
     sizes = _sizes(name, rows)
     found["figures"] = {
@@ -76,9 +76,7 @@ def _measure(name: str, items: pa.Table, probes: Sequence[str], resamples: int, 
         found["controls"]["easy_minus_hard"] = values["easy"] - values["hard"]
     found["calibration"] = calibrated(rows)
     found["probes"] = {
-        probe: flipped
-        for probe in probes
-        if (flipped := flips(rows, scored_rows(items, name, probe), resamples, seed)) is not None
+        probe: flipped for probe in probes if (flipped := flips(rows, scored_rows(items, name, probe))) is not None
     }
     return found
 

@@ -102,7 +102,7 @@ def as_markdown(rows: Sequence[Row], name: str) -> str:
         lines += [f"| {row['cell']} | {row['status']}: {str(row['reason']).replace('|', '/')} |" for row in without]
     lines += [
         "",
-        "Intervals are 95 %: over resampled held-out prompts (the mean of the seeds' bounds), and Student's t over the seeds. Minus the "
+        "Intervals are 95 %: over held-out prompts (the mean of the seeds' bounds), and Student's t over the seeds. Minus the "
         "centre: paired, against the SARM at the centre with the same seed on the same prompts. The best cell was chosen on these "
         "held-out pairs, so its own figure flatters it.",
         "",

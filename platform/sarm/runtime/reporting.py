@@ -240,7 +240,7 @@ def _pictures(
 
 def _notes(metrics: dict[str, Any]) -> list[str]:
     notes = [
-        "Intervals resample prompts, since the pairs of one prompt depend on each other; the split was made by hash before anything was trained.",
+        "Intervals are over prompts, since the pairs of one prompt depend on each other: Wilson's of the effective number of pairs, with Student's t (docs/evaluation.md); the split was made by hash before anything was trained.",
         "Labels beside latents are the responses that fire them most, not explanations.",
     ]
     notes.append(_near_duplicates(metrics.get("near_duplicates")))

@@ -54,7 +54,7 @@ class ResponseCodes:
                 out[key] = {
                     "response_id": schema.response_id(spelt[place], text),
                     "prompt_id": group.prompt_id,
-                    "num_tokens": len(tokens.ids),
+                    "answer_tokens": sum(start < end for start, end in tokens.offsets),
                     "truncated": tokens.num_truncated > 0,
                 }
             rows += group.rows(self._chat.max_length, columns)

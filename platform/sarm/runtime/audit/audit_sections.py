@@ -1,5 +1,6 @@
 """The parts of audit.html about steering, poison and denoise."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from sarm.runtime.pages import Section, share
 
 def signed(value: float | None, digits: int = 3) -> str:
     """A number with its sign."""
-    return "n/a" if value is None else f"{value:+.{digits}f}".replace("-", "−")
+    return "n/a" if value is None or math.isnan(value) else f"{value:+.{digits}f}".replace("-", "−")
 
 
 def signed_span(ends: Sequence[float], digits: int = 3) -> str:

@@ -92,7 +92,7 @@ def _move_aside(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
 def choose_features(session: Session, settings: AuditFeatures, given: SafetyRatings | None) -> None:
     """Contrast scores of every latent at both sites, and the selection, in `features`."""
     out = session.run.out
-    names = ("max_features", "rank", "fdr", "max_off_target", "site", "min_rating", "permutations", "resamples")
+    names = ("max_features", "rank", "fdr", "max_off_target", "site", "min_rating", "permutations")
     asked = {
         name: value for name, value in identity(settings, seed=session.run.seed).items() if name in (*names, "seed")
     }
@@ -107,10 +107,7 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
         codes = read_codes(out / "codes", weight_S)
         chosen_on = codes.role("select")
         off_S = off_target_firing(codes)
-        found = {
-            site: contrast(chosen_on, site, settings.permutations, settings.resamples, session.run.seed)
-            for site in SITES
-        }
+        found = {site: contrast(chosen_on, site, settings.permutations, session.run.seed) for site in SITES}
         picked = _select(found[settings.site], off_S, weight_S, settings, ratings)
         tables = [_table(site, one, off_S, weight_S, chosen_on, picked) for site, one in found.items()]
         pq.write_table(pa.concat_tables(tables), folder.folder / "latents.parquet", write_page_checksum=True)

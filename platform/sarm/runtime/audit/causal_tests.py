@@ -33,7 +33,7 @@ _DELETION_SIZES = (1, 2, 4, 8, 16, 32)
 def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> None:
     """The causal tests, in `causal`. Raises UserError if no feature is selected."""
     out = session.run.out
-    names = ("resamples", "controls", "upstream_controls", "deletions")
+    names = ("controls", "upstream_controls", "deletions")
     asked = {name: getattr(settings, name) for name in names} | {"seed": session.run.seed}
     inputs = {CODES: (out / "codes", CODES), FEATURES: (out / "features", FEATURES)}
     folder = StageFolder(out / "causal", CAUSAL, asked, inputs)
@@ -42,9 +42,9 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
         found = read_audit(out)
         codes, target = found.codes, found.codes.role("target")
         latents = check_latents(codes, found.selection.latent.tolist())
-        seed, resamples = session.run.seed, settings.resamples
+        seed = session.run.seed
         sets_GE = matched_sets(latents, codes.density, codes.weight, settings.controls, seed)
-        steering = _zeroed(target, latents, sets_GE, resamples, seed)
+        steering = _zeroed(target, latents, sets_GE)
         steering["rerun_gap"] = _rerun_gap(found, make_edit("zero", 0.0, latents, codes.weight))
         nearest_G1 = matched_sets(latents[:1], codes.density, codes.weight, settings.controls, seed)
         order = causal.contribution_order(codes.role("select"))
@@ -58,12 +58,10 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
             "zeroed": steering,
             "strongest": {
                 "latent": int(latents[0]),
-                **_zeroed(target, latents[:1], np.unique(nearest_G1, axis=0), resamples, seed),
+                **_zeroed(target, latents[:1], np.unique(nearest_G1, axis=0)),
             },
-            "swap": causal.swap(target, latents, sets_GE, resamples, seed),
-            "upstream": causal.upstream(
-                found.model, target, latents, sets_GE[: settings.upstream_controls], resamples, seed
-            ),
+            "swap": causal.swap(target, latents, sets_GE),
+            "upstream": causal.upstream(found.model, target, latents, sets_GE[: settings.upstream_controls]),
             "curves": causal.deletion_curves(
                 target, order, [rng.permutation(order) for _ in range(settings.controls)], _DELETION_SIZES
             ),
@@ -84,15 +82,13 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
     session.stage("test causes", folder, body)
 
 
-def _zeroed(
-    target: AuditCodes, latents: NDArray[np.int64], sets_GE: NDArray[np.int64], resamples: int, seed: int
-) -> dict[str, Any]:
+def _zeroed(target: AuditCodes, latents: NDArray[np.int64], sets_GE: NDArray[np.int64]) -> dict[str, Any]:
     """Margins of the target with these head weights at 0, beside matched sets."""
     sweep = Sweep(target, "zero", (0.0,), np.vstack([latents[None], sets_GE]))
     change_NG = sweep.margins(0.0) - target.margins[:, None]
     return {
         **against_controls(float(change_NG[:, 0].mean()), change_NG[:, 1:].mean(axis=0)),
-        "ratio_ci95": ratio_interval(change_NG, target.prompts, resamples, seed),
+        "ratio_ci95": ratio_interval(change_NG, target.prompts),
         "num_controls": len(sets_GE),
     }
 
@@ -140,7 +136,7 @@ def _sentences(
     before_R, after_R = found.codes.at("reward") @ importance_S, codes.at("reward") @ importance_S
     original = np.array([place[i] for i in codes.pair_ids])
     change_D2 = np.stack([after_R[codes.chosen], after_R[codes.rejected]], axis=1) - before_R[original][:, None]
-    return causal.deletion_effect(change_D2, codes.prompts.tolist(), settings.resamples, session.run.seed)
+    return causal.deletion_effect(change_D2, codes.prompts.tolist())
 
 
 def _by_sentence(stored: Mapping[str, Any], importance_S: np.ndarray) -> list[float]:

@@ -15,7 +15,7 @@ from sarm.runtime.audit.audit_folder import FEATURES as FEATURES_SCHEMA
 from sarm.runtime.audit.audit_folder import Audited
 from sarm.runtime.audit.retraining import CachedHead, Repetition, cross_fitted
 
-_PERMUTATIONS, _RESAMPLES = 1000, 100
+_PERMUTATIONS = 1000
 
 
 def label_noise(
@@ -41,7 +41,7 @@ def label_noise(
         weight_S[head.alive] = head.fit(one.rows, sign_N, penalty) / head.scale
         is_used = np.zeros(train.num_pairs, dtype=bool)
         is_used[one.rows] = train.roles[one.rows] == "select"
-        contrasted = contrast(noisy.keep(is_used), asked["site"], _PERMUTATIONS, _RESAMPLES, seed)
+        contrasted = contrast(noisy.keep(is_used), asked["site"], _PERMUTATIONS, seed)
         picked = select(contrasted, off_S, weight_S, asked["fdr"], asked["max_off_target"], asked["max_features"], asked["rank"])  # fmt: skip
         ranked = rankings(feature_scores(noisy, picked), margin_N, probe_N, noisy.log_length, rng)
         for share in settings.denoise:

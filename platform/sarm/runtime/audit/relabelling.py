@@ -28,8 +28,8 @@ from sarm.audit.relabelling import (
 )
 from sarm.audit.settings import Relabel
 from sarm.config import Reward, UserError, identity
+from sarm.data.intervals import difference_interval
 from sarm.data.prepare import NEAR_DUPLICATES
-from sarm.data.statistics import bootstrap_means
 from sarm.folder_schemas import PAIRS, SARM
 from sarm.interpret.figures import as_svg
 from sarm.manifest import MANIFEST, StageFolder, read_manifest, write_atomically
@@ -197,8 +197,8 @@ def _row(
     row: dict[str, Any] = {"action": action, "share": share, "method": method, "_credits": {}}
     for name, codes in heldout.items():
         change_N = np.mean(after[name], axis=0) - np.mean([one.credits[name] for one in seeds], axis=0)
-        low, high = bootstrap_means(change_N[:, None], codes.prompts, settings.resamples, seed)
-        row |= {name: float(np.mean(after[name])), f"{name}_change": float(change_N.mean()), f"{name}_ci95": [float(low[0]), float(high[0])]}  # fmt: skip
+        ends = difference_interval(change_N, codes.prompts)
+        row |= {name: float(np.mean(after[name])), f"{name}_change": float(change_N.mean()), f"{name}_ci95": list(ends)}  # fmt: skip
         row[f"{name}_subsets"] = {
             subset: float(change_N[codes.subsets == subset].mean()) for subset in sorted(set(codes.subsets.tolist()))
         }
@@ -222,14 +222,14 @@ def _verdicts(
     controls = {name: row for name, row in strongest.items() if name not in FEATURES}
     best = min(controls, key=lambda name: controls[name]["target_change"])
     gap_N = own[best_own]["_credits"]["target"] - controls[best]["_credits"]["target"]
-    low, high = bootstrap_means(gap_N[:, None], heldout["target"].prompts, settings.resamples, seed)
+    ends = difference_interval(gap_N, heldout["target"].prompts)
     off = heldout["off"]
     subsets = {}
     for subset in sorted(set(off.subsets.tolist())):
         is_in = off.subsets == subset
         change_N = own[best_own]["_credits"]["off"][is_in]
-        ends = bootstrap_means(change_N[:, None], off.prompts[is_in], settings.resamples, seed)
-        subsets[subset] = {"change": float(change_N.mean()), "ci95": [float(end[0]) for end in ends]}
+        own_ends = difference_interval(change_N, off.prompts[is_in])
+        subsets[subset] = {"change": float(change_N.mean()), "ci95": list(own_ends)}
     nearest = min(settings.denoise, key=lambda s: abs(s - settings.noise))
     noise = {row["method"]: row for row in noise_rows if row["share"] == nearest}
     best_noise = max(FEATURES, key=lambda name: noise[name]["precision"])
@@ -242,7 +242,7 @@ def _verdicts(
             "best_control": best,
             "best_control_change": controls[best]["target_change"],
             "minus_best_control": float(gap_N.mean()),
-            "minus_best_control_ci95": [float(low[0]), float(high[0])],
+            "minus_best_control_ci95": list(ends),
             "lowers_more_than_every_control": own[best_own]["target_change"] < controls[best]["target_change"],
             "off_subsets": subsets,
         },

@@ -28,8 +28,8 @@ from sarm.audit.steering import (
 from sarm.config import Model, UserError, identity
 from sarm.data.audit_pairs import chooses
 from sarm.data.chat import load_chat_tokenizer
+from sarm.data.intervals import mean_interval
 from sarm.data.sarm_artifacts import load_sarm, save_sarm
-from sarm.data.statistics import bootstrap_means
 from sarm.folder_schemas import SARM
 from sarm.interpret.figures import as_svg
 from sarm.manifest import StageFolder, read_manifest, write_atomically
@@ -108,8 +108,7 @@ def _goal_edit(found: Audited, settings: Steer, seed: int) -> tuple[Edit, dict[s
     solved_on = {"target_shift": solved.target_shift, "largest_other_shift": solved.largest_other_shift}
     others = _subsets(off["off_target"])
     unseen = target.keep(~is_seen)
-    measured = certificate(delta_S, unseen, others, settings.goal, settings.tolerance, settings.resamples, seed)
-    return edit, {"solved_on": solved_on, **measured}
+    return edit, {"solved_on": solved_on, **certificate(delta_S, unseen, others, settings.goal, settings.tolerance)}
 
 
 def _subsets(codes: AuditCodes) -> dict[str, AuditCodes]:
@@ -119,12 +118,11 @@ def _subsets(codes: AuditCodes) -> dict[str, AuditCodes]:
 def _measure(found: Audited, edit: Edit, settings: Steer, seed: int, folder: Path) -> dict[str, Any]:
     target, off = found.codes.role("target"), found.codes.role("off_target")
     after_R = steered_rewards(found.codes, edit)
-    measured = (settings.resamples, seed)
     parts = {
-        "target": measure_edit(target, after_R, *measured),
-        "target_subsets": by_subset(target, after_R, *measured),
-        "off_target": measure_edit(off, after_R, *measured),
-        "off_subsets": by_subset(off, after_R, *measured),
+        "target": measure_edit(target, after_R),
+        "target_subsets": by_subset(target, after_R),
+        "off_target": measure_edit(off, after_R),
+        "off_subsets": by_subset(off, after_R),
     }
     subsets = {**parts["target_subsets"], **parts["off_subsets"]}
     histogram = figures.reward_shift(
@@ -182,7 +180,7 @@ def _sweep(
             }
         )
     slope_N = swept["target"].pair_slopes()
-    low, high = bootstrap_means(slope_N[:, None], target.prompts, settings.resamples, seed)
+    low, high = mean_interval(slope_N, target.prompts)
     own = {f"{name}_{figure}": found_AG[name][figure][:, 0] for name in swept for figure in ("margin", "accuracy")}
     controls = {f"target_{figure}": found_AG["target"][figure][:, 1:] for figure in ("margin", "accuracy")}
     dose = figures.dose_response(settings.strengths, own, controls, settings.edit)
@@ -197,7 +195,7 @@ def _sweep(
     rank = stats.spearmanr(settings.strengths, own["target_accuracy"]).statistic if len(set(own["target_accuracy"])) > 1 else np.nan  # fmt: skip
     return {
         "sweep": rows,
-        "slope": {"value": float(slope_N.mean()), "ci95": [float(low[0]), float(high[0])]},
+        "slope": {"value": float(slope_N.mean()), "ci95": [low, high]},
         "monotonic": float(rank) if np.isfinite(rank) else None,
         "num_controls": settings.controls,
     }

@@ -53,8 +53,8 @@ def run_benchmarks(settings: Benchmarking) -> Path:
         table = items_table(items, scores)
         pq.write_table(table, folder.folder / "items.parquet", write_page_checksum=True)
         say(f"measuring {table.num_rows:,} scores")
-        found = measure(table, settings.resamples, settings.run.seed)
-        for name, own in overlap(trained_on, benchmarks, table, settings.resamples, settings.run.seed).items():
+        found = measure(table, settings.run.seed)
+        for name, own in overlap(trained_on, benchmarks, table, settings.run.seed).items():
             found["benchmarks"][name]["near_duplicates"] = own
         content = _content(settings, spec, benchmarks, found, scores)
         content["seconds"] = round(time.monotonic() - started, 2)
@@ -105,7 +105,6 @@ def _content(
             "dtype": spec.dtype,
             "template": spec.template or "none",
             "weights": spec.identity[:12],
-            "resamples": settings.resamples,
             "seed": settings.run.seed,
         },
         "notes": _notes(settings, found, benchmarks),

@@ -43,7 +43,7 @@ def run_comparison(settings: Comparison) -> Path:
             f"{folders['a']} and {folders['b']} share no benchmark. Evaluate both on the same --benchmarks."
         )
     inputs = {key: sha256_of(path / MANIFEST) for key, path in folders.items()}
-    identity = {"resamples": settings.resamples, "seed": settings.run.seed, **inputs}
+    identity = {"permutations": settings.permutations, "seed": settings.run.seed, **inputs}
     folder = StageFolder(settings.run.out, COMPARISON, identity)
     if folder.finished():
         say(f"already done, {folder.folder}")
@@ -54,7 +54,7 @@ def run_comparison(settings: Comparison) -> Path:
             BENCHMARKS[name],
             scored_rows(items["a"], name),
             scored_rows(items["b"], name),
-            settings.resamples,
+            settings.permutations,
             settings.run.seed,
         )
         for name in common
@@ -108,20 +108,28 @@ def _page(content: Mapping[str, Any], pictures: Mapping[str, str]) -> Page:
                 title=title,
                 text=f"{one['num_rows']:,} rows scored by both, {one['num_unmatched']:,} by one only. A minus B; dashed: no difference.",
                 dots=Dots(rows=dots, low=-reach, high=reach, zero=0.0),
-                columns=("figure", "A", "B", "A - B", "95 % interval", "p (bootstrap)"),
+                columns=("figure", "A", "B", "A - B", "95 % interval", "p"),
                 rows=[
-                    (key, share(r["a"]), share(r["b"]), share(r["difference"]), span(r["difference_ci95"]), _p(r["p_bootstrap"]))
+                    (key, share(r["a"]), share(r["b"]), share(r["difference"]), span(r["difference_ci95"]), _p(r["p_swap"]))
                     for key, r in one["figures"].items()
                 ],
             )
         )  # fmt: skip
         sections.append(
             Section(
-                title=f"{title}: McNemar by subset",
-                text=f"Rows that one model alone gets right, the exact test of that split, and Holm's adjustment over the {len(one['subsets'])} subsets. {_verdict(one)}",
-                columns=("subset", "rows", "only A", "only B", "p", "p (Holm)"),
+                title=f"{title}: rows won, by subset",
+                text=f"Rows that one model alone gets right. p: how often the split is as uneven when the models change places, the rows of a prompt together; and Holm's adjustment over the {len(one['subsets'])} subsets. {_verdict(one)}",
+                columns=("subset", "rows", "prompts", "only A", "only B", "p", "p (Holm)"),
                 rows=[
-                    (key or "all", r["num_rows"], r["only_a"], r["only_b"], _p(r["p_mcnemar"]), _p(r["p_holm"]))
+                    (
+                        key or "all",
+                        r["num_rows"],
+                        r["num_prompts"],
+                        r["only_a"],
+                        r["only_b"],
+                        _p(r["p_swap"]),
+                        _p(r["p_holm"]),
+                    )
                     for key, r in one["subsets"].items()
                 ],
             )

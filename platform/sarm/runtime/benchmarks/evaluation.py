@@ -42,23 +42,20 @@ def evaluate(
     session: Session, extraction: Extraction, evaluation: Evaluation, folder: Path, child: StageRun
 ) -> Mapping[str, Any]:
     """Write scores, `metrics.json`, features and contexts into `folder`; returns the stage's counts."""
-    settings = (evaluation.resamples, session.run.seed)
     scores = {"sarm": score_heldout(session, extraction, "sarm", folder)}
     for name in BASELINES:
         if (session.folders.out / name).exists():
             scores[name] = score_heldout(session, extraction, name, folder)
     say("evaluate: fitting the logistic probe on frozen activations")
     scores["probe"] = probe_scores(session, scores["sarm"])
-    metrics: dict[str, Any] = {name: measures.measure_pairs(table, *settings) for name, table in scores.items()}
-    metrics |= {f"{name}_answer": value for name, value in measures.length_baseline(scores["sarm"], *settings).items()}
-    metrics["random"] = measures.random_baseline(scores["sarm"], *settings)
+    metrics: dict[str, Any] = {name: measures.measure_pairs(table) for name, table in scores.items()}
+    metrics |= {f"{name}_answer": value for name, value in measures.length_baseline(scores["sarm"]).items()}
+    metrics["random"] = measures.random_baseline(scores["sarm"], session.run.seed)
     metrics["sarm_minus"] = {
-        name: measures.accuracy_difference(scores["sarm"], table, *settings)
-        for name, table in scores.items()
-        if name != "sarm"
+        name: measures.accuracy_difference(scores["sarm"], table) for name, table in scores.items() if name != "sarm"
     }
 
-    metrics["near_duplicates"] = without_near_duplicates(scores, session.folders.pairs, settings)
+    metrics["near_duplicates"] = without_near_duplicates(scores, session.folders.pairs)
 
     weight = load_sarm(session.folders.sarm).score.weight.detach().squeeze(0).numpy()
     sae, _ = load_sae(session.folders.sae)
@@ -95,9 +92,7 @@ def evaluate(
     return {"figures": figures, "rows": scores["sarm"].num_rows}
 
 
-def without_near_duplicates(
-    scores: Mapping[str, pa.Table], pairs: Path, settings: tuple[int, int]
-) -> dict[str, Any] | None:
+def without_near_duplicates(scores: Mapping[str, pa.Table], pairs: Path) -> dict[str, Any] | None:
     """How many held-out prompts and pairs are nearly a training prompt's, and every model's accuracy without them.
 
     None if the pairs do not say.
@@ -108,7 +103,7 @@ def without_near_duplicates(
     near, prompts = pa.array(list(found["prompts"]), pa.string()), scores["sarm"]["prompt_id"]
     is_near = pc.is_in(prompts, value_set=near)
     measured = {
-        name: measures.measure_pairs(table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=near))), *settings)
+        name: measures.measure_pairs(table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=near))))
         for name, table in scores.items()
     }
     kept = ("accuracy", "accuracy_ci95", "num_pairs", "num_prompts")

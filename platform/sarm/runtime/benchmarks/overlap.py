@@ -43,7 +43,7 @@ def training_prompts(spec: ModelSpec) -> TrainingPrompts | None:
 
 
 def overlap(
-    trained_on: TrainingPrompts | None, benchmarks: Sequence[Loaded], items: pa.Table, resamples: int, seed: int
+    trained_on: TrainingPrompts | None, benchmarks: Sequence[Loaded], items: pa.Table, seed: int
 ) -> dict[str, dict[str, Any]]:
     """By benchmark: rows and prompts that are near-duplicates of a training prompt, and the headline figures without those rows.
 
@@ -64,7 +64,7 @@ def overlap(
             "of_prompts": len(prompts),
             "rows": len(rows),
             "of_rows": len(one.rows),
-            "without": _without(one.source.name, rows, items, resamples, seed) if rows else {},
+            "without": _without(one.source.name, rows, items, seed) if rows else {},
         }
     return found
 
@@ -79,9 +79,7 @@ def _texts(folder: Path) -> dict[str, str]:
     return found
 
 
-def _without(
-    name: str, rows: set[tuple[str, str]], items: pa.Table, resamples: int, seed: int
-) -> Mapping[str, dict[str, Any]]:
+def _without(name: str, rows: set[tuple[str, str]], items: pa.Table, seed: int) -> Mapping[str, dict[str, Any]]:
     is_kept = [
         benchmark == name and not variant and (subset, row_id) not in rows
         for benchmark, variant, subset, row_id in zip(
@@ -91,5 +89,5 @@ def _without(
     left = items.filter(pa.array(is_kept))
     if not left.num_rows:
         return {}
-    figures = measure(left, resamples, seed)["benchmarks"][name]["figures"]
+    figures = measure(left, seed)["benchmarks"][name]["figures"]
     return {figure: {key: row[key] for key in ("value", "ci95", "num_rows")} for figure, row in figures.items() if "/" not in figure}  # fmt: skip

@@ -6,7 +6,7 @@ The formulas are in `formulas`; what is added here are the seconds that processe
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sarm.config import Contexts, Evaluation, Extraction, Model, Run
+from sarm.config import Contexts, Extraction, Model, Run
 from sarm.runtime.dry_run.formulas import extracted, forward_gb, reward_depths, reward_flops, reward_gb, sae_flops
 from sarm.runtime.dry_run.machine import Machine
 from sarm.runtime.dry_run.rounding import count
@@ -29,7 +29,6 @@ _PROCESS_GB = 0.6
 _RAY_SECONDS, _PASS_SECONDS, _TRAINING_SECONDS = 10.0, 8.0, 15.0
 # One process cleans and hashes so much text a second, and keeps so much a text to know it again.
 _PREPARED_BYTES_A_SECOND, _SEEN_BYTES = 10e6, 200
-_RESAMPLE_SECONDS = 0.002
 # MLflow keeps a copy of a registered model; two training states of weights and both moments lie beside it meanwhile.
 _MODEL_COPIES, _STATE_BYTES = 2, 2 * 12
 
@@ -217,7 +216,6 @@ def _train_sarm(known: _Known) -> StageCost:
 
 def _evaluate(known: _Known) -> StageCost:
     model, reward, run, shape, pairs = known.model, known.config.reward, known.run, known.shape, known.sizes.pairs
-    evaluation: Evaluation = known.config.evaluation
     if shape is None or pairs is None:
         return _unknown("evaluate")
     depths = reward_depths(model, reward, shape)
@@ -228,7 +226,7 @@ def _evaluate(known: _Known) -> StageCost:
     memory = forward_gb(shape, max(depths), "float32", batch)
     return StageCost(
         "evaluate",
-        5 * len(depths) + evaluation.resamples * _RESAMPLE_SECONDS + seconds,
+        5 * len(depths) + seconds,
         gpu_hours,
         _PROCESS_GB + memory,
         memory,

@@ -136,7 +136,7 @@ def _measure(
     from sarm.train.sae_quality import measure
 
     scores = score_heldout(session, plan.config.extraction, model, folder)
-    measured = measure_pairs(scores, plan.config.evaluation.resamples, cell.seed)
+    measured = measure_pairs(scores)
     figures = {"heldout_accuracy": measured.get("accuracy"), "heldout_margin": measured.get("mean_margin")}
     figures |= dict(zip(("ci95_low", "ci95_high"), measured.get("accuracy_ci95", ()), strict=False))
     if cell.component in WITH_TRAINED_SAE:

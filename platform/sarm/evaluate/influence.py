@@ -1,0 +1,121 @@
+"""Intervals of a benchmark's figures, from what each prompt does to them. C clusters (prompts), P parts (means a benchmark is made of).
+
+A figure that is one mean takes `share_interval`, as every other accuracy does. Any other is a weighted sum of parts, g_p = d figure / d mean_p,
+Ties and RM-Bench included, and prompt c moves it by u_c = sum_p g_p (sum_cp - n_cp mean_p) / n_p. Its variance is
+sum_s C_s / (C_s - 1) sum_c (u_c - mean u)^2 over strata s of prompts (those that occur in the same subsets), with Satterthwaite's degrees of
+freedom; its interval is Wilson's of value (1 - value) / variance cases with Student's t. Where no prompt moves a figure, Wilson's interval of the
+prompts that its own parts rest on.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sarm.data.intervals import Interval, effective_wilson, share_interval
+from sarm.evaluate.rows import Benchmark, Observations, ScoredRow
+
+Floats = NDArray[np.float64]
+# A combination of subsets with fewer prompts stands together with the other rare combinations.
+_SMALLEST_STRATUM = 10
+_NO_VARIANCE = 1e-24
+
+
+class Sums:
+    """Sums and counts of each part by prompt, [C, P], the prompts in strata."""
+
+    def __init__(self, observed: Observations):
+        names, self.parts = sorted(set(observed.clusters)), list(dict.fromkeys(observed.parts))
+        place, column = ({name: i for i, name in enumerate(listed)} for listed in (names, self.parts))
+        self.sums, self.counts = np.zeros((len(names), len(self.parts))), np.zeros((len(names), len(self.parts)))
+        at = ([place[cluster] for cluster in observed.clusters], [column[part] for part in observed.parts])
+        np.add.at(self.sums, at, observed.values)
+        np.add.at(self.counts, at, 1.0)
+        subsets: list[set[str]] = [set() for _ in names]
+        for cluster, subset in zip(observed.clusters, observed.subsets, strict=True):
+            subsets[place[cluster]].add(subset)
+        keys = ["\x1f".join(sorted(found)) for found in subsets]
+        sizes = Counter(keys)
+        merged = ["" if "\x1f" in key and sizes[key] < _SMALLEST_STRATUM else key for key in keys]
+        self.strata = [np.flatnonzero([key == own for own in merged]) for key in dict.fromkeys(merged)]
+
+    @property
+    def means(self) -> Floats:
+        """Mean of each part."""
+        return np.asarray(self.sums.sum(axis=0) / self.counts.sum(axis=0))
+
+    def influence(self, gradient_P: Floats) -> Floats:
+        """How far each prompt moves a figure of this gradient, were it to count a little more."""
+        centred_CP = self.sums - self.counts * self.means
+        return np.asarray(centred_CP @ (gradient_P / self.counts.sum(axis=0)))
+
+    def effective_prompts(self, gradient_P: Floats) -> float:
+        """How many prompts of one size would say as much as those of a figure's own parts."""
+        rows_C = self.counts[:, gradient_P != 0].sum(axis=1)
+        return float(rows_C.sum() ** 2 / np.square(rows_C).sum())
+
+
+class Variance(NamedTuple):
+    """Variance of a figure, and Satterthwaite's degrees of freedom of it."""
+
+    value: float
+    df: float
+
+
+def gradients(benchmark: Benchmark, parts: Sequence[str], means_P: Floats) -> dict[str, Floats]:
+    """d figure / d mean of every figure, [P]. Figures are weighted sums of parts, so that a step of any size is exact."""
+    stepped = means_P + np.vstack([np.zeros(len(parts)), np.eye(len(parts))])
+    found = benchmark.combine(dict(zip(parts, stepped.T, strict=True)))
+    steps = {name: values[1:] - values[0] for name, values in found.items()}
+    return {name: np.where(np.abs(step) > 1e-12, step, 0.0) for name, step in steps.items()}
+
+
+def single_part(parts: Sequence[str], gradient_P: Floats) -> str | None:
+    """The part that a figure is the mean of; None if it is made of several."""
+    own = np.flatnonzero(gradient_P)
+    return parts[own[0]] if len(own) == 1 and abs(gradient_P[own[0]] - 1) < 1e-9 else None
+
+
+def variance_of(influence_C: Floats, strata: Sequence[NDArray[np.intp]]) -> Variance:
+    """The strata's variances and their sum. A stratum of one prompt shows none, and adds none."""
+    usable = [influence_C[stratum] for stratum in strata if len(stratum) > 1]
+    each = [(len(u) / (len(u) - 1) * float(np.square(u - u.mean()).sum()), len(u) - 1) for u in usable]
+    total = sum(variance for variance, _ in each)
+    uncertain = sum(variance**2 / df for variance, df in each)
+    return Variance(total, total**2 / uncertain if uncertain > 0 else 1.0)
+
+
+def figure_intervals(benchmark: Benchmark, rows: Sequence[ScoredRow]) -> dict[str, Interval]:
+    """The 95 % interval of every figure of a benchmark."""
+    if not rows:
+        return {}
+    observed = benchmark.observe(rows)
+    sums = Sums(observed)
+    by_figure = gradients(benchmark, sums.parts, sums.means)
+    return {name: _interval(value, by_figure[name], sums, observed) for name, value in benchmark.figures(rows).items()}
+
+
+def of_part(observed: Observations, part: str) -> tuple[Floats, NDArray[np.str_]]:
+    """The values of one part and the prompt of each."""
+    is_own = [i for i, name in enumerate(observed.parts) if name == part]
+    return np.array([observed.values[i] for i in is_own]), np.array([observed.clusters[i] for i in is_own])
+
+
+def _interval(value: float, gradient_P: Floats, sums: Sums, observed: Observations) -> Interval:
+    if (part := single_part(sums.parts, gradient_P)) is not None:
+        return share_interval(*of_part(observed, part))
+    found = variance_of(sums.influence(gradient_P), sums.strata)
+    # The Ties score can leave [0, 1] by a hundredth.
+    share = min(max(value, 0.0), 1.0)
+    if is_flat(found) or not 0 < share < 1:
+        low, high = effective_wilson(share, sums.effective_prompts(gradient_P), np.inf)
+    else:
+        low, high = effective_wilson(share, share * (1 - share) / found.value, found.df)
+    return Interval(min(low, value), max(high, value))
+
+
+def is_flat(variance: Variance) -> bool:
+    """Whether no prompt moves a figure, but for rounding."""
+    return variance.value < _NO_VARIANCE
