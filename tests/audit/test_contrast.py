@@ -68,7 +68,7 @@ def of_length_alone(seed: int, num_prompts: int, mean_of_sd: float, num_latents:
         weight=np.ones(num_latents), reward=np.zeros(2 * num_prompts), tokens=tokens, z=z, sentence=z,
         ends=np.ones(2 * num_prompts, dtype=int), residual=np.zeros((2 * num_prompts, 1), dtype=np.float32),
         pair_ids=names, prompts=names, roles=np.full(num_prompts, "select"), subsets=np.full(num_prompts, ""),
-        chosen=np.arange(num_prompts), rejected=np.arange(num_prompts, 2 * num_prompts),
+        chosen=np.arange(num_prompts), rejected=np.arange(num_prompts, 2 * num_prompts), required=np.zeros(num_prompts),
     )  # fmt: skip
 
 

@@ -190,7 +190,7 @@ def of_contrast(prompts: list[Prompt], name: str, seeds: int) -> dict[str, Any]:
             weight=np.ones(_NUM_LATENTS), reward=np.zeros(len(characters_R)), tokens=characters_R, z=z, sentence=z,
             ends=np.ones(len(characters_R), dtype=int), residual=np.zeros((len(characters_R), 1), dtype=np.float32),
             pair_ids=ids, prompts=ids, roles=np.full(len(ids), "select"), subsets=np.full(len(ids), ""),
-            chosen=pairs_N2[:, 0], rejected=pairs_N2[:, 1],
+            chosen=pairs_N2[:, 0], rejected=pairs_N2[:, 1], required=np.zeros(len(ids)),
         )  # fmt: skip
         after = contrast(codes, "reward", 4000, seed)
         p_before, holds_before = _contrast_before(z.toarray()[pairs_N2[:, 0]] - z.toarray()[pairs_N2[:, 1]], codes.log_length, cluster_N, seed)  # fmt: skip

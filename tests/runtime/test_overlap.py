@@ -77,8 +77,8 @@ def test_rows_near_training_prompts_are_counted_and_the_figures_without_them_giv
     right = {key: (text.startswith("good")) == (int(text.split()[1]) < 6) for key, (_, text) in texts.items()}
     scored = {key: {"score": float(value), "num_tokens": 3, "was_truncated": False} for key, value in right.items()}
     table = items_table(items, Scores(scored, 0, len(scored), 0, 0.0))
-    assert measure(table, 200, 0)["benchmarks"]["pairs"]["figures"]["overall"]["value"] == pytest.approx(0.6)
-    found = overlap(training_prompts(spec_of(run / "sarm")), [benchmark], table, 200, 0)["pairs"]
+    assert measure(table, 0)["benchmarks"]["pairs"]["figures"]["overall"]["value"] == pytest.approx(0.6)
+    found = overlap(training_prompts(spec_of(run / "sarm")), [benchmark], table, 0)["pairs"]
     assert (found["rows"], found["of_rows"], found["prompts"], found["of_prompts"]) == (6, 10, 6, 10)
     assert found["without"]["overall"]["value"] == 0.0
     assert found["without"]["overall"]["num_rows"] == 4
@@ -91,7 +91,7 @@ def test_rows_near_training_prompts_are_counted_and_the_figures_without_them_giv
 
 def test_a_model_that_was_copied_away_is_said_to_be_unknown(tmp_path):
     benchmark = loaded(tmp_path)
-    found = overlap(None, [benchmark], pa.table({}), 200, 0)
+    found = overlap(None, [benchmark], pa.table({}), 0)
     assert found == {"pairs": {"training_prompts": None}}
     assert "is unknown" in _near_duplicates("pairs", found["pairs"])
 
@@ -122,7 +122,7 @@ def held_out_scores(run: Path, near_right: bool) -> pa.Table:
 
 def test_held_out_accuracy_is_also_given_without_near_duplicates(run):
     scores = {"sarm": held_out_scores(run, True), "scalar_head": held_out_scores(run, False)}
-    found = without_near_duplicates(scores, run / "pairs", (200, 0))
+    found = without_near_duplicates(scores, run / "pairs")
     near = found["prompts"]
     assert near == found["pairs"] > 2
     assert (found["of_prompts"], found["of_pairs"]) == (near + 2, near + 2)
@@ -132,5 +132,5 @@ def test_held_out_accuracy_is_also_given_without_near_duplicates(run):
     assert f"{near} of {near + 2} held-out prompts" in said
     assert "SARM 0.000" in said
     (run / "pairs" / "near_duplicates.json").unlink()
-    assert without_near_duplicates(scores, run / "pairs", (200, 0)) is None
+    assert without_near_duplicates(scores, run / "pairs") is None
     assert "is unknown" in held_out_note(None)
