@@ -78,6 +78,21 @@ class ChatTokenizer:
         )
 
     @property
+    def answer_place(self) -> dict[str, Any]:
+        """Where answers are in token ids, for a model that is given no more than those (`SarmConfig.answer_place`)."""
+        turns = [*_PROBE, *_PROBE]
+        (whole,) = self.control.encode([self.control.render(turns, self._apply, self.template)])
+        (tokens,) = self._tokenise([self.control.render(turns, self._apply, self.template)])
+        written = set(tokens.ids) & self.control.ids - {self.end_of_turn_id, self.bos_id}
+        end = len(whole.ids) - 1 - whole.ids[::-1].index(self.end_of_turn_id)
+        return {
+            "opening": list(self.opening_ids),
+            "turns": sorted(written),
+            "first": tokens.ids[0],
+            "trailing": len(whole.ids) - 1 - end,
+        }
+
+    @property
     def exported_template(self) -> str:
         """The template as a model carries it: whoever renders with it gets the system prompt that the model was trained with."""
         return with_system_prompt(self.template, self.system_prompt)

@@ -21,6 +21,7 @@ from sarm.data.model_files import inside_cache
 from sarm.nn.architectures import DenseSae, options_of
 from sarm.nn.backbone import FAMILIES, without_final_norm
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.nn.sae import Sae, TopKSae
 from sarm.untrusted import read_json
 
@@ -75,6 +76,8 @@ def read_papers_sarm(folder: Path, chat: ChatTokenizer, given: PapersFields) -> 
         k=sae.k,
         sae={"architecture": sae.architecture, **options_of(sae)},
         end_of_turn_id=chat.end_of_turn_id,
+        answer_place=chat.answer_place,
+        protocol_version=PROTOCOL_VERSION,
         provenance={
             "model": str(folder),
             "imported_from": "papers",
@@ -128,6 +131,7 @@ def write_papers_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer,
     save_file(
         {key: t.contiguous().clone() for key, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
     )
+    chat.tokenizer.chat_template = chat.exported_template
     chat.tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 

@@ -3,7 +3,6 @@
 Apart from SAE folders, since `transformers`' models take seconds to import, which SAE training can do without.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -19,19 +18,14 @@ from sarm.untrusted import read_json
 
 def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder: Path) -> None:
     """Write a model that `AutoModelForSequenceClassification` loads, its tokenizer, and copies of the code it needs."""
-    code = Path(__file__).parent.parent / "nn"
-    model.config.auto_map = {
-        "AutoConfig": "modeling_sarm.SarmConfig",
-        "AutoModelForSequenceClassification": "modeling_sarm.SarmForSequenceClassification",
-    }
+    # What pads rows, for whoever asks the config and not the tokenizer.
+    model.config.pad_token_id = chat.pad_id
     model.save_pretrained(folder)
-    chat.tokenizer.chat_template = chat.template
+    chat.tokenizer.chat_template = chat.exported_template
     # `save_pretrained` writes the side that the tokenizer was made with.
     chat.tokenizer.truncation_side = chat.tokenizer.init_kwargs["truncation_side"] = "left"
     chat.tokenizer.model_max_length = chat.max_length
     chat.tokenizer.save_pretrained(folder)
-    for name in ("modeling_sarm.py", "backbone.py", "architectures.py", "sae.py", "losses.py"):
-        shutil.copyfile(code / name, folder / name)
 
 
 def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequenceClassification:
