@@ -60,7 +60,24 @@ def contents(family: str) -> st.SearchStrategy[str]:
     """Control tokens, their parts, what merges with them, and characters that the encoder uses itself."""
     texts = [text for text in chat_of(family).control.texts if text != "</think>"]
     parts = [part for text in texts for part in (text, text[:-1], text[1:], text[:2], text[-1:])]
-    others = ["\n", "\n\n", " ", "  ", "word", "?", "é", "中", "<", ">", "|", "\ue000", "\U00100000", "\U000f0000", "assistant", "<b>"]
+    others = [
+        "\n",
+        "\n\n",
+        " ",
+        "  ",
+        "word",
+        "?",
+        "é",
+        "中",
+        "<",
+        ">",
+        "|",
+        "\ue000",
+        "\U00100000",
+        "\U000f0000",
+        "assistant",
+        "<b>",
+    ]
     return st.lists(st.sampled_from(parts + others), max_size=8).map("".join)
 
 
@@ -74,7 +91,26 @@ def test_no_content_has_a_control_token_in_any_mixture(family, data):
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
 def test_the_ids_of_ordinary_conversations_are_the_tokenizers_own(family, data):
-    letters = ["\n", "\n\n", "\n\n\n", " ", "  ", "word", " word", "?", "é", "中", "1", "23", "I", ".\n", '"', "</b>", "<table>", "\ue000"]
+    letters = [
+        "\n",
+        "\n\n",
+        "\n\n\n",
+        " ",
+        "  ",
+        "word",
+        " word",
+        "?",
+        "é",
+        "中",
+        "1",
+        "23",
+        "I",
+        ".\n",
+        '"',
+        "</b>",
+        "<table>",
+        "\ue000",
+    ]
     text = st.lists(st.sampled_from(letters), min_size=1, max_size=8).map("".join)
     question, answer = data.draw(text), data.draw(text)
     (tokens,) = chat_of(family).encode([conversation(question, answer)])

@@ -125,7 +125,9 @@ class ControlTokens:
         core = content.strip()
         before, after = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
         begin = mark if core.startswith(self._endings) else ""
-        return before + begin + core + mark + after if core.endswith(self._beginnings) else before + begin + core + after
+        return (
+            before + begin + core + mark + after if core.endswith(self._beginnings) else before + begin + core + after
+        )
 
     def _unmarked_where_read(
         self, turns: Sequence[Message], marked: list[str], render: Render, mark: str, read: Sequence[str]
@@ -146,7 +148,9 @@ class ControlTokens:
             contents = list(marked)
             for place in sorted(kept, reverse=True):
                 number, (first, end) = places[place]
-                contents[number] = contents[number][:first] + broken[contents[number][first:end]] + contents[number][end:]
+                contents[number] = (
+                    contents[number][:first] + broken[contents[number][first:end]] + contents[number][end:]
+                )
             return contents
 
         def written(kept: set[int]) -> str:

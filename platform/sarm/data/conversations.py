@@ -65,7 +65,8 @@ def check_messages(messages: Any) -> None:
         )
     if not isinstance(messages, Sequence) or not all(isinstance(message, dict) for message in messages):
         raise ConversationError(
-            f"expected a list of messages, got {type(messages).__name__}. Pass role and content of each.", "not_messages"
+            f"expected a list of messages, got {type(messages).__name__}. Pass role and content of each.",
+            "not_messages",
         )
     if not messages:
         raise ConversationError("a conversation without messages. Pass at least the user's.", "empty")

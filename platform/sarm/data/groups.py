@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from sarm.data.chat import ChatTokenizer, Tokens
+from sarm.data.chat import ChatTokenizer, Spelled, Tokens
+from sarm.data.conversations import ConversationError, Message
 from sarm.data.packing import Row, answer_rows, padded_tokens
 
 
@@ -26,34 +27,68 @@ class PromptGroup(NamedTuple):
     responses: list[str]
     tokens: list[Tokens]
     pairs: list[PairOfGroup]
+    spelled: Spelled = Spelled()
+    """Contents, of the prompt and of the responses, that spell control tokens or turns."""
 
     def rows(self, row_tokens: int, columns: Mapping[Hashable, Sequence[int]] | None = None) -> list[Row]:
         """The responses packed into rows, keyed (prompt_id, place of the response); `columns` as `answer_rows` takes them."""
         return answer_rows([((self.prompt_id, i), t.ids) for i, t in enumerate(self.tokens)], row_tokens, columns)
 
 
-def prompt_groups(pairs: pa.Table, chat: ChatTokenizer, *, offsets: bool = False) -> Iterator[PromptGroup]:
+def prompt_groups(
+    pairs: pa.Table, chat: ChatTokenizer, *, offsets: bool = False, refused: dict[str, str] | None = None
+) -> Iterator[PromptGroup]:
     """The groups of a pairs/v1 table, in order of first appearance; each distinct response is tokenised once.
 
-    With `offsets`, the tokens say which characters of the response they cover.
+    With `offsets`, the tokens say which characters of the response they cover. Pairs that cannot be encoded are left out, and their ids put
+    into `refused` with the reason word; without it, the first of them raises ConversationError.
     """
     members: dict[str, list[dict]] = {}
     for pair in pairs.select(["pair_id", "prompt_id", "prompt", "chosen", "rejected", "margin", "subset"]).to_pylist():
         members.setdefault(pair["prompt_id"], []).append(pair)
     for prompt_id, prompt_pairs in members.items():
-        places: dict[str, int] = {}
-        for pair in prompt_pairs:
-            for side in ("chosen", "rejected"):
-                places.setdefault(pair[side], len(places))
+        prompt = prompt_pairs[0]["prompt"]
+        responses = list(dict.fromkeys(pair[side] for pair in prompt_pairs for side in ("chosen", "rejected")))
+        try:
+            tokens = chat.encode_responses(prompt, responses, offsets=offsets)
+        except ConversationError:
+            if refused is None:
+                raise
+            usable, reasons = _one_by_one(chat, prompt, responses, offsets=offsets)
+            for pair in prompt_pairs:
+                if reason := reasons.get(pair["chosen"]) or reasons.get(pair["rejected"]):
+                    refused[pair["pair_id"]] = reason
+            prompt_pairs = [pair for pair in prompt_pairs if pair["pair_id"] not in refused]
+            if not prompt_pairs:
+                continue
+            needed = {pair[side] for pair in prompt_pairs for side in ("chosen", "rejected")}
+            responses = [text for text in responses if text in needed]
+            tokens = [usable[text] for text in responses]
+        places = {text: place for place, text in enumerate(responses)}
         yield PromptGroup(
             prompt_id=prompt_id,
-            responses=list(places),
-            tokens=chat.encode_responses(prompt_pairs[0]["prompt"], list(places), offsets=offsets),
+            responses=responses,
+            tokens=tokens,
             pairs=[
                 PairOfGroup(p["pair_id"], places[p["chosen"]], places[p["rejected"]], p["margin"], p["subset"])
                 for p in prompt_pairs
             ],
+            spelled=chat.spelled_in([*(message["content"] for message in prompt), *responses]),
         )
+
+
+def _one_by_one(
+    chat: ChatTokenizer, prompt: Sequence[Message], responses: Sequence[str], *, offsets: bool
+) -> tuple[dict[str, Tokens], dict[str, str]]:
+    """The responses that can be encoded with their tokens, and the others with the reason word."""
+    usable: dict[str, Tokens] = {}
+    reasons: dict[str, str] = {}
+    for text in responses:
+        try:
+            (usable[text],) = chat.encode_responses(prompt, [text], offsets=offsets)
+        except ConversationError as error:
+            reasons[text] = error.reason
+    return usable, reasons
 
 
 def split_group(group: PromptGroup, row_tokens: int, batch_tokens: int) -> list[PromptGroup]:

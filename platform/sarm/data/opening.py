@@ -85,5 +85,7 @@ def _has(ids: Ids, part: Ids) -> bool:
 
 def _common_beginning(lists: Sequence[Ids]) -> Ids:
     first = lists[0]
-    length = next((n for n in range(len(first)) if any(ids[n : n + 1] != first[n : n + 1] for ids in lists)), len(first))
+    length = next(
+        (n for n in range(len(first)) if any(ids[n : n + 1] != first[n : n + 1] for ids in lists)), len(first)
+    )
     return first[:length]

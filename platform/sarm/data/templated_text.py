@@ -28,7 +28,7 @@ _MARKS = {
     "HH": _Marks(re.compile(r"(?:^|\n\n)Human: "), "\n\nAssistant:"),
 }  # fmt: skip
 _CONTROL = re.compile(
-    r"<\|[A-Za-z_][\w ]{0,40}\|>|<｜[^｜\n]{1,40}｜>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>|\[/?INST\]|</?think>|</?tool_call>"
+    r"<\|[A-Za-z_][\w ]{0,40}\|>|<｜[^｜\n]{1,40}｜>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>|\[/?INST\]|</?think>|</?tool_\w{1,20}>"
 )
 
 

@@ -9,7 +9,8 @@ _PIN_DATE = (
     f'{{%- set date_string = "{_FIXED_DATE}" %}}{{%- macro strftime_now(format) %}}{_FIXED_DATE}{{% endmacro %}}'
 )
 _SYSTEM = re.compile(
-    r"\{#- system prompt of the training -#\}\{%- set trained_with = (?P<literal>\"[^\"]*\") %\}.*?\{#- end of it -#\}", re.S
+    r"\{#- system prompt of the training -#\}\{%- set trained_with = (?P<literal>\"[^\"]*\") %\}.*?\{#- end of it -#\}",
+    re.S,
 )
 
 

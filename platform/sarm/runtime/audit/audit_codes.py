@@ -45,7 +45,7 @@ class ResponseCodes:
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows, out = [], {}
         columns: dict[Hashable, Sequence[int]] = {}
-        for group in prompt_groups(batch, self._chat, offsets=True):
+        for group in prompt_groups(batch, self._chat, offsets=True, refused={}):
             for place, (text, tokens) in enumerate(zip(group.responses, group.tokens, strict=True)):
                 key = (group.prompt_id, place)
                 columns[key] = list(sentence_columns(text, tokens.offsets))

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 from sarm import schema
 from sarm.config import as_json, identity
 from sarm.data.benchmark_sources import Loaded, load_benchmark, parse_source
+from sarm.data.templated_text import control_spelled_in, template_spelled_in
 from sarm.evaluate.settings import Benchmarking
 from sarm.evaluate.suite import measure, metrics
 from sarm.manifest import StageFolder, write_atomically
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.runtime.benchmarks.benchmark_report import build_page
-from sarm.runtime.benchmarks.benchmark_scoring import Scores, all_cached, items_table, make_items, score_all
+from sarm.runtime.benchmarks.benchmark_scoring import Scores, all_cached, items_table, make_items, reasons_of, score_all
 from sarm.runtime.job import say
 from sarm.runtime.models import ModelSpec, check_tokenizer, find_model
 from sarm.runtime.pages import share, span, write_page
@@ -52,7 +54,12 @@ def run_benchmarks(settings: Benchmarking) -> Path:
         table = items_table(items, scores)
         pq.write_table(table, folder.folder / "items.parquet", write_page_checksum=True)
         say(f"measuring {table.num_rows:,} scores")
-        content = _content(settings, spec, benchmarks, table, scores)
+        content = _content(settings, spec, benchmarks, table, scores, reasons_of(items, scores))
+        content["contents"] = _contents(texts)
+        if num := content["contents"]["contents_with_control_tokens"]:
+            content["notes"].append(f"{num:,} contents spell control tokens, which {'count as such, as in the official code' if spec.protocol == 'official' else 'are scored as text'}.")  # fmt: skip
+        if num := content["contents"]["contents_already_templated"]:
+            content["notes"].append(f"{num:,} contents spell the turns of a chat template: they may have been templated before.")  # fmt: skip
         content["seconds"] = round(time.monotonic() - started, 2)
         write_atomically(folder.folder / "report.json", json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False))  # fmt: skip
         write_page(build_page(content), folder.folder)
@@ -61,7 +68,7 @@ def run_benchmarks(settings: Benchmarking) -> Path:
             own_run.log_artifact(folder.folder / name)
         counts = {
             key: content["scoring"][key] for key in ("num_cached", "num_scored", "forward_tokens", "forward_seconds")
-        }
+        } | content["contents"]
         folder.finish({**counts, "seconds": content["seconds"]})
     _say_figures(content)
     say(f"report: {folder.folder / 'report.html'}")
@@ -76,14 +83,23 @@ def _identity(settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Load
         "model": spec.identity,
         "template": spec.template,
         "max_length": spec.max_length,
+        "protocol_version": PROTOCOL_VERSION,
         "benchmarks": {one.source.name: one.digest for one in benchmarks},
     }
 
 
 def _content(
-    settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Loaded], table: pa.Table, scores: Scores
+    settings: Benchmarking,
+    spec: ModelSpec,
+    benchmarks: Sequence[Loaded],
+    table: pa.Table,
+    scores: Scores,
+    reasons: Mapping[tuple[str, str], str],
 ) -> dict[str, Any]:
     found = measure(table, settings.resamples, settings.run.seed)
+    for name, own in found["benchmarks"].items():
+        for row in own["unscored"]:
+            row["reason"] = reasons.get((name, row["where"]), row["reason"])
     for one in benchmarks:
         own = found["benchmarks"][one.source.name]
         own["source"], own["digest"], own["num_read"] = one.source.place, one.digest, one.num_read
@@ -95,6 +111,7 @@ def _content(
         "facts": {
             "model": settings.model,
             "protocol": spec.protocol,
+            "protocol version": PROTOCOL_VERSION,
             "max length": spec.max_length,
             "dtype": spec.dtype,
             "template": spec.template or "none",
@@ -124,6 +141,16 @@ def _notes(settings: Benchmarking, found: dict[str, Any], benchmarks: Sequence[L
         in_std = f" ({drift['max_in_std']:.1e} of the scores' standard deviation)" if drift["max_in_std"] is not None else ""  # fmt: skip
         notes.append(f"Scored alone, {drift['num_completions']} completions moved by at most {drift['max']:.2e}{in_std}.")  # fmt: skip
     return notes
+
+
+def _contents(texts: Mapping[str, tuple[str, str]]) -> dict[str, int]:
+    """Distinct contents that spell control tokens, or turns, of some template in use."""
+    contents = {text for _, text in texts.values()}
+    contents |= {content for prompt in {prompt for prompt, _ in texts.values()} for _, content in json.loads(prompt)}
+    return {
+        "contents_with_control_tokens": sum(map(control_spelled_in, contents)),
+        "contents_already_templated": sum(template_spelled_in(content) is not None for content in contents),
+    }
 
 
 def _say_figures(content: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Reward-model training on Ray Train with DeepSpeed ZeRO: what each worker runs, and the trainer that starts them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 import torch.distributed as dist
 
 from sarm.config import Model, Reward, Run, UserError
-from sarm.data.chat import load_chat_tokenizer
+from sarm.data.chat import Spelled, load_chat_tokenizer
 from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import token_batches
 from sarm.data.sarm_artifacts import save_sarm
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.head_start import start_head_
@@ -112,7 +114,13 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     found = states.latest()
     chat = load_chat_tokenizer(task.model, task.model_folder)
     pairs, validation_pairs = split_off_validation(load_pairs(task.pairs, "train"), task.reward.validation_share)
-    groups, validation = list(prompt_groups(pairs, chat)), list(prompt_groups(validation_pairs, chat))
+    refused: dict[str, str] = {}
+    groups = list(prompt_groups(pairs, chat, refused=refused))
+    validation = list(prompt_groups(validation_pairs, chat, refused=refused))
+    if not groups or (validation_pairs.num_rows and not validation):
+        raise UserError(
+            f"no pair can be encoded: {dict(Counter(refused.values()))} of {len(refused):,}. Pass pairs whose roles the template of {task.model.name} takes."
+        )
     model = build_model(task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed)
     to_train = parameter_groups(model, task.reward)
     # DeepSpeed hands rank 0's weights to the others.
@@ -191,6 +199,10 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         "num_pairs": sum(len(group.pairs) for group in groups),
         "num_prompts": len(groups),
         "num_steps": len(progress.history),
+        "protocol_version": PROTOCOL_VERSION,
+        "rejected_pairs": len(refused),
+        **{f"rejected_{reason}": count for reason, count in sorted(Counter(refused.values()).items())},
+        **_contents(groups + validation),
     }
     if validation:
         figures |= {
@@ -218,6 +230,15 @@ def reward_moments(
             rewards.append(model(**batch.model_inputs(device)).logits.squeeze(-1).cpu())
     values = torch.cat(rewards)
     return float(values.mean()), float(values.std()) if len(values) > 1 else 1.0
+
+
+def _contents(groups: Sequence[PromptGroup]) -> dict[str, int]:
+    """Contents that spell control tokens or turns, which were trained on as text."""
+    spelled = sum((group.spelled for group in groups), Spelled())
+    return {
+        "contents_with_control_tokens": spelled.control_tokens,
+        "contents_already_templated": spelled.templated,
+    }
 
 
 def _weighted_tail(history: list[dict[str, float]], key: str, epochs: int) -> float:
