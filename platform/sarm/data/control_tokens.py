@@ -182,7 +182,7 @@ class ControlTokens:
                 flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
                 named[stand_in] = number
                 encoder.add_tokens([AddedToken(stand_in, **flags)])
-            self._encoders[start] = encoder, {encoder.token_to_id(text): number for text, number in named.items()}
+            self._encoders[start] = encoder, {int(encoder.token_to_id(text) or 0): n for text, n in named.items()}
         return self._encoders[start]
 
 

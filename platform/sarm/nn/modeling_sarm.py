@@ -180,9 +180,11 @@ class SarmForSequenceClassification(PreTrainedModel):
             output = self._read(h_ND, reconstruct, recon_detached)
         if places is not None and self.config.answer_place:
             output.cut_off, output.unopened = places.cut_off, places.unopened
-            if (on_cut_off or self.config.on_cut_off) == "penalise":
-                output.logits = output.logits.masked_fill(places.cut_off[:, None], self._penalty())
-        if labels is not None:
+            if (on_cut_off or self.config.on_cut_off) == "penalise" and output.logits is not None:
+                lowest = self.config.reward_mean - _PENALTY_STDS * self.config.reward_std
+                fixed = lowest if self.config.cut_off_reward is None else self.config.cut_off_reward
+                output.logits = output.logits.masked_fill(places.cut_off[:, None], fixed)
+        if labels is not None and output.logits is not None:
             output.loss = F.mse_loss(output.logits.squeeze(-1), labels.reshape(-1).float())
         return output if return_dict is not False else output.to_tuple()
 
@@ -259,12 +261,6 @@ class SarmForSequenceClassification(PreTrainedModel):
         if pad is not None and pad != self.config.end_of_turn_id:
             mask &= ~(input_ids == pad).long().flip(-1).cumprod(-1).flip(-1).bool()
         return mask.long()
-
-    def _penalty(self) -> float:
-        config = self.config
-        if config.cut_off_reward is not None:
-            return float(config.cut_off_reward)
-        return float(config.reward_mean - _PENALTY_STDS * config.reward_std)
 
     def rewarded_columns(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Protocol 1: the last end-of-turn token that the mask shows, else the last token it shows: padding may be the same token."""
