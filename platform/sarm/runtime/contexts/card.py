@@ -8,7 +8,7 @@ import torch
 
 from sarm.config import Contexts, UserError
 from sarm.data.chat import ChatTokenizer
-from sarm.data.conversations import Message, check_messages
+from sarm.data.conversations import ConversationError, Message, check_messages
 from sarm.data.sarm_artifacts import load_sarm
 from sarm.interpret.card_settings import RewardCard
 from sarm.interpret.context_store import load_contexts
@@ -99,8 +99,11 @@ def _conversation(settings: RewardCard) -> list[Message]:
     path = settings.conversation
     try:
         messages = read_json(path, max_bytes=1 << 20)
-        check_messages(messages)
+        if messages:
+            check_messages(messages)
         found = [{"role": m["role"], "content": m["content"]} for m in messages]
+    except ConversationError as error:
+        raise UserError(f"{path} is no conversation ({error.reason}): {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no conversation ({type(error).__name__}: {error}). Write a list of {{role, content}}.") from error  # fmt: skip
     if not found or found[-1]["role"] != "assistant":
