@@ -21,7 +21,6 @@ from sarm.data.model_files import inside_cache
 from sarm.nn.architectures import DenseSae, options_of
 from sarm.nn.backbone import FAMILIES, without_final_norm
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.nn.sae import Sae, TopKSae
 from sarm.untrusted import read_json
 
@@ -76,8 +75,6 @@ def read_papers_sarm(folder: Path, chat: ChatTokenizer, given: PapersFields) -> 
         k=sae.k,
         sae={"architecture": sae.architecture, **options_of(sae)},
         end_of_turn_id=chat.end_of_turn_id,
-        answer_place=chat.answer_place,
-        protocol_version=PROTOCOL_VERSION,
         provenance={
             "model": str(folder),
             "imported_from": "papers",

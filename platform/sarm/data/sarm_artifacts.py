@@ -13,11 +13,14 @@ from sarm.config import UserError
 from sarm.data.chat import ChatTokenizer
 from sarm.data.finite import not_finite
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.untrusted import read_json
 
 
 def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder: Path) -> None:
     """Write a model that `AutoModelForSequenceClassification` loads, its tokenizer, and copies of the code it needs."""
+    # By these rules the folder is read, whenever its model was trained.
+    model.config.protocol_version, model.config.answer_place = PROTOCOL_VERSION, chat.answer_place
     # What pads rows, for whoever asks the config and not the tokenizer.
     model.config.pad_token_id = chat.pad_id
     model.save_pretrained(folder)

@@ -127,6 +127,8 @@ def _facts(manifests: dict[str, Manifest], metrics: dict[str, Any]) -> dict[str,
         "held-out pairs": metrics["sarm"].get("num_pairs"),
         "held-out prompts": metrics["sarm"].get("num_prompts"),
         "split": f"prompts whose hash falls in the first {pairs.config['heldout_share']:.0%}",
+        # An evaluation that says none is older than the second.
+        "protocol version": metrics.get("protocol_version", 1),
         "ZeRO stage": sarm.config["zero_stage"],
         "code": sarm.git_commit[:12],
     }

@@ -15,7 +15,6 @@ from sarm.data.models import backbone_of, model_folder
 from sarm.nn.architectures import DenseSae, options_of
 from sarm.nn.backbone import read_config, read_depth
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.nn.sae import Sae
 
 # Llama-family heads of `*ForSequenceClassification` start so; the papers' looser baseline is two of them.
@@ -106,8 +105,6 @@ def build_model(
         head="scalar" if sae is None else "sae",
         standardise=sae is None or reward.encoder != "random_linear",
         end_of_turn_id=chat.end_of_turn_id,
-        answer_place=chat.answer_place,
-        protocol_version=PROTOCOL_VERSION,
         provenance={
             "model": model.name,
             "revision": model.revision,
