@@ -109,6 +109,7 @@ def _headline(manifests: dict[str, Manifest], metrics: dict[str, Any]) -> dict[s
         "alive_at_reward": sae.get("alive_at_reward"),
         "dead_share": sae.get("dead_share"),
         "completeness": metrics["completeness"],
+        "protocol_version": metrics.get("protocol_version", 1),
         "peak_rss_gb": max(manifest.counts.get("peak_rss_gb", 0.0) for manifest in manifests.values()),
     }
     seconds = {name: manifest.counts.get("seconds") for name, manifest in manifests.items()}
