@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
+
+from sarm.data.tiny_source import CHAT_TEMPLATE, tiny_pairs
 
 RunJob = Callable[..., subprocess.CompletedProcess[str]]
 FIGURES = {
@@ -238,6 +241,47 @@ def test_unusable_rows_are_counted_by_reason_and_the_rest_is_kept(tmp_path: Path
     assert of_pairs["rejected"] == {"equal_answers": 1, "no_rejected": 1}
     assert of_texts["rows"] == 1
     assert of_texts["rejected"] == {"invalid_utf8": 1, "empty": 1, "bad_json": 1}
+
+
+def test_pairs_that_the_template_refuses_are_left_out_of_every_stage_by_the_same_word(
+    tmp_path: Path, tiny_folder: Path, run_job: RunJob
+) -> None:
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refusing + CHAT_TEMPLATE)
+    good = [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in tiny_pairs()]
+    good[0]["chosen"] += " <|im_end|>"
+    system = {"role": "system", "content": "Be kind."}
+    bad = [
+        {"prompt": [system, {"role": "user", "content": f"question {i}?"}], "chosen": "Gladly.", "rejected": "No."}
+        for i in range(30)
+    ]
+    rendered = {"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "chosen": "a", "rejected": "b"}
+    pairs = jsonl(tmp_path / "pairs.jsonl", [*good, *bad, rendered])
+    out = tmp_path / "out"
+    done = run_job("pipeline", "tiny", "--out", out, "--model.name", model, "--data.pairs", pairs)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    counts = {
+        name: json.loads((out / name / "manifest.json").read_text())["counts"]
+        for name in ("pairs", "activations/chat", "activations/heldout", "sarm", "evaluation", "contexts")
+    }
+    assert counts["pairs"]["rejected"] == {"already_templated": 1}
+    refused = {split: sum(pair["prompt"][0] == system for pair in pq.read_table(out / "pairs").to_pylist() if pair["split"] == split) for split in ("train", "heldout")}  # fmt: skip
+    assert sum(refused.values()) == 30
+    assert counts["activations/chat"]["rejected"] == {"template_refuses": 2 * refused["train"]}
+    assert counts["activations/heldout"]["rejected"] == {"template_refuses": 2 * refused["heldout"]}
+    assert counts["sarm"]["figures"]["rejected_template_refuses"] == refused["train"]
+    assert counts["evaluation"]["rejected"] == {"template_refuses": refused["heldout"]}
+    spelled = "contents_with_control_tokens"
+    read = [counts["activations/chat"][spelled] + counts["activations/heldout"][spelled]]
+    read += [counts["sarm"]["figures"][spelled] + counts["evaluation"][spelled]]
+    assert counts["pairs"][spelled] == 1
+    assert set(read) == {1}
+    assert spelled in counts["contexts"]
 
 
 def test_an_empty_corpus_is_refused(tmp_path: Path, run_job: RunJob) -> None:

@@ -174,8 +174,9 @@ def test_the_readme_s_line_from_a_clean_clone_leaves_its_model_in_the_home_folde
     cluster: str, with_token: dict[str, str], clone: Path
 ) -> None:
     (line,) = re.findall(r"^(ray job submit .*runtime_env.*)$", (clone / "README.md").read_text(), flags=re.M)
-    # Only shorter: the whole chain on the preset for tests.
-    line = re.sub(r"jobs/\w+\.py \w+", "jobs/pipeline.py tiny", line)
+    assert line.endswith("-- python jobs/train_sarm.py demo")
+    # Only shorter: the preset for tests.
+    line = line.removesuffix("demo") + "tiny"
     done = in_shell(line, cluster, with_token, clone)
     assert done.returncode == 0, done.stdout[-4000:]
     place = place_of(done.stdout)
@@ -188,7 +189,7 @@ def test_the_readme_s_line_from_a_clean_clone_leaves_its_model_in_the_home_folde
     again = in_shell(line, cluster, with_token, clone)
     print(f"the second time: {time.monotonic() - started:.1f} s")
     assert again.returncode == 0, again.stdout[-4000:]
-    assert "train SARM: already done" in again.stdout
+    assert f"train_sarm: already done, {place / 'sarm'}" in again.stdout
 
 
 def test_the_short_form_writes_to_the_checkout_that_the_head_was_started_in(

@@ -57,6 +57,7 @@ COMPLETION_SCORES = pa.schema(
         pa.field("score", pa.float64()),
         pa.field("num_tokens", pa.int32()),
         pa.field("was_truncated", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string()),
         pa.field("started", pa.float64(), nullable=False),
         pa.field("seconds", pa.float64(), nullable=False),
         pa.field("forward_tokens", pa.float64(), nullable=False),

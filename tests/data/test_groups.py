@@ -2,10 +2,13 @@ from collections import Counter
 from itertools import permutations
 
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.data.chat_families import chat_of
 
 from sarm.data.chat import Tokens
+from sarm.data.conversations import ConversationError
 from sarm.data.groups import PairOfGroup, PromptGroup, prompt_groups, split_group
 from sarm.data.packing import padded_tokens
 from sarm.schema import PAIRS
@@ -103,3 +106,24 @@ def test_a_part_holds_no_response_that_none_of_its_pairs_needs(group, row_tokens
 @given(group=groups())
 def test_a_group_that_fits_stays_whole(group):
     assert split_group(group, 200, 10_000) == [group]
+
+
+def test_pairs_that_the_template_refuses_are_left_out_by_name_and_the_others_kept(tiny_chat):
+    chat = chat_of("gemma")
+    good, asked_twice, system = pair("p", "a", "b"), pair("q", "a", "b"), pair("r", "a", "b")
+    asked_twice["prompt"] *= 2
+    system["prompt"].insert(0, {"role": "system", "content": "Be kind."})
+    too_long = pair("p", "a", "c" * 5_000_000)
+    table = pa.Table.from_pylist([good, asked_twice, system, too_long], schema=PAIRS)
+    refused: dict[str, str] = {}
+    (group,) = prompt_groups(table, chat, refused=refused)
+    assert (group.prompt_id, group.responses, len(group.pairs)) == ("p", ["a", "b"], 1)
+    assert Counter(refused.values()) == {"template_refuses": 2, "too_long": 1}
+    with pytest.raises(ConversationError, match="refuses these roles"):
+        list(prompt_groups(table.slice(1), chat))
+
+
+def test_a_group_counts_contents_that_spell_control_tokens_or_turns(tiny_chat):
+    rows = [pair("p <|im_end|>", "a", "b <|im_end|>"), pair("p <|im_end|>", "a", "<|im_start|>user x<|im_end|>")]
+    (group,) = prompt_groups(pa.Table.from_pylist(rows, schema=PAIRS), tiny_chat)
+    assert (group.spelled.control_tokens, group.spelled.templated) == (3, 1)

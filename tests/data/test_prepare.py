@@ -41,6 +41,8 @@ def test_a_corpus_holds_each_text_once_in_the_order_read(tmp_path):
         "characters": len("One.Two.Three."),
         "duplicates": 2,
         "rejected": {"missing_text": 1, "empty": 1},
+        "contents_with_control_tokens": 0,
+        "contents_already_templated": 0,
         "corrupt_files": [],
         "sources": {a: 2, b: 1},
     }

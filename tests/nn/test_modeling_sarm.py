@@ -270,3 +270,30 @@ def test_a_reader_with_this_package_needs_no_remote_code(saved, model, tmp_path)
 
 def test_the_folder_that_training_leaves_is_read_back_by_the_platform(saved, model):
     assert reward_alone(load_sarm(saved), IDS) == reward_alone(model, IDS)
+
+
+TOKENIZER_LAST = """
+import sys
+sys.modules['sarm'] = None
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+if sys.argv[2] == "model first":
+    AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+else:
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+print(tokenizer("a").input_ids)
+"""
+
+
+@pytest.mark.parametrize("order", ["model first", "alone, without code"])
+def test_the_folders_tokenizer_asks_nothing_and_waits_for_nothing(saved, tmp_path, order):
+    """Standard input stays open, as a terminal's does: a question would wait for its answer, and be in the output."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", TOKENIZER_LAST, str(saved), order]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as asked:  # fmt: skip
+        assert asked.stdout is not None
+        assert asked.stderr is not None
+        said, errors = asked.stdout.read(), asked.stderr.read()
+    assert asked.returncode == 0, errors[-2000:]
+    assert "custom code" not in said + errors
+    assert said.strip().startswith("[")

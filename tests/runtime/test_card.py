@@ -114,6 +114,8 @@ def test_what_is_no_conversation_is_one_line(sarm, tmp_path):
         ("{", "is no conversation"),
         ("[]", "ends with nothing"),
         (json.dumps([PROMPT]), "ends with user"),
+        (json.dumps([PROMPT, {"role": "assistant"}]), r"is no conversation \(not_text\)"),
+        (json.dumps("How?"), r"is no conversation \(not_messages\)"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=why):

@@ -1,6 +1,7 @@
 """Reward models behind one call, without a cluster: SARM, a classifier as Hugging Face saves it, any function."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,27 @@ def test_a_model_that_is_not_there_is_refused(name, words):
 def test_a_model_that_gives_no_reward_is_refused(tiny_folder):
     with pytest.raises(UserError, match="expected a sequence classifier with one"):
         find_model(settings(tiny_folder))
+
+
+@pytest.mark.parametrize("kind", ["sarm", "classifier"])
+def test_a_conversation_that_cannot_be_encoded_has_no_score_and_says_why(kind, sarm_folder, classifier_folder):
+    folder = sarm_folder if kind == "sarm" else classifier_folder
+    scorer = load_scorer(find_model(settings(folder)), BATCH_TOKENS, torch.device("cpu"))
+    (found,), _ = scorer([Request(PROMPT, ["slowly.", "a\ud800", "word " * 1_000_000], alone=False)])
+    assert [one.reason for one in found] == [None, "lone_surrogate", "too_long"]
+    assert [math.isnan(one.score) for one in found] == [False, True, True]
+    assert found[0].score == pytest.approx(scores(folder, ["slowly."])[0][0], abs=1e-4)
+
+
+def test_a_classifier_reads_spelled_control_tokens_as_text_unless_the_official_code_is_asked_for(classifier_folder):
+    (plain,), (spelled,) = scores(classifier_folder, ["x"]), scores(classifier_folder, ["x<|im_end|>"])
+    (official,) = scores(classifier_folder, ["x<|im_end|>"], protocol="official")
+    assert official[1] == plain[1] + 1
+    assert spelled[1] > plain[1] + 1
+
+
+def test_the_version_of_the_text_rules_is_part_of_a_scores_key(sarm_folder, monkeypatch):
+    spec = find_model(settings(sarm_folder))
+    before = score_key(spec)
+    monkeypatch.setattr("sarm.runtime.models.PROTOCOL_VERSION", 1)
+    assert score_key(spec) != before

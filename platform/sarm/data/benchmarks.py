@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from sarm import schema
 from sarm.config import UserError
+from sarm.data.conversations import fault_of_content
 from sarm.data.pair_sources import parse_pair
-from sarm.data.rows import Reject, Row, fault_of
+from sarm.data.rows import Reject, Row
 
 Message = dict[str, str]
 
@@ -101,7 +102,7 @@ def _row(name: str, form: Format, row: Row, number: int) -> BenchmarkRow:
     if form.subsets is not None and subset not in form.subsets:
         raise _Fault(f"unknown subset {subset[:40]!r}")
     for text in (*(message["content"] for message in prompt), *chosen, *rejected):
-        if fault := fault_of(text):
+        if fault := fault_of_content(text):
             raise _Fault(f"{fault} text")
     identifier = row.fields.get("id")
     if identifier is None and form.subsets is not None:

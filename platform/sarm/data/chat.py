@@ -2,27 +2,22 @@
 
 A conversation is rendered by the model's chat template without a date, has exactly one BOS where the tokenizer uses one, ends in
 the response's end-of-turn token (the rewarded token; whatever the template writes after it is left out), and loses
-its beginning, never its end, when it is too long.
+its beginning, never its end, when it is too long. Contents are encoded as text (`control_tokens`): nothing in them becomes a control token.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sarm.config import Model, UserError
+from sarm.data.control_tokens import ControlTokens, Rendered, Span
+from sarm.data.conversations import ConversationError, Message, check_messages
+from sarm.data.opening import opening_of
+from sarm.data.templated_text import template_spelled_in
+from sarm.data.templates import pin_template, with_system_prompt, without_system_prompt
 
-Message = dict[str, str]
-
-# Llama 3.2's template writes today's date, so rewards would drift by the day; 3.1's writes this one.
-_FIXED_DATE = "26 Jul 2024"
-_PIN_DATE = (
-    f'{{%- set date_string = "{_FIXED_DATE}" %}}{{%- macro strftime_now(format) %}}{_FIXED_DATE}{{% endmacro %}}'
-)
 _PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-
-
-Span = tuple[int, int]
 _NOWHERE: Span = (0, 0)
 
 
@@ -42,8 +37,21 @@ class TextTokens(NamedTuple):
     offsets: list[Span]
 
 
+class Spelled(NamedTuple):
+    """How many contents spell a control token of the tokenizer, and how many spell turns of a chat template; both are scored as text."""
+
+    control_tokens: int = 0
+    templated: int = 0
+
+    def __add__(self, other: tuple[int, ...]) -> "Spelled":  # type: ignore[override]
+        return Spelled(self[0] + other[0], self[1] + other[1])
+
+
 class ChatTokenizer:
     """A tokenizer with a pinned chat template.
+
+    Without a `system_prompt`, one that was written into the template (`templates.with_system_prompt`) counts. `opening_ids` are the tokens with
+    which the template opens an answer, empty where nothing tells that place from others.
 
     Raises UserError if the tokenizer has no chat template, or one that does not close the assistant's turn with a special token.
     """
@@ -53,15 +61,39 @@ class ChatTokenizer:
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template, so it cannot render preferences. Pass an instruct model to --model.name."
             )
-        self.tokenizer, self.max_length, self.system_prompt = tokenizer, max_length, system_prompt
-        self.template = pin_template(tokenizer.chat_template)
+        template, written = without_system_prompt(tokenizer.chat_template)
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.system_prompt = written if system_prompt is None else system_prompt
+        self.template = pin_template(template)
+        self.control = ControlTokens(tokenizer)
         plain = tokenizer("a").input_ids
         self.bos_id = tokenizer.bos_token_id if plain and plain[0] == tokenizer.bos_token_id else None
-        self.end_of_turn_id = self._tokenise([self.render(_PROBE)])[0].ids[-1]
-        if self.end_of_turn_id not in set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values()):
+        self.end_of_turn_id = self._tokenise([self._rendered(_PROBE)])[0].ids[-1]
+        if self.end_of_turn_id not in set(tokenizer.all_special_ids) | self.control.ids:
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} does not close the assistant's turn with a special token, so there is no token to reward. Pass another --model.name."
             )
+        self.opening_ids = opening_of(self._apply, self.control, self.template, self.end_of_turn_id, self._is_blank)
+
+    @property
+    def answer_place(self) -> dict[str, Any]:
+        """Where answers are in token ids, for a model that is given no more than those (`SarmConfig.answer_place`)."""
+        turns = [*_PROBE, *_PROBE]
+        (whole,) = self.control.encode([self.control.render(turns, self._apply, self.template)])
+        (tokens,) = self._tokenise([self.control.render(turns, self._apply, self.template)])
+        written = set(tokens.ids) & self.control.ids - {self.end_of_turn_id, self.bos_id}
+        end = len(whole.ids) - 1 - whole.ids[::-1].index(self.end_of_turn_id)
+        return {
+            "opening": list(self.opening_ids),
+            "turns": sorted(written),
+            "first": tokens.ids[0],
+            "trailing": len(whole.ids) - 1 - end,
+        }
+
+    @property
+    def exported_template(self) -> str:
+        """The template as a model carries it: whoever renders with it gets the system prompt that the model was trained with."""
+        return with_system_prompt(self.template, self.system_prompt)
 
     @property
     def template_hash(self) -> str:
@@ -79,48 +111,69 @@ class ChatTokenizer:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_of_turn_id
 
     def encode_text(self, text: str) -> TextTokens:
-        """Token ids and character offsets of a plain text; nothing is inserted, and special tokens in it are text like any other."""
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        """Token ids and character offsets of a plain text; nothing is inserted, and control tokens in it are text like any other."""
+        (encoded,) = self.control.encode([self.control.plain(text)], offsets=True)
+        return TextTokens(encoded.ids, encoded.offsets)
+
+    def spelled_in(self, contents: Iterable[str]) -> Spelled:
+        """What of the contents would be taken for control tokens or for turns, were it not encoded as text."""
+        each = list(contents)
+        return Spelled(
+            sum(self.control.spelled_in(text) for text in each),
+            sum(template_spelled_in(text) is not None for text in each),
         )
-        return TextTokens(encoded.input_ids, encoded.offset_mapping)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, ending where the template ends it."""
-        turns = list(messages)
-        if self.system_prompt is not None and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": self.system_prompt})
-        try:
-            return self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False)
-        except Exception as error:  # a template raises whatever its author chose, jinja's errors among them
-            raise UserError(f"the chat template refuses these roles {[m['role'] for m in turns]}: {error}") from error
+        """The conversation as text, ending where the template ends it; in it, what contents spell looks like the template's own.
+
+        Raises ConversationError if these are no messages, or the template refuses them.
+        """
+        return self._apply(self._turns(messages))
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Tokens]:
-        """Token ids of whole conversations, each ending in its rewarded token."""
-        return [self._truncate(tokens) for tokens in self._tokenise([self.render(c) for c in conversations])]
+        """Token ids of whole conversations, each ending in its rewarded token. Raises ConversationError as `render` does."""
+        return [self._truncate(tokens) for tokens in self._tokenise([self._rendered(c) for c in conversations])]
 
     def encode_responses(
         self, prompt: Sequence[Message], responses: Sequence[str], *, offsets: bool = False
     ) -> list[Tokens]:
         """Token ids of one prompt with each of its responses, with `offsets` if asked for."""
         conversations = [[*prompt, {"role": "assistant", "content": response}] for response in responses]
-        texts = [self.render(conversation) for conversation in conversations]
+        texts = [self._rendered(conversation) for conversation in conversations]
         found = [self._truncate(tokens) for tokens in self._tokenise(texts, offsets=offsets)]
         if not offsets:
             return found
         return [
-            tokens._replace(offsets=_within(text, response, tokens.offsets))
+            tokens._replace(offsets=_within(text.text, response, tokens.offsets))
             for text, response, tokens in zip(texts, responses, found, strict=True)
         ]
 
-    def _tokenise(self, texts: list[str], *, offsets: bool = False) -> list[TextTokens]:
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=offsets)
-        spans = encoded.offset_mapping if offsets else [[] for _ in texts]
+    def _turns(self, messages: Sequence[Message]) -> list[Message]:
+        check_messages(messages)
+        turns = [{"role": one["role"], "content": one["content"]} for one in messages]
+        if self.system_prompt is not None and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": self.system_prompt})
+        return turns
+
+    def _rendered(self, messages: Sequence[Message]) -> Rendered:
+        return self.control.render(self._turns(messages), self._apply, self.template)
+
+    def _apply(self, turns: Sequence[Message], opened: bool = False) -> str:
+        """What the template makes of the turns; with `opened`, and of the beginning of an answer to them."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(turns), chat_template=self.template, tokenize=False, add_generation_prompt=opened
+            )
+        except Exception as error:  # a template raises whatever its author chose, jinja's errors among them
+            roles = [turn["role"] for turn in turns]
+            raise ConversationError(f"the chat template refuses these roles {roles}: {error}") from error
+
+    def _tokenise(self, texts: list[Rendered], *, offsets: bool = False) -> list[TextTokens]:
         bos = [] if self.bos_id is None else [self.bos_id]
         sequences = []
-        for ids, covered in zip(encoded.input_ids, spans, strict=True):
+        for ids, covered in self.control.encode(texts, offsets=offsets):
             end = len(ids)
-            while end > 1 and not self.tokenizer.decode([ids[end - 1]]).strip():
+            while end > 1 and self._is_blank(ids[end - 1]):
                 end -= 1
             start = 0
             if self.bos_id is not None:
@@ -128,6 +181,9 @@ class ChatTokenizer:
                     start += 1
             sequences.append(TextTokens([*bos, *ids[start:end]], [_NOWHERE for _ in bos] + covered[start:end]))
         return sequences
+
+    def _is_blank(self, token_id: int) -> bool:
+        return not self.tokenizer.decode([token_id]).strip()
 
     def _truncate(self, tokens: TextTokens) -> Tokens:
         ids, offsets = tokens
@@ -148,12 +204,6 @@ def _within(text: str, part: str, spans: Sequence[Span]) -> list[Span]:
     shift = part.find(stripped) - start
     inside = [(max(a, start), min(b, start + len(stripped))) for a, b in spans]
     return [(a + shift, b + shift) if a < b else _NOWHERE for a, b in inside]
-
-
-def pin_template(template: str) -> str:
-    """The template with today's date replaced by a fixed one; pinning twice changes nothing."""
-    mentions_date = "date_string" in template or "strftime_now" in template
-    return template if not mentions_date or template.startswith(_PIN_DATE) else _PIN_DATE + template
 
 
 def load_chat_tokenizer(model: Model, folder: str | Path) -> ChatTokenizer:

@@ -1,11 +1,12 @@
 """Prompts with all their distinct responses: what shares a forward pass, and what a split or an interval must keep together."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from sarm.data.chat import ChatTokenizer, Tokens
+from sarm.data.chat import ChatTokenizer, Spelled, Tokens
+from sarm.data.conversations import ConversationError, Message
 from sarm.data.packing import Row, answer_rows, padded_tokens
 from sarm.schema import prompt_key
 
@@ -30,16 +31,21 @@ class PromptGroup(NamedTuple):
     responses: list[str]
     tokens: list[Tokens]
     pairs: list[PairOfGroup]
+    spelled: Spelled = Spelled()
+    """Contents, of the prompt and of the responses, that spell control tokens or turns."""
 
     def rows(self, row_tokens: int, columns: Mapping[Hashable, Sequence[int]] | None = None) -> list[Row]:
         """The responses packed into rows, keyed (prompt_id, place of the response); `columns` as `answer_rows` takes them."""
         return answer_rows([((self.prompt_id, i), t.ids) for i, t in enumerate(self.tokens)], row_tokens, columns)
 
 
-def prompt_groups(pairs: pa.Table, chat: ChatTokenizer, *, offsets: bool = False) -> Iterator[PromptGroup]:
+def prompt_groups(
+    pairs: pa.Table, chat: ChatTokenizer, *, offsets: bool = False, refused: dict[str, str] | None = None
+) -> Iterator[PromptGroup]:
     """The groups of a pairs/v1 table, in order of first appearance; each distinct response is tokenised once.
 
-    With `offsets`, the tokens say which characters of the response they cover.
+    With `offsets`, the tokens say which characters of the response they cover. Pairs that cannot be encoded are left out, and their ids put
+    into `refused` with the reason word; without it, the first of them raises ConversationError.
     """
     members: dict[str, list[dict]] = {}
     for pair in pairs.select(["pair_id", "prompt_id", "prompt", "chosen", "rejected", "margin", "subset"]).to_pylist():
@@ -51,16 +57,54 @@ def prompt_groups(pairs: pa.Table, chat: ChatTokenizer, *, offsets: bool = False
         responses: list[str] = []
         tokens: list[Tokens] = []
         of_pair: dict[str, PairOfGroup] = {}
+        spelled = Spelled()
         for spelt in spellings.values():
-            places: dict[str, int] = {}
-            for pair in spelt:
-                for side in ("chosen", "rejected"):
-                    places.setdefault(pair[side], len(responses) + len(places))
-            tokens += chat.encode_responses(spelt[0]["prompt"], list(places), offsets=offsets)
-            responses += places
-            for p in spelt:
+            encoded = _encoded(spelt, chat, offsets=offsets, refused=refused)
+            usable = [pair for pair in spelt if pair["chosen"] in encoded and pair["rejected"] in encoded]
+            if not usable:
+                continue
+            needed = dict.fromkeys(pair[side] for pair in usable for side in ("chosen", "rejected"))
+            places = {text: len(responses) + place for place, text in enumerate(needed)}
+            tokens += [encoded[text] for text in needed]
+            responses += needed
+            spelled += chat.spelled_in([*(message["content"] for message in spelt[0]["prompt"]), *needed])
+            for p in usable:
                 of_pair[p["pair_id"]] = PairOfGroup(p["pair_id"], places[p["chosen"]], places[p["rejected"]], p["margin"], p["subset"])  # fmt: skip
-        yield PromptGroup(prompt_id, responses, tokens, [of_pair[pair["pair_id"]] for pair in prompt_pairs])
+        if of_pair:
+            in_order = [of_pair[pair["pair_id"]] for pair in prompt_pairs if pair["pair_id"] in of_pair]
+            yield PromptGroup(prompt_id, responses, tokens, in_order, spelled)
+
+
+def _encoded(
+    pairs: Sequence[Mapping[str, Any]], chat: ChatTokenizer, *, offsets: bool, refused: dict[str, str] | None
+) -> dict[str, Tokens]:
+    """The responses of one spelling of a prompt that can be encoded, in order; pairs with another are put into `refused`."""
+    prompt = pairs[0]["prompt"]
+    responses = list(dict.fromkeys(pair[side] for pair in pairs for side in ("chosen", "rejected")))
+    try:
+        return dict(zip(responses, chat.encode_responses(prompt, responses, offsets=offsets), strict=True))
+    except ConversationError:
+        if refused is None:
+            raise
+    usable, reasons = _one_by_one(chat, prompt, responses, offsets=offsets)
+    for pair in pairs:
+        if reason := reasons.get(pair["chosen"]) or reasons.get(pair["rejected"]):
+            refused[pair["pair_id"]] = reason
+    return usable
+
+
+def _one_by_one(
+    chat: ChatTokenizer, prompt: Sequence[Message], responses: Sequence[str], *, offsets: bool
+) -> tuple[dict[str, Tokens], dict[str, str]]:
+    """The responses that can be encoded with their tokens, and the others with the reason word."""
+    usable: dict[str, Tokens] = {}
+    reasons: dict[str, str] = {}
+    for text in responses:
+        try:
+            (usable[text],) = chat.encode_responses(prompt, [text], offsets=offsets)
+        except ConversationError as error:
+            reasons[text] = error.reason
+    return usable, reasons
 
 
 def split_group(group: PromptGroup, row_tokens: int, batch_tokens: int) -> list[PromptGroup]:

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from sarm.config import UserError
-from sarm.data.conversations import Message, fault_of_messages, read_messages
+from sarm.data.conversations import Message, fault_of_content, fault_of_messages, read_messages
 from sarm.data.demo_source import demo_pairs
 from sarm.data.rows import Reject, Row, data_set_rows, fault_of, file_rows, is_data_set, parquet_schema, source_files
 from sarm.data.tiny_source import tiny_pairs
@@ -69,7 +69,7 @@ def open_pairs(spec: str, limit: int | None = None) -> Iterator[RawPair | Reject
 
     `spec` is a path or glob of .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, `hf:NAME[:SPLIT]`, `demo:harm` or `tiny:pairs`.
     Reasons: those of a row (`bad_json`, `not_an_object`, `invalid_utf8`, `corrupt_file`), of a string (`not_text`,
-    `nul_byte`, `lone_surrogate`), and `no_chosen`, `no_rejected`, `no_prompt`, `no_preference`, `empty_prompt`,
+    `nul_byte`, `lone_surrogate`), of a content (`too_long`, `already_templated`: a rendered conversation, in whatever template), and `no_chosen`, `no_rejected`, `no_prompt`, `no_preference`, `empty_prompt`,
     `empty_answer`, `equal_answers`, `prompt_differs`, `bad_roles`.
     Raises UserError, before the first pair, for a source that does not exist or whose columns fit no layout.
     """
@@ -214,7 +214,7 @@ def _check(prompt: list[Message], chosen: Any, rejected: Any) -> None:
     if reason := fault_of_messages(prompt):
         raise _Fault("empty_prompt" if reason == "empty" else reason)
     for answer in (chosen, rejected):
-        if reason := fault_of(answer):
+        if reason := fault_of_content(answer):
             raise _Fault("empty_answer" if reason == "empty" else reason)
     if chosen.strip() == rejected.strip():
         raise _Fault("equal_answers")

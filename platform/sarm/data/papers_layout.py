@@ -128,6 +128,7 @@ def write_papers_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer,
     save_file(
         {key: t.contiguous().clone() for key, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
     )
+    chat.tokenizer.chat_template = chat.exported_template
     chat.tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 

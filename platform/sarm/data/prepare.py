@@ -1,5 +1,6 @@
 """Sources to corpus/v1 and pairs/v1: cleaned, de-duplicated, split by prompt."""
 
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ from sarm.config import Data, UserError
 from sarm.data import pair_sources, text_sources
 from sarm.data.near_duplicates import SIMILARITY, Near, near_duplicates, text_of
 from sarm.data.rows import Reject
+from sarm.data.templated_text import control_spelled_in, template_spelled_in
 
 NEAR_DUPLICATES = "near_duplicates.json"
 ROWS_PER_GROUP = 1_000
@@ -56,6 +58,7 @@ def prepare_corpus(data: Data, folder: Path) -> dict[str, Any]:
                 tally.sources[spec] += 1
                 tally.characters += len(record.text)
                 num_conversations += record.messages is not None
+                tally.note(message["content"] for message in record.messages or ())
                 yield {"row_id": row_id, "text": record.text, "source": spec, "messages": record.messages}
 
     staged = rows()
@@ -114,6 +117,8 @@ def prepare_pairs(data: Data, folder: Path) -> dict[str, Any]:
                 "Pass more prompts, or another --data.heldout-share."
             )
     tally.sources.update(row["source"] for row in kept)
+    for row in kept:
+        tally.note([*(message["content"] for message in row["prompt"]), row["chosen"], row["rejected"]])
     _write(kept, schema.PAIRS, folder)
     near = _near_duplicates(kept, folder)
     return {
@@ -137,6 +142,14 @@ class _Tally:
         self.corrupt_files: list[str] = []
         self._first: dict[str, str] = {}
         self.duplicates = self.characters = 0
+        self.spelled: dict[bytes, tuple[bool, bool]] = {}
+
+    def note(self, contents: Iterable[str]) -> None:
+        """Remember contents that spell control tokens or turns of some template in use: which tokenizer reads them is not known here."""
+        for text in contents:
+            found = control_spelled_in(text), template_spelled_in(text) is not None
+            if any(found):
+                self.spelled[hashlib.blake2b(text.encode(), digest_size=16).digest()] = found
 
     def usable(self, records: Iterable[Record | Reject], spec: str) -> Iterator[Record]:
         """The records without the rejects, which are counted, under a progress bar."""
@@ -157,6 +170,8 @@ class _Tally:
         return {
             "duplicates": self.duplicates,
             "rejected": dict(self.rejected),
+            "contents_with_control_tokens": sum(control for control, _ in self.spelled.values()),
+            "contents_already_templated": sum(templated for _, templated in self.spelled.values()),
             "corrupt_files": self.corrupt_files,
             "sources": dict(self.sources),
         }

@@ -13,29 +13,29 @@ from safetensors.torch import load_file
 from sarm.config import UserError
 from sarm.data.chat import ChatTokenizer
 from sarm.data.finite import not_finite
-from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.modeling_sarm import CODE_FILES, SarmConfig, SarmForSequenceClassification
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.untrusted import read_json
 
 
 def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder: Path) -> None:
     """Write a model that `AutoModelForSequenceClassification` loads, its tokenizer, and copies of the code it needs."""
-    model.config.auto_map = {
-        "AutoConfig": "modeling_sarm.SarmConfig",
-        "AutoModelForSequenceClassification": "modeling_sarm.SarmForSequenceClassification",
-    }
+    # By these rules the folder is read, whenever its model was trained.
+    model.config.protocol_version, model.config.answer_place = PROTOCOL_VERSION, chat.answer_place
+    # What pads rows, for whoever asks the config and not the tokenizer.
+    model.config.pad_token_id = chat.pad_id
     model.save_pretrained(folder)
-    chat.tokenizer.chat_template = chat.template
+    chat.tokenizer.chat_template = chat.exported_template
     # `save_pretrained` writes the side that the tokenizer was made with.
     chat.tokenizer.truncation_side = chat.tokenizer.init_kwargs["truncation_side"] = "left"
     chat.tokenizer.model_max_length = chat.max_length
     chat.tokenizer.save_pretrained(folder)
-    copy_model_code(folder)
 
 
 def copy_model_code(folder: Path) -> None:
     """Copy the modules that a reward model is made of; they import each other relatively, and otherwise torch and transformers alone."""
     code = Path(__file__).parent.parent / "nn"
-    for name in ("modeling_sarm.py", "backbone.py", "architectures.py", "sae.py", "losses.py"):
+    for name in CODE_FILES:
         shutil.copyfile(code / name, folder / name)
 
 

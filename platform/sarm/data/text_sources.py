@@ -45,7 +45,7 @@ def open_texts(spec: str, text_field: str = "text", limit: int | None = None) ->
     `spec` is a path or glob of .jsonl, .jsonl.gz, .jsonl.zst, .tar (of such files) or .parquet files, `hf:NAME[:SPLIT]`, `demo:openwebtext`,
     `demo:wikipedia` or `tiny:texts`. Reasons: `bad_json`, `not_an_object`, `missing_text`, `not_a_string`, `empty`,
     `invalid_utf8`, `lone_surrogate`, `nul_byte`, `corrupt_file` (the rows before the damage are kept); of conversations also
-    `not_text`, `bad_roles`.
+    `not_text`, `bad_roles`, `too_long`, `already_templated`.
     Raises UserError, before the first text, for a source that does not exist or has no column `text_field`.
     """
     check_source(spec, text_field)

@@ -11,9 +11,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from sarm.config import UserError
-from sarm.data.chat import ChatTokenizer
-from sarm.data.conversations import Message
+from sarm.data.chat import ChatTokenizer, Spelled
+from sarm.data.conversations import ConversationError, Message
 from sarm.data.sentences import ended_sentences, punctuation_ends, sentence_end_tokens, sentence_ends
 
 # A tokenizer needs some 200 bytes a character: longer texts go through it in pieces that end behind a sentence.
@@ -32,6 +31,8 @@ class Window(NamedTuple):
     truncated: bool
     sentences: np.ndarray = _NONE
     """Number of the sentence in the text that each column of `document` ends."""
+    spelled: Spelled = Spelled()
+    """Contents of the conversation that spell control tokens or turns."""
 
     @property
     def taken(self) -> np.ndarray:
@@ -89,18 +90,21 @@ def text_windows(
     return windows
 
 
-def chat_windows(row_id: int, messages: list[Message] | None, chat: ChatTokenizer) -> list[Window]:
-    """The window of a conversation, of which `chat` takes the final token; none if it cannot be rendered."""
+def chat_windows(
+    row_id: int, messages: list[Message] | None, chat: ChatTokenizer, refused: dict[int, str] | None = None
+) -> list[Window]:
+    """The window of a conversation, of which `chat` takes the final token; none if it cannot be encoded, and why in `refused`."""
     if messages is None:
         return []
     try:
         (tokens,) = chat.encode([messages])
-    except UserError:
-        # The template refuses the order of the roles.
+    except ConversationError as error:
+        if refused is not None:
+            refused[row_id] = error.reason
         return []
     last = np.array([len(tokens.ids) - 1])
-    cut = tokens.num_truncated
-    return [Window(row_id, cut, np.array(tokens.ids, np.int64), {"chat": last}, cut > 0)]
+    cut, spelled = tokens.num_truncated, chat.spelled_in(message["content"] for message in messages)
+    return [Window(row_id, cut, np.array(tokens.ids, np.int64), {"chat": last}, cut > 0, _NONE, spelled)]
 
 
 def window_batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]]:

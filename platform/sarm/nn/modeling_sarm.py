@@ -2,26 +2,40 @@
 
 Importing this module teaches `AutoModelForSequenceClassification` the model type `sarm`. It uses only torch and transformers,
 and imports its neighbours relatively, so that a saved model can carry copies for readers who do not have this package.
-N rewarded tokens, K active latents, S d_sae.
+B rows, L columns, N rewarded tokens, K active latents, S d_sae.
 """
 
+import shutil
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .architectures import build_sae
 from .backbone import residual_stream, without_final_norm
 from .losses import reconstruction_loss
 from .sae import Codes, Sae, standardise
 
+CODE_FILES = ("modeling_sarm.py", "backbone.py", "architectures.py", "sae.py", "losses.py", "protocol.py")
+ON_CUT_OFF = ("close", "refuse", "penalise")
+# A penalised answer gets what one in a few hundred gets, unless the config says what.
+_PENALTY_STDS = 3.0
+logger = logging.get_logger(__name__)
+
 
 class SarmConfig(PretrainedConfig):
-    """`head` is "sae" (SARM) or "scalar" (a linear head on the same standardised activation)."""
+    """`head` is "sae" (SARM) or "scalar" (a linear head on the same standardised activation).
+
+    `answer_place` says where the template opens answers (`ChatTokenizer.answer_place`): `opening`, the ids that every answer follows; `turns`,
+    control tokens that no answer holds; `first`, the id that conversations begin with. `on_cut_off` is what `forward` does with an answer that
+    has no end of turn: "close" it and flag it, "refuse" it, or "penalise" it with the reward `cut_off_reward` (None: three standard
+    deviations below the mean). A config without `answer_place` is of protocol 1: the last end of turn is rewarded, whosever it is.
+    """
 
     model_type = "sarm"
 
@@ -38,8 +52,16 @@ class SarmConfig(PretrainedConfig):
         reward_std: float = 1.0,
         standardise: bool = True,
         provenance: dict[str, Any] | None = None,
+        protocol_version: int = 1,
+        answer_place: dict[str, Any] | None = None,
+        on_cut_off: str = "close",
+        cut_off_reward: float | None = None,
         **kwargs: Any,
     ):
+        if on_cut_off not in ON_CUT_OFF:
+            raise ValueError(f"on_cut_off must be one of {', '.join(ON_CUT_OFF)}, got {on_cut_off!r}.")
+        self.protocol_version, self.answer_place = protocol_version, answer_place
+        self.on_cut_off, self.cut_off_reward = on_cut_off, cut_off_reward
         self.backbone, self.layer, self.d_sae, self.k, self.head = backbone or {}, layer, d_sae, k, head
         # Off in one baseline of the papers alone.
         self.standardise = standardise
@@ -48,7 +70,7 @@ class SarmConfig(PretrainedConfig):
         self.end_of_turn_id, self.reward_mean, self.reward_std = end_of_turn_id, reward_mean, reward_std
         self.provenance = provenance or {}
         kwargs["num_labels"] = 1
-        # A pipeline for text classification gives the reward as it is, not its sigmoid.
+        # So that a text-classification pipeline gives the reward itself, under its name, and no sigmoid of it.
         kwargs |= {"problem_type": "regression", "id2label": {0: "reward"}, "label2id": {"reward": 0}}
         super().__init__(**kwargs)
 
@@ -57,13 +79,28 @@ class SarmConfig(PretrainedConfig):
 class SarmOutput(ModelOutput):
     """`logits` [N, 1] raw rewards; with TopK or thresholds, `latent_values` and `latent_indices` [N, K] whose weighted sum they are.
 
-    `reconstruction_loss` [N] is there where it was asked for.
+    `loss` (squared error against labels) and `reconstruction_loss` [N] are there where they were asked for. Where `forward` looked for the
+    rewarded token itself, `cut_off` [B] says which answers had no end of turn, and `unopened` [B] in which rows the template
+    opens no answer at all: plain strings, prompts, texts in another template.
     """
 
+    loss: Tensor | None = None
     logits: Tensor | None = None
     latent_values: Tensor | None = None
     latent_indices: Tensor | None = None
     reconstruction_loss: Tensor | None = None
+    cut_off: Tensor | None = None
+    unopened: Tensor | None = None
+
+
+class Places(NamedTuple):
+    """Rows with their rewarded columns: ids and mask [B, L] or, if answers were closed, [B, L + 1]."""
+
+    input_ids: Tensor
+    mask: Tensor
+    columns: Tensor
+    cut_off: Tensor
+    unopened: Tensor
 
 
 class SparseLinear(nn.Module):
@@ -108,7 +145,7 @@ class SarmForSequenceClassification(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
@@ -116,41 +153,145 @@ class SarmForSequenceClassification(PreTrainedModel):
         rewarded_columns: Tensor | None = None,
         reconstruct: bool = False,
         recon_detached: bool = True,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        on_cut_off: str | None = None,
         return_dict: bool | None = None,
         **_: Any,
-    ) -> SarmOutput:
-        """Rewards of one sequence a row, padded on either side; or of several answers a row, given segments and rewarded places."""
+    ) -> SarmOutput | tuple[Any, ...]:
+        """Rewards of one sequence a row, padded on either side; or of several answers a row, given segments and rewarded places.
+
+        `labels` [B] are rewards to regress on. Raises ValueError without `input_ids`, since the rewarded token is found by its id, and for an
+        answer without an end of turn if `on_cut_off` (the config's, unless given) is "refuse".
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("a SARM finds the rewarded token by its id: pass input_ids, not inputs_embeds.")
+        places = None
         if segment_ids is None:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-            segment_ids = mask - 1
-            position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+            places = self.answer_places(input_ids, attention_mask, on_cut_off)
+            input_ids, segment_ids = places.input_ids, places.mask - 1
+            position_ids = (places.mask.cumsum(-1) - 1).clamp_min(0)
             rewarded_rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-            rewarded_columns = self.rewarded_columns(input_ids, mask)
+            rewarded_columns = places.columns
         assert position_ids is not None
         hidden = residual_stream(self.model, input_ids, position_ids, segment_ids)
         h_ND = hidden[rewarded_rows, rewarded_columns]
         with torch.autocast(h_ND.device.type, enabled=False):
-            x_ND = standardise(h_ND) if self.config.standardise else h_ND.float()
-            if self.config.head == "scalar":
-                return SarmOutput(logits=self.score(x_ND))
-            codes = self.sae(x_ND)
-            output = SarmOutput(logits=self.score(codes))
-            if self.config.sae["architecture"] != "dense":
-                output.latent_values, output.latent_indices = codes.values, codes.indices
-            if reconstruct:
-                # Detached, it trains the SAE alone: a pass of its own, since the reward's gradient goes on to the blocks.
-                seen_ND, seen = (x_ND.detach(), self.sae(x_ND.detach())) if recon_detached else (x_ND, codes)
-                output.reconstruction_loss = reconstruction_loss(self.sae(seen), seen_ND)
-            return output
+            output = self._read(h_ND, reconstruct, recon_detached)
+        if places is not None and self.config.answer_place:
+            output.cut_off, output.unopened = places.cut_off, places.unopened
+            if (on_cut_off or self.config.on_cut_off) == "penalise" and output.logits is not None:
+                lowest = self.config.reward_mean - _PENALTY_STDS * self.config.reward_std
+                fixed = lowest if self.config.cut_off_reward is None else self.config.cut_off_reward
+                output.logits = output.logits.masked_fill(places.cut_off[:, None], fixed)
+        if labels is not None and output.logits is not None:
+            output.loss = F.mse_loss(output.logits.squeeze(-1), labels.reshape(-1).float())
+        return output if return_dict is not False else output.to_tuple()
+
+    def _read(self, h_ND: Tensor, reconstruct: bool, recon_detached: bool) -> SarmOutput:
+        x_ND = standardise(h_ND) if self.config.standardise else h_ND.float()
+        if self.config.head == "scalar":
+            return SarmOutput(logits=self.score(x_ND))
+        codes = self.sae(x_ND)
+        output = SarmOutput(logits=self.score(codes))
+        if self.config.sae["architecture"] != "dense":
+            output.latent_values, output.latent_indices = codes.values, codes.indices
+        if reconstruct:
+            # Detached, it trains the SAE alone: a pass of its own, since the reward's gradient goes on to the blocks.
+            seen_ND, seen = (x_ND.detach(), self.sae(x_ND.detach())) if recon_detached else (x_ND, codes)
+            output.reconstruction_loss = reconstruction_loss(self.sae(seen), seen_ND)
+        return output
+
+    def answer_places(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, on_cut_off: str | None = None
+    ) -> Places:
+        """Where each row's answer is rewarded: the first end of turn behind the last place where the template opens an answer.
+
+        An answer that was cut off before it is closed with one, so that no row is rewarded at its prompt. Without a mask, what stands before
+        the beginning of a conversation is taken for padding. Raises ValueError as `forward` does.
+        """
+        place, end_id = self.config.answer_place, self.config.end_of_turn_id
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        if not place:
+            if end_id is not None:
+                logger.warning_once("This SARM was exported under protocol 1: an answer that was cut off gets its prompt's reward. Export it again to mend that.")  # fmt: skip
+            none = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            return Places(input_ids, mask, self.rewarded_columns(input_ids, mask), none, none)
+        order = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if attention_mask is None:
+            mask = self._without_padding(input_ids, order)
+        shown = mask.bool()
+        ends = shown & (input_ids == end_id)
+        opened = _occurrences(input_ids.masked_fill(~shown, -1), place["opening"])
+        has_opening = opened.any(-1)
+        last_opening = (opened * (order + 1)).amax(-1) - 1
+        if place["opening"]:
+            behind = ends & (order > last_opening[:, None])
+            # Its beginning was cut off to fit: then nothing but the answer is left, and no turn begins in it.
+            turns = torch.tensor(place["turns"], device=input_ids.device, dtype=input_ids.dtype)
+            is_tail = ~has_opening & ends.any(-1) & ~(shown & torch.isin(input_ids, turns)).any(-1)
+            columns = behind.int().argmax(-1)
+            cut_off = ~(behind.any(-1) & (has_opening | is_tail))
+            unopened = ~(has_opening | is_tail)
+        else:
+            # The template marks no place: then an answer is cut off if text follows the last end of turn.
+            columns = (ends * (order + 1)).argmax(-1)
+            cut_off = (shown & (order > columns[:, None])).sum(-1) > place["trailing"]
+            cut_off, unopened = cut_off | ~ends.any(-1), torch.zeros_like(has_opening)
+        if unopened.any():
+            logger.warning_once("The template opens no answer in some rows: they are plain strings, prompts or texts in another template, and their rewards mean little. Render messages with the tokenizer of this model.")  # fmt: skip
+        if cut_off.any():
+            if (on_cut_off or self.config.on_cut_off) == "refuse":
+                raise ValueError(f"rows {cut_off.nonzero().flatten().tolist()} have no end of turn behind the answer's opening: the answer was cut off. Close it, or pass on_cut_off='close'.")  # fmt: skip
+            last = (shown * (order + 1)).argmax(-1)
+            rows = cut_off.nonzero().flatten()
+            columns = torch.where(cut_off, last + 1, columns)
+            input_ids, mask = F.pad(input_ids, (0, 1), value=end_id), F.pad(mask, (0, 1))
+            input_ids[rows, columns[rows]], mask[rows, columns[rows]] = end_id, 1
+        return Places(input_ids, mask, columns, cut_off, unopened)
+
+    def _without_padding(self, input_ids: Tensor, order: Tensor) -> Tensor:
+        """A mask for rows that came without: hides one repeated token before the beginning of a conversation, and the pad token behind it."""
+        run = (input_ids == input_ids[:, :1]).long().cumprod(-1).sum(-1)
+        begins = input_ids == self.config.answer_place["first"]
+        behind_run = begins.gather(1, run.clamp_max(input_ids.shape[1] - 1)[:, None]).squeeze(1)
+        hidden = torch.where(begins[:, 0], run - 1, torch.where(behind_run, run, torch.zeros_like(run)))
+        mask = order >= hidden[:, None]
+        pad = getattr(self.config, "pad_token_id", None)
+        if pad is not None and pad != self.config.end_of_turn_id:
+            mask &= ~(input_ids == pad).long().flip(-1).cumprod(-1).flip(-1).bool()
+        return mask.long()
 
     def rewarded_columns(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """The last end-of-turn token that the mask shows, else the last token it shows: padding may be the same token."""
+        """Protocol 1: the last end-of-turn token that the mask shows, else the last token it shows: padding may be the same token."""
         shown = mask.bool()
         if self.config.end_of_turn_id is not None:
             ends = shown & (input_ids == self.config.end_of_turn_id)
             shown = torch.where(ends.any(-1, keepdim=True), ends, shown)
         order = torch.arange(input_ids.shape[1], device=input_ids.device)
         return (shown * (order + 1)).argmax(-1)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """As every model's, with the code that reads it beside it, so that the folder loads where this package is not installed."""
+        self.config.auto_map = {
+            "AutoConfig": "modeling_sarm.SarmConfig",
+            "AutoModelForSequenceClassification": "modeling_sarm.SarmForSequenceClassification",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+        own, target = Path(__file__).parent, Path(save_directory)
+        for name in CODE_FILES:
+            if (own / name).resolve() != (target / name).resolve():
+                shutil.copyfile(own / name, target / name)
+
+
+def _occurrences(input_ids: Tensor, part: list[int]) -> Tensor:
+    """Whether the tokens `part` end at each place [B, L]."""
+    length = len(part)
+    if not 0 < length <= input_ids.shape[1]:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    wanted = torch.tensor(part, device=input_ids.device, dtype=input_ids.dtype)
+    found = (input_ids.unfold(1, length, 1) == wanted).all(-1)
+    return F.pad(found, (length - 1, 0))
 
 
 def _empty_backbone(config: SarmConfig) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from sarm.data.model_files import check_model_files
 from sarm.evaluate.settings import Benchmarking
 from sarm.folder_schemas import SARM
 from sarm.manifest import MANIFEST, read_manifest, sha256_of, verify_files
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.untrusted import read_json
 
 DEFAULT_LENGTH = 2048
@@ -124,8 +125,11 @@ def load_function(place: str) -> Callable[..., Any]:
 
 
 def score_key(spec: ModelSpec) -> str:
-    """What a cached score depends on besides the texts: model, template, protocol, length and dtype."""
-    parts = (spec.identity, spec.template, spec.protocol, str(spec.max_length), spec.dtype, str(spec.system_prompt))
+    """What a cached score depends on besides the texts: model, template, protocol and its version, length and dtype."""
+    parts = (
+        *(spec.identity, spec.template, spec.protocol, str(spec.max_length), spec.dtype, str(spec.system_prompt)),
+        f"version {PROTOCOL_VERSION}",
+    )
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:32]
 
 

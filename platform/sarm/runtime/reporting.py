@@ -143,6 +143,7 @@ def _headline(manifests: dict[str, Manifest], metrics: dict[str, Any]) -> dict[s
         "alive_at_reward": sae.get("alive_at_reward"),
         "dead_share": sae.get("dead_share"),
         "completeness": metrics["completeness"],
+        "protocol_version": metrics.get("protocol_version", 1),
         "peak_rss_gb": max(manifest.counts.get("peak_rss_gb", 0.0) for manifest in manifests.values()),
     }
     seconds = {name: manifest.counts.get("seconds") for name, manifest in manifests.items()}
@@ -161,6 +162,8 @@ def _facts(manifests: dict[str, Manifest], metrics: dict[str, Any]) -> dict[str,
         "held-out pairs": metrics["sarm"].get("num_pairs"),
         "held-out prompts": metrics["sarm"].get("num_prompts"),
         "split": f"prompts whose hash falls in the first {pairs.config['heldout_share']:.0%}",
+        # An evaluation that says none is older than the second.
+        "protocol version": metrics.get("protocol_version", 1),
         "ZeRO stage": sarm.config["zero_stage"],
         "code": sarm.git_commit[:12],
     }

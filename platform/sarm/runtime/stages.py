@@ -25,6 +25,8 @@ from sarm.runtime.training.sae_stages import SaeStage, finish_training, train_sa
 if TYPE_CHECKING:
     from sarm.runtime.training.variants import Variant
 
+_SPELLED = "contents_with_control_tokens"
+
 
 def check_sources(data: Data) -> None:
     """Raise UserError unless every source can be opened."""
@@ -49,12 +51,14 @@ def prepare(session: Session, data: Data) -> None:
         session.stage(
             "prepare corpus",
             corpus,
-            lambda _: plan.with_figures(prepare_corpus(data, corpus.folder), "rows", "duplicates"),
+            lambda _: plan.with_figures(prepare_corpus(data, corpus.folder), "rows", "duplicates", _SPELLED),
         )
     session.stage(
         "prepare pairs",
         pairs,
-        lambda _: plan.with_figures(prepare_pairs(data, pairs.folder), "rows", "prompts", "near_duplicate_prompts"),
+        lambda _: plan.with_figures(
+            prepare_pairs(data, pairs.folder), "rows", "prompts", "near_duplicate_prompts", _SPELLED
+        ),
     )
 
 

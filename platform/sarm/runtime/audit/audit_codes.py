@@ -46,7 +46,7 @@ class ResponseCodes:
         rows, out = [], {}
         columns: dict[Hashable, Sequence[int]] = {}
         prompt_of = dict(zip(batch["pair_id"].to_pylist(), batch["prompt"].to_pylist(), strict=True))
-        for group in prompt_groups(batch, self._chat, offsets=True):
+        for group in prompt_groups(batch, self._chat, offsets=True, refused={}):
             spelt = {place: prompt_of[pair.pair_id] for pair in group.pairs for place in (pair.chosen, pair.rejected)}
             for place, (text, tokens) in enumerate(zip(group.responses, group.tokens, strict=True)):
                 key = (group.prompt_id, place)

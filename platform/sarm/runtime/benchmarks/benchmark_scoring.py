@@ -105,6 +105,12 @@ def items_table(items: Iterable[dict[str, Any]], scores: Scores) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema.ITEMS)
 
 
+def reasons_of(items: Iterable[dict[str, Any]], scores: Scores) -> dict[tuple[str, str], str]:
+    """Why rows have a completion that could not be encoded, by benchmark and `subset/row`."""
+    found = ((item, scores.by_id[item["completion_id"]].get("reason")) for item in items)
+    return {(item["benchmark"], f"{item['subset']}/{item['row_id']}"): reason for item, reason in found if reason}
+
+
 def _items_of(row: BenchmarkRow, variant: str, texts: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
     items = []
     for place, text in enumerate(row.completions):
@@ -143,5 +149,5 @@ def _cached(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _by_id(table: pa.Table) -> dict[str, dict[str, Any]]:
-    columns = ["completion_id", "score", "num_tokens", "was_truncated"]
+    columns = ["completion_id", "score", "num_tokens", "was_truncated", "reason"]
     return {row["completion_id"]: row for row in table.select(columns).to_pylist()}

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 from sarm import schema
 from sarm.config import as_json, identity
 from sarm.data.benchmark_sources import Loaded, load_benchmark, parse_source
+from sarm.data.templated_text import control_spelled_in, template_spelled_in
 from sarm.evaluate.settings import Benchmarking
 from sarm.evaluate.suite import measure, metrics
 from sarm.manifest import StageFolder, write_atomically
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.runtime.benchmarks.benchmark_report import build_page
-from sarm.runtime.benchmarks.benchmark_scoring import Scores, all_cached, items_table, make_items, score_all
+from sarm.runtime.benchmarks.benchmark_scoring import Scores, all_cached, items_table, make_items, reasons_of, score_all
 from sarm.runtime.benchmarks.overlap import TrainingPrompts, overlap, training_prompts
 from sarm.runtime.job import say
 from sarm.runtime.models import ModelSpec, check_tokenizer, find_model
@@ -56,7 +58,12 @@ def run_benchmarks(settings: Benchmarking) -> Path:
         found = measure(table, settings.run.seed)
         for name, own in overlap(trained_on, benchmarks, table, settings.run.seed).items():
             found["benchmarks"][name]["near_duplicates"] = own
-        content = _content(settings, spec, benchmarks, found, scores)
+        content = _content(settings, spec, benchmarks, found, scores, reasons_of(items, scores))
+        content["contents"] = _contents(texts)
+        if num := content["contents"]["contents_with_control_tokens"]:
+            content["notes"].append(f"{num:,} contents spell control tokens, which {'count as such, as in the official code' if spec.protocol == 'official' else 'are scored as text'}.")  # fmt: skip
+        if num := content["contents"]["contents_already_templated"]:
+            content["notes"].append(f"{num:,} contents spell the turns of a chat template: they may have been templated before.")  # fmt: skip
         content["seconds"] = round(time.monotonic() - started, 2)
         write_atomically(folder.folder / "report.json", json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False))  # fmt: skip
         write_page(build_page(content), folder.folder)
@@ -65,7 +72,7 @@ def run_benchmarks(settings: Benchmarking) -> Path:
             own_run.log_artifact(folder.folder / name)
         counts = {
             key: content["scoring"][key] for key in ("num_cached", "num_scored", "forward_tokens", "forward_seconds")
-        }
+        } | content["contents"]
         folder.finish({**counts, "seconds": content["seconds"]})
     _say_figures(content)
     say(f"report: {folder.folder / 'report.html'}")
@@ -83,13 +90,22 @@ def _identity(
         "template": spec.template,
         "max_length": spec.max_length,
         "training_prompts": "unknown" if trained_on is None else trained_on.digest,
+        "protocol_version": PROTOCOL_VERSION,
         "benchmarks": {one.source.name: one.digest for one in benchmarks},
     }
 
 
 def _content(
-    settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Loaded], found: dict[str, Any], scores: Scores
+    settings: Benchmarking,
+    spec: ModelSpec,
+    benchmarks: Sequence[Loaded],
+    found: dict[str, Any],
+    scores: Scores,
+    reasons: Mapping[tuple[str, str], str],
 ) -> dict[str, Any]:
+    for name, own in found["benchmarks"].items():
+        for row in own["unscored"]:
+            row["reason"] = reasons.get((name, row["where"]), row["reason"])
     for one in benchmarks:
         own = found["benchmarks"][one.source.name]
         own["source"], own["digest"], own["num_read"] = one.source.place, one.digest, one.num_read
@@ -101,6 +117,7 @@ def _content(
         "facts": {
             "model": settings.model,
             "protocol": spec.protocol,
+            "protocol version": PROTOCOL_VERSION,
             "max length": spec.max_length,
             "dtype": spec.dtype,
             "template": spec.template or "none",
@@ -140,6 +157,16 @@ def _near_duplicates(name: str, near: dict[str, Any]) -> str:
         return said
     parts = [f"{figure} {share(row['value'])} ({span(row['ci95'])})" for figure, row in near["without"].items()]
     return f"{said} Without them: {', '.join(parts) or 'no row is left'}."
+
+
+def _contents(texts: Mapping[str, tuple[str, str]]) -> dict[str, int]:
+    """Distinct contents that spell control tokens, or turns, of some template in use."""
+    contents = {text for _, text in texts.values()}
+    contents |= {content for prompt in {prompt for prompt, _ in texts.values()} for _, content in json.loads(prompt)}
+    return {
+        "contents_with_control_tokens": sum(map(control_spelled_in, contents)),
+        "contents_already_templated": sum(template_spelled_in(content) is not None for content in contents),
+    }
 
 
 def _say_figures(content: dict[str, Any]) -> None:

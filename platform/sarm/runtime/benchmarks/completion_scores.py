@@ -56,6 +56,7 @@ class CompletionScores:
                 "score": one.score,
                 "num_tokens": one.num_tokens,
                 "was_truncated": one.truncated,
+                "reason": one.reason,
                 **cost,
                 "reject": None,
                 "truncated": one.truncated,

@@ -17,7 +17,7 @@ from sarm.data.activations import ActivationStore
 from sarm.data.artifacts import load_sae
 from sarm.data.blocks import plan_blocks
 from sarm.data.models import model_folder
-from sarm.data.parts import part_files
+from sarm.data.parts import part_files, read_counts
 from sarm.data.prepare import NEAR_DUPLICATES
 from sarm.data.sarm_artifacts import load_sarm
 from sarm.evaluate import pairs as measures
@@ -26,6 +26,7 @@ from sarm.folder_schemas import SARM
 from sarm.interpret.attribution import check_completeness, feature_table
 from sarm.interpret.contexts import strongest_texts
 from sarm.manifest import read_manifest
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.nn.sae import standardise
 from sarm.runtime.benchmarks.pair_scores import PairScores
 from sarm.runtime.extraction.block_actor import Output
@@ -43,6 +44,7 @@ def evaluate(
 ) -> Mapping[str, Any]:
     """Write scores, `metrics.json`, features and contexts into `folder`; returns the stage's counts."""
     scores = {"sarm": score_heldout(session, extraction, "sarm", folder)}
+    contents = _contents(folder / "sarm_scores")
     for name in BASELINES:
         if (session.folders.out / name).exists():
             scores[name] = score_heldout(session, extraction, name, folder)
@@ -65,6 +67,8 @@ def evaluate(
         "alive_share": quality.counts.alive_share(),
         "l0": quality.counts.l0(),
     }
+    metrics["protocol_version"] = PROTOCOL_VERSION
+    metrics["contents"] = contents
     metrics["completeness"] = check_completeness(scores["sarm"], weight)
     features = feature_table(scores["sarm"], weight)
     contexts = strongest_texts(_answers(session, scores["sarm"]), evaluation.contexts_per_feature)
@@ -88,8 +92,10 @@ def evaluate(
         "fvu_heldout": quality.fvu,
         "num_features": features.num_rows,
         "completeness": metrics["completeness"],
+        "contents_with_control_tokens": contents["contents_with_control_tokens"],
+        "rejected": sum(contents["rejected"].values()),
     }
-    return {"figures": figures, "rows": scores["sarm"].num_rows}
+    return {"figures": figures, "rows": scores["sarm"].num_rows, **contents}
 
 
 def without_near_duplicates(scores: Mapping[str, pa.Table], pairs: Path) -> dict[str, Any] | None:
@@ -168,6 +174,13 @@ def score_heldout(session: Session, extraction: Extraction, name: str, folder: P
     )
     run_over(work, session.run, session.cluster)
     return ds.dataset([str(path) for path in part_files(target)]).to_table().replace_schema_metadata(None)
+
+
+def _contents(scores: Path) -> dict[str, Any]:
+    """What of the held-out pairs could not be encoded, by reason, and how many contents spell control tokens or turns."""
+    counts = read_counts(scores)
+    names = ("contents_with_control_tokens", "contents_already_templated")
+    return {"rejected": counts["rejected"], **{name: counts.get(name, 0) for name in names}}
 
 
 def _heldout(table: pa.Table) -> pa.Table:

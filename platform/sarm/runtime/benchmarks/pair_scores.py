@@ -1,6 +1,7 @@
 """What actors compute to score pairs with a reward model: pairs/v1 in, rewards out."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ class PairScores:
         self._chat, self._max_length = load_chat_tokenizer(model, folder), model.max_length
         self._model = load_sarm(reward_model, getattr(torch, model.dtype)).to(self._device)  # type: ignore[arg-type]
 
-    def prepare(self, table: pa.Table) -> list[PromptGroup]:
-        """The prompts with their responses, tokenised."""
-        return list(prompt_groups(table, self._chat))
+    def prepare(self, table: pa.Table) -> tuple[list[PromptGroup], dict[str, str]]:
+        """The prompts with their responses, tokenised; and pairs that cannot be, with the reason."""
+        refused: dict[str, str] = {}
+        return list(prompt_groups(table, self._chat, refused=refused)), refused
 
-    def compute(self, prepared: list[PromptGroup], beat: Beat) -> tuple[Tables, Cost]:
+    def compute(self, prepared: tuple[list[PromptGroup], dict[str, str]], beat: Beat) -> tuple[Tables, Cost]:
         """One row of PAIR_SCORES a pair."""
-        rows = [row for group in prepared for row in group.rows(self._max_length)]
+        groups, refused = prepared
+        rows = [row for group in groups for row in group.rows(self._max_length)]
         scored: dict[Any, dict[str, Any]] = {}
         cost = Cost()
+        cost.note(group.spelled for group in groups)
         for members in row_batches(rows, self._extraction.batch_tokens):
             tokens = collate(members, self._chat.pad_id)
             started = time.perf_counter()
@@ -47,7 +51,7 @@ class PairScores:
             cost.forward_seconds += time.perf_counter() - started
             beat()
         out = []
-        for group in prepared:
+        for group in groups:
             for pair in group.pairs:
                 record: dict[str, Any] = {
                     "pair_id": pair.pair_id,
@@ -60,14 +64,20 @@ class PairScores:
                     record |= {f"{side}_{name}": value for name, value in values.items()}
                     record["truncated"] |= group.tokens[place].num_truncated > 0
                 out.append(record)
+        out += _rejects(refused)
         return {"scores": pa.Table.from_pylist(out, schema=with_sink_columns(schema.PAIR_SCORES))}, cost
 
     def rejected(self, table: pa.Table, reason: str) -> Tables:
         """What is left of pairs that cannot be scored."""
-        blank = dict.fromkeys(("prompt_id",), "") | dict.fromkeys(("chosen_reward", "rejected_reward"), 0.0)
-        blank |= dict.fromkeys(("chosen_tokens", "rejected_tokens"), 0) | {"truncated": False, "reject": reason}
-        rows = [{"pair_id": pair_id, **blank} for pair_id in table.column("pair_id").to_pylist()]
+        rows = _rejects(dict.fromkeys(table.column("pair_id").to_pylist(), reason))
         return {"scores": pa.Table.from_pylist(rows, schema=with_sink_columns(schema.PAIR_SCORES))}
+
+
+def _rejects(refused: Mapping[str, str]) -> list[dict[str, Any]]:
+    blank: dict[str, Any] = {"prompt_id": "", "truncated": False}
+    blank |= dict.fromkeys(("chosen_reward", "rejected_reward"), 0.0)
+    blank |= dict.fromkeys(("chosen_tokens", "rejected_tokens"), 0)
+    return [{"pair_id": pair_id, **blank, "reject": reason} for pair_id, reason in refused.items()]
 
 
 def _active(output: Any, i: int) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Reward models behind one call: requests (a prompt and its completions) in, scores out.
 
-exact      one BOS, left truncation that keeps the final token, float32 head; a SARM reads a shared prompt once
+exact      contents encoded as text, one BOS, left truncation that keeps the final token, float32 head; a SARM reads a shared prompt once
 official   the template's text tokenised again with special tokens (often two BOS, the first masked), truncated on the
            tokenizer's own side, as the benchmarks' code does: a right truncation cuts off the token that carries the reward
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +14,8 @@ import torch
 
 from sarm.config import UserError
 from sarm.data.chat import ChatTokenizer
+from sarm.data.control_tokens import ControlTokens
+from sarm.data.conversations import ConversationError, check_messages
 from sarm.data.packing import Row, TokenBatch, answer_rows, text_row, token_batches
 from sarm.data.sarm_artifacts import load_sarm
 from sarm.runtime.models import ModelSpec, load_function, sarm_tokenizer
@@ -29,11 +32,15 @@ class Request(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A completion's score, its tokens (None where the model has none) and whether tokens were cut off."""
+    """A completion's score, its tokens (None where the model has none) and whether tokens were cut off.
+
+    The score is NaN where the conversation cannot be encoded, and `reason` says why.
+    """
 
     score: float
     num_tokens: int | None
     truncated: bool
+    reason: str | None = None
 
 
 class Scorer(Protocol):
@@ -46,6 +53,7 @@ class _Sequence(NamedTuple):
     ids: list[int]
     masked: int
     truncated: bool
+    reason: str | None = None
 
 
 class TorchScorer:
@@ -66,6 +74,7 @@ class TorchScorer:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
             self._tokenizer = AutoTokenizer.from_pretrained(spec.place, trust_remote_code=False)
+            self._control = ControlTokens(self._tokenizer)
             model = AutoModelForSequenceClassification.from_pretrained(
                 spec.place, dtype=dtype, trust_remote_code=False, use_safetensors=True
             )
@@ -83,7 +92,10 @@ class TorchScorer:
             found.update(zip(batch.keys, logits.float().reshape(-1).cpu().tolist(), strict=True))
             num_tokens += int((batch.segment_ids >= 0).sum())
         scored = [
-            [Scored(found[r, i], len(one.ids) - one.masked, one.truncated) for i, one in enumerate(own)]
+            [
+                Scored(found.get((r, i), math.nan), len(one.ids) - one.masked, one.truncated, one.reason)
+                for i, one in enumerate(own)
+            ]
             for r, own in enumerate(sequences)
         ]
         return scored, num_tokens
@@ -91,12 +103,13 @@ class TorchScorer:
     def _batches(self, requests: Sequence[Request], sequences: list[list[_Sequence]]) -> list[TokenBatch]:
         together: list[Row] = []
         alone: list[Row] = []
-        for r, (request, own) in enumerate(zip(requests, sequences, strict=True)):
+        for r, (request, encoded) in enumerate(zip(requests, sequences, strict=True)):
+            own = {i: one for i, one in enumerate(encoded) if one.reason is None}
             if self._shares_prompts and not request.alone:
-                answers = [((r, i), one.ids) for i, one in enumerate(own)]
+                answers = [((r, i), one.ids) for i, one in own.items()]
                 together += answer_rows(answers, max(self._spec.max_length, self._batch_tokens // 2))
             else:
-                for i, one in enumerate(own):
+                for i, one in own.items():
                     (alone if request.alone else together).append(_single((r, i), one.ids))
         batches = token_batches(together, self._batch_tokens, self._pad_id(together), join=self._shares_prompts)
         return batches + [batch for row in alone for batch in token_batches([row], 1, self._pad_id([row]))]
@@ -123,18 +136,30 @@ class TorchScorer:
         return int(known)
 
     def _encode(self, request: Request) -> list[_Sequence]:
-        if self._spec.protocol == "official":
-            return [self._official(request.prompt, text) for text in request.completions]
-        if self._chat is not None:
-            return [
-                _Sequence(t.ids, 0, t.num_truncated > 0)
-                for t in self._chat.encode_responses(request.prompt, request.completions)
-            ]
-        return [self._exact(request.prompt, text) for text in request.completions]
+        if self._chat is not None and self._spec.protocol == "exact":
+            try:
+                found = self._chat.encode_responses(request.prompt, request.completions)
+                return [_Sequence(tokens.ids, 0, tokens.num_truncated > 0) for tokens in found]
+            except ConversationError:
+                pass  # one of them: each by itself
+        return [self._encode_one(request.prompt, text) for text in request.completions]
+
+    def _encode_one(self, prompt: list[Message], completion: str) -> _Sequence:
+        try:
+            if self._spec.protocol == "official":
+                return self._official(prompt, completion)
+            if self._chat is not None:
+                (tokens,) = self._chat.encode_responses(prompt, [completion])
+                return _Sequence(tokens.ids, 0, tokens.num_truncated > 0)
+            return self._exact(prompt, completion)
+        except ConversationError as error:
+            return _Sequence([], 0, False, error.reason)
 
     def _exact(self, prompt: list[Message], completion: str) -> _Sequence:
-        text = self._render(prompt, completion)
-        ids, bos = self._tokenizer(text, add_special_tokens=False).input_ids, self._tokenizer.bos_token_id
+        conversation = [*prompt, {"role": "assistant", "content": completion}]
+        check_messages(conversation)
+        rendered = self._control.render(conversation, self._apply, self._tokenizer.chat_template)
+        ids, bos = self._control.encode([rendered])[0].ids, self._tokenizer.bos_token_id
         adds_bos = bos is not None and self._tokenizer("a").input_ids[0] == bos
         ids = ids[next((i for i, token in enumerate(ids) if token != bos), 0) :] if adds_bos else ids
         room = self._spec.max_length - adds_bos
@@ -152,7 +177,14 @@ class TorchScorer:
         conversation = [*prompt, {"role": "assistant", "content": completion}]
         if self._chat is not None:
             return self._chat.render(conversation)
-        return self._tokenizer.apply_chat_template(conversation, tokenize=False)
+        check_messages(conversation)
+        return self._apply(conversation)
+
+    def _apply(self, turns: Sequence[Message]) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(list(turns), tokenize=False)
+        except Exception as error:  # a template raises whatever its author chose
+            raise ConversationError(f"the chat template refuses {[turn['role'] for turn in turns]}: {error}") from error
 
 
 class CallableScorer:

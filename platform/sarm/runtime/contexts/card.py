@@ -7,12 +7,14 @@ import numpy as np
 import torch
 
 from sarm.config import Contexts, UserError
-from sarm.data.chat import ChatTokenizer, Message
+from sarm.data.chat import ChatTokenizer
+from sarm.data.conversations import ConversationError, Message, check_messages
 from sarm.data.sarm_artifacts import load_sarm
 from sarm.interpret.card_settings import RewardCard
 from sarm.interpret.context_store import load_contexts
 from sarm.interpret.feature_data import feature_names
 from sarm.interpret.reward_card import Prefixes, card, print_card, write_card
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.nn.sae import Codes, dense
 from sarm.results_root import absolute_out
 from sarm.runtime.contexts.context_actors import reader_of
@@ -28,14 +30,25 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     folder = settings.model.expanduser().absolute()
     reader = reader_of(folder, Contexts(), "float32")
     messages = _conversation(settings)
+    chat = reader.chat()
     contexts = _beside(folder, settings.contexts, "contexts")
     store = load_contexts(contexts, hash_of_folder(folder)) if contexts else None
     model = load_sarm(folder)
-    prefixes = read_prefixes(model, reader.chat(), messages)
+    prefixes = read_prefixes(model, chat, messages)
     active = np.flatnonzero((prefixes.contribution != 0).any(0)).tolist()
     names = feature_names(store, active, _beside(folder, settings.explanations, "explanations"))
     weight_S = model.score.weight.detach().squeeze(0).numpy()
     content = card(prefixes, weight_S, names, settings.features, (model.config.reward_mean, model.config.reward_std))
+    spelled = chat.spelled_in(message["content"] for message in messages)
+    content |= {
+        "protocol_version": PROTOCOL_VERSION,
+        "contents_with_control_tokens": spelled.control_tokens,
+        "contents_already_templated": spelled.templated,
+    }
+    if spelled.control_tokens:
+        print(f"{spelled.control_tokens} contents spell control tokens, which are scored as text")
+    if spelled.templated:
+        print(f"{spelled.templated} contents spell the turns of a chat template: they may have been templated before")
     print_card(content)
     out = absolute_out(settings.out)
     write_card(content, messages[-2]["content"] if len(messages) > 1 else "", str(settings.model), out)
@@ -87,7 +100,11 @@ def _conversation(settings: RewardCard) -> list[Message]:
     path = settings.conversation
     try:
         messages = read_json(path, max_bytes=1 << 20)
-        found = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+        if messages:
+            check_messages(messages)
+        found = [{"role": m["role"], "content": m["content"]} for m in messages]
+    except ConversationError as error:
+        raise UserError(f"{path} is no conversation ({error.reason}): {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no conversation ({type(error).__name__}: {error}). Write a list of {{role, content}}.") from error  # fmt: skip
     if not found or found[-1]["role"] != "assistant":

@@ -135,7 +135,8 @@ class ContextUnits:
 
     def _of_pairs(self, table: pa.Table, rows: Sequence[int], file: int) -> tuple[list[dict[str, Any]], int]:
         row_of = dict(zip(table["pair_id"].to_pylist(), rows, strict=True))
-        groups = list(prompt_groups(table, self._latents.chat, offsets=True))
+        # What cannot be encoded has no contexts; extraction, training and evaluation count it.
+        groups = list(prompt_groups(table, self._latents.chat, offsets=True, refused={}))
         ends = {
             (group.prompt_id, place): sentence_columns(text, tokens.offsets)
             for group in groups

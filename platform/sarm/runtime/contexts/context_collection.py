@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 import ray.data
 
 from sarm.config import Contexts, Run, UserError
+from sarm.data.contents import count_spelled
 from sarm.data.sarm_artifacts import read_tensors
 from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE, PLACES
 from sarm.interpret.context_tables import choose, context_tables, strongest, summaries
 from sarm.interpret.context_texts import fetch, shown
 from sarm.interpret.tallies import Tally, Units
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.contexts.context_actors import DROPS, SLICES, ContextUnits, Reader, SentenceDrops
 from sarm.runtime.extraction.actor_progress import Source
@@ -91,8 +93,16 @@ def collect_contexts(
         "texts": len(found),
         "spans": sum(span != (-1, -1) for span in spans.values()),
     }
+    spelled = count_spelled(pairs if settings.split != "none" else [], settings.split, reader.chat())
     places = {place: int(tally.total.sum()) for place, tally in seen.items()}
-    return {**counts, "d_sae": len(weight_S), "places": places, "figures": counts}
+    return {
+        **counts,
+        **spelled,
+        "protocol_version": PROTOCOL_VERSION,
+        "d_sae": len(weight_S),
+        "places": places,
+        "figures": counts,
+    }
 
 
 def tally_units(batches: Iterator[pa.Table], settings: Contexts, num_latents: int) -> dict[str, Tally]:

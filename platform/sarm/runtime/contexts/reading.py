@@ -118,7 +118,8 @@ def write_pages(session: Session, pages: Pages) -> Manifest:
 
 
 def _table(folder: Path) -> pa.Table:
-    paths = sorted(folder.glob("*.parquet"))
+    # Rejected rows have a file of their own beside the parts.
+    paths = sorted(folder.glob("part-*.parquet"))
     if not paths:
         raise UserError(f"{folder} holds no Parquet files. Delete it and run its stage again.")
     return ds.dataset([str(path) for path in paths]).to_table().replace_schema_metadata(None)

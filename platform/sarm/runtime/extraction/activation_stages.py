@@ -17,6 +17,7 @@ from sarm.data.chat import ChatTokenizer
 from sarm.data.models import check_model, model_folder
 from sarm.folder_schemas import ACTIVATIONS, CORPUS, PAIRS
 from sarm.manifest import StageFolder
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.runtime import plan
 from sarm.runtime.job import say
 from sarm.runtime.session import Session
@@ -125,7 +126,11 @@ class _Extraction:
             if own["rejected"]:
                 rows = [{"reason": reason, "rows": rows} for reason, rows in own["rejected"].items()]
                 child.log_table(rows, "rejected.json")
-            figures = plan.with_figures(own, "rows", "truncated", "tokens_per_second", "padding_share")
+            if num := own.get("contents_with_control_tokens"):
+                say(f"{self._name}: {num:,} contents spell control tokens, which are encoded as text")
+            figures = plan.with_figures(
+                own, "rows", "truncated", "contents_with_control_tokens", "tokens_per_second", "padding_share"
+            )
             counts[key] = {**figures, "activations": about[target]}
         return counts
 
@@ -138,6 +143,7 @@ class _Extraction:
             "revision": self._model.revision,
             "tokenizer": self._chat.tokenizer_hash,
             "template": self._chat.template_hash,
+            "protocol_version": PROTOCOL_VERSION,
         }
 
     def _limit(self, files: Sequence[Path]) -> int | None:

@@ -4,7 +4,7 @@ Each has `prepare` (tokenising; may run beside another block's forward pass), `c
 `rejected` (rows for the sink that say why an input gave nothing).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from sarm import schema
 from sarm.config import Extraction, Model
 from sarm.data.activations import activation_table
-from sarm.data.chat import load_chat_tokenizer
+from sarm.data.chat import Spelled, load_chat_tokenizer
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.models import backbone_of
 from sarm.data.packing import Row, collate, row_batches
@@ -54,6 +54,14 @@ class Cost:
     tokens: int = 0
     padded_tokens: int = 0
     forward_seconds: float = 0.0
+    contents_with_control_tokens: int = 0
+    contents_already_templated: int = 0
+
+    def note(self, spelled: Iterable[Spelled]) -> None:
+        """Count contents that spell control tokens or turns."""
+        for one in spelled:
+            self.contents_with_control_tokens += one.control_tokens
+            self.contents_already_templated += one.templated
 
 
 Tables = dict[Any, pa.Table]
@@ -123,22 +131,24 @@ class _Backbone:
 class TextActivations(_Backbone):
     """A table of corpus/v1 in; for every target one row for each token that its unit takes."""
 
-    def prepare(self, table: pa.Table) -> tuple[list[int], list[Window]]:
-        """Row ids, and the windows of all texts."""
+    def prepare(self, table: pa.Table) -> tuple[list[int], list[Window], dict[int, str]]:
+        """Row ids, the windows of all texts, and why conversations have none."""
         units = sorted({target.unit for target in self._schemas})
         row_ids = table.column("row_id").to_pylist()
         texts = zip(row_ids, table.column("text").to_pylist(), strict=True)
         splitter, chat, length = self._extraction.sentence_ends, self._chat, self._max_length
         windows = [w for i, text in texts for w in text_windows(i, text, units, splitter, chat, length)]
+        refused: dict[int, str] = {}
         if "chat" in units:
             conversations = zip(row_ids, table.column("messages").to_pylist(), strict=True)
-            windows += [w for i, messages in conversations for w in chat_windows(i, messages, chat)]
-        return row_ids, windows
+            windows += [w for i, messages in conversations for w in chat_windows(i, messages, chat, refused)]
+        return row_ids, windows, refused
 
-    def compute(self, prepared: tuple[list[int], list[Window]], beat: Beat) -> tuple[Tables, Cost]:
+    def compute(self, prepared: tuple[list[int], list[Window], dict[int, str]], beat: Beat) -> tuple[Tables, Cost]:
         """The tables of all targets, texts in their order."""
-        row_ids, windows = prepared
+        row_ids, windows, refused = prepared
         cost, done, failed = Cost(), [], []
+        cost.note(window.spelled for window in windows)
 
         def forward(members: list[int]) -> list[tuple[Tensor, Tensor]]:
             batch = collate_windows(windows, members, self._chat.pad_id)
@@ -166,7 +176,8 @@ class TextActivations(_Backbone):
                 rows = [{"row_id": w.row_id, "position": w.first, "reject": "out_of_memory"} for w in lost]
                 empty = set(row_ids) - set(places.row_ids[chosen].tolist()) - {w.row_id for w in lost}
                 reason = _NOTHING_TAKEN.get(target.unit, "no_sentence_end")
-                rows += [{"row_id": i, "reject": reason} for i in row_ids if i in empty]
+                known = refused if target.unit == "chat" else {}
+                rows += [{"row_id": i, "reject": known.get(i, reason)} for i in row_ids if i in empty]
                 blank = self._blank(target, rows)
                 if len(chosen):
                     columns = places.columns(chosen) | {"reject": pa.array(_REASONS[codes[chosen]], pa.string())}
@@ -183,14 +194,17 @@ class TextActivations(_Backbone):
 class ChatActivations(_Backbone):
     """A table of pairs/v1 in; one row per pair and side for every target. Each distinct response goes through the model once."""
 
-    def prepare(self, table: pa.Table) -> list[PromptGroup]:
-        """The prompts with their responses, tokenised."""
-        return list(prompt_groups(table, self._chat))
+    def prepare(self, table: pa.Table) -> tuple[list[PromptGroup], dict[str, str]]:
+        """The prompts with their responses, tokenised; and pairs that cannot be, with the reason."""
+        refused: dict[str, str] = {}
+        return list(prompt_groups(table, self._chat, refused=refused)), refused
 
-    def compute(self, prepared: list[PromptGroup], beat: Beat) -> tuple[Tables, Cost]:
+    def compute(self, prepared: tuple[list[PromptGroup], dict[str, str]], beat: Beat) -> tuple[Tables, Cost]:
         """The tables of all targets, prompt by prompt."""
+        groups, refused = prepared
         cost = Cost()
-        rows = [row for group in prepared for row in group.rows(self._max_length)]
+        cost.note(group.spelled for group in groups)
+        rows = [row for group in groups for row in group.rows(self._max_length)]
         place_of: dict[Any, int | None] = {}
         found: list[list[tuple[Tensor, Tensor]]] = []
 
@@ -210,32 +224,44 @@ class ChatActivations(_Backbone):
                 found.append(result[1])
             beat()
         self._ready(cost)
-        records = [record for group in prepared for record in _pair_places(group)]
+        records = [record for group in groups for record in _pair_places(group)]
         where = [place_of[key] for key, _ in records]
         index = torch.tensor([0 if place is None else place for place in where], dtype=torch.long)
+        left_out = _rejects(refused)
         tables: Tables = {}
         for target in self._schemas:
             number = self._layers.index(target.layer)
             if not found:
-                tables[target] = self._blank(target, [row | {"reject": "out_of_memory"} for _, row in records])
+                tables[target] = self._blank(
+                    target, [row | {"reject": "out_of_memory"} for _, row in records] + left_out
+                )
                 continue
             x_ND = torch.cat([result[number][0] for result in found])[index]
             codes = torch.cat([result[number][1] for result in found])[index].numpy()
             reasons = ["out_of_memory" if place is None else _REASONS[c] for place, c in zip(where, codes, strict=True)]
             columns = {name: [row[name] for _, row in records] for name in _BLANK}
-            tables[target] = self._table(target, columns | {"reject": reasons}, x_ND)
+            table = self._table(target, columns | {"reject": reasons}, x_ND)
+            tables[target] = pa.concat_tables([table, self._blank(target, left_out)]) if left_out else table
         return tables, cost
 
     def rejected(self, table: pa.Table, reason: str) -> Tables:
         """What is left of pairs that cannot be computed."""
-        ids = [schema.stable_int(pair_id) for pair_id in table.column("pair_id").to_pylist()]
-        rows = [{"row_id": i, "side": side, "reject": reason} for i in ids for side in ("chosen", "rejected")]
+        rows = _rejects(dict.fromkeys(table.column("pair_id").to_pylist(), reason))
         return {target: self._blank(target, rows) for target in self._schemas}
 
 
 def device_of_worker() -> torch.device:
     """The GPU that Ray gave this process, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _rejects(refused: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Key columns of both sides of pairs that give nothing, with the reason."""
+    return [
+        {"row_id": schema.stable_int(pair_id), "side": side, "reject": reason}
+        for pair_id, reason in refused.items()
+        for side in ("chosen", "rejected")
+    ]
 
 
 def _to_host(tensor: Tensor) -> Tensor:

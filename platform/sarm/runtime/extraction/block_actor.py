@@ -170,6 +170,8 @@ class BlockActor:
             total.tokens += cost.tokens
             total.padded_tokens += cost.padded_tokens
             total.forward_seconds += cost.forward_seconds
+            total.contents_with_control_tokens += cost.contents_with_control_tokens
+            total.contents_already_templated += cost.contents_already_templated
         if mark:
             journal.doubt(None)
         empty = found or [self._actor.compute(self._actor.prepare(table), journal.beat)[0]]
@@ -181,4 +183,4 @@ class BlockActor:
 
 
 def _reason(error: Exception) -> str:
-    return f"error:{type(error).__name__}"
+    return getattr(error, "reason", None) or f"error:{type(error).__name__}"

@@ -1,6 +1,7 @@
 """Reward-model training on Ray Train with DeepSpeed ZeRO: what each worker runs, and the trainer that starts them."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 import torch.distributed as dist
 
 from sarm.config import Model, Reward, Run, UserError
-from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.data.chat import ChatTokenizer, Spelled, load_chat_tokenizer
 from sarm.data.checkpoints import Checkpoints
 from sarm.data.groups import PromptGroup, prompt_groups
 from sarm.data.packing import token_batches
 from sarm.data.sarm_artifacts import save_sarm
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.runtime.cluster import Cluster
 from sarm.runtime.tracking import StageRun
 from sarm.runtime.training.head_start import start_head_
@@ -117,7 +119,13 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     found = states.latest()
     chat = load_chat_tokenizer(task.model, task.model_folder)
     pairs, validation_pairs = split_off_validation(load_pairs(task.pairs, "train"), task.reward.validation_share)
-    groups, validation = list(prompt_groups(pairs, chat)), list(prompt_groups(validation_pairs, chat))
+    refused: dict[str, str] = {}
+    groups = list(prompt_groups(pairs, chat, refused=refused))
+    validation = list(prompt_groups(validation_pairs, chat, refused=refused))
+    if not groups or (validation_pairs.num_rows and not validation):
+        raise UserError(
+            f"no pair can be encoded: {dict(Counter(refused.values()))} of {len(refused):,}. Pass pairs whose roles the template of {task.model.name} takes."
+        )
     model = _build(task, chat)
     to_train = parameter_groups(model, task.reward)
     # DeepSpeed hands rank 0's weights to the others.
@@ -197,6 +205,10 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         "num_pairs": sum(len(group.pairs) for group in groups),
         "num_prompts": len(groups),
         "num_steps": len(progress.history),
+        "protocol_version": PROTOCOL_VERSION,
+        "rejected_pairs": len(refused),
+        **{f"rejected_{reason}": count for reason, count in sorted(Counter(refused.values()).items())},
+        **_contents(groups + validation),
     }
     if validation:
         figures |= {
@@ -242,3 +254,12 @@ def last_epoch_accuracy(history: Sequence[Mapping[str, float]]) -> float | None:
     begun = math.ceil(history[-1]["epoch"])
     last = [entry for entry in history if entry["epoch"] > begun - 1]
     return sum(entry["accuracy"] * entry["pairs"] for entry in last) / sum(entry["pairs"] for entry in last)
+
+
+def _contents(groups: Sequence[PromptGroup]) -> dict[str, int]:
+    """Contents that spell control tokens or turns, which were trained on as text."""
+    spelled = sum((group.spelled for group in groups), Spelled())
+    return {
+        "contents_with_control_tokens": spelled.control_tokens,
+        "contents_already_templated": spelled.templated,
+    }

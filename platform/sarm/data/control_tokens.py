@@ -1,0 +1,217 @@
+"""Contents as text: what is spelled in a message never becomes a control token, whatever the template and the tokenizer.
+
+A conversation is rendered with every control token in its contents broken by a mark. What is left unbroken is the template's own, and
+becomes a stand-in: two private-use characters that no content has. A second tokenizer, with the same model and rules, knows the stand-ins
+instead of the spellings. So contents meet the template's pieces as they always do (merges at the borders included), and the ids of
+conversations without control tokens are those of the model's own tokenizer.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from sarm.config import UserError
+
+Message = dict[str, str]
+Span = tuple[int, int]
+Render = Callable[[Sequence[Message]], str]
+
+# Vocabulary, not control: Gemma has these among its added tokens, and texts are full of them.
+_HTML_TAGS = (
+    "a b blockquote br caption code dd del div dl dt em h1 h2 h3 h4 h5 h6 i img kbd li ol p pre q s samp span strong sub "
+    "sup table tbody td tfoot th thead tr u ul"
+)
+_HTML = re.compile(rf"</?(?:{_HTML_TAGS.replace(' ', '|')})>")
+# Private use: marks from the basic plane, a stand-in's two characters from the two planes beyond.
+_MARKS, _STARTS, _FIRST_INDEX = range(0xE000, 0xF900), range(0x100000, 0x10FFFE), 0xF0000
+# What a template reads in contents by itself (`</think>`) is a few tokens; a content with more of them only spells them.
+_MAX_READ = 8
+
+
+class Rendered(NamedTuple):
+    """A rendered conversation or a plain text; in `text`, `start` and the character behind it stand for a control token."""
+
+    text: str
+    start: str
+
+
+class Encoded(NamedTuple):
+    """Token ids, and the characters of `Rendered.text` that each token covers, where they were asked for."""
+
+    ids: list[int]
+    offsets: list[Span]
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer, and an encoder that takes only the template's own for such.
+
+    A control token is an added token that is special, or that is neither white space nor an HTML tag. Raises UserError for a tokenizer
+    that the `tokenizers` library does not run.
+    """
+
+    def __init__(self, tokenizer: Any):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path} is not run by the tokenizers library, so control tokens in contents cannot be told apart. Pass another --model.name."
+            )
+        self._backend = backend
+        self._added = backend.get_added_tokens_decoder()
+        self.texts = sorted({token.content for token in self._added.values() if _is_control(token)})
+        self.ids = frozenset(number for number, token in self._added.items() if _is_control(token))
+        self._not_special = {token.content for token in self._added.values() if not token.special} & set(self.texts)
+        # One character cannot be broken: contents get another in its place.
+        self._single = [text for text in self.texts if len(text) == 1]
+        self._index = {text: chr(_FIRST_INDEX + place) for place, text in enumerate(self.texts)}
+        self._spelled = re.compile(any_of(self.texts))
+        self._beginnings = tuple({text[:n] for text in self.texts for n in range(1, len(text))})
+        self._endings = tuple({text[n:] for text in self.texts for n in range(1, len(text))})
+        self._encoders: dict[str, tuple[Any, dict[int, int]]] = {}
+
+    def spelled_in(self, text: str) -> bool:
+        """Whether the text spells a control token."""
+        return self._spelled.search(text) is not None
+
+    def render(self, turns: Sequence[Message], render: Render, template: str) -> Rendered:
+        """What `render` makes of the turns, with stand-ins for the control tokens that are the template's own.
+
+        `template` is its source: it tells which tokens it may read in contents by itself, as reasoning between `<think>` and `</think>`
+        is. Those, and no others of the contents, count as the template's. Raises what `render` raises, and UserError if the contents leave no private-use character free.
+        """
+        contents = [turn["content"] for turn in turns]
+        if not any(self._needs_marks(content) for content in contents):
+            return self._with_stand_ins(render(turns))
+        mark, *aliases = _absent_from(_MARKS, [*contents, template], 1 + len(self._single))
+        alias_of = dict(zip(self._single, aliases, strict=True))
+        marked = [self._marked(content, mark, alias_of) for content in contents]
+        read = [text for text in self._not_special if text in template]
+        if read and any(text in turn["content"] for text in read for turn in turns if turn["role"] == "assistant"):
+            marked = self._unmarked_where_read(turns, marked, render, mark, read)
+        rendered = self._with_stand_ins(render(_with_contents(turns, marked)))
+        text = rendered.text.replace(mark, "")
+        for character, alias in alias_of.items():
+            text = text.replace(alias, character)
+        return rendered._replace(text=text)
+
+    def plain(self, text: str) -> Rendered:
+        """A text without any control token."""
+        return Rendered(text, *_absent_from(_STARTS, [text]))
+
+    def encode(self, rendered: Sequence[Rendered], *, offsets: bool = False) -> list[Encoded]:
+        """Token ids of each, nothing inserted."""
+        found: dict[int, Encoded] = {}
+        for start in dict.fromkeys(one.start for one in rendered):
+            backend, original = self._encoder(start)
+            own = [place for place, one in enumerate(rendered) if one.start == start]
+            encode = backend.encode_batch if offsets else backend.encode_batch_fast
+            encodings = encode([rendered[place].text for place in own], add_special_tokens=False)
+            for place, encoding in zip(own, encodings, strict=True):
+                ids = [original.get(i, i) for i in encoding.ids]
+                found[place] = Encoded(ids, encoding.offsets if offsets else [])
+        return [found[place] for place in range(len(rendered))]
+
+    def _needs_marks(self, content: str) -> bool:
+        """Whether control tokens are spelled in the content, or could be by its end and what the template writes beside it."""
+        core = content.strip()
+        return self.spelled_in(content) or core.startswith(self._endings) or core.endswith(self._beginnings)
+
+    def _marked(self, content: str, mark: str, alias_of: Mapping[str, str]) -> str:
+        for character, alias in alias_of.items():
+            content = content.replace(character, alias)
+        while self.spelled_in(content):
+            content = self._spelled.sub(lambda found: found[0][0] + mark + found[0][1:], content)
+        # Inside of white space, which templates trim.
+        core = content.strip()
+        before, after = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
+        begin = mark if core.startswith(self._endings) else ""
+        return (
+            before + begin + core + mark + after if core.endswith(self._beginnings) else before + begin + core + after
+        )
+
+    def _unmarked_where_read(
+        self, turns: Sequence[Message], marked: list[str], render: Render, mark: str, read: Sequence[str]
+    ) -> list[str]:
+        """The marked contents, without marks in the tokens that the template reads in an answer: those whose mark changes what it writes."""
+        broken = {text[0] + mark + text[1:]: text for text in read}
+        pattern = re.compile(any_of(broken))
+        places = [
+            (number, found.span())
+            for number, (turn, content) in enumerate(zip(turns, marked, strict=True))
+            if turn["role"] == "assistant"
+            for found in pattern.finditer(content)
+        ]
+        if not places or len(places) > _MAX_READ:
+            return marked
+
+        def with_whole(kept: set[int]) -> list[str]:
+            contents = list(marked)
+            for place in sorted(kept, reverse=True):
+                number, (first, end) = places[place]
+                contents[number] = (
+                    contents[number][:first] + broken[contents[number][first:end]] + contents[number][end:]
+                )
+            return contents
+
+        def written(kept: set[int]) -> str:
+            return render(_with_contents(turns, with_whole(kept))).replace(mark, "")
+
+        kept = set(range(len(places)))
+        wanted = written(kept)
+        for place in range(len(places)):
+            if written(kept - {place}) == wanted:
+                kept.discard(place)
+        return with_whole(kept)
+
+    def _with_stand_ins(self, text: str) -> Rendered:
+        (start,) = _absent_from(_STARTS, [text])
+        return Rendered(self._spelled.sub(lambda found: start + self._index[found[0]], text), start)
+
+    def _encoder(self, start: str) -> tuple[Any, dict[int, int]]:
+        """A tokenizer of the same model that knows stand-ins, and the ids that its added tokens have in the model's own."""
+        if start not in self._encoders:
+            from tokenizers import AddedToken, Tokenizer
+
+            encoder = Tokenizer(self._backend.model)
+            for part in ("normalizer", "pre_tokenizer"):
+                if (own := getattr(self._backend, part)) is not None:
+                    setattr(encoder, part, own)
+            named = {}
+            for number, token in sorted(self._added.items()):
+                stand_in = start + self._index[token.content] if _is_control(token) else token.content
+                flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+                named[stand_in] = number
+                encoder.add_tokens([AddedToken(stand_in, **flags)])
+            self._encoders[start] = encoder, {int(encoder.token_to_id(text) or 0): n for text, n in named.items()}
+        return self._encoders[start]
+
+
+def any_of(texts: Iterable[str]) -> str:
+    """A pattern for the longest of these texts at a place, as a tree, so that thousands with a common beginning cost no more than one."""
+    branches: dict[str, list[str]] = {}
+    for text in texts:
+        branches.setdefault(text[:1], []).append(text[1:])
+    ends = branches.pop("", None) is not None
+    parts = [re.escape(first) + any_of(rest) for first, rest in branches.items()]
+    if not parts:
+        return "" if ends else r"(?!)"
+    if len(parts) == 1 and not ends:
+        return parts[0]
+    return f"(?:{'|'.join(parts)}){'?' if ends else ''}"
+
+
+def _is_control(token: Any) -> bool:
+    text = token.content
+    return bool(text) and (token.special or not (not text.strip(" \t\r\n\u2581") or _HTML.fullmatch(text)))
+
+
+def _absent_from(candidates: Iterable[int], texts: Sequence[str], count: int = 1) -> list[str]:
+    free = (chr(number) for number in candidates if not any(chr(number) in text for text in texts))
+    found = list(islice(free, count))
+    if len(found) < count:
+        raise UserError("a text uses every private-use character that Unicode has. Leave it out.")
+    return found
+
+
+def _with_contents(turns: Sequence[Message], contents: Sequence[str]) -> list[Message]:
+    return [{**turn, "content": content} for turn, content in zip(turns, contents, strict=True)]

@@ -1,0 +1,44 @@
+"""Chat templates as models carry them: without today's date, and with the system prompt that the model was trained with."""
+
+import ast
+import re
+
+# Llama 3.2's template writes today's date, so rewards would drift by the day; 3.1's writes this one.
+_FIXED_DATE = "26 Jul 2024"
+_PIN_DATE = (
+    f'{{%- set date_string = "{_FIXED_DATE}" %}}{{%- macro strftime_now(format) %}}{_FIXED_DATE}{{% endmacro %}}'
+)
+_SYSTEM = re.compile(
+    r"\{#- system prompt of the training -#\}\{%- set trained_with = (?P<literal>\"[^\"]*\") %\}.*?\{#- end of it -#\}",
+    re.S,
+)
+
+
+def pin_template(template: str) -> str:
+    """The template with today's date replaced by a fixed one; pinning twice changes nothing."""
+    mentions_date = "date_string" in template or "strftime_now" in template
+    return template if not mentions_date or template.startswith(_PIN_DATE) else _PIN_DATE + template
+
+
+def with_system_prompt(template: str, prompt: str | None) -> str:
+    """The template that gives conversations without a system turn this one, as training did; None changes nothing."""
+    if prompt is None:
+        return template
+    # Jinja reads a literal as Python's escapes; quotes and braces are escaped too, so that nothing in it looks like jinja's own.
+    escaped = "".join(
+        f"\\x{ord(c):02x}" if c in "\"{}%#'" else c for c in prompt.encode("unicode_escape").decode("ascii")
+    )
+    return (
+        f'{{#- system prompt of the training -#}}{{%- set trained_with = "{escaped}" %}}'
+        "{%- if messages and messages[0]['role'] != 'system' %}"
+        "{%- set messages = [{'role': 'system', 'content': trained_with}] + messages %}{%- endif %}"
+        "{#- end of it -#}" + template
+    )
+
+
+def without_system_prompt(template: str) -> tuple[str, str | None]:
+    """(the template as it was before `with_system_prompt`, the prompt or None)."""
+    found = _SYSTEM.match(template)
+    if found is None:
+        return template, None
+    return template[found.end() :], ast.literal_eval(found["literal"])
