@@ -18,6 +18,13 @@ def reads(run: Path) -> dict[str, str]:
     return {"--sarm": str(run / "sarm"), "--select": pairs, "--target": pairs, "--out": str(run / "audit")}
 
 
+def check(settings: AuditFeatures) -> None:
+    """Sources that no stage makes are looked at before the stages run."""
+    from sarm.data.audit_pairs import check_benchmarks
+
+    check_benchmarks([*settings.select, *settings.target, *settings.off_target])
+
+
 def main(settings: AuditFeatures) -> None:
     from sarm.runtime.audit.auditing import audit
     from sarm.runtime.session import open_session
@@ -27,4 +34,4 @@ def main(settings: AuditFeatures) -> None:
 
 
 if __name__ == "__main__":
-    run_command(AuditFeatures, main, __doc__ or "", made=Made(TrainSarm, reads))
+    run_command(AuditFeatures, main, __doc__ or "", made=Made(TrainSarm, reads, check))

@@ -22,9 +22,9 @@ from sarm.config import (
 from sarm.folder_schemas import ACTIVATIONS, CONTEXTS, CORPUS, EVALUATION, PAIRS, SAE, SARM
 from sarm.manifest import MANIFEST, StageFolder
 from sarm.presets import PRESETS
-from sarm.runtime.chain_state import STAGES, move_aside, scope_of, state_of
+from sarm.runtime.chain_state import STAGES, move, move_aside, scope_of, state_of
 from sarm.runtime.plan import Folders, stage_folders
-from sarm.runtime.supervisor import STARTED_AGAIN
+from sarm.runtime.stopping import SUPERVISED
 
 JOBS = [PrepareData, ExtractActivations, TrainSae, TrainSarm, Evaluate, CollectContexts, FeaturePages]
 
@@ -156,6 +156,30 @@ def test_a_new_baseline_is_seen_before_it_is_trained(tmp_path: Path) -> None:
     assert found["evaluate"] == "refused"
 
 
+def test_a_lock_deep_in_a_folder_keeps_all_of_it_where_it_is(tmp_path: Path) -> None:
+    """A sweep's cells are locked one by one, and moved together."""
+    import multiprocessing
+
+    cell = tmp_path / "out" / "cells" / "a" / "sarm"
+    for folder in (cell, tmp_path / "out" / "sae"):
+        folder.mkdir(parents=True)
+    context = multiprocessing.get_context("spawn")
+    ready, stop = context.Event(), context.Event()
+    writer = context.Process(target=_hold, args=(cell, ready, stop))
+    writer.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(UserError, match="is being written by somebody"):
+            move([tmp_path / "out" / "sae", tmp_path / "out" / "cells"], tmp_path / "out")
+        assert cell.exists()
+        assert (tmp_path / "out" / "sae").exists()
+    finally:
+        stop.set()
+        writer.join()
+    assert move([tmp_path / "out" / "sae", tmp_path / "out" / "cells"], tmp_path / "out") is not None
+    assert not cell.exists()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_redo_moves_a_stage_and_all_later_ones_aside_and_nothing_else(stage: Any, tmp_path: Path) -> None:
     config = config_of(tmp_path / "out")
@@ -165,7 +189,9 @@ def test_redo_moves_a_stage_and_all_later_ones_aside_and_nothing_else(stage: Any
     asked = config_of(tmp_path / "out", run={"redo_from": stage})
     # A dry run says what will be, and moves nothing.
     planned = states(asked)
-    before = STAGES[: STAGES.index(stage)]
+    # Contexts are of a model, whether it was evaluated or not.
+    kept = ["collect_contexts"] if stage == "evaluate" else []
+    before = [*STAGES[: STAGES.index(stage)], *kept]
     assert planned == {name: "done" if name in before else "to do" for name in STAGES}
     assert state_of(config).is_done
     aside = move_aside(asked)
@@ -194,14 +220,40 @@ def test_a_job_that_died_and_is_started_again_keeps_what_it_made(
 ) -> None:
     config = config_of(tmp_path / "out", run={"redo_from": "train_sae"})
     do(config, *STAGES)
-    monkeypatch.setenv(STARTED_AGAIN, "1")
+    monkeypatch.setenv(SUPERVISED, "one")
+    assert move_aside(config) is not None, "an earlier start that died before it moved anything has redone nothing"
+    do(config, "train_sae")
     assert move_aside(config) is None
     assert (tmp_path / "out" / "sae" / MANIFEST).exists()
+    monkeypatch.setenv(SUPERVISED, "another")
+    assert move_aside(config) is not None, "the same command given anew redoes it"
 
 
 def test_a_job_does_not_redo_what_comes_after_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--redo-from evaluate comes after this job's own stage, train_sae"):
-        move_aside(config_of(tmp_path / "out", TrainSae, run={"redo_from": "evaluate"}))
+    for job, asked in ((TrainSae, "evaluate"), (CollectContexts, "evaluate")):
+        with pytest.raises(UserError, match=r"--redo-from evaluate is no stage that this job runs"):
+            state_of(config_of(tmp_path / "out", job, run={"redo_from": asked}))
+    with pytest.raises(
+        UserError, match=r"--redo-from prepare_data is no stage that this job runs. Pass one of train_sae"
+    ):
+        state_of(config_of(tmp_path / "out", TrainSae, run={"redo_from": "prepare_data", "only": True}))
+
+
+def test_the_pipeline_has_no_stage_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--only has no meaning"):
+        state_of(config_of(tmp_path / "out", run={"only": True}))
+
+
+def test_who_is_refused_keeps_what_is_there(tmp_path: Path) -> None:
+    """Seen: every folder of a run was moved aside, and then a source was found missing."""
+    from sarm.runtime.chain import run_chain
+
+    do(config_of(tmp_path / "out"), *STAGES)
+    asked = config_of(tmp_path / "out", data={"pairs": ("/no/such.jsonl",)}, run={"redo_from": "prepare_data"})
+    with pytest.raises(UserError, match=r"such\.jsonl"):
+        run_chain(asked)
+    assert state_of(config_of(tmp_path / "out")).is_done
+    assert not (tmp_path / "out.aside").exists()
 
 
 def test_a_folder_that_is_being_written_is_not_moved(tmp_path: Path) -> None:
@@ -214,7 +266,7 @@ def test_a_folder_that_is_being_written_is_not_moved(tmp_path: Path) -> None:
     writer = context.Process(target=_hold, args=(tmp_path / "out" / "sae", ready, stop))
     writer.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(60)
         with pytest.raises(UserError, match="is being written by somebody"):
             move_aside(config)
         assert (tmp_path / "out" / "sae" / MANIFEST).exists()

@@ -11,6 +11,7 @@ from sarm.runtime.cluster import Cluster
 from sarm.runtime.sweeps.sweep import check_plan
 from sarm.runtime.sweeps.sweep_cells import Cell, cells_of, check_sweep, sae_key, saes_of
 from sarm.runtime.sweeps.sweep_cost import describe_sweep
+from sarm.runtime.sweeps.sweep_folder import move_sweep_aside
 from sarm.runtime.sweeps.sweep_plan import claim_sweep, refuse_other_sweep, sweep_plan
 from sarm.runtime.sweeps.sweep_stages import _of_one_read
 from sarm.runtime.sweeps.sweep_trials import trials_at_once
@@ -193,6 +194,7 @@ def test_a_dry_run_counts_what_would_be_done(tmp_path):
     assert {"GPU-hours", "disk", "time"} <= {line.split()[0] for line in said.splitlines() if line}
     one = replace(smollm2, sweep=Sweep(layers=(8,), widths=(8,), ks=(14,)))
     assert flops(describe_sweep(one)) < flops(said) / 12
+    claim_sweep(smollm2)
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "manifest.json").write_text(json.dumps({"counts": {"splits": {"train": 100}}}))
     assert "100 training pairs of 51 tokens" in describe_sweep(smollm2), "what has been counted is not guessed"
@@ -216,3 +218,23 @@ def flops(said: str) -> float:
 def test_the_checks_know_a_plain_grid(tiny):
     assert check_sweep(tiny) == cells_of(tiny.sweep)
     assert json.dumps([list(cell) for cell in check_sweep(tiny)])
+
+
+def test_a_sweep_is_redone_from_a_stage_with_other_settings_of_that_stage_alone(tmp_path):
+    """Seen: after `--redo-from train_sarm` the folder was refused as no sweep, with and without the flag."""
+    tiny = replace(ABLATIONS["tiny"][1], run=replace(ABLATIONS["tiny"][1].run, out=tmp_path / "sweep"))
+    claim_sweep(tiny)
+    for name in ("corpus", "pairs", "activations", "sae", "cells", "report"):
+        (tiny.run.out / name).mkdir()
+    other = replace(tiny, reward=replace(tiny.reward, lr=1e-5))
+    with pytest.raises(UserError, match=r"reward.lr=.*--redo-from train_sarm"):
+        refuse_other_sweep(other)
+    asked = replace(other, run=replace(other.run, redo_from="train_sarm"))
+    refuse_other_sweep(asked)
+    with pytest.raises(UserError, match=r"sae.lr=.*--redo-from train_sae"):
+        refuse_other_sweep(replace(asked, sae=replace(asked.sae, lr=1e-5)))
+    assert move_sweep_aside(asked) is not None
+    assert sorted(path.name for path in tiny.run.out.glob("[!.]*")) == ["activations", "corpus", "pairs", "sae", "sweep.json"]
+    refuse_other_sweep(other)
+    with pytest.raises(UserError, match="a sweep has no stage evaluate"):
+        refuse_other_sweep(replace(tiny, run=replace(tiny.run, redo_from="evaluate")))

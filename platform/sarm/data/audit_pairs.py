@@ -46,6 +46,13 @@ def audit_pairs(sources: Mapping[str, Sequence[str]], limits: Mapping[str, int |
     return pa.Table.from_pylist(ordered, schema=AUDIT_PAIRS)
 
 
+def check_benchmarks(sources: Iterable[str]) -> None:
+    """Raise UserError unless every `NAME=SOURCE` among the sources can be read and holds a pair; folders may be still to be made."""
+    for source in sources:
+        if "=" in source and next(_pairs_of(source, None, "target"), None) is None:
+            raise UserError(f"there is no pair in {source}. Pass another source.")
+
+
 def chooses(prompt_id: str) -> bool:
     """Whether an off-target prompt belongs to the half that features are chosen on."""
     return schema.hash_share(f"audit/{prompt_id}") < 0.5

@@ -6,7 +6,7 @@ from typing import Any
 
 from sarm.config import AlsoSaes, FeaturePages, StageName
 from sarm.runtime import stages
-from sarm.runtime.chain_state import ChainState, StageState, move_aside, state_of
+from sarm.runtime.chain_state import ChainState, StageState, move_aside, state_of, was_moved
 from sarm.runtime.dry_run.inputs import check_layers
 from sarm.runtime.dry_run.machine import this_machine
 from sarm.runtime.dry_run.plan_text import plan_text
@@ -20,13 +20,15 @@ def run_chain(config: Any) -> dict[StageName, Any]:
 
     Raises UserError before anything is paid for: for folders of other settings, sources and models that cannot be read.
     """
-    if (aside := move_aside(config)) is not None:
-        say(f"moved aside what {config.run.redo_from} and later stages had made: {aside}")
-    # Once moved, what is there is new.
-    config = replace(config, run=replace(config.run, redo_from=None))
+    if was_moved(config.run.out):
+        config = replace(config, run=replace(config.run, redo_from=None))
     state = state_of(config)
     state.refuse(config.run.out)
     _check(config, state)
+    # Only now: who is refused keeps what is there.
+    if (aside := move_aside(config)) is not None:
+        say(f"moved aside what {config.run.redo_from} and the stages after it had made: {aside}")
+        config = replace(config, run=replace(config.run, redo_from=None))
     _announce(config, state)
     with open_session(config) as session:
         return {stage.name: _run(session, config, stage) for stage in state.stages if not _is_settled(config, stage)}

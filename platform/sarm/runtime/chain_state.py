@@ -3,6 +3,7 @@
 Reads manifests alone, so that a job is refused before anything is paid for, and a dry run loads nothing heavy.
 """
 
+import contextlib
 import datetime
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,9 +12,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from sarm.config import ChainRun, FeaturePages, Pipeline, StageName, UserError
 from sarm.folder_schemas import ACTIVATIONS, CONTEXTS, CORPUS, EVALUATION, EXPLANATIONS, PAGES, PAIRS, SAE, SARM
-from sarm.manifest import MANIFEST, difference_of, record_of, sha256_of
+from sarm.manifest import MANIFEST, difference_of, record_of, sha256_of, write_atomically
 from sarm.runtime.plan import BASELINES, FolderPlan, Folders, stage_folders
-from sarm.runtime.supervisor import STARTED_AGAIN
+from sarm.runtime.stopping import SUPERVISED
 from sarm.runtime.writer_lock import WriterLock
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -21,6 +22,8 @@ STAGES: tuple[StageName, ...] = get_args(StageName)
 _FILES_OF: Mapping[str, tuple[str, ...]] = {"evaluate": ("report.html", "report.md", "report.json")}
 # The run in MLflow: its parameters cannot change, so that other settings get a new one.
 _RUN_FILE = "run.json"
+# Which supervised job moved a folder's content aside.
+_MOVED_BY = "moved-by"
 
 State = Literal["done", "goes on", "to do", "refused"]
 
@@ -67,6 +70,8 @@ def scope_of(config: Any) -> tuple[StageName, ...]:
     """The stages that the job of this config runs, in order: its own, and those that it reads, unless it is asked for its own `only`."""
     target: StageName = config.stage
     if isinstance(config, Pipeline) and not isinstance(config, FeaturePages):
+        if config.run.only:
+            raise UserError("the pipeline is all stages, so that --only has no meaning. Pass it to the job of one stage.")  # fmt: skip
         return STAGES if config.pages.in_pipeline else STAGES[: STAGES.index("evaluate") + 1]
     if config.run.only:
         return (target,)
@@ -82,6 +87,8 @@ def state_of(config: Any) -> ChainState:
     """
     run: ChainRun = config.run
     folders, scope = Folders(run.out), scope_of(config)
+    if run.redo_from is not None and run.redo_from not in scope:
+        raise UserError(f"--redo-from {run.redo_from} is no stage that this job runs. Pass one of {', '.join(scope)}.")
     gone = set(folders_from(run.redo_from, run.out)) if run.redo_from else set()
     remade: set[Path] = set()
     stages, stale = [], []
@@ -101,9 +108,12 @@ def state_of(config: Any) -> ChainState:
 
 
 def folders_from(stage: StageName, out: Path) -> list[Path]:
-    """What a stage and all later ones have written under a run's folder, and their training states."""
+    """What a stage and all that read what it makes have written under a run's folder, and their training states."""
     folders, found = Folders(out), []
     for name in STAGES[STAGES.index(stage) :]:
+        if stage == "evaluate" and name == "collect_contexts":
+            # Contexts, and what judges were paid to say of them, are of a model, whether it was evaluated or not.
+            continue
         own = [folder for folder, _ in _existing(name, folders, set())]
         found += [
             *own,
@@ -115,35 +125,53 @@ def folders_from(stage: StageName, out: Path) -> list[Path]:
 
 
 def move_aside(config: Any) -> Path | None:
-    """Do what `redo_from` asks for: move the folders of that stage and of all later ones beside `out`; returns where they are.
+    """Do what `redo_from` asks for: move the folders of that stage, and what was made from them, beside `out`; returns where they are.
 
-    Raises UserError if the stage comes after the job's own, or if somebody writes to one of the folders.
+    Raises UserError if somebody writes to one of the folders; nothing has been moved then.
     """
     run: ChainRun = config.run
-    if run.redo_from is None or os.environ.get(STARTED_AGAIN):
-        # A job that died goes on with what it has made anew.
+    if run.redo_from is None or was_moved(run.out):
         return None
-    if STAGES.index(run.redo_from) > STAGES.index(config.stage):
-        raise UserError(f"--redo-from {run.redo_from} comes after this job's own stage, {config.stage}. Pass an earlier one.")  # fmt: skip
     return move(folders_from(run.redo_from, run.out), run.out)
+
+
+def was_moved(out: Path) -> bool:
+    """Whether an earlier start of this supervised job has moved folders aside: it goes on with what it has made anew since."""
+    token = os.environ.get(SUPERVISED)
+    return token is not None and any(path.read_text() == token for path in _aside(out).glob(f"*/{_MOVED_BY}"))
 
 
 def move(paths: Sequence[Path], out: Path) -> Path | None:
     """Move what a run's folder holds at `paths`, and its run in MLflow, to a new folder beside `out`; None if there is nothing.
 
-    Raises UserError if somebody writes to one of the folders.
+    Raises UserError if somebody writes to one of the folders, or below; nothing has been moved then.
     """
     if not paths:
         return None
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S-%f")
-    aside = out.with_name(f"{out.name}.aside") / now
+    aside = _aside(out) / datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S-%f")
     run_file = out / _RUN_FILE
-    for path in [*paths, *([run_file] if run_file.exists() else [])]:
-        target = aside / path.relative_to(out)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with WriterLock(path, "--redo-from"):
+    with contextlib.ExitStack() as locks:
+        if not os.environ.get(SUPERVISED):
+            # Else the supervisor of this very job holds it.
+            locks.enter_context(WriterLock(out, "--redo-from"))
+        for path in paths:
+            for folder in [path, *(_locked_by(lock) for lock in sorted(path.rglob(".*.lock")))]:
+                locks.enter_context(WriterLock(folder, "--redo-from"))
+        for path in [*paths, *([run_file] if run_file.exists() else [])]:
+            target = aside / path.relative_to(out)
+            target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
+        # Last: who is killed before this begins again.
+        write_atomically(aside / _MOVED_BY, os.environ.get(SUPERVISED, ""))
     return aside
+
+
+def _aside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.aside")
+
+
+def _locked_by(lock: Path) -> Path:
+    return lock.with_name(lock.name.removeprefix(".").removesuffix(".lock"))
 
 
 def _state(

@@ -10,11 +10,14 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from sarm.config import Flat, Pipeline, PrepareData, UserError, as_json
+from sarm.config import Flat, Pipeline, PrepareData, Run, UserError, as_json
 from sarm.untrusted import MAX_JSON_BYTES, holds_a_secret
 
 FLAG = "--config"
-_OF_THIS_START = ("config", "dry_run", "json", "submit", "supervise", "debug")
+_OF_THIS_START = ("config", "dry_run", "json", "submit", "supervise", "debug", "only", "redo_from")
+# Sections that single jobs of the chain have besides.
+_OF_SOME_JOBS = {"also", "sweep"}
+_NOTHING, _YES_OR_NO = ("null", "~", "none", ""), {"true": True, "false": False}
 _MAX_BYTES = min(MAX_JSON_BYTES, 1 << 20)
 
 
@@ -31,12 +34,9 @@ def config_flags(arguments: Sequence[str], config_type: type) -> list[str]:
 
 def as_file(config: Any) -> str:
     """A job's settings as JSON, without what only this start of it was told; `--config` reads them again."""
-    run = dataclasses.replace(config.run, **{name: _default(config.run, name) for name in _OF_THIS_START})
+    known = {field.name: field.default for field in dataclasses.fields(config.run)}
+    run = dataclasses.replace(config.run, **{name: known[name] for name in _OF_THIS_START if name in known})
     return as_json(dataclasses.replace(config, run=run))
-
-
-def _default(run: Any, name: str) -> Any:
-    return next(field.default for field in dataclasses.fields(run) if field.name == name)
 
 
 def _path_in(arguments: Sequence[str]) -> Path | None:
@@ -54,8 +54,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise UserError(f"{FLAG} {path} has more than {_MAX_BYTES:,} bytes. Pass a file of settings.")
-        # JSON is YAML, but for numbers such as 1e-4, which arrive here as text; a flag is text as well.
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Every value stays the text that it is in the file, as on a command line: YAML would make 42798 of 0123456, and "no" a boolean.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"{FLAG} {path} cannot be read: {error.strerror}. Pass a file of settings.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -69,7 +69,8 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _flags(content: Mapping[Any, Any], section: type, prefix: str, path: str) -> list[str]:
     fields = {field.name for field in dataclasses.fields(section)}
     # The whole chain's settings are in one file for all its jobs: each takes what it knows.
-    others = {field.name for field in dataclasses.fields(Pipeline)} if issubclass(section, PrepareData) else set()
+    is_chain = issubclass(section, PrepareData)
+    others = {field.name for field in dataclasses.fields(Pipeline)} | _OF_SOME_JOBS if is_chain else set()
     hints = typing.get_type_hints(section, include_extras=True)
     flags: list[str] = []
     for key, value in content.items():
@@ -80,13 +81,18 @@ def _flags(content: Mapping[Any, Any], section: type, prefix: str, path: str) ->
             guess = difflib.get_close_matches(name, fields | others, 1)
             hint = f", did you mean {guess[0]}?" if guess else f", there are {', '.join(sorted(fields))}."
             raise UserError(f"{FLAG} {path}: {prefix}{key} is no setting{hint}")
+        if issubclass(section, Run) and name in _OF_THIS_START:
+            if str(value).lower() not in (*_NOTHING, "false"):
+                raise UserError(f"{FLAG} {path}: {key} is said to a job each time, not kept in a file. Pass --{name.replace('_', '-')} as a flag.")  # fmt: skip
+            continue
         inner, marks = _unwrapped(hints[name])
         if dataclasses.is_dataclass(inner):
             if not isinstance(value, Mapping):
                 raise UserError(f"{FLAG} {path}: {prefix}{key} holds several settings by name, got {value!r}.")
             flags += _flags(value, typing.cast(type, inner), prefix if Flat in marks else f"{prefix}{key}.", path)
         else:
-            own = _of_value(f"--{prefix}{name}".replace("_", "-"), value, is_positional=tyro.conf.Positional in marks)
+            flag = f"--{prefix}{name}".replace("_", "-")
+            own = _of_value(flag, value, inner, is_positional=tyro.conf.Positional in marks)
             if own is None:
                 raise UserError(f"{FLAG} {path}: {prefix}{key} cannot be {value!r}.")
             flags += own
@@ -100,18 +106,21 @@ def _unwrapped(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return hint, ()
 
 
-def _of_value(flag: str, value: Any, *, is_positional: bool) -> list[str] | None:
+def _of_value(flag: str, value: Any, hint: Any, *, is_positional: bool) -> list[str] | None:
     """A setting as it is typed; None for what no flag can say."""
     values = value if isinstance(value, list) else [value]
-    if any(isinstance(one, list | Mapping) for one in values):
+    if not all(isinstance(one, str) for one in values):
         return None
-    texts = [str(one) for one in values]
-    if any(holds_a_secret(text) for text in texts):
+    if any(holds_a_secret(text) for text in values):
         raise UserError(f"the value of {flag} in the file of {FLAG} seems to hold a key or a password. Set it in the environment.")  # fmt: skip
-    if is_positional:
-        return texts
-    if isinstance(value, bool):
+    if is_positional or isinstance(value, list):
+        return values if is_positional else [flag, *values]
+    if hint is bool:
+        if value.lower() not in _YES_OR_NO:
+            return None
         head, dot, last = flag.removeprefix("--").rpartition(".")
-        return [flag if value else f"--{head}{dot}no-{last}"]
+        return [flag if _YES_OR_NO[value.lower()] else f"--{head}{dot}no-{last}"]
+    if value.lower() in _NOTHING and type(None) in typing.get_args(hint):
+        value = "None"
     # Joined, so that a text that begins with dashes stays a value.
-    return [flag, *texts] if isinstance(value, list) else [f"{flag}={texts[0]}"]
+    return [f"{flag}={value}"]

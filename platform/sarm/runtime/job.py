@@ -63,18 +63,18 @@ def run_command(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     script = f"python {os.path.relpath(sys.argv[0])}"
     if made is None or not names_a_preset(arguments):
-        _guarded(lambda: _parse_flags(config_type, arguments, script, description.strip()), job, arguments, describe)
+        _guarded(lambda: _parse_flags(config_type, arguments, script, _shown(description)), job, arguments, describe)
         return
     chain: list[Any] = []
 
     def parsed() -> Any:
         of_chain, own = split(arguments)
         chain.append(parse(made.job, description, of_chain))
-        return _parse_flags(config_type, with_defaults(own, made, chain[0].run.out), script, description.strip())
+        return _parse_flags(config_type, with_defaults(own, made, chain[0].run.out), script, _shown(description))
 
     _guarded(
         parsed,
-        lambda config: in_order(chain[0], job)(config),
+        lambda config: in_order(chain[0], job, made)(config),
         arguments,
         lambda config: f"{describe(chain[0])}\n\n{describe(config)}",
     )
@@ -158,7 +158,7 @@ def parse(
     name, *flags = arguments or [""]
     script = f"python {os.path.relpath(sys.argv[0])}" if sys.argv[0] else "job"
     if name in ("-h", "--help"):
-        print(f"{description.strip()}\n\nusage: {script} [PRESET] [--config FILE] [--flag value ...]\n\npresets:")
+        print(f"{_shown(description)}\n\nusage: {script} [PRESET] [--config FILE] [--flag value ...]\n\npresets:")
         print("\n".join(f"  {key:<10}{summary}" for key, (summary, _) in presets.items()))
         print(f"\nwithout a preset: {DEFAULT_PRESET}")
         print(f"all flags with their help and defaults: {script} {DEFAULT_PRESET} --help")
@@ -175,6 +175,11 @@ def parse(
     summary, preset = presets[name]
     about = f"{description.strip().splitlines()[0]} Preset {name}: {summary}."
     return _parse_flags(config_type, flags, f"{script} {name}", about, default=preset.part(config_type))
+
+
+def _shown(description: str) -> str:
+    """A job's docstring as help shows it: commands indented, so that each keeps its line."""
+    return re.sub(r"^(?=(python|ray job) )", "    ", description.strip(), flags=re.M)
 
 
 def _parse_flags(config_type: type, flags: Sequence[str], prog: str, description: str, **default: Any) -> Any:

@@ -16,6 +16,8 @@ class Made(NamedTuple):
     """Settings of the job whose stages come first."""
     flags: Callable[[Path], dict[str, str]]
     """From the run's folder to the command's own flags; a name without dashes is a positional argument."""
+    check: Callable[[Any], None] = lambda _: None
+    """Raises UserError for what the command reads besides and cannot, before the chain is paid for."""
 
 
 def names_a_preset(arguments: Sequence[str]) -> bool:
@@ -54,12 +56,13 @@ def with_defaults(own: Sequence[str], made: Made, out: Path) -> list[str]:
     return [*positional, *named, *own]
 
 
-def in_order(chain: Any, job: Callable[[Any], None]) -> Callable[[Any], None]:
+def in_order(chain: Any, job: Callable[[Any], None], made: Made) -> Callable[[Any], None]:
     """The command behind the stages that make what it reads."""
 
     def both(config: Any) -> None:
         from sarm.runtime.chain import run_chain
 
+        made.check(config)
         run_chain(chain)
         job(config)
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -86,7 +87,9 @@ class _Runs:
         self._is_asked_for = is_asked_for
         self._command, self._out, self._max_restarts, self._backoff = command, out, max_restarts, backoff
         self._process: subprocess.Popen[bytes] | None = None
-        self._environment = {SUPERVISED: "1"}
+        # By it, a job knows what an earlier start of it has done.
+        self._token = uuid.uuid4().hex
+        self._environment = {SUPERVISED: self._token}
         self._stop = threading.Event()
         # Beside the folder, so that it outlives this process: whoever queues the job again must not try the same for ever.
         self._notes = out.with_name(f".{out.name}.failure.json")
@@ -133,7 +136,7 @@ class _Runs:
         process = subprocess.Popen(
             self._command, stderr=subprocess.PIPE, preexec_fn=_die_with_parent, env=os.environ | self._environment
         )
-        self._process, self._environment = process, {SUPERVISED: "1", STARTED_AGAIN: "1"}
+        self._process, self._environment = process, {SUPERVISED: self._token, STARTED_AGAIN: "1"}
         if self._stop.is_set():
             process.send_signal(signal.SIGTERM)
         tail: collections.deque[str] = collections.deque(maxlen=50)

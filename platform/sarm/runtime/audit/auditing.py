@@ -5,7 +5,6 @@ What needs torch or Ray is imported inside, so that who is refused need not wait
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +23,10 @@ from sarm.data.audit_pairs import ROLES, audit_pairs
 from sarm.manifest import StageFolder, difference_of, record_of, write_atomically
 from sarm.runtime.audit.audit_folder import FEATURES
 from sarm.runtime.audit.audit_page import write_audit_page
-from sarm.runtime.chain_state import move
+from sarm.runtime.chain_state import move, was_moved
 from sarm.runtime.judges.safety_ratings import SafetyRatings, safety_ratings
 from sarm.runtime.models import hash_of_folder, sarm_settings
 from sarm.runtime.session import RUN_FILE, Session, say
-from sarm.runtime.supervisor import STARTED_AGAIN
 from sarm.runtime.tracking import StageRun
 
 
@@ -41,7 +39,7 @@ def audit(session: Session, settings: AuditFeatures) -> Path:
     ratings = None if settings.ratings is None else safety_ratings(settings.ratings, settings.sarm)
     limits = {"select": settings.limit, "target": settings.limit, "off_target": settings.limit_off_target}
     pairs = audit_pairs({role: getattr(settings, role) for role in ROLES}, limits)
-    if settings.redo and not os.environ.get(STARTED_AGAIN):
+    if settings.redo and not was_moved(session.run.out):
         _move_aside(session, settings, pairs)
     cache_codes(session, settings, pairs)
     choose_features(session, settings, ratings)

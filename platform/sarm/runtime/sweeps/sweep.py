@@ -25,12 +25,13 @@ def run_sweep(config: Ablation) -> Report:
 
     Raises UserError before anything starts for what cannot work: cells, sources, layers, the folder, the size of the cluster.
     """
-    if (aside := move_sweep_aside(config)) is not None:
-        say(f"moved aside what {config.run.redo_from} and later stages had made: {aside}")
-    config = replace(config, run=replace(config.run, redo_from=None))
     plan = check_plan(config)
     if config.run.only:
         refuse_unshared(plan)
+    # Only now: who is refused keeps what is there.
+    if (aside := move_sweep_aside(config)) is not None:
+        say(f"moved aside what {config.run.redo_from} and the stages after it had made: {aside}")
+    plan = plan._replace(config=replace(config, run=replace(config.run, redo_from=None)))
     with open_session(config) as session:
         session.own_folders = SweepFolders(config.run.out)
         return _run(session, plan)

@@ -33,6 +33,10 @@ def sweep_text(config: Ablation, machine: Machine) -> str:
     """
     cells, run, sweep = check_sweep(config), config.run, config.sweep
     layers = layers_of(cells, config.model.layer)
+    if run.out.exists() or run.redo_from is not None:
+        from sarm.runtime.sweeps.sweep_plan import refuse_other_sweep
+
+        refuse_other_sweep(config)
     if not (run.out / "pairs" / "manifest.json").exists():
         check_sources(config.data)
     check_layers(config.model, layers, "--sweep.layers")

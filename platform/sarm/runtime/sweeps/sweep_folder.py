@@ -1,37 +1,35 @@
 """A sweep's folder taken apart: what a stage of it and all later ones have written."""
 
-import os
 from pathlib import Path
 
-from sarm.config import UserError
+from sarm.config import StageName, UserError
 from sarm.manifest import MANIFEST
-from sarm.runtime.chain_state import STAGES, move
-from sarm.runtime.supervisor import STARTED_AGAIN
-from sarm.runtime.sweeps.sweep_plan import SWEEP_FILE, SweepFolders, SweepPlan
+from sarm.runtime.chain_state import STAGES, move, was_moved
+from sarm.runtime.sweeps.sweep_plan import SweepFolders, SweepPlan, claim_sweep
 from sarm.tune_config import Ablation
 
 # In the order of the stages; what a sweep has behind its cells is its report.
-_FOLDERS = {
+_FOLDERS: dict[StageName, tuple[str, ...]] = {
     "prepare_data": ("corpus", "pairs"),
     "extract_activations": ("activations",),
     "train_sae": ("sae", "training"),
-    "train_sarm": ("cells", "report", SWEEP_FILE),
+    "train_sarm": ("cells", "report"),
 }
 
 
 def move_sweep_aside(config: Ablation) -> Path | None:
-    """Do what `redo_from` asks for in a sweep's folder; returns where the old folders are, None if nothing moved.
+    """Do what `redo_from` asks for in a sweep's folder, and note the settings of what is made anew; returns where the old folders are.
 
-    Raises UserError for a stage that sweeps do not have.
+    Raises UserError if somebody writes to one of them; nothing has been moved then.
     """
     run = config.run
-    if run.redo_from is None or os.environ.get(STARTED_AGAIN):
+    if run.redo_from is None or was_moved(run.out):
         return None
-    if run.redo_from not in _FOLDERS:
-        raise UserError(f"a sweep has no stage {run.redo_from}. Pass --redo-from {', '.join(_FOLDERS)}.")
     first = STAGES.index(run.redo_from)
     names = [name for stage, names in _FOLDERS.items() if STAGES.index(stage) >= first for name in names]
-    return move([run.out / name for name in names if (run.out / name).exists()], run.out)
+    aside = move([run.out / name for name in names if (run.out / name).exists()], run.out)
+    claim_sweep(config)
+    return aside
 
 
 def refuse_unshared(plan: SweepPlan) -> None:

@@ -7,15 +7,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sarm.config import Model, Reward, Run, Sae, UserError, identity
+from sarm.config import Model, Reward, Run, Sae, StageName, UserError, identity
 from sarm.manifest import first_difference, write_atomically
 from sarm.reward_config import RANDOM_ENCODERS
 from sarm.runtime import plan
+from sarm.runtime.chain_state import was_moved
 from sarm.runtime.session import RUN_FILE
 from sarm.runtime.sweeps.sweep_cells import Cell, SaeKey, layers_of, sae_key, saes_of
 from sarm.tune_config import Ablation
 
 SWEEP_FILE = "sweep.json"
+# Which stage of a sweep each part of what its cells have in common decides, in the order of the stages.
+_DECIDES: dict[str, StageName] = {
+    "data": "prepare_data",
+    "model": "extract_activations",
+    "extraction": "extract_activations",
+    "token_rows": "extract_activations",
+    "sae": "train_sae",
+    "order_seed": "train_sae",
+    "reward": "train_sarm",
+    "evaluation": "train_sarm",
+}
 _HASH_LENGTH = 8
 
 
@@ -101,13 +113,19 @@ def sweep_plan(config: Ablation, cells: Iterable[Cell], d_in: int) -> SweepPlan:
 
 
 def refuse_other_sweep(config: Ablation) -> None:
-    """Raise UserError if the folder is of a sweep that differs in more than its cells, or of something else."""
+    """Raise UserError if the folder is of a sweep that differs in more than its cells and what `redo_from` makes anew, or of something else."""
     run, path = config.run, config.run.out / SWEEP_FILE
+    stages = list(dict.fromkeys(_DECIDES.values()))
+    if run.redo_from is not None and run.redo_from not in stages:
+        raise UserError(f"a sweep has no stage {run.redo_from}. Pass --redo-from {', '.join(stages)}.")
+    anew = stages[stages.index(run.redo_from) :] if run.redo_from is not None and not was_moved(run.out) else []
     if path.exists():
-        if difference := first_difference(json.loads(path.read_text()), _in_common(config)):
-            raise UserError(
-                f"{run.out} is a sweep with {difference}. Only the cells may change in one folder: pass another --out."
-            )
+        old, new = json.loads(path.read_text()), _in_common(config)
+        for name, stage in _DECIDES.items():
+            if stage not in anew and (difference := first_difference(old.get(name), new.get(name), name)):
+                raise UserError(
+                    f"{run.out} is a sweep with {difference}. Only the cells may change in one folder: pass another --out, or --redo-from {stage}, which moves what was made with other settings aside."
+                )
     elif run.out.exists() and any(path.name != RUN_FILE for path in run.out.iterdir()):
         raise UserError(f"{run.out} holds something that is no sweep. Pass another --out.")
 
