@@ -141,7 +141,7 @@ def test_a_submitted_job_trains_on_the_cluster(
     shutil.copy(mlflow_db, tmp_path / "mlflow.db")
     out = tmp_path / "submitted"
     shutil.copytree(finished, out)
-    for stage in ("sarm", "evaluation"):
+    for stage in ("sarm", "evaluation", "contexts", "features"):
         shutil.rmtree(out / stage)
     done = submit(
         cluster, with_token, sys.executable, "jobs/train_sarm.py", "tiny", "--out", str(out), "--cpus-per-worker", "1",

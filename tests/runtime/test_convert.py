@@ -74,7 +74,7 @@ def test_a_foreign_sae_must_be_said_to_take_standardised_rows_and_whose_they_are
 def test_mistakes_are_one_line_and_status_2(sae_stage, tmp_path, capsys):
     assert "there is no SAE at" in refused(capsys, tmp_path / "nothing", tmp_path / "out")
     assert "is not empty" in refused(capsys, sae_stage, sae_stage)
-    assert "PATH" in refused(capsys, sae_stage)
+    assert "OUT" in refused(capsys, sae_stage)
     assert "--formt" in refused(capsys, sae_stage, tmp_path / "out", "--formt", "pt")
     assert "k must be at least 1, got 0" in refused(capsys, sae_stage, tmp_path / "out", "--k", 0)
     (sae_stage / "sae_weights.safetensors").write_bytes((sae_stage / "sae_weights.safetensors").read_bytes()[:-8])

@@ -16,7 +16,8 @@ from sarm.reward_config import RANDOM_ENCODERS
 from sarm.runtime.plan import BASELINES, reward_settings
 from sarm.runtime.training.phase_shift import absorb_phase_shift_
 from sarm.runtime.training.random_encoder import draw_directions_, match_, read_through_codes
-from sarm.runtime.training.reward_models import build_model, variants
+from sarm.runtime.training.reward_models import build_model
+from sarm.runtime.training.variants import variants
 
 D, S, K, ROWS = 64, 256, 8, 2000
 MODEL = Model(name="tiny:llama", layer=1, max_length=128)

@@ -234,7 +234,13 @@ def test_a_sweep_is_redone_from_a_stage_with_other_settings_of_that_stage_alone(
     with pytest.raises(UserError, match=r"sae.lr=.*--redo-from train_sae"):
         refuse_other_sweep(replace(asked, sae=replace(asked.sae, lr=1e-5)))
     assert move_sweep_aside(asked) is not None
-    assert sorted(path.name for path in tiny.run.out.glob("[!.]*")) == ["activations", "corpus", "pairs", "sae", "sweep.json"]
+    assert sorted(path.name for path in tiny.run.out.glob("[!.]*")) == [
+        "activations",
+        "corpus",
+        "pairs",
+        "sae",
+        "sweep.json",
+    ]
     refuse_other_sweep(other)
     with pytest.raises(UserError, match="a sweep has no stage evaluate"):
         refuse_other_sweep(replace(tiny, run=replace(tiny.run, redo_from="evaluate")))

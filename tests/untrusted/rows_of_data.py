@@ -68,7 +68,7 @@ def _(world: World) -> None:
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
     part.write_bytes(content)
-    world.refuses("part-000000.parquet has changed", of=("train_sae", "tiny"))
+    world.refuses("part-000000.parquet has changed", of=("train_sae", "tiny", "--only"))
 
 
 @row(28, "column missing")
@@ -228,10 +228,10 @@ def _(world: World) -> None:
             {key: value for key, value in manifest.items() if key != "checksum"} | {"files": {name: "0" * 64}}
         )
         (run / "pairs" / "manifest.json").write_text(text)
-        world.refuses("no file of this folder", of=("train_sarm", "tiny"))
+        world.refuses("no file of this folder", of=("train_sarm", "tiny", "--only"))
     (run / "pairs" / "link.json").symlink_to("/etc/hostname")
     refinish(run / "pairs", "pairs/v1")
-    world.refuses("'link.json' is a link out of this folder", of=("train_sarm", "tiny"))
+    world.refuses("'link.json' is a link out of this folder", of=("train_sarm", "tiny", "--only"))
 
 
 @row(46, "activation shard dim ≠ SAE input dim / other model hash / other layer")
@@ -241,15 +241,15 @@ def _(world: World) -> None:
     x_ND = torch.randn(96, D_IN // 2, generator=torch.Generator().manual_seed(0))
     made_from = ("pairs/v1", run / "pairs")
     activation_folder(chat, ("train", "chat", 1), x_ND, made_from)
-    world.refuses("chat activations are of", "Extract both", of=("train_sae", "tiny"))
+    world.refuses("chat activations are of", "Extract both", of=("train_sae", "tiny", "--only"))
     for made_for, words in (
         ({"model": "other/model", "layer": 1}, "other/model, asked for tiny:llama"),
         ({"model": "tiny:llama", "layer": 2}, "layer 2, asked for 1"),
     ):
         write_sae(run / "sae", run, made_for)
-        world.refuses("was trained on", words, of=("train_sarm", "tiny"))
+        world.refuses("was trained on", words, of=("train_sarm", "tiny", "--only"))
     write_sae(run / "sae", run, {"model": "tiny:llama", "layer": 1}, d_in=32)
-    world.refuses("width 32", "has 64", of=("train_sarm", "tiny"))
+    world.refuses("width 32", "has 64", of=("train_sarm", "tiny", "--only"))
 
 
 @row(47, "activations all zero / constant / non-finite")
@@ -259,5 +259,5 @@ def _(world: World) -> None:
     made_from = ("corpus/v1", run / "corpus")
     for x_ND in (torch.zeros(96, D_IN), torch.ones(96, 1) * torch.arange(D_IN)):
         activation_folder(text, ("all", "document", 1), x_ND, made_from)
-        world.refuses("are all alike", "activations/text", of=("train_sae", "tiny"))
+        world.refuses("are all alike", "activations/text", of=("train_sae", "tiny", "--only"))
     assert (ACTIVATIONS, (run / "sae").exists()) == ("activations/v1", False)

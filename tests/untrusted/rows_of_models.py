@@ -137,7 +137,7 @@ def _(world: World) -> None:
     tensors["W_dec"][0, 0] = torch.inf
     save_file(tensors, sae / "sae_weights.safetensors")
     refinish(sae, "sae/v1")
-    world.refuses("sae_weights.safetensors", "NaN or infinite values in W_dec", of=("train_sarm", "tiny"))
+    world.refuses("sae_weights.safetensors", "NaN or infinite values in W_dec", of=("train_sarm", "tiny", "--only"))
 
 
 @row(56, "num_labels ≠ 1, no chat template")
@@ -187,7 +187,7 @@ def _(world: World) -> None:
     content = bytearray(weights.read_bytes())
     content[-3] ^= 4
     weights.write_bytes(content)
-    world.refuses("sae_weights.safetensors has changed", of=("train_sarm", "tiny"))
+    world.refuses("sae_weights.safetensors has changed", of=("train_sarm", "tiny", "--only"))
 
 
 @row(61, "evil pickle")
@@ -207,7 +207,7 @@ def _(world: World) -> None:
     run = world.run()
     changed_json(run / "sae" / "cfg.json", d_sae=99)
     refinish(run / "sae", "sae/v1")
-    world.refuses("sae_weights.safetensors holds shapes", "99", of=("train_sarm", "tiny"))
+    world.refuses("sae_weights.safetensors holds shapes", "99", of=("train_sarm", "tiny", "--only"))
 
 
 @row(63, "strict=False, all keys wrong (prefix module.)")
@@ -230,7 +230,7 @@ def _(world: World) -> None:
     with pytest.raises(UserError, match=r"was made with config\.lr=0\.1, now asked for config\.lr=0\.2"):
         Checkpoints(run / "training" / "sarm", {"config": {"lr": 0.2}, "inputs": {}}).latest()
     changed_json(run / "pairs" / "manifest.json", schema="pairs/v0", checksum=None)
-    world.refuses("expected pairs/v1", "got pairs/v0", of=("train_sarm", "tiny"))
+    world.refuses("expected pairs/v1", "got pairs/v0", of=("train_sarm", "tiny", "--only"))
 
 
 TABLE.cannot(
@@ -254,5 +254,5 @@ def _(world: World) -> None:
 @row(67, "two writers in one dir")
 def _(world: World) -> None:
     with WriterLock(world.run() / "sarm", "another job"):
-        line = world.refuses("sarm is being written by another job", of=("train_sarm", "tiny"))
+        line = world.refuses("sarm is being written by another job", of=("train_sarm", "tiny", "--only"))
     assert str(os.getpid()) in line

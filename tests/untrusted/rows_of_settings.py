@@ -35,7 +35,7 @@ def _(world: World) -> None:
     card(world, "{}", "ends with nothing")
     run = world.run()
     (run / "pairs" / "manifest.json").write_text("[]")
-    world.refuses("pairs/manifest.json", "is not a manifest", of=("train_sarm", "tiny"))
+    world.refuses("pairs/manifest.json", "is not a manifest", of=("train_sarm", "tiny", "--only"))
 
 
 @row(3, "tab indent, broken YAML")

@@ -155,7 +155,7 @@ def _(world: World, trap: Trap) -> None:
     ):
         weights.write_bytes(content)
         refinish(run / "sae", "sae/v1")
-        world.refuses("sae is not a readable SAE", of=("train_sarm", "tiny"))
+        world.refuses("sae is not a readable SAE", of=("train_sarm", "tiny", "--only"))
 
 
 @hostile("chat template that looks for the interpreter")
@@ -212,7 +212,7 @@ def _(world: World, trap: Trap) -> None:
     fields.pop("checksum")
     for name in ("../sae/cfg.json", "/etc/passwd", "..", "a\\..\\b", "nul\0", ""):
         (run / "pairs" / "manifest.json").write_text(json.dumps({**fields, "files": {name: "0" * 64}}))
-        world.refuses("no file of this folder", of=("train_sarm", "tiny"))
+        world.refuses("no file of this folder", of=("train_sarm", "tiny", "--only"))
 
 
 @hostile("training state with a file more")
