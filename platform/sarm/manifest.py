@@ -66,7 +66,9 @@ def read_manifest(folder: Path, schema: str) -> Manifest:
             f"{schema}: {path} is not a manifest ({error}). Delete the folder and run its stage again."
         ) from error
     if manifest.schema != schema:
-        raise UserError(f"expected {schema} in {folder}, got {manifest.schema}. Pass another --out.")
+        raise UserError(
+            f"expected {schema} in {folder}, got {manifest.schema}. Run its stage again, or pass another folder."
+        )
     return manifest
 
 

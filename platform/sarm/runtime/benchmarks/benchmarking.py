@@ -25,7 +25,8 @@ from sarm.runtime.pages import share, span, write_page
 from sarm.runtime.session import tracked_folder
 from sarm.runtime.tracking import tracking_uri
 
-BENCHMARK = "benchmarks/v1"
+# v2: rows of one prompt are told by its normalised text.
+BENCHMARK = "benchmarks/v2"
 
 
 def run_benchmarks(settings: Benchmarking) -> Path:
@@ -113,7 +114,7 @@ def _content(
     rate = scores.forward_tokens / scores.forward_seconds if scores.forward_seconds else None
     return {
         "title": f"Benchmarks of {settings.model}",
-        "model": {"name": settings.model, **spec.__dict__},
+        "model": {"name": settings.model, "protocol_version": PROTOCOL_VERSION, **spec.__dict__},
         "facts": {
             "model": settings.model,
             "protocol": spec.protocol,
