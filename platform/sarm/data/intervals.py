@@ -72,7 +72,8 @@ def share_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.
 def difference_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " pairs"]) -> Interval:
     """Of the mean of paired differences in [-1, 1], such as accuracy of A minus accuracy of B on the same pairs.
 
-    Where no value differs from another, or there is one cluster: as far from the mean as prompts that were not seen could still take it.
+    Where no value differs from another, or there is one cluster: as far from the mean as prompts that were not seen could still take it, and 0
+    is left out only if that many prompts on one side are no chance.
 
     Raises ValueError if there are no values, ids and values differ in number, or a value is outside [-1, 1].
     """
@@ -80,7 +81,7 @@ def difference_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shape
         raise ValueError(f"expected values in [-1, 1], got {np.min(values_N)} to {np.max(values_N)}")
     found = _clustered(values_N, clusters_N, bounded=True)
     if found.is_flat:
-        return flat_difference(found.mean, found.effective_clusters)
+        return flat_difference(found.mean, found.effective_clusters, len(np.unique(clusters_N)))
     return effective_difference(found.mean, found.variance, found.value_variance / found.variance, found.df)
 
 
@@ -123,10 +124,19 @@ def effective_difference(mean: float, variance: float, total: float, df: float) 
     return Interval(max(-1.0, mean - half), min(1.0, mean + half))
 
 
-def flat_difference(mean: float, total: float) -> Interval:
-    """Around a difference that all of `total` prompts share: Wilson's bound on how often a prompt could have differed from it."""
+def flat_difference(mean: float, total: float, num_prompts: int) -> Interval:
+    """Around a difference that all of `total` effective prompts share: Wilson's bound on how often a prompt could have differed from it.
+
+    It holds 0 where the `num_prompts` that take a side could by chance have taken the same one.
+    """
     unseen = effective_wilson(0.0, total, np.inf).high
-    return Interval(max(-1.0, mean - unseen), min(1.0, mean + unseen))
+    low, high = max(-1.0, mean - unseen), min(1.0, mean + unseen)
+    return Interval(min(low, 0.0), max(high, 0.0)) if could_be_chance(num_prompts) else Interval(low, high)
+
+
+def could_be_chance(num_prompts: int) -> bool:
+    """Whether so many prompts fall on one side of 0 by chance in more than 5 % of cases: up to five do, two-sided."""
+    return 2.0 ** (1 - num_prompts) > 0.05
 
 
 def student(df: float) -> float:
