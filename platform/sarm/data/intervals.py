@@ -24,6 +24,10 @@ from scipy import special
 Z_95 = 1.959963984540054
 # What the variance under one correlation counts beside that from the prompts themselves, in degrees of freedom.
 _PRIOR_DF = 5.0
+# Values that are equal but for rounding do not vary.
+_NO_SPREAD = 1e-12
+# Where none of 20 prompts differs, at most one in seven of all may (1 - 0.05^(1/20); the rule of three says 3 / 20): fewer say nothing of the others.
+_FEWEST_FLAT = 20
 # Few prompts, or nearly all pairs right, show too little of the correlation: it is raised by this over 1 + the effective prompts that could differ.
 _ICC_RAISE = 2.0
 
@@ -86,12 +90,14 @@ def difference_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shape
 
 
 def mean_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " pairs"]) -> Interval:
-    """Of the mean of any numbers, such as shifts of margins. NaN where there is one cluster, which says nothing of others.
+    """Of the mean of any numbers, such as shifts of margins.
+
+    NaN where there is one cluster, or fewer than 20 effective ones and no value differs from another: nothing then says how far others would be off.
 
     Raises ValueError if there are no values, or ids and values differ in number.
     """
     found = _clustered(values_N, clusters_N, bounded=False)
-    if found.effective_clusters <= 1:
+    if found.effective_clusters <= 1 or (found.is_flat and found.effective_clusters < _FEWEST_FLAT):
         return Interval(float("nan"), float("nan"))
     half = 0.0 if found.is_flat else student(found.df) * float(np.sqrt(found.variance))
     return Interval(found.mean - half, found.mean + half)
@@ -161,7 +167,7 @@ def _clustered(
     mean = float(sum_C.sum() / num)
     own_size = float(np.square(size_C).sum() / num)
     clusters = num / own_size
-    if num_clusters == 1 or np.ptp(values_N) == 0:
+    if num_clusters == 1 or np.ptp(values_N) <= _NO_SPREAD * np.abs(values_N).max():
         return _Clustered(mean, 0.0, 0.0, 1.0, clusters, True)
     spread = float(np.square(values_N - mean).mean())
     within = float(np.square(values_N - (sum_C / size_C)[cluster_N]).sum() / max(num - num_clusters, 1))
