@@ -97,12 +97,12 @@ def _certificate(name: str, edit: Mapping[str, Any], certificate: Mapping[str, A
     verdict = {
         "yes": "is kept: every interval lies within it",
         "no": "is not kept",
-        "undecided": "may or may not be kept: every shift lies within it, but some interval does not, or there is none",
+        "undecided": "may or may not be kept: not every subset has an interval within it",
     }[kept]
     goal = {
         True: "is inside the target's interval",
         False: "is outside the target's interval",
-        None: "can be neither confirmed nor refuted: the target has too few prompts for an interval",
+        None: "stays open: the target has no interval",
     }[certificate["goal_within"]]
     return Section(
         title=f"Certificate: {name}",
