@@ -198,7 +198,7 @@ BAD_FLAGS = {
         ["--model", "json:loads", "--benchmarks", "chess=x.jsonl"],
         ["chess", "reward_bench_2", "--benchmarks"],
     ),
-    "nothing to compare": ("compare", ["/no/a", "/no/b"], ["/no/a", "benchmarks/v1"]),
+    "nothing to compare": ("compare", ["/no/a", "/no/b"], ["/no/a", "benchmarks/v2"]),
     "contexts of nothing": ("collect_contexts", ["tiny", "--only"], ["pairs/v1", "no folder"]),
     "pages of nothing": ("feature_pages", ["tiny", "--only"], ["contexts/v1", "no folder"]),
     "card of nothing": ("reward_card", ["--model", "/no/such", "--prompt", "a", "--response", "b"], ["/no/such"]),

@@ -1,11 +1,14 @@
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sarm import manifest as module
 from sarm.config import UserError
-from sarm.manifest import CLAIM, MANIFEST, StageFolder, read_manifest, verify_files, write_atomically
+from sarm.manifest import CLAIM, MANIFEST, StageFolder, finite_or_null, read_manifest, verify_files, write_atomically
+from sarm.untrusted import parse_json
 
 SCHEMA = "corpus/v1"
 CONFIG = {"source": "a", "clean": {"max": 3, "min": 1}}
@@ -210,3 +213,9 @@ def test_a_write_that_breaks_off_leaves_the_old_file_whole(tmp_path, monkeypatch
         with pytest.raises(OSError, match="disk full"):
             write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_what_json_has_no_number_for_is_null():
+    found = finite_or_null({"a": [1.5, float("nan")], "b": (float("inf"), 2, None, "x"), "c": np.float64("nan")})
+    assert found == {"a": [1.5, None], "b": [None, 2, None, "x"], "c": None}
+    assert parse_json(json.dumps(found)) == found

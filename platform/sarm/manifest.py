@@ -6,6 +6,7 @@ A folder with a manifest is finished; one with only a claim is unfinished and no
 import datetime
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -66,7 +67,9 @@ def read_manifest(folder: Path, schema: str) -> Manifest:
             f"{schema}: {path} is not a manifest ({error}). Delete the folder and run its stage again."
         ) from error
     if manifest.schema != schema:
-        raise UserError(f"expected {schema} in {folder}, got {manifest.schema}. Pass another --out.")
+        raise UserError(
+            f"expected {schema} in {folder}, got {manifest.schema}. Run its stage again, or pass another folder."
+        )
     return manifest
 
 
@@ -251,6 +254,15 @@ def write_atomically(path: Path, text: str, *, sync: bool = True) -> None:
             file.flush()
             os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def finite_or_null(value: Any) -> Any:
+    """The same with None for every number that JSON does not have: NaN and the infinities."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def git_commit() -> str:

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from scipy import optimize, sparse
@@ -16,6 +18,9 @@ from sarm.audit.steering import (
 )
 from sarm.config import UserError
 from sarm.data.statistics import pair_credit
+from sarm.manifest import finite_or_null
+from sarm.runtime.audit.audit_sections import steering_sections
+from sarm.untrusted import parse_json
 
 LATENTS = np.array([1, 2])
 
@@ -67,7 +72,9 @@ def test_an_edit_of_the_features_moves_the_target_and_nothing_else(codes):
     on_target, on_off = (measure_edit(part, after) for part in (target, off))
     low, high = on_target["margin_shift"]["ci95"]
     assert 0 < low < on_target["margin_shift"]["value"] < high
-    assert on_off["margin_shift"] == {"value": 0.0, "ci95": [0.0, 0.0]}
+    assert on_off["margin_shift"]["value"] == 0
+    assert on_off["num_prompts"] < 20
+    assert np.isnan(on_off["margin_shift"]["ci95"]).all(), "that so few prompts do not move bounds no other"
     assert on_target["affected"]["value"] == 1.0
     assert on_off["affected"]["value"] == 0.0
     assert on_target["accuracy_change"]["value"] == pytest.approx(
@@ -191,7 +198,7 @@ def test_a_certificate_is_of_unseen_pairs_and_keeps_a_tolerance_only_with_its_wh
     delta = np.array([1.0, 0.0])
     target = group_of(np.array([[0.9, 0.0], [1.1, 0.0], [1.0, 0.0], [1.2, 0.0]]))
     steady, wild = (
-        group_of(np.array([[0.05, 1.0]] * 4)),
+        group_of(np.array([[0.05, 1.0]] * 20)),
         group_of(np.array([[2.0, 0.0], [-2.0, 0.0], [0.2, 0.0], [-0.1, 0.0]])),
     )
     found = certificate(delta, target, {"steady": steady}, 1.0, 0.1)
@@ -199,6 +206,30 @@ def test_a_certificate_is_of_unseen_pairs_and_keeps_a_tolerance_only_with_its_wh
     assert found["goal_within"]
     assert found["others"]["steady"]["ci95"] == pytest.approx([0.05, 0.05])
     assert found["tolerance_kept"] == "yes"
+    # No pair of two prompts moved, which says nothing of the next prompt.
+    still = group_of(np.array([[0.0, 1.0]] * 6), list("aaabbb"))
+    found = certificate(delta, target, {"steady": steady, "still": still}, 1.0, 0.1)
+    assert np.isnan(found["others"]["still"]["ci95"]).all()
+    assert found["tolerance_kept"] == "undecided"
+    assert certificate(delta, still, {"steady": steady}, 1.0, 0.1)["goal_within"] is None
     # The mean is within the tolerance; what four such prompts say about it is not.
     assert certificate(delta, target, {"steady": steady, "wild": wild}, 1.0, 0.1)["tolerance_kept"] == "undecided"
     assert certificate(delta, target, {"steady": steady}, 1.0, 0.01)["tolerance_kept"] == "no"
+
+
+def test_a_certificate_of_too_few_prompts_is_strict_json_and_says_so_on_the_page():
+    still, one = group_of(np.array([[0.0, 1.0]] * 6), list("aaabbb")), group_of(np.array([[1.0, 0.0]] * 3), list("aaa"))
+    measured = measure_edit(one, one.reward)
+    content = {
+        "edit": {"kind": "goal", "goal": 1.0, "tolerance": 0.1, "weights": []},
+        **dict.fromkeys(("target", "off_target"), measured), "target_subsets": {}, "off_subsets": {}, "over_refusal": {},
+        "specificity": {"margin": None, "accuracy": None},
+        "certificate": {"solved_on": {"target_shift": 1.0, "largest_other_shift": 0.0}, **certificate(np.array([1.0, 0.0]), one, {"still": still}, 1.0, 0.1)},
+    }  # fmt: skip
+    content = parse_json(json.dumps(finite_or_null(content), allow_nan=False))
+    steering, proof = steering_sections("goal", content)
+    assert steering.rows[0][3] == "n/a"
+    assert [row[4] for row in proof.rows] == ["n/a", "n/a"]
+    assert "stays open: the target has no interval" in proof.text
+    assert "not every subset has an interval within it" in proof.text
+    assert len(proof.text) < 380, "a page clips longer texts"

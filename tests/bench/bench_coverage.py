@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,6 +141,7 @@ def of_accuracies(job: tuple[list[Prompt], int, float, tuple[str, float], int]) 
     held: collections.Counter[str] = collections.Counter()
     tried: collections.Counter[str] = collections.Counter()
     width = 0.0
+    widths: collections.Counter[str] = collections.Counter()
     for world in range(worlds):
         rng = np.random.default_rng((world, num, round(100 * accuracy)))
         chosen, cluster_N = drawn(prompts, num, rng)
@@ -148,10 +150,12 @@ def of_accuracies(job: tuple[list[Prompt], int, float, tuple[str, float], int]) 
         if world % 4 == 0 and 0 < values_N.mean() < 1:
             ends |= {"percentiles": percentiles(values_N, cluster_N, rng), "bca": bca(values_N, cluster_N, rng)}
         width += ends["after"].high - ends["after"].low
+        if "percentiles" in ends:
+            widths.update({name: float(np.ptp(ends[name])) for name in ("after", "percentiles")})
         for name, (low, high) in ends.items():
             tried[name] += 1
             held[name] += bool(low <= accuracy <= high)
-    return {"prompts": num, "accuracy": accuracy, "kind": kind, "size": size, "width": width / worlds, **{name: held[name] / tried[name] for name in tried}}  # fmt: skip
+    return {"prompts": num, "accuracy": accuracy, "kind": kind, "size": size, "width": width / worlds, "ratio": widths["after"] / widths["percentiles"], **{name: held[name] / tried[name] for name in tried}}  # fmt: skip
 
 
 def of_differences(job: tuple[list[Prompt], int, tuple[float, float, float], int]) -> dict[str, Any]:
@@ -163,16 +167,18 @@ def of_differences(job: tuple[list[Prompt], int, tuple[float, float, float], int
         many, _ = drawn(prompts, 15_000, np.random.default_rng(1))
         truth = float(gains(many, spread, (a, b), np.random.default_rng(2)).mean())
     held: collections.Counter[str] = collections.Counter()
+    widths: collections.Counter[str] = collections.Counter()
     for world in range(worlds):
         rng = np.random.default_rng((world, num, 7))
         chosen, cluster_N = drawn(prompts, num, rng)
         gain_N = gains(chosen, spread, (a, b), rng)
         for name, (low, high) in (("after", difference_interval(gain_N, cluster_N)), ("percentiles", percentiles(gain_N, cluster_N, rng))):  # fmt: skip
             held[name] += bool(low <= truth <= high)
+            widths[name] += high - low
         by_prompt = np.bincount(cluster_N, weights=gain_N)[:, None]
         held["p_swap"] += bool(sign_flip_p_values(by_prompt, 500, world)[0] <= 0.05)
         held["p_mcnemar"] += mcnemar(int((gain_N > 0).sum()), int((gain_N < 0).sum())) <= 0.05
-    return {"prompts": num, "equal": a == b, "spread": spread, "models": [a, b], **{name: count / worlds for name, count in held.items()}}  # fmt: skip
+    return {"prompts": num, "equal": a == b, "spread": spread, "models": [a, b], "ratio": widths["after"] / widths["percentiles"], **{name: count / worlds for name, count in held.items()}}  # fmt: skip
 
 
 def of_contrast(prompts: list[Prompt], name: str, seeds: int) -> dict[str, Any]:
@@ -239,7 +245,7 @@ def one_pair_prompts(num: int, mean_of_sd: float) -> list[Prompt]:
 
 
 def of_composites(worlds: int) -> dict[str, float]:
-    """Coverage of figures that are made of several means: the Ties score of 51 prompts, RM-Bench's overall of two domains."""
+    """Coverage of figures of several means: Ties of 51 prompts, RM-Bench's overall of two domains, and an overall whose small subset is often all right."""
 
     def ties(rng: np.random.Generator, num: int) -> list[ScoredRow]:
         return [
@@ -250,9 +256,31 @@ def of_composites(worlds: int) -> dict[str, float]:
     def styles(rng: np.random.Generator, num: int) -> list[ScoredRow]:
         return [_row(s, str(i), rng.normal([1] * 3 + [0] * 3) + 0.5 * rng.normal(), 3) for s in ("chat", "safety-refuse") for i in range(num)]  # fmt: skip
 
+    def with_a_small_subset(accuracy: float) -> Callable[[np.random.Generator, int], list[ScoredRow]]:
+        def draw(rng: np.random.Generator, num: int) -> list[ScoredRow]:
+            sizes = {"Math": (200 * num, 0.7), "Safety": (num, accuracy)}
+            return [_row(s, str(i), np.array([rng.random() < p, 0.5]), 1) for s, (size, p) in sizes.items() for i in range(size)]  # fmt: skip
+
+        return draw
+
+    many = np.random.default_rng(99)
+    figures = [
+        (
+            f"overall, 1,000 rows at 70 % and 5 at {100 * p:.0f} %",
+            REWARD_BENCH_2,
+            with_a_small_subset(p),
+            5,
+            "overall",
+            (0.7 + p) / 2,
+        )
+        for p in (0.7, 0.9, 0.97)
+    ]
+    figures += [
+        (name, benchmark, draw, num, figure, benchmark.figures(draw(many, 30_000))[figure])
+        for name, benchmark, draw, num, figure in (("Ties, 51 prompts", REWARD_BENCH_2, ties, 51, "Ties"), ("RM-Bench overall, 2 x 24 rows", RM_BENCH, styles, 24, "overall"))
+    ]  # fmt: skip
     found = {}
-    for name, benchmark, draw, num, figure in (("Ties, 51 prompts", REWARD_BENCH_2, ties, 51, "Ties"), ("RM-Bench overall, 2 x 24 rows", RM_BENCH, styles, 24, "overall")):  # fmt: skip
-        truth = benchmark.figures(draw(np.random.default_rng(99), 30_000))[figure]
+    for name, benchmark, draw, num, figure, truth in figures:
         held = 0
         for world in range(worlds):
             low, high = figure_intervals(benchmark, draw(np.random.default_rng(world), num))[figure]
@@ -276,18 +304,20 @@ def _from_to(rows: list[dict[str, Any]], name: str, by: str | None = None) -> st
 
 def as_markdown(found: dict[str, Any]) -> str:
     """The tables of docs/evaluation.md."""
-    lines = ["| prompts | accuracy, by accuracy: percentiles (before) | BCa-t (before) | now | now, by kind of world | now, large prompts harder | width now |", "|--:|---|---|---|---|--:|--:|"]  # fmt: skip
+    lines = ["| prompts | accuracy, by accuracy: percentiles (before) | BCa-t (before) | now | now, by kind of world | now, large prompts harder | width now | by widths of percentiles |", "|--:|---|---|---|---|--:|--:|--:|"]  # fmt: skip
     for num in PROMPTS:
         own = [{**row, "world": f"{row['kind']} {row['size']}"} for row in found["accuracies"] if row["prompts"] == num]
         (harder,), own = [row for row in own if row["kind"] == UNEVEN[0]], [row for row in own if row["kind"] != UNEVEN[0]]  # fmt: skip
         cells = [*(_from_to(own, name, "accuracy") for name in ("percentiles", "bca", "after")), _from_to(own, "after", "world"), f"{100 * harder['after']:.1f}"]  # fmt: skip
-        lines.append(f"| {num} | {' | '.join(cells)} | {100 * np.mean([row['width'] for row in own]):.1f} |")
-    lines += ["", "| prompts | difference: percentiles (before) | now | equal models: 0 left out before | now | McNemar, 5 % (before) | swaps of prompts, 5 % |", "|--:|---|---|---|---|---|---|"]  # fmt: skip
+        lines.append(
+            f"| {num} | {' | '.join(cells)} | {100 * np.mean([row['width'] for row in own]):.1f} | {np.mean([row['ratio'] for row in own]):.2f} |"
+        )
+    lines += ["", "| prompts | difference: percentiles (before) | now | equal models: 0 left out before | now | McNemar, 5 % (before) | swaps of prompts, 5 % | width by that of percentiles |", "|--:|---|---|---|---|---|---|--:|"]  # fmt: skip
     for num in PROMPTS:
         own = [row for row in found["differences"] if row["prompts"] == num]
         equal = [{**row, **{f"out_{name}": 1 - row[name] for name in ("percentiles", "after")}} for row in own if row["equal"]]  # fmt: skip
         cells = [_from_to(own, "percentiles"), _from_to(own, "after"), *(_from_to(equal, name) for name in ("out_percentiles", "out_after", "p_mcnemar", "p_swap"))]  # fmt: skip
-        lines.append(f"| {num} | {' | '.join(cells)} |")
+        lines.append(f"| {num} | {' | '.join(cells)} | {np.mean([row['ratio'] for row in own]):.2f} |")
     lines += ["", "| latents of length alone | | p <= .05 | p <= .01 | p <= .001 | of 300 called significant at FDR 5 % | interval holds 0 |", "|---|---|--:|--:|--:|--:|--:|"]  # fmt: skip
     for one in found["contrast"]:
         for when, name in (("before", "before"), ("after", "now")):

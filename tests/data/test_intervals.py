@@ -76,9 +76,18 @@ def test_no_difference_anywhere_is_bounded_by_what_unseen_prompts_could_show():
     )
 
 
+@pytest.mark.parametrize("num_prompts", [1, 2, 5, 6, 30])
+def test_a_difference_that_few_prompts_share_may_be_none(num_prompts):
+    low, high = difference_interval(np.full(3 * num_prompts, -1.0), np.repeat(np.arange(num_prompts), 3))
+    assert low == -1
+    assert (high < 0) == (num_prompts >= 6)
+
+
 def test_a_mean_of_single_values_is_students():
     values = np.random.default_rng(0).normal(5, 2, 12)
     low, high = mean_interval(values, np.arange(12))
+    assert np.isnan(mean_interval(np.full(19, 0.3), np.arange(19))).all(), "that 19 prompts agree says little of others"
+    assert mean_interval(np.full(20, 0.3), np.arange(20)) == pytest.approx((0.3, 0.3))
     half = 2.200985 * values.std(ddof=1) / np.sqrt(12)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), rel=1e-6)
 

@@ -82,3 +82,12 @@ def test_sign_flips_of_equal_clusters_reject_as_often_as_said_however_unequal_th
     for world in range(600):
         rejected += sign_flip_p_values((rng.normal(size=22) * size_C)[:, None], 400, world)[0] <= 0.05
     assert 0.03 <= rejected / 600 <= 0.065
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("num", [3, 40])
+def test_a_term_that_is_no_number_is_refused_rather_than_called_significant(bad, num):
+    terms_CF = np.ones((num, 2))
+    terms_CF[1, 0] = bad
+    with pytest.raises(ValueError, match="expected finite terms, got 1 that"):
+        sign_flip_p_values(terms_CF, 100, 0)

@@ -99,7 +99,22 @@ def test_a_figure_at_its_edge_takes_the_prompts_of_its_own_part():
     for figure in ("safety", "safety/hard", "safety-refuse", "safety-refuse/hard"):
         assert found[figure] == pytest.approx(wilson_interval(10, 10)), figure
     sections = [row(s, i, [1, 0] if section == "Chat" else rng.normal(size=2)) for section, subsets in SECTIONS.items() for s in subsets for i in range(12)]  # fmt: skip
-    assert figure_intervals(REWARD_BENCH, sections)["Chat"] == pytest.approx(wilson_interval(60, 60))
+    # Five subsets of 12 prompts that weigh 100, 95, 95, 28 and 40.
+    alike = 12 * 358**2 / (100**2 + 95**2 + 95**2 + 28**2 + 40**2)
+    assert figure_intervals(REWARD_BENCH, sections)["Chat"] == pytest.approx(wilson_interval(alike, alike))
+
+
+def test_a_part_at_its_edge_keeps_its_uncertainty_in_a_composite():
+    """Five Safety rows that are all right say little of Safety, however much 1,000 Math rows say of Math."""
+    rows = [row("Math", i, [i < 689, 0.5]) for i in range(1000)] + [row("Safety", i, [1, 0.5]) for i in range(5)]
+    found = figure_intervals(REWARD_BENCH_2, rows)
+    low, high = found["overall"]
+    assert low < (0.689 + found["Safety"].low) / 2 < 0.8445 < high
+    assert high > 0.93
+    alone = [row("Math", i, [i < 689, 0.5]) for i in range(1000)] + [row("Safety", 0, [1, 0.5])]
+    assert np.ptp(figure_intervals(REWARD_BENCH_2, alone)["overall"]) > high - low
+    all_right = [row("Math", i, [1, 0]) for i in range(1000)] + [row("Safety", i, [1, 0]) for i in range(5)]
+    assert figure_intervals(REWARD_BENCH_2, all_right)["overall"][0] < 0.87
 
 
 NUM_WORLDS = 1000

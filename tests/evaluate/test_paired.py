@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from sarm.config import UserError
 from sarm.data.intervals import wilson_interval
 from sarm.evaluate.best_of_n import PAIRS
 from sarm.evaluate.paired import compare, holm, is_right
@@ -95,10 +96,25 @@ def test_rows_that_are_equal_in_a_section_bound_its_difference_by_their_own_numb
     rng = np.random.default_rng(0)
     a, b = ([row(s, i, [1, 0] if section == "Chat" else rng.normal(size=2)) for section, subsets in SECTIONS.items() for s in subsets for i in range(12)] for _ in range(2))  # fmt: skip
     found = compare(REWARD_BENCH, a, b, 200, 0)["figures"]
-    unseen = wilson_interval(0, 60).high
+    alike = 12 * 358**2 / (100**2 + 95**2 + 95**2 + 28**2 + 40**2)
+    unseen = wilson_interval(0, alike).high
     assert found["Chat"]["difference_ci95"] == pytest.approx([-unseen, unseen])
     assert found["Chat"]["p_swap"] == 1
     assert found["Safety"]["difference_ci95"][1] - found["Safety"]["difference_ci95"][0] > 0.1
+
+
+@pytest.mark.parametrize(("num", "is_claimed"), [(1, False), (2, False), (5, False), (6, True), (12, True)])
+def test_prompts_that_one_model_alone_wins_leave_zero_out_from_six_on(num, is_claimed):
+    """Interval and test agree: two-sided, 2^(1 - 5) of sign flips are as extreme as five on one side, which is over 5 %."""
+    a, b = ([row("Safety", i, scores) for i in range(num)] for scores in ([1, 0], [0, 1]))
+    for found in compare(REWARD_BENCH_2, a, b, 100, 0)["figures"].values():
+        assert (found["difference_ci95"][0] > 0) == is_claimed == (found["p_swap"] <= 0.05)
+    rng = np.random.default_rng(0)
+    maths = [row("Math", i, rng.normal(size=2)) for i in range(300)]
+    for others in (maths, [row("Math", i, rng.normal(size=2) + r.scores) for i, r in enumerate(maths)]):
+        overall = compare(REWARD_BENCH_2, a + maths, b + others, 100, 0)["figures"]["overall"]
+        assert overall["difference"] > 0.4
+        assert (overall["difference_ci95"][0] > 0) == is_claimed
 
 
 def test_rows_of_one_run_only_are_counted_and_not_compared():
@@ -106,6 +122,14 @@ def test_rows_of_one_run_only_are_counted_and_not_compared():
     found = compare(PAIRS, a, b, 100, 0)
     assert (found["num_rows"], found["num_unmatched"]) == (2, 6)
     assert compare(PAIRS, a[:2], b, 100, 0)["figures"] == {}
+
+
+def test_rows_whose_prompts_have_other_ids_in_the_other_run_are_refused():
+    """Clusters in another order would subtract one prompt's rows from another's, and give a p-value of nothing."""
+    a = [row("Math", i, [1, 0], cluster=f"{i}") for i in range(4)]
+    b = [row("Math", i, [1, 0], cluster=f"{9 - i}") for i in range(4)]
+    with pytest.raises(UserError, match="row Math 0 is of prompt 0 in A and of 9 in B"):
+        compare(REWARD_BENCH_2, a, b, 100, 0)
 
 
 def test_a_row_of_three_styles_is_right_if_most_comparisons_are_won():

@@ -34,6 +34,7 @@ from sarm.runtime.session import open_session
 from sarm.runtime.training.head_start import start_head_
 from sarm.runtime.training.reward_models import build_model
 from sarm.runtime.training.reward_training import load_pairs
+from sarm.untrusted import read_json
 
 
 @pytest.fixture(scope="module")
@@ -145,12 +146,12 @@ def test_an_edit_is_a_sarm_that_scores_as_said_and_can_be_taken_back(audited, wo
 
 def test_a_goal_comes_with_its_certificate_or_says_how_far_one_gets(audited):
     asked = Steer(run=Run(out=audited), name="goal", edit="goal", goal=0.05, tolerance=0.05, controls=10)
-    content = json.loads((run_job(steer, asked) / "steering.json").read_text())
+    content = read_json(run_job(steer, asked) / "steering.json")
     found = content["certificate"]
     assert found["solved_on"]["target_shift"] == pytest.approx(0.05, abs=1e-4)
     for one in (found["target"], *found["others"].values()):
         low, high = one["ci95"]
-        assert low <= one["value"] <= high
+        assert (low is high is None and one["num_prompts"] < 20) or low <= one["value"] <= high
         assert 0 < one["num_prompts"] <= one["num_pairs"]
     page = (audited / "audit.html").read_text()
     assert "Certificate: goal" in page

@@ -171,3 +171,23 @@ def test_a_changed_evaluation_is_not_compared(finished, work):
     with pytest.raises(UserError, match=r"report.json has changed"):
         run_comparison(Comparison(run_a=finished, run_b=work / "edited", run=Run(out=work / "none")))
     assert not (work / "none").exists()
+
+
+def test_an_evaluation_whose_prompts_were_told_apart_by_their_exact_text_is_refused(finished, evaluate, work, monkeypatch):  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("sarm.runtime.benchmarks.benchmarking.BENCHMARK", "benchmarks/v1")
+        old = evaluate("old", probes=())
+    with pytest.raises(UserError, match=r"expected benchmarks/v2 in .*old, got benchmarks/v1\. Run its stage again") as error:  # fmt: skip
+        run_comparison(Comparison(run_a=finished, run_b=old, run=Run(out=work / "none")))
+    assert "\n" not in str(error.value)
+    assert not (work / "none").exists()
+
+
+def test_a_comparison_says_that_scores_are_of_two_versions_of_the_protocol(finished, evaluate, work, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("sarm.runtime.benchmarks.benchmarking.PROTOCOL_VERSION", 1)
+        older = evaluate("older", probes=())
+    run = Run(out=work / "two versions")
+    folder = run_comparison(Comparison(run_a=finished, run_b=older, run=run, permutations=100))
+    notes = json.loads((folder / "report.json").read_text())["notes"]
+    assert any("differ in protocol version" in note for note in notes)

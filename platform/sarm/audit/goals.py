@@ -72,6 +72,8 @@ def certificate(
 ) -> dict[str, Any]:  # fmt: skip
     """What an edit does to pairs that it was not solved on: the shift of every group's mean margin, with a 95 % interval over prompts.
 
+    An interval is NaN where the group has too few prompts to show one; `goal_within` is then None, and the tolerance undecided.
+
     `tolerance_kept` says whether every other group's whole interval lies within the tolerance, `no` if a shift itself does not, else
     `undecided`. That all intervals must lie inside makes the claim as sure as one of them, however many groups there are.
     """
@@ -79,11 +81,11 @@ def certificate(
     moved = rows.pop("target")
     low, high = moved["ci95"]
     is_off = any(abs(row["value"]) > tolerance for row in rows.values())
-    # One prompt has no interval, and so leaves it open.
+    # A group without an interval leaves it open.
     is_wide = not all(max(np.abs(row["ci95"])) <= tolerance for row in rows.values())
     return {
         "target": moved,
-        "goal_within": low <= goal <= high,
+        "goal_within": None if np.isnan(low) else low <= goal <= high,
         "others": rows,
         "tolerance_kept": "no" if is_off else "undecided" if is_wide else "yes",
     }

@@ -24,6 +24,10 @@ from scipy import special
 Z_95 = 1.959963984540054
 # What the variance under one correlation counts beside that from the prompts themselves, in degrees of freedom.
 _PRIOR_DF = 5.0
+# Values that are equal but for rounding do not vary.
+_NO_SPREAD = 1e-12
+# Where none of 20 prompts differs, at most one in seven of all may (1 - 0.05^(1/20); the rule of three says 3 / 20): fewer say nothing of the others.
+_FEWEST_FLAT = 20
 # Few prompts, or nearly all pairs right, show too little of the correlation: it is raised by this over 1 + the effective prompts that could differ.
 _ICC_RAISE = 2.0
 
@@ -72,7 +76,8 @@ def share_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.
 def difference_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " pairs"]) -> Interval:
     """Of the mean of paired differences in [-1, 1], such as accuracy of A minus accuracy of B on the same pairs.
 
-    Where no value differs from another, or there is one cluster: as far from the mean as prompts that were not seen could still take it.
+    Where no value differs from another, or there is one cluster: as far from the mean as prompts that were not seen could still take it, and 0
+    is left out only if that many prompts on one side are no chance.
 
     Raises ValueError if there are no values, ids and values differ in number, or a value is outside [-1, 1].
     """
@@ -80,17 +85,19 @@ def difference_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shape
         raise ValueError(f"expected values in [-1, 1], got {np.min(values_N)} to {np.max(values_N)}")
     found = _clustered(values_N, clusters_N, bounded=True)
     if found.is_flat:
-        return flat_difference(found.mean, found.effective_clusters)
+        return flat_difference(found.mean, found.effective_clusters, len(np.unique(clusters_N)))
     return effective_difference(found.mean, found.variance, found.value_variance / found.variance, found.df)
 
 
 def mean_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " pairs"]) -> Interval:
-    """Of the mean of any numbers, such as shifts of margins. NaN where there is one cluster, which says nothing of others.
+    """Of the mean of any numbers, such as shifts of margins.
+
+    NaN where there is one cluster, or fewer than 20 effective ones and no value differs from another: nothing then says how far others would be off.
 
     Raises ValueError if there are no values, or ids and values differ in number.
     """
     found = _clustered(values_N, clusters_N, bounded=False)
-    if found.effective_clusters <= 1:
+    if found.effective_clusters <= 1 or (found.is_flat and found.effective_clusters < _FEWEST_FLAT):
         return Interval(float("nan"), float("nan"))
     half = 0.0 if found.is_flat else student(found.df) * float(np.sqrt(found.variance))
     return Interval(found.mean - half, found.mean + half)
@@ -123,10 +130,19 @@ def effective_difference(mean: float, variance: float, total: float, df: float) 
     return Interval(max(-1.0, mean - half), min(1.0, mean + half))
 
 
-def flat_difference(mean: float, total: float) -> Interval:
-    """Around a difference that all of `total` prompts share: Wilson's bound on how often a prompt could have differed from it."""
+def flat_difference(mean: float, total: float, num_prompts: int) -> Interval:
+    """Around a difference that all of `total` effective prompts share: Wilson's bound on how often a prompt could have differed from it.
+
+    It holds 0 where the `num_prompts` that take a side could by chance have taken the same one.
+    """
     unseen = effective_wilson(0.0, total, np.inf).high
-    return Interval(max(-1.0, mean - unseen), min(1.0, mean + unseen))
+    low, high = max(-1.0, mean - unseen), min(1.0, mean + unseen)
+    return Interval(min(low, 0.0), max(high, 0.0)) if could_be_chance(num_prompts) else Interval(low, high)
+
+
+def could_be_chance(num_prompts: int) -> bool:
+    """Whether so many prompts fall on one side of 0 by chance in more than 5 % of cases: up to five do, two-sided."""
+    return 2.0 ** (1 - num_prompts) > 0.05
 
 
 def student(df: float) -> float:
@@ -151,7 +167,7 @@ def _clustered(
     mean = float(sum_C.sum() / num)
     own_size = float(np.square(size_C).sum() / num)
     clusters = num / own_size
-    if num_clusters == 1 or np.ptp(values_N) == 0:
+    if num_clusters == 1 or np.ptp(values_N) <= _NO_SPREAD * np.abs(values_N).max():
         return _Clustered(mean, 0.0, 0.0, 1.0, clusters, True)
     spread = float(np.square(values_N - mean).mean())
     within = float(np.square(values_N - (sum_C / size_C)[cluster_N]).sum() / max(num - num_clusters, 1))

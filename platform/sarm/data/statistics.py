@@ -93,7 +93,11 @@ def sign_flip_p_values(
 
     All 2^C signs are tried where at most 12 clusters have a term that is not 0, else `permutations` random ones, with p = (b + 1) / (P + 1)
     (Phipson and Smyth 2010). Clusters of zeros change no sum and do not count. 1 where all terms are 0.
+
+    Raises ValueError if a term is not finite: no sum would be as large as NaN, and p the smallest there is.
     """
+    if not np.isfinite(terms_CF).all():
+        raise ValueError(f"expected finite terms, got {np.count_nonzero(~np.isfinite(terms_CF))} that are not")
     terms_CF = terms_CF[np.any(terms_CF != 0, axis=1)]
     # Sums that are equal but for rounding are as large.
     least_F = np.abs(terms_CF.sum(axis=0)) - 1e-9 * np.abs(terms_CF).sum(axis=0)

@@ -3,12 +3,13 @@
 A figure that is one mean takes `share_interval`, as every other accuracy does. Any other is a weighted sum of parts, g_p = d figure / d mean_p,
 Ties and RM-Bench included, and prompt c moves it by u_c = sum_p g_p (sum_cp - n_cp mean_p) / n_p. Its variance is
 sum_s C_s / (C_s - 1) sum_c (u_c - mean u)^2 over strata s of prompts (those that occur in the same subsets), with Satterthwaite's degrees of
-freedom; its interval is Wilson's of value (1 - value) / variance cases with Student's t. Where no prompt moves a figure, Wilson's interval of the
-prompts that its own parts rest on.
+freedom; its interval is Wilson's of value (1 - value) / variance cases with Student's t. A stratum whose prompts all move the figure alike, or that has one
+prompt, shows no variance. Of x right in n effective prompts it is given that of the share (x + 2) / (n + 4) (Agresti and Coull 1998). Where a figure is at 0 or 1, Wilson's
+interval of as many prompts as would say as much if all weighed alike.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,14 @@ Floats = NDArray[np.float64]
 # A combination of subsets with fewer prompts stands together with the other rare combinations.
 _SMALLEST_STRATUM = 10
 _NO_VARIANCE = 1e-24
+
+
+class Stratum(NamedTuple):
+    """Prompts that occur in the same subsets: their places, their share of a figure, and how many of one size would say as much."""
+
+    prompts: NDArray[np.intp]
+    weight: float
+    effective: float
 
 
 class Sums:
@@ -51,17 +60,33 @@ class Sums:
         centred_CP = self.sums - self.counts * self.means
         return np.asarray(centred_CP @ (gradient_P / self.counts.sum(axis=0)))
 
-    def effective_prompts(self, gradient_P: Floats) -> float:
-        """How many prompts of one size would say as much as those of a figure's own parts."""
+    def strata_of(self, gradient_P: Floats) -> list[Stratum]:
+        """The strata that a figure of this gradient rests on."""
         rows_C = self.counts[:, gradient_P != 0].sum(axis=1)
-        return float(rows_C.sum() ** 2 / np.square(rows_C).sum())
+        weight_C = self.counts @ (gradient_P / self.counts.sum(axis=0))
+        return [
+            Stratum(own, float(weight_C[own].sum()), float(rows_C[own].sum() ** 2 / np.square(rows_C[own]).sum()))
+            for own in self.strata
+            if rows_C[own].any()
+        ]
+
+    def mean_of(self, stratum: Stratum, gradient_P: Floats) -> float:
+        """Mean of a stratum, its parts weighted as in the figure of this gradient."""
+        return float((self.sums[stratum.prompts] @ (gradient_P / self.counts.sum(axis=0))).sum()) / stratum.weight
 
 
 class Variance(NamedTuple):
-    """Variance of a figure, and Satterthwaite's degrees of freedom of it."""
+    """Variance of a figure, Satterthwaite's degrees of freedom of it, and whether no prompt moves the figure."""
 
     value: float
     df: float
+    is_flat: bool
+
+
+def effective_prompts(strata: Sequence[Stratum]) -> float:
+    """How many prompts of one size and weight would say as much."""
+    total = sum(one.weight for one in strata)
+    return total**2 / sum(one.weight**2 / one.effective for one in strata)
 
 
 def gradients(benchmark: Benchmark, parts: Sequence[str], means_P: Floats) -> dict[str, Floats]:
@@ -78,13 +103,18 @@ def single_part(parts: Sequence[str], gradient_P: Floats) -> str | None:
     return parts[own[0]] if len(own) == 1 and abs(gradient_P[own[0]] - 1) < 1e-9 else None
 
 
-def variance_of(influence_C: Floats, strata: Sequence[NDArray[np.intp]]) -> Variance:
-    """The strata's variances and their sum. A stratum of one prompt shows none, and adds none."""
-    usable = [influence_C[stratum] for stratum in strata if len(stratum) > 1]
-    each = [(len(u) / (len(u) - 1) * float(np.square(u - u.mean()).sum()), len(u) - 1) for u in usable]
-    total = sum(variance for variance, _ in each)
-    uncertain = sum(variance**2 / df for variance, df in each)
-    return Variance(total, total**2 / uncertain if uncertain > 0 else 1.0)
+def variance_of(influence_C: Floats, strata: Sequence[Stratum], unseen: Callable[[Stratum], float]) -> Variance:
+    """Sum of the strata's variances; `unseen` is that of the mean of a stratum which shows none."""
+    total = uncertain = 0.0
+    for stratum in strata:
+        u, num = influence_C[stratum.prompts], len(stratum.prompts)
+        variance = num / (num - 1) * float(np.square(u - u.mean()).sum()) if num > 1 else 0.0
+        if variance < _NO_VARIANCE:
+            total += stratum.weight**2 * unseen(stratum)
+        else:
+            total += variance
+            uncertain += variance**2 / (num - 1)
+    return Variance(total, total**2 / uncertain if uncertain else np.inf, uncertain == 0)
 
 
 def figure_intervals(benchmark: Benchmark, rows: Sequence[ScoredRow]) -> dict[str, Interval]:
@@ -106,16 +136,18 @@ def of_part(observed: Observations, part: str) -> tuple[Floats, NDArray[np.str_]
 def _interval(value: float, gradient_P: Floats, sums: Sums, observed: Observations) -> Interval:
     if (part := single_part(sums.parts, gradient_P)) is not None:
         return share_interval(*of_part(observed, part))
-    found = variance_of(sums.influence(gradient_P), sums.strata)
+    strata = sums.strata_of(gradient_P)
+
+    def unseen(stratum: Stratum) -> float:
+        mean = min(max(sums.mean_of(stratum, gradient_P), 0.0), 1.0)
+        shrunk = (mean * stratum.effective + 2) / (stratum.effective + 4)
+        return shrunk * (1 - shrunk) / stratum.effective
+
     # The Ties score can leave [0, 1] by a hundredth.
     share = min(max(value, 0.0), 1.0)
-    if is_flat(found) or not 0 < share < 1:
-        low, high = effective_wilson(share, sums.effective_prompts(gradient_P), np.inf)
+    if not 0 < share < 1:
+        low, high = effective_wilson(share, effective_prompts(strata), np.inf)
     else:
+        found = variance_of(sums.influence(gradient_P), strata, unseen)
         low, high = effective_wilson(share, share * (1 - share) / found.value, found.df)
     return Interval(min(low, value), max(high, value))
-
-
-def is_flat(variance: Variance) -> bool:
-    """Whether no prompt moves a figure, but for rounding."""
-    return variance.value < _NO_VARIANCE

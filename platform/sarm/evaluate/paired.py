@@ -11,9 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from sarm.data.intervals import Interval, difference_interval, effective_difference, flat_difference
+from sarm.config import UserError
+from sarm.data.intervals import (  # fmt: skip
+    Z_95,
+    Interval,
+    could_be_chance,
+    difference_interval,
+    effective_difference,
+    flat_difference,
+)
 from sarm.data.statistics import cluster_sums, sign_flip_p_values
-from sarm.evaluate.influence import Floats, Sums, gradients, is_flat, of_part, single_part, variance_of
+from sarm.evaluate.influence import (  # fmt: skip
+    Floats,
+    Stratum,
+    Sums,
+    effective_prompts,
+    gradients,
+    of_part,
+    single_part,
+    variance_of,
+)
 from sarm.evaluate.reward_bench_2 import TIES, best_of_n_credit
 from sarm.evaluate.rows import Benchmark, Observations, ScoredRow
 
@@ -34,12 +51,14 @@ def compare(
     """Every figure of A, of B and of A - B with its interval and p-value; and, by subset, the rows that one model alone gets right.
 
     Rows are joined by subset and id; those of one model only are counted in `num_unmatched`.
+    Raises UserError if a row is of one prompt in A and of another in B: what each prompt adds to A - B is then unknown.
     """
     by_key = {(row.subset, row.row_id): row for row in rows_b}
     pairs = [(row, by_key[key]) for row in rows_a if (key := (row.subset, row.row_id)) in by_key]
     counts = {"num_rows": len(pairs), "num_unmatched": len(rows_a) + len(rows_b) - 2 * len(pairs)}
     if not pairs:
         return {**counts, "figures": {}, "subsets": {}, "note": "no row was scored in both runs"}
+    _check_prompts(pairs)
     rows = [list(one) for one in zip(*pairs, strict=True)]
     of_a, of_b = (benchmark.figures(one) for one in rows)
     observed_a, observed_b = (benchmark.observe(one) for one in rows)
@@ -71,8 +90,27 @@ def _interval(
     if (part := single_part(a.parts, gradient_P)) is not None:
         (values_a, clusters), (values_b, _) = (of_part(one, part) for one in observed)
         return difference_interval(values_a - values_b, clusters)
-    found, prompts = variance_of(a.influence(gradient_P) - b.influence(gradient_P), a.strata), a.effective_prompts(gradient_P)  # fmt: skip
-    return flat_difference(gain, prompts) if is_flat(found) else effective_difference(gain, found.value, prompts, found.df)  # fmt: skip
+
+    def unseen(stratum: Stratum) -> float:
+        # None of n prompts departs from what all share; (0 + 2) / (n + 4) is the share that might, as for shares.
+        departing = 2 / (stratum.effective + 4)
+        variance = departing * (1 - departing) / stratum.effective
+        shared = a.mean_of(stratum, gradient_P) - b.mean_of(stratum, gradient_P)
+        return max(variance, (shared / Z_95) ** 2) if could_be_chance(len(stratum.prompts)) else variance
+
+    strata = a.strata_of(gradient_P)
+    found, prompts = variance_of(a.influence(gradient_P) - b.influence(gradient_P), strata, unseen), effective_prompts(strata)  # fmt: skip
+    if not found.is_flat:
+        return effective_difference(gain, found.value, prompts, found.df)
+    own = gradient_P != 0
+    return flat_difference(gain, prompts, int((a.sums[:, own] != b.sums[:, own]).any(axis=1).sum()))
+
+
+def _check_prompts(pairs: Sequence[tuple[ScoredRow, ScoredRow]]) -> None:
+    for a, b in pairs:
+        if a.cluster != b.cluster:
+            where = f"{a.subset} {a.row_id}".strip()
+            raise UserError(f"row {where} is of prompt {a.cluster} in A and of {b.cluster} in B. Evaluate both on the same data again.")  # fmt: skip
 
 
 def is_right(row: ScoredRow) -> bool:

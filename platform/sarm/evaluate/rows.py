@@ -1,6 +1,6 @@
 """Scored benchmark rows, from the per-completion table that every figure is recomputed from.
 
-A row is one prompt with its completions, the correct ones first. Rows of one prompt form a cluster: intervals resample clusters.
+A row is one prompt with its completions, the correct ones first. Rows of one prompt form a cluster: a prompt is the unit of intervals and tests.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,7 +43,7 @@ class Observations(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """How a benchmark turns scores into figures. `combine` also takes means with leading axes, one entry a resample."""
+    """How a benchmark turns scores into figures. `combine` also takes means with leading axes, one entry a set of means."""
 
     prefix: str
     observe: Callable[[Sequence[ScoredRow]], Observations]

@@ -204,6 +204,7 @@ def _causal(content: Mapping[str, Any]) -> Iterable[Section]:
         )
 
 
-def _ratio(one: Mapping[str, Any], ends: Sequence[float] | None) -> str:
-    shown = f"{one['ratio']:.2f}"
-    return shown if ends is None else f"{shown} ({ends[0]:.2f} to {ends[1]:.2f})"
+def _ratio(one: Mapping[str, Any], ends: Sequence[float | None] | None) -> str:
+    # No number: half of the controls do nothing at all.
+    shown = "n/a" if one["ratio"] is None else f"{one['ratio']:.2f}"
+    return shown if ends is None or None in ends else f"{shown} ({ends[0]:.2f} to {ends[1]:.2f})"

@@ -12,8 +12,10 @@ def signed(value: float | None, digits: int = 3) -> str:
     return "n/a" if value is None or math.isnan(value) else f"{value:+.{digits}f}".replace("-", "−")
 
 
-def signed_span(ends: Sequence[float], digits: int = 3) -> str:
+def signed_span(ends: Sequence[float | None], digits: int = 3) -> str:
     """An interval of such numbers."""
+    if any(end is None or math.isnan(end) for end in ends):
+        return "n/a"
     return f"{signed(ends[0], digits)} to {signed(ends[1], digits)}"
 
 
@@ -95,11 +97,16 @@ def _certificate(name: str, edit: Mapping[str, Any], certificate: Mapping[str, A
     verdict = {
         "yes": "is kept: every interval lies within it",
         "no": "is not kept",
-        "undecided": "may or may not be kept: every shift lies within it, but not every interval",
+        "undecided": "may or may not be kept: not every subset has an interval within it",
     }[kept]
+    goal = {
+        True: "is inside the target's interval",
+        False: "is outside the target's interval",
+        None: "stays open: the target has no interval",
+    }[certificate["goal_within"]]
     return Section(
         title=f"Certificate: {name}",
-        text=f"The solver saw half of the prompts, where the target rises by {signed(solved['target_shift'])} and no other subset moves by more than {solved['largest_other_shift']:.3f}. The table has the other half, with 95 % intervals over prompts. The goal of {signed(edit['goal'])} is {'inside' if certificate['goal_within'] else 'outside'} the target's interval. The tolerance of {edit['tolerance']:g} {verdict}.",
+        text=f"The solver saw half of the prompts, where the target rises by {signed(solved['target_shift'])} and no other subset moves by more than {solved['largest_other_shift']:.3f}. The table has the other half, with 95 % intervals over prompts. The goal of {signed(edit['goal'])} {goal}. The tolerance of {edit['tolerance']:g} {verdict}.",
         columns=("pairs", "n", "prompts", "margin shift", "95 % interval"),
         rows=[
             (label, one["num_pairs"], one["num_prompts"], signed(one["value"]), signed_span(one["ci95"]))

@@ -18,7 +18,7 @@ from sarm.audit.settings import AuditFeatures
 from sarm.audit.steering import Edit, Sweep, against_controls, make_edit, ratio_interval, steered_rewards
 from sarm.data.audit_pairs import AUDIT_PAIRS
 from sarm.data.sentences import sentence_ends
-from sarm.manifest import StageFolder, write_atomically
+from sarm.manifest import StageFolder, finite_or_null, write_atomically
 from sarm.nn.sae import standardise
 from sarm.runtime.audit.audit_codes import write_codes
 from sarm.runtime.audit.audit_folder import FEATURES, Audited, read_audit
@@ -67,7 +67,7 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
             ),
             "sentences": _sentences(session, settings, found, target, pairs, folder.folder),
         }
-        write_atomically(folder.folder / "causal.json", json.dumps(content, indent=2))
+        write_atomically(folder.folder / "causal.json", json.dumps(finite_or_null(content), indent=2, allow_nan=False))
         child.log_artifact(folder.folder / "causal.json")
         figures = {
             "zeroed_ratio": steering["ratio"],

@@ -32,7 +32,7 @@ from sarm.data.intervals import mean_interval
 from sarm.data.sarm_artifacts import load_sarm, save_sarm
 from sarm.folder_schemas import SARM
 from sarm.interpret.figures import as_svg
-from sarm.manifest import StageFolder, read_manifest, write_atomically
+from sarm.manifest import StageFolder, finite_or_null, read_manifest, write_atomically
 from sarm.runtime.audit.audit_folder import Audited, read_audit
 from sarm.runtime.audit.audit_page import write_audit_page
 from sarm.runtime.models import hash_of_folder, sarm_settings
@@ -67,7 +67,7 @@ def steer(session: Session, settings: Steer) -> Path:
         content = _measure(found, edit, settings, session.run.seed, folder.folder)
         if goal is not None:
             content["certificate"] = goal
-        write_atomically(folder.folder / STEERING, json.dumps(content, indent=2))
+        write_atomically(folder.folder / STEERING, json.dumps(finite_or_null(content), indent=2, allow_nan=False))
         _save(found.sarm, edit, folder.folder)
         for name in (STEERING, EDIT):
             child.log_artifact(folder.folder / name)

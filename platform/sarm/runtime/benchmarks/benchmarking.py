@@ -14,7 +14,7 @@ from sarm.data.benchmark_sources import Loaded, load_benchmark, parse_source
 from sarm.data.templated_text import control_spelled_in, template_spelled_in
 from sarm.evaluate.settings import Benchmarking
 from sarm.evaluate.suite import measure, metrics
-from sarm.manifest import StageFolder, write_atomically
+from sarm.manifest import StageFolder, finite_or_null, write_atomically
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.runtime.benchmarks.benchmark_report import build_page
 from sarm.runtime.benchmarks.benchmark_scoring import Scores, all_cached, items_table, make_items, reasons_of, score_all
@@ -25,7 +25,8 @@ from sarm.runtime.pages import share, span, write_page
 from sarm.runtime.session import tracked_folder
 from sarm.runtime.tracking import tracking_uri
 
-BENCHMARK = "benchmarks/v1"
+# v2: rows of one prompt are told by its normalised text.
+BENCHMARK = "benchmarks/v2"
 
 
 def run_benchmarks(settings: Benchmarking) -> Path:
@@ -65,7 +66,7 @@ def run_benchmarks(settings: Benchmarking) -> Path:
         if num := content["contents"]["contents_already_templated"]:
             content["notes"].append(f"{num:,} contents spell the turns of a chat template: they may have been templated before.")  # fmt: skip
         content["seconds"] = round(time.monotonic() - started, 2)
-        write_atomically(folder.folder / "report.json", json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False))  # fmt: skip
+        write_atomically(folder.folder / "report.json", json.dumps(finite_or_null(content), indent=2, ensure_ascii=False, allow_nan=False))  # fmt: skip
         write_page(build_page(content), folder.folder)
         own_run.log_metrics(metrics(content))
         for name in ("report.json", "report.md", "report.html", "items.parquet"):
@@ -113,7 +114,7 @@ def _content(
     rate = scores.forward_tokens / scores.forward_seconds if scores.forward_seconds else None
     return {
         "title": f"Benchmarks of {settings.model}",
-        "model": {"name": settings.model, **spec.__dict__},
+        "model": {"name": settings.model, "protocol_version": PROTOCOL_VERSION, **spec.__dict__},
         "facts": {
             "model": settings.model,
             "protocol": spec.protocol,
@@ -174,12 +175,3 @@ def _say_figures(content: dict[str, Any]) -> None:
         for figure, row in one["figures"].items():
             if "/" not in figure:
                 say(f"{name:<15} {figure:<18} {share(row['value']):>8}   95 % {span(row['ci95'])}")
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN: an undefined figure is null."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and value != value else value

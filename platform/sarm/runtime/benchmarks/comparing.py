@@ -23,14 +23,14 @@ from sarm.runtime.tracking import StageRun, tracking_uri
 
 COMPARISON = "comparison/v1"
 # What makes scores of two runs mean different things even for one model.
-_PROTOCOL = ("protocol", "max_length")
+_PROTOCOL = ("protocol", "protocol_version", "max_length")
 _ALPHA = 0.05
 
 
 def run_comparison(settings: Comparison) -> Path:
     """Compare, report and log; returns the folder. A finished folder of the same two evaluations is left alone.
 
-    Raises UserError if an evaluation is unfinished or has changed, or the two share no benchmark.
+    Raises UserError if an evaluation is unfinished, has changed or is of an older schema, or the two share no benchmark or differ in a row's prompt.
     """
     tracking_uri(settings.run)
     folders = {"a": settings.run_a.expanduser().absolute(), "b": settings.run_b.expanduser().absolute()}
