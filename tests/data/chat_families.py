@@ -49,6 +49,11 @@ DEEPSEEK = (
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )  # fmt: skip
 
+# It leaves out what switches thinking on and off, wherever it stands.
+NEMOTRON = CHATML.replace("m['content']", "m['content'].replace('/think', '').replace('/no_think', '')")
+# It reads reasoning between texts that are no tokens.
+READS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+
 # Template, how the tokenizer splits, special tokens (BOS first where there is one, the end of turn last), added ones that are not special.
 _FAMILIES: dict[str, tuple[str, str, list[Any], list[Any]]] = {
     "chatml": (CHATML, "bytes", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>", "<|fim|>"]),
@@ -58,6 +63,8 @@ _FAMILIES: dict[str, tuple[str, str, list[Any], list[Any]]] = {
     "llama2": (LLAMA2, "prepended", ["<s>", "<unk>", "</s>"], []),
     "qwen3": (QWEN3, "bytes", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<think>", "</think>", "<tool_response>"]),
     "phi3": (PHI, "prepended", ["<s>", *(AddedToken(text, rstrip=True) for text in ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"))], []),
+    "nemotron": (NEMOTRON, "bytes", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], []),
+    "reads": (READS, "bytes", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], []),
     "deepseek": (DEEPSEEK, "bytes", ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"], ["<think>", "</think>"]),
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)

@@ -1,15 +1,18 @@
 """Contents as text: what is spelled in a message never becomes a control token, whatever the template and the tokenizer.
 
-A conversation is rendered with every control token in its contents broken by a mark. What is left unbroken is the template's own, and
-becomes a stand-in: two private-use characters that no content has. A second tokenizer, with the same model and rules, knows the stand-ins
+A conversation is rendered with a mark behind every character of its contents that a control token could begin with, so that none is whole
+even where the template leaves out a part of the content. What is left unbroken is the template's own, and becomes a stand-in: two private-use characters that no content has. A second tokenizer, with the same model and rules, knows the stand-ins
 instead of the spellings. So contents meet the template's pieces as they always do (merges at the borders included), and the ids of
 conversations without control tokens are those of the model's own tokenizer.
 """
 
+import ast
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
+
+import jinja2
 
 from sarm.config import UserError
 
@@ -65,8 +68,12 @@ class ControlTokens:
         self._single = [text for text in self.texts if len(text) == 1]
         self._index = {text: chr(_FIRST_INDEX + place) for place, text in enumerate(self.texts)}
         self._spelled = re.compile(any_of(self.texts))
+        self._firsts = "".join(sorted({text[0] for text in self.texts if len(text) > 1}))
+        self._first = re.compile(any_of(self._firsts))
         self._beginnings = tuple({text[:n] for text in self.texts for n in range(1, len(text))})
         self._endings = tuple({text[n:] for text in self.texts for n in range(1, len(text))})
+        self._all_texts = "".join(self.texts)
+        self._literals: dict[str, re.Pattern[str]] = {}
         self._encoders: dict[str, tuple[Any, dict[int, int]]] = {}
 
     def spelled_in(self, text: str) -> bool:
@@ -82,9 +89,10 @@ class ControlTokens:
         contents = [turn["content"] for turn in turns]
         if not any(self._needs_marks(content) for content in contents):
             return self._with_stand_ins(render(turns))
-        mark, *aliases = _absent_from(_MARKS, [*contents, template], 1 + len(self._single))
+        mark, *aliases = _absent_from(_MARKS, [*contents, template, self._all_texts], 1 + len(self._single))
         alias_of = dict(zip(self._single, aliases, strict=True))
-        marked = [self._marked(content, mark, alias_of) for content in contents]
+        whole = self._read_whole(template)
+        marked = [self._marked(content, mark, alias_of, whole) for content in contents]
         read = [text for text in self._not_special if text in template]
         if read and any(text in turn["content"] for text in read for turn in turns if turn["role"] == "assistant"):
             marked = self._unmarked_where_read(turns, marked, render, mark, read)
@@ -112,28 +120,46 @@ class ControlTokens:
         return [found[place] for place in range(len(rendered))]
 
     def _needs_marks(self, content: str) -> bool:
-        """Whether control tokens are spelled in the content, or could be by its end and what the template writes beside it."""
-        core = content.strip()
-        return self.spelled_in(content) or core.startswith(self._endings) or core.endswith(self._beginnings)
+        """Whether the content, or what the template leaves of it, could spell a control token by itself or with what the template writes beside it."""
+        return (
+            self._first.search(content) is not None
+            or any(character in content for character in self._single)
+            or content.strip().startswith(self._endings)
+        )
 
-    def _marked(self, content: str, mark: str, alias_of: Mapping[str, str]) -> str:
+    def _marked(self, content: str, mark: str, alias_of: Mapping[str, str], whole: re.Pattern[str]) -> str:
         for character, alias in alias_of.items():
             content = content.replace(character, alias)
-        while self.spelled_in(content):
-            content = self._spelled.sub(lambda found: found[0][0] + mark + found[0][1:], content)
         # Inside of white space, which templates trim.
         core = content.strip()
-        before, after = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
+        if not core:
+            return self._spelled.sub(lambda found: found[0][0] + mark + found[0][1:], content)
+        start = content.index(core)
         begin = mark if core.startswith(self._endings) else ""
-        return (
-            before + begin + core + mark + after if core.endswith(self._beginnings) else before + begin + core + after
-        )
+        core = whole.sub(lambda found: found[0] + mark if len(found[0]) == 1 else found[0], core)
+        while self.spelled_in(core):
+            core = self._spelled.sub(lambda found: found[0][0] + mark + found[0][1:], core)
+        return content[:start] + begin + core + content[start + len(content.strip()) :]
+
+    def _read_whole(self, template: str) -> re.Pattern[str]:
+        """A pattern for first characters of control tokens, and for texts that the template looks for in contents, which stay whole."""
+        if template not in self._literals:
+            texts = {
+                text
+                for text in _literals_of(template)
+                if len(text) > 1
+                and self._first.search(text)
+                and not self.spelled_in(text)
+                and not text.endswith(self._beginnings)
+            }
+            self._literals[template] = re.compile(any_of([*texts, *self._firsts]))
+        return self._literals[template]
 
     def _unmarked_where_read(
         self, turns: Sequence[Message], marked: list[str], render: Render, mark: str, read: Sequence[str]
     ) -> list[str]:
         """The marked contents, without marks in the tokens that the template reads in an answer: those whose mark changes what it writes."""
-        broken = {text[0] + mark + text[1:]: text for text in read}
+        broken = {self._first.sub(lambda found: found[0] + mark, text): text for text in read}
         pattern = re.compile(any_of(broken))
         places = [
             (number, found.span())
@@ -198,6 +224,15 @@ def any_of(texts: Iterable[str]) -> str:
     if len(parts) == 1 and not ends:
         return parts[0]
     return f"(?:{'|'.join(parts)}){'?' if ends else ''}"
+
+
+def _literals_of(template: str) -> list[str]:
+    """The strings in the code of a template; none where it is not jinja's."""
+    try:
+        tokens = list(jinja2.Environment().lex(template))
+        return [ast.literal_eval(text) for _, kind, text in tokens if kind == "string"]
+    except (jinja2.TemplateSyntaxError, SyntaxError, ValueError):
+        return []
 
 
 def _is_control(token: Any) -> bool:
