@@ -85,7 +85,12 @@ class ChatTokenizer:
         turns = [*_PROBE, *_PROBE]
         (whole,) = self.control.encode([self.control.render(turns, self._apply, self.template)])
         (tokens,) = self._tokenise([self.control.render(turns, self._apply, self.template)])
-        written = set(tokens.ids) & self.control.ids - {self.end_of_turn_id, self.bos_id}
+        # What begins turns, and not what the template writes within answers, as around reasoning.
+        try:
+            (asked,) = self._tokenise([self.control.render(_PROBE[:1], self._apply, self.template)])
+        except ConversationError:
+            asked = TextTokens([], [])
+        written = {*asked.ids, *self.opening_ids} & self.control.ids - {self.end_of_turn_id, self.bos_id}
         end = len(whole.ids) - 1 - whole.ids[::-1].index(self.end_of_turn_id)
         return {
             "opening": list(self.opening_ids),
