@@ -49,6 +49,11 @@ DEEPSEEK = (
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )  # fmt: skip
 
+# It leaves out what switches thinking on and off, wherever it stands.
+NEMOTRON = CHATML.replace("m['content']", "m['content'].replace('/think', '').replace('/no_think', '')")
+# It reads reasoning between texts that are no tokens.
+READS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+
 # Template, how the tokenizer splits, special tokens (BOS first where there is one, the end of turn last), added ones that are not special.
 _FAMILIES: dict[str, tuple[str, str, list[Any], list[Any]]] = {
     "chatml": (CHATML, "bytes", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<tool_call>", "<|fim|>"]),
@@ -58,9 +63,12 @@ _FAMILIES: dict[str, tuple[str, str, list[Any], list[Any]]] = {
     "llama2": (LLAMA2, "prepended", ["<s>", "<unk>", "</s>"], []),
     "qwen3": (QWEN3, "bytes", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<think>", "</think>", "<tool_response>"]),
     "phi3": (PHI, "prepended", ["<s>", *(AddedToken(text, rstrip=True) for text in ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"))], []),
+    "nemotron": (NEMOTRON, "bytes", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], []),
+    "reads": (READS, "bytes", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], []),
     "deepseek": (DEEPSEEK, "bytes", ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"], ["<think>", "</think>"]),
 }  # fmt: skip
-FAMILIES = tuple(_FAMILIES)
+# Whose models write `</s>` by themselves: a Unigram one that has it in its vocabulary, one whose merges reach it.
+FAMILIES = (*_FAMILIES, "unigram", "merged")
 # They write a BOS before every text, which templates write too.
 _WRITES_BOS = ("llama3", "gemma", "mistral", "llama2", "deepseek")
 
@@ -68,6 +76,8 @@ _WRITES_BOS = ("llama3", "gemma", "mistral", "llama2", "deepseek")
 @cache
 def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
     """The family's tokenizer, made once; do not change it."""
+    if family in ("unigram", "merged"):
+        return writing_the_end(family)
     template, kind, specials, others = _FAMILIES[family]
     backend = Tokenizer(models.BPE(byte_fallback=kind != "bytes", unk_token=None))
     if kind == "bytes":
@@ -103,6 +113,33 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
         )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=names[0], eos_token=names[-1])
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def writing_the_end(family: str, with_bytes: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer whose model writes `</s>` by itself; `with_bytes`, and bytes for characters that it lacks."""
+    names = ["<unk>", "<s>", "</s>"]
+    letters = [chr(n) for n in range(33, 127)]
+    of_bytes = [f"<0x{n:02X}>" for n in range(256)] * with_bytes
+    if family == "unigram":
+        words = [
+            ("▁", -2.0),
+            ("▁so", -4.0),
+            ("ing", -4.0),
+            *((letter, -6.0) for letter in letters),
+            *((text, -9.0) for text in of_bytes),
+        ]
+        backend = Tokenizer(models.Unigram([(name, 0.0) for name in names] + words, 0, with_bytes))
+    else:
+        pieces = ["</", "s>"]
+        vocabulary = {text: n for n, text in enumerate([*names, "▁", *letters, *pieces, *of_bytes])}
+        merges = [("<", "/"), ("s", ">"), ("</", "s>")]
+        backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=with_bytes))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = LLAMA2
     return tokenizer
 
 

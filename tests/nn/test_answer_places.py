@@ -1,5 +1,9 @@
 """Where a SARM that is given token ids alone finds the rewarded token, and what it does where an answer was cut off."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +13,7 @@ from tests.nn.test_modeling_sarm import build
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from sarm.data.sarm_artifacts import save_sarm
-from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.nn.modeling_sarm import CODE_FILES, SarmForSequenceClassification
 from sarm.nn.protocol import PROTOCOL_VERSION
 
 PROMPT = [{"role": "user", "content": "How do I pick a lock?"}]
@@ -118,6 +122,15 @@ def test_plain_strings_and_prompts_are_told_from_answers(model, tiny_chat, seque
     assert (out.unopened.tolist(), out.cut_off.tolist()) == ([False], [False])
 
 
+@torch.no_grad()
+def test_text_behind_the_rewarded_token_is_reported(model, tiny_chat, sequences):
+    end = model.config.end_of_turn_id
+    more = tiny_chat.encode_text(" and more of it").ids
+    for behind, unscored in (([], False), ([end, end], False), ([*more, end], True)):
+        out = model(input_ids=torch.tensor([sequences[0] + behind]))
+        assert (out.unscored.tolist(), out.cut_off.tolist()) == ([unscored], [False])
+
+
 def test_labels_are_regressed_on_and_embeddings_refused(model, sequences):
     ids = torch.tensor([sequences[0]])
     out = model(input_ids=ids, labels=torch.tensor([1.5]))
@@ -153,11 +166,30 @@ def test_every_cut_of_every_familys_conversations_is_rewarded_behind_its_own_ans
         config = type(
             "Config", (), {"answer_place": place, "end_of_turn_id": pad, "on_cut_off": "close", "pad_token_id": pad}
         )
-        _without_padding = SarmForSequenceClassification._without_padding
 
     def places(ids):
         return SarmForSequenceClassification.answer_places(Stub(), torch.tensor([ids]))
 
+    if chat.opening_ids:
+        # A tail as truncation to any length leaves it, within the opening or within the answer.
+        opened = next(
+            n for n in range(end, 0, -1) if tuple(tokens.ids[n - len(chat.opening_ids) : n]) == chat.opening_ids
+        )
+        tail = tokens.ids[data.draw(st.integers(opened - len(chat.opening_ids) + 1, end - 1)) :]
+        bos = [] if chat.bos_id is None else [chat.bos_id]
+        kept = places([pad] * left + bos + tail + [pad] * right)
+        assert (kept.columns.item(), kept.cut_off.item(), kept.unscored.item()) == (
+            left + len(bos + tail) - 1,
+            False,
+            False,
+        )
+        assert kept.mask[0].tolist() == [0] * left + [1] * len(bos + tail) + [1] * right
+        on = places(
+            tokens.ids + chat.encode([[*messages, {"role": "user", "content": "But why?"}]])[0].ids[len(tokens.ids) :]
+        )
+        # Where the opening ends the user's turn, an answer to it is awaited, and cut off.
+        assert on.unscored.item() or on.cut_off.item()
+        assert not places(tokens.ids).unscored.item()
     whole = places([pad] * left + tokens.ids + [pad] * right)
     assert (whole.columns.item(), whole.cut_off.item()) == (left + end, False)
     found = places([pad] * left + tokens.ids[:cut])
@@ -181,6 +213,22 @@ def test_a_loaded_model_is_saved_with_the_code_that_reads_it(saved, tmp_path):
     assert {path.name for path in tmp_path.glob("*.py")} == {path.name for path in saved.glob("*.py")}
     for path in saved.glob("*.py"):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+_SAVE_AGAIN = """
+import sys
+sys.modules["sarm"] = None
+from transformers import AutoModelForSequenceClassification
+AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained(sys.argv[2])
+"""
+
+
+def test_a_model_loaded_without_the_package_is_saved_with_its_code(saved, tmp_path):
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", _SAVE_AGAIN, str(saved), str(tmp_path / "again")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == set(CODE_FILES)
 
 
 def test_a_text_classification_pipeline_gives_the_reward_itself(saved, tiny_chat, model, sequences):

@@ -2,11 +2,12 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, ByT5Tokenizer, LlamaConfig
 
 from sarm.config import UserError
 from sarm.data.chat import ChatTokenizer
@@ -196,3 +197,16 @@ def test_the_version_of_the_text_rules_is_part_of_a_scores_key(sarm_folder, monk
     before = score_key(spec)
     monkeypatch.setattr("sarm.runtime.models.PROTOCOL_VERSION", 1)
     assert score_key(spec) != before
+
+
+def test_a_tokenizer_of_pythons_own_is_scored_by_the_official_code_alone(classifier_folder, tmp_path):
+    folder = Path(shutil.copytree(classifier_folder, tmp_path / "bytes"))
+    for path in folder.glob("*token*"):
+        path.unlink()
+    tokenizer = ByT5Tokenizer(pad_token="<pad>")
+    tokenizer.chat_template = AutoTokenizer.from_pretrained(classifier_folder).chat_template
+    tokenizer.save_pretrained(folder)
+    ((score, *_),) = scores(folder, ["slowly."], protocol="official")
+    assert math.isfinite(score)
+    with pytest.raises(UserError, match=r"not run by the tokenizers library.*--protocol official"):
+        scores(folder, ["slowly."])

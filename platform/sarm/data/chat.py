@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sarm.config import Model, UserError
-from sarm.data.control_tokens import ControlTokens, Rendered, Span
+from sarm.data.control_tokens import ControlTokens, Encoded, Rendered, Span
 from sarm.data.conversations import ConversationError, Message, check_messages
 from sarm.data.opening import opening_of
+from sarm.data.spelling import NotEncodableError
 from sarm.data.templated_text import template_spelled_in
 from sarm.data.templates import pin_template, with_system_prompt, without_system_prompt
 
@@ -65,7 +66,10 @@ class ChatTokenizer:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.system_prompt = written if system_prompt is None else system_prompt
         self.template = pin_template(template)
-        self.control = ControlTokens(tokenizer)
+        try:
+            self.control = ControlTokens(tokenizer)
+        except NotEncodableError as error:
+            raise UserError(f"{error} Pass another --model.name.") from error
         plain = tokenizer("a").input_ids
         self.bos_id = tokenizer.bos_token_id if plain and plain[0] == tokenizer.bos_token_id else None
         self.end_of_turn_id = self._tokenise([self._rendered(_PROBE)])[0].ids[-1]
@@ -81,7 +85,12 @@ class ChatTokenizer:
         turns = [*_PROBE, *_PROBE]
         (whole,) = self.control.encode([self.control.render(turns, self._apply, self.template)])
         (tokens,) = self._tokenise([self.control.render(turns, self._apply, self.template)])
-        written = set(tokens.ids) & self.control.ids - {self.end_of_turn_id, self.bos_id}
+        # What begins turns, and not what the template writes within answers, as around reasoning.
+        try:
+            (asked,) = self._tokenise([self.control.render(_PROBE[:1], self._apply, self.template)])
+        except ConversationError:
+            asked = TextTokens([], [])
+        written = {*asked.ids, *self.opening_ids} & self.control.ids - {self.end_of_turn_id, self.bos_id}
         end = len(whole.ids) - 1 - whole.ids[::-1].index(self.end_of_turn_id)
         return {
             "opening": list(self.opening_ids),
@@ -112,7 +121,7 @@ class ChatTokenizer:
 
     def encode_text(self, text: str) -> TextTokens:
         """Token ids and character offsets of a plain text; nothing is inserted, and control tokens in it are text like any other."""
-        (encoded,) = self.control.encode([self.control.plain(text)], offsets=True)
+        (encoded,) = self._encoded([self.control.plain(text)], offsets=True)
         return TextTokens(encoded.ids, encoded.offsets)
 
     def spelled_in(self, contents: Iterable[str]) -> Spelled:
@@ -156,7 +165,10 @@ class ChatTokenizer:
         return turns
 
     def _rendered(self, messages: Sequence[Message]) -> Rendered:
-        return self.control.render(self._turns(messages), self._apply, self.template)
+        try:
+            return self.control.render(self._turns(messages), self._apply, self.template)
+        except NotEncodableError as error:
+            raise ConversationError(str(error), "not_encodable") from error
 
     def _apply(self, turns: Sequence[Message], opened: bool = False) -> str:
         """What the template makes of the turns; with `opened`, and of the beginning of an answer to them."""
@@ -171,7 +183,7 @@ class ChatTokenizer:
     def _tokenise(self, texts: list[Rendered], *, offsets: bool = False) -> list[TextTokens]:
         bos = [] if self.bos_id is None else [self.bos_id]
         sequences = []
-        for ids, covered in self.control.encode(texts, offsets=offsets):
+        for ids, covered in self._encoded(texts, offsets=offsets):
             end = len(ids)
             while end > 1 and self._is_blank(ids[end - 1]):
                 end -= 1
@@ -181,6 +193,12 @@ class ChatTokenizer:
                     start += 1
             sequences.append(TextTokens([*bos, *ids[start:end]], [_NOWHERE for _ in bos] + covered[start:end]))
         return sequences
+
+    def _encoded(self, texts: list[Rendered], *, offsets: bool) -> list[Encoded]:
+        try:
+            return self.control.encode(texts, offsets=offsets)
+        except NotEncodableError as error:
+            raise ConversationError(str(error), "not_encodable") from error
 
     def _is_blank(self, token_id: int) -> bool:
         return not self.tokenizer.decode([token_id]).strip()

@@ -1,9 +1,11 @@
 """Contents as text: what is spelled in a message never becomes a control token, whatever the template and the tokenizer.
 
-A conversation is rendered with every control token in its contents broken by a mark. What is left unbroken is the template's own, and
-becomes a stand-in: two private-use characters that no content has. A second tokenizer, with the same model and rules, knows the stand-ins
+A conversation is rendered with a mark behind every character of its contents that a control token could begin with, so that none is whole
+even where the template leaves out a part of the content. What is left unbroken is the template's own, and becomes a stand-in: two private-use characters that no content has. A second tokenizer, with the same model and rules, knows the stand-ins
 instead of the spellings. So contents meet the template's pieces as they always do (merges at the borders included), and the ids of
 conversations without control tokens are those of the model's own tokenizer.
+
+Registered models carry copies of this module and of `spelling`, which it imports relatively; they need `tokenizers` and `jinja2` alone.
 """
 
 import re
@@ -11,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sarm.config import UserError
+from tokenizers import AddedToken, Tokenizer
+
+from .spelling import NotEncodableError, any_of, literals_of, pieces_of, unknown_id
 
 Message = dict[str, str]
 Span = tuple[int, int]
@@ -46,27 +50,34 @@ class Encoded(NamedTuple):
 class ControlTokens:
     """The control tokens of a tokenizer, and an encoder that takes only the template's own for such.
 
-    A control token is an added token that is special, or that is neither white space nor an HTML tag. Raises UserError for a tokenizer
+    A control token is an added token that is special, or that is neither white space nor an HTML tag nor a word. Raises NotEncodableError for a tokenizer
     that the `tokenizers` library does not run.
     """
 
     def __init__(self, tokenizer: Any):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path} is not run by the tokenizers library, so control tokens in contents cannot be told apart. Pass another --model.name."
+            raise NotEncodableError(
+                f"the tokenizer of {tokenizer.name_or_path} is not run by the tokenizers library, so control tokens in contents cannot be told apart."
             )
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
         self.texts = sorted({token.content for token in self._added.values() if _is_control(token)})
         self.ids = frozenset(number for number, token in self._added.items() if _is_control(token))
         self._not_special = {token.content for token in self._added.values() if not token.special} & set(self.texts)
+        # What the model's vocabulary itself may write, merged from characters: by id, since the encoder shares that model.
+        self._of_model = {i for i in self.ids if backend.model.id_to_token(i) is not None}
+        self._unknown = unknown_id(backend.model)
         # One character cannot be broken: contents get another in its place.
         self._single = [text for text in self.texts if len(text) == 1]
         self._index = {text: chr(_FIRST_INDEX + place) for place, text in enumerate(self.texts)}
         self._spelled = re.compile(any_of(self.texts))
+        self._firsts = "".join(sorted({text[0] for text in self.texts if len(text) > 1}))
+        self._first = re.compile(any_of(self._firsts))
         self._beginnings = tuple({text[:n] for text in self.texts for n in range(1, len(text))})
         self._endings = tuple({text[n:] for text in self.texts for n in range(1, len(text))})
+        self._all_texts = "".join(self.texts)
+        self._literals: dict[str, re.Pattern[str]] = {}
         self._encoders: dict[str, tuple[Any, dict[int, int]]] = {}
 
     def spelled_in(self, text: str) -> bool:
@@ -77,14 +88,15 @@ class ControlTokens:
         """What `render` makes of the turns, with stand-ins for the control tokens that are the template's own.
 
         `template` is its source: it tells which tokens it may read in contents by itself, as reasoning between `<think>` and `</think>`
-        is. Those, and no others of the contents, count as the template's. Raises what `render` raises, and UserError if the contents leave no private-use character free.
+        is. Those, and no others of the contents, count as the template's. Raises what `render` raises, and NotEncodableError if the contents leave no private-use character free.
         """
         contents = [turn["content"] for turn in turns]
         if not any(self._needs_marks(content) for content in contents):
             return self._with_stand_ins(render(turns))
-        mark, *aliases = _absent_from(_MARKS, [*contents, template], 1 + len(self._single))
+        mark, *aliases = _absent_from(_MARKS, [*contents, template, self._all_texts], 1 + len(self._single))
         alias_of = dict(zip(self._single, aliases, strict=True))
-        marked = [self._marked(content, mark, alias_of) for content in contents]
+        whole = self._read_whole(template)
+        marked = [self._marked(content, mark, alias_of, whole) for content in contents]
         read = [text for text in self._not_special if text in template]
         if read and any(text in turn["content"] for text in read for turn in turns if turn["role"] == "assistant"):
             marked = self._unmarked_where_read(turns, marked, render, mark, read)
@@ -99,41 +111,83 @@ class ControlTokens:
         return Rendered(text, *_absent_from(_STARTS, [text]))
 
     def encode(self, rendered: Sequence[Rendered], *, offsets: bool = False) -> list[Encoded]:
-        """Token ids of each, nothing inserted."""
+        """Token ids of each, nothing inserted. Raises NotEncodableError where the vocabulary can write a content by a control token alone."""
         found: dict[int, Encoded] = {}
         for start in dict.fromkeys(one.start for one in rendered):
             backend, original = self._encoder(start)
             own = [place for place, one in enumerate(rendered) if one.start == start]
-            encode = backend.encode_batch if offsets else backend.encode_batch_fast
-            encodings = encode([rendered[place].text for place in own], add_special_tokens=False)
-            for place, encoding in zip(own, encodings, strict=True):
-                ids = [original.get(i, i) for i in encoding.ids]
-                found[place] = Encoded(ids, encoding.offsets if offsets else [])
+            texts = [rendered[place].text for place in own]
+            # Characters are counted where asked for, and where an unknown one has to be told from its token's spelling.
+            fast = not offsets and self._unknown not in self._of_model
+            encode = backend.encode_batch_fast if fast else backend.encode_batch
+            for place, encoding in zip(own, encode(texts, add_special_tokens=False), strict=True):
+                ids, spans = encoding.ids, [] if fast else encoding.offsets
+                if not self._of_model.isdisjoint(ids):
+                    ids, spans = self._by_characters(rendered[place].text, ids, spans)
+                found[place] = Encoded([original.get(i, i) for i in ids], spans if offsets else [])
         return [found[place] for place in range(len(rendered))]
 
-    def _needs_marks(self, content: str) -> bool:
-        """Whether control tokens are spelled in the content, or could be by its end and what the template writes beside it."""
-        core = content.strip()
-        return self.spelled_in(content) or core.startswith(self._endings) or core.endswith(self._beginnings)
+    def _by_characters(self, text: str, ids: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
+        """The same with the model's own spelling of control tokens, which no stand-in was written for, in smaller pieces."""
+        new_ids: list[int] = []
+        new_spans: list[Span] = []
+        for place, number in enumerate(ids):
+            pieces = [number]
+            if number in self._of_model:
+                spelling = self._backend.id_to_token(number)
+                covered = text[slice(*spans[place])] if spans else ""
+                if number != self._unknown:
+                    pieces = pieces_of(spelling, self._backend.model, self.ids, self._unknown)
+                elif spelling in covered:
+                    pieces = pieces_of(covered, self._backend.model, self.ids, self._unknown)
+            new_ids += pieces
+            if spans:
+                first, end = spans[place]
+                each = [(n, n + 1) for n in range(first, end)]
+                new_spans += each if len(each) == len(pieces) else [(first, end)] * len(pieces)
+        return new_ids, new_spans
 
-    def _marked(self, content: str, mark: str, alias_of: Mapping[str, str]) -> str:
+    def _needs_marks(self, content: str) -> bool:
+        """Whether the content, or what the template leaves of it, could spell a control token by itself or with what the template writes beside it."""
+        return (
+            self._first.search(content) is not None
+            or any(character in content for character in self._single)
+            or content.strip().startswith(self._endings)
+        )
+
+    def _marked(self, content: str, mark: str, alias_of: Mapping[str, str], whole: re.Pattern[str]) -> str:
         for character, alias in alias_of.items():
             content = content.replace(character, alias)
-        while self.spelled_in(content):
-            content = self._spelled.sub(lambda found: found[0][0] + mark + found[0][1:], content)
         # Inside of white space, which templates trim.
         core = content.strip()
-        before, after = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
+        if not core:
+            return self._spelled.sub(lambda found: found[0][0] + mark + found[0][1:], content)
+        start = content.index(core)
         begin = mark if core.startswith(self._endings) else ""
-        return (
-            before + begin + core + mark + after if core.endswith(self._beginnings) else before + begin + core + after
-        )
+        core = whole.sub(lambda found: found[0] + mark if len(found[0]) == 1 else found[0], core)
+        while self.spelled_in(core):
+            core = self._spelled.sub(lambda found: found[0][0] + mark + found[0][1:], core)
+        return content[:start] + begin + core + content[start + len(content.strip()) :]
+
+    def _read_whole(self, template: str) -> re.Pattern[str]:
+        """A pattern for first characters of control tokens, and for texts that the template looks for in contents, which stay whole."""
+        if template not in self._literals:
+            texts = {
+                text
+                for text in literals_of(template)
+                if len(text) > 1
+                and self._first.search(text)
+                and not self.spelled_in(text)
+                and not text.endswith(self._beginnings)
+            }
+            self._literals[template] = re.compile(any_of([*texts, *self._firsts]))
+        return self._literals[template]
 
     def _unmarked_where_read(
         self, turns: Sequence[Message], marked: list[str], render: Render, mark: str, read: Sequence[str]
     ) -> list[str]:
         """The marked contents, without marks in the tokens that the template reads in an answer: those whose mark changes what it writes."""
-        broken = {text[0] + mark + text[1:]: text for text in read}
+        broken = {self._first.sub(lambda found: found[0] + mark, text): text for text in read}
         pattern = re.compile(any_of(broken))
         places = [
             (number, found.span())
@@ -170,8 +224,6 @@ class ControlTokens:
     def _encoder(self, start: str) -> tuple[Any, dict[int, int]]:
         """A tokenizer of the same model that knows stand-ins, and the ids that its added tokens have in the model's own."""
         if start not in self._encoders:
-            from tokenizers import AddedToken, Tokenizer
-
             encoder = Tokenizer(self._backend.model)
             for part in ("normalizer", "pre_tokenizer"):
                 if (own := getattr(self._backend, part)) is not None:
@@ -186,30 +238,18 @@ class ControlTokens:
         return self._encoders[start]
 
 
-def any_of(texts: Iterable[str]) -> str:
-    """A pattern for the longest of these texts at a place, as a tree, so that thousands with a common beginning cost no more than one."""
-    branches: dict[str, list[str]] = {}
-    for text in texts:
-        branches.setdefault(text[:1], []).append(text[1:])
-    ends = branches.pop("", None) is not None
-    parts = [re.escape(first) + any_of(rest) for first, rest in branches.items()]
-    if not parts:
-        return "" if ends else r"(?!)"
-    if len(parts) == 1 and not ends:
-        return parts[0]
-    return f"(?:{'|'.join(parts)}){'?' if ends else ''}"
-
-
 def _is_control(token: Any) -> bool:
     text = token.content
-    return bool(text) and (token.special or not (not text.strip(" \t\r\n\u2581") or _HTML.fullmatch(text)))
+    # Words that somebody added, and white space, are vocabulary like any other.
+    is_word = all(character.isalnum() or character in "_ \t\r\n\u2581" for character in text)
+    return bool(text) and (token.special or not (is_word or _HTML.fullmatch(text)))
 
 
 def _absent_from(candidates: Iterable[int], texts: Sequence[str], count: int = 1) -> list[str]:
     free = (chr(number) for number in candidates if not any(chr(number) in text for text in texts))
     found = list(islice(free, count))
     if len(found) < count:
-        raise UserError("a text uses every private-use character that Unicode has. Leave it out.")
+        raise NotEncodableError("a text uses every private-use character that Unicode has. Leave it out.")
     return found
 
 

@@ -17,6 +17,8 @@ from sarm.nn.modeling_sarm import CODE_FILES, SarmConfig, SarmForSequenceClassif
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.untrusted import read_json
 
+TEXT_CODE_FILES = ("control_tokens.py", "spelling.py")
+
 
 def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder: Path) -> None:
     """Write a model that `AutoModelForSequenceClassification` loads, its tokenizer, and copies of the code it needs."""
@@ -37,6 +39,12 @@ def copy_model_code(folder: Path) -> None:
     code = Path(__file__).parent.parent / "nn"
     for name in CODE_FILES:
         shutil.copyfile(code / name, folder / name)
+
+
+def copy_text_code(folder: Path) -> None:
+    """Copy the modules that encode contents as text; they import each other relatively, and otherwise tokenizers and jinja2 alone."""
+    for name in TEXT_CODE_FILES:
+        shutil.copyfile(Path(__file__).parent / name, folder / name)
 
 
 def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequenceClassification:

@@ -8,7 +8,7 @@ B rows, L columns, N rewarded tokens, K active latents, S d_sae.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from .answer_places import Places, closed, find_places, without_padding
 from .architectures import build_sae
 from .backbone import residual_stream, without_final_norm
 from .losses import reconstruction_loss
+from .protocol import PROTOCOL_VERSION
 from .sae import Codes, Sae, standardise
 
-CODE_FILES = ("modeling_sarm.py", "backbone.py", "architectures.py", "sae.py", "losses.py", "protocol.py")
+# All of them are imported here or by each other: what is not, `trust_remote_code` does not fetch.
+CODE_FILES = ("modeling_sarm.py", "answer_places.py", "backbone.py", "architectures.py", "sae.py", "losses.py", "protocol.py")  # fmt: skip
 ON_CUT_OFF = ("close", "refuse", "penalise")
 # A penalised answer gets what one in a few hundred gets, unless the config says what.
 _PENALTY_STDS = 3.0
@@ -81,7 +84,8 @@ class SarmOutput(ModelOutput):
 
     `loss` (squared error against labels) and `reconstruction_loss` [N] are there where they were asked for. Where `forward` looked for the
     rewarded token itself, `cut_off` [B] says which answers had no end of turn, and `unopened` [B] in which rows the template
-    opens no answer at all: plain strings, prompts, texts in another template.
+    opens no answer at all: plain strings, prompts, texts in another template. `unscored` [B] says where text follows the rewarded token: what
+    follows an end of turn within the answer, or a later turn of the user's.
     """
 
     loss: Tensor | None = None
@@ -91,16 +95,7 @@ class SarmOutput(ModelOutput):
     reconstruction_loss: Tensor | None = None
     cut_off: Tensor | None = None
     unopened: Tensor | None = None
-
-
-class Places(NamedTuple):
-    """Rows with their rewarded columns: ids and mask [B, L] or, if answers were closed, [B, L + 1]."""
-
-    input_ids: Tensor
-    mask: Tensor
-    columns: Tensor
-    cut_off: Tensor
-    unopened: Tensor
+    unscored: Tensor | None = None
 
 
 class SparseLinear(nn.Module):
@@ -179,7 +174,7 @@ class SarmForSequenceClassification(PreTrainedModel):
         with torch.autocast(h_ND.device.type, enabled=False):
             output = self._read(h_ND, reconstruct, recon_detached)
         if places is not None and self.config.answer_place:
-            output.cut_off, output.unopened = places.cut_off, places.unopened
+            output.cut_off, output.unopened, output.unscored = places.cut_off, places.unopened, places.unscored
             if (on_cut_off or self.config.on_cut_off) == "penalise" and output.logits is not None:
                 lowest = self.config.reward_mean - _PENALTY_STDS * self.config.reward_std
                 fixed = lowest if self.config.cut_off_reward is None else self.config.cut_off_reward
@@ -208,59 +203,26 @@ class SarmForSequenceClassification(PreTrainedModel):
         """Where each row's answer is rewarded: the first end of turn behind the last place where the template opens an answer.
 
         An answer that was cut off before it is closed with one, so that no row is rewarded at its prompt. Without a mask, what stands before
-        the beginning of a conversation is taken for padding. Raises ValueError as `forward` does.
+        the beginning of a conversation is taken for padding, and so is a run of the pad token or of the end of turn. Raises ValueError as `forward` does.
         """
-        place, end_id = self.config.answer_place, self.config.end_of_turn_id
+        end_id = self.config.end_of_turn_id
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        if not place:
+        if not self.config.answer_place:
             if end_id is not None:
-                logger.warning_once("This SARM was exported under protocol 1: an answer that was cut off gets its prompt's reward. Export it again to mend that.")  # fmt: skip
+                logger.warning_once(f"This SARM was exported under protocol {self.config.protocol_version}, before {PROTOCOL_VERSION}: an answer that was cut off gets its prompt's reward. Export it again to mend that.")  # fmt: skip
             none = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-            return Places(input_ids, mask, self.rewarded_columns(input_ids, mask), none, none)
-        order = torch.arange(input_ids.shape[1], device=input_ids.device)
+            return Places(input_ids, mask, self.rewarded_columns(input_ids, mask), none, none, none)
+        pad_id = getattr(self.config, "pad_token_id", None)
         if attention_mask is None:
-            mask = self._without_padding(input_ids, order)
-        shown = mask.bool()
-        ends = shown & (input_ids == end_id)
-        opened = _occurrences(input_ids.masked_fill(~shown, -1), place["opening"])
-        has_opening = opened.any(-1)
-        last_opening = (opened * (order + 1)).amax(-1) - 1
-        if place["opening"]:
-            behind = ends & (order > last_opening[:, None])
-            # Its beginning was cut off to fit: then nothing but the answer is left, and no turn begins in it.
-            turns = torch.tensor(place["turns"], device=input_ids.device, dtype=input_ids.dtype)
-            is_tail = ~has_opening & ends.any(-1) & ~(shown & torch.isin(input_ids, turns)).any(-1)
-            columns = behind.int().argmax(-1)
-            cut_off = ~(behind.any(-1) & (has_opening | is_tail))
-            unopened = ~(has_opening | is_tail)
-        else:
-            # The template marks no place: then an answer is cut off if text follows the last end of turn.
-            columns = (ends * (order + 1)).argmax(-1)
-            cut_off = (shown & (order > columns[:, None])).sum(-1) > place["trailing"]
-            cut_off, unopened = cut_off | ~ends.any(-1), torch.zeros_like(has_opening)
-        if unopened.any():
+            mask = without_padding(input_ids, self.config.answer_place["first"], end_id, pad_id)
+        places = find_places(input_ids, mask, self.config.answer_place, end_id)
+        if places.unopened.any():
             logger.warning_once("The template opens no answer in some rows: they are plain strings, prompts or texts in another template, and their rewards mean little. Render messages with the tokenizer of this model.")  # fmt: skip
-        if cut_off.any():
-            if (on_cut_off or self.config.on_cut_off) == "refuse":
-                raise ValueError(f"rows {cut_off.nonzero().flatten().tolist()} have no end of turn behind the answer's opening: the answer was cut off. Close it, or pass on_cut_off='close'.")  # fmt: skip
-            last = (shown * (order + 1)).argmax(-1)
-            rows = cut_off.nonzero().flatten()
-            columns = torch.where(cut_off, last + 1, columns)
-            input_ids, mask = F.pad(input_ids, (0, 1), value=end_id), F.pad(mask, (0, 1))
-            input_ids[rows, columns[rows]], mask[rows, columns[rows]] = end_id, 1
-        return Places(input_ids, mask, columns, cut_off, unopened)
-
-    def _without_padding(self, input_ids: Tensor, order: Tensor) -> Tensor:
-        """A mask for rows that came without: hides one repeated token before the beginning of a conversation, and the pad token behind it."""
-        run = (input_ids == input_ids[:, :1]).long().cumprod(-1).sum(-1)
-        begins = input_ids == self.config.answer_place["first"]
-        behind_run = begins.gather(1, run.clamp_max(input_ids.shape[1] - 1)[:, None]).squeeze(1)
-        hidden = torch.where(begins[:, 0], run - 1, torch.where(behind_run, run, torch.zeros_like(run)))
-        mask = order >= hidden[:, None]
-        pad = getattr(self.config, "pad_token_id", None)
-        if pad is not None and pad != self.config.end_of_turn_id:
-            mask &= ~(input_ids == pad).long().flip(-1).cumprod(-1).flip(-1).bool()
-        return mask.long()
+        if places.unscored.any():
+            logger.warning_once("In some rows text follows the rewarded end of turn, and has no part in the reward: the conversation goes on, or the answer holds an end of turn. Their `unscored` is true.")  # fmt: skip
+        if places.cut_off.any() and (on_cut_off or self.config.on_cut_off) == "refuse":
+            raise ValueError(f"rows {places.cut_off.nonzero().flatten().tolist()} have no end of turn behind the answer's opening: the answer was cut off. Close it, or pass on_cut_off='close'.")  # fmt: skip
+        return closed(places, end_id)
 
     def rewarded_columns(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Protocol 1: the last end-of-turn token that the mask shows, else the last token it shows: padding may be the same token."""
@@ -282,16 +244,6 @@ class SarmForSequenceClassification(PreTrainedModel):
         for name in CODE_FILES:
             if (own / name).resolve() != (target / name).resolve():
                 shutil.copyfile(own / name, target / name)
-
-
-def _occurrences(input_ids: Tensor, part: list[int]) -> Tensor:
-    """Whether the tokens `part` end at each place [B, L]."""
-    length = len(part)
-    if not 0 < length <= input_ids.shape[1]:
-        return torch.zeros_like(input_ids, dtype=torch.bool)
-    wanted = torch.tensor(part, device=input_ids.device, dtype=input_ids.dtype)
-    found = (input_ids.unfold(1, length, 1) == wanted).all(-1)
-    return F.pad(found, (length - 1, 0))
 
 
 def _empty_backbone(config: SarmConfig) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """The files that make a folder of a reward model one of MLflow's models: `mlflow.pyfunc` and `mlflow.transformers` load it.
 
-No pickles: `mlflow.pyfunc` gets copies of `sarm_pyfunc` and of the model's code; `mlflow.transformers` runs the code in the model's folder. Weights are copied, or named by the
+No pickles: `mlflow.pyfunc` gets copies of `sarm_pyfunc`, of the model's code and of the encoder's; `mlflow.transformers` runs the code in the model's folder. Weights are copied, or named by the
 absolute path of their folder, so that they are loaded where that path exists.
 """
 
@@ -13,12 +13,12 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array, Object, Property
 
-from sarm.data.sarm_artifacts import copy_model_code
+from sarm.data.sarm_artifacts import copy_model_code, copy_text_code
 from sarm.untrusted import read_json
 
 WEIGHTS = "model"
 _LOADER = Path(__file__).parent / "sarm_pyfunc.py"
-_LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
+_LIBRARIES = ("torch", "transformers", "tokenizers", "jinja2", "safetensors", "numpy")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -32,6 +32,7 @@ def describe(folder: Path, target: Path, run_id: str, place: str, *, copied: boo
     shutil.copyfile(_LOADER, target / "code" / _LOADER.name)
     (target / "code" / "sarm_model" / "__init__.py").touch()
     copy_model_code(target / "code" / "sarm_model")
+    copy_text_code(target / "code" / "sarm_model")
     tokenizer = target / "components" / "tokenizer"
     tokenizer.mkdir(parents=True)
     for name in _TOKENIZER:

@@ -1,6 +1,6 @@
 """How `mlflow.pyfunc` loads a registered reward model: conversations in, rewards out.
 
-A copy of this file lies in every registered model, and beside it, as `sarm_model`, the code of the model. It needs torch and transformers,
+A copy of this file lies in every registered model, and beside it, as `sarm_model`, the code of the model and of its encoder. It needs torch and transformers,
 and not the package that trained the model; so it imports nothing of that package, and runs no code that it finds beside the weights.
 """
 
@@ -24,6 +24,7 @@ class Rewards:
     """The reward of conversations, each rendered and tokenised as in training."""
 
     def __init__(self, folder: Path):
+        from sarm_model.control_tokens import ControlTokens
         from sarm_model.modeling_sarm import SarmForSequenceClassification
         from transformers import PreTrainedTokenizerFast
 
@@ -32,6 +33,7 @@ class Rewards:
         self._system_prompt: str | None = known.get("system_prompt")
         # Named, since `AutoTokenizer` would ask whether to run the model's own code.
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        self._control = ControlTokens(self.tokenizer)
         self._max_length = int(known.get("max_length") or self.tokenizer.model_max_length)
         self.model = SarmForSequenceClassification.from_pretrained(folder).eval()
 
@@ -52,8 +54,9 @@ class Rewards:
         turns = list(messages)
         if self._system_prompt is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self._system_prompt})
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        # As in training, control tokens that a content spells are text.
+        rendered = self._control.render(turns, self._apply, self.tokenizer.chat_template)
+        ids = self._control.encode([rendered])[0].ids
         while len(ids) > 1 and not self.tokenizer.decode([ids[-1]]).strip():
             ids.pop()
         bos = self.tokenizer.bos_token_id
@@ -62,6 +65,9 @@ class Rewards:
             ids.pop(0)
         kept = self._max_length - has_bos
         return [bos] * has_bos + ids[-kept:]
+
+    def _apply(self, turns: Any) -> str:
+        return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False))
 
 
 def _conversations(given: Any) -> list[list[dict[str, str]]]:

@@ -7,6 +7,7 @@ official   the template's text tokenised again with special tokens (often two BO
 
 import math
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from sarm.data.control_tokens import ControlTokens
 from sarm.data.conversations import ConversationError, check_messages
 from sarm.data.packing import Row, TokenBatch, answer_rows, text_row, token_batches
 from sarm.data.sarm_artifacts import load_sarm
+from sarm.data.spelling import NotEncodableError
 from sarm.runtime.models import ModelSpec, load_function, sarm_tokenizer
 
 Message = dict[str, str]
@@ -74,7 +76,6 @@ class TorchScorer:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
             self._tokenizer = AutoTokenizer.from_pretrained(spec.place, trust_remote_code=False)
-            self._control = ControlTokens(self._tokenizer)
             model = AutoModelForSequenceClassification.from_pretrained(
                 spec.place, dtype=dtype, trust_remote_code=False, use_safetensors=True
             )
@@ -155,11 +156,22 @@ class TorchScorer:
         except ConversationError as error:
             return _Sequence([], 0, False, error.reason)
 
+    @cached_property
+    def _control(self) -> ControlTokens:
+        """Of use to `exact` alone: `official` encodes by any tokenizer, as the benchmarks' code does."""
+        try:
+            return ControlTokens(self._tokenizer)
+        except NotEncodableError as error:
+            raise UserError(f"{error} Pass --protocol official, or another model.") from error
+
     def _exact(self, prompt: list[Message], completion: str) -> _Sequence:
         conversation = [*prompt, {"role": "assistant", "content": completion}]
         check_messages(conversation)
-        rendered = self._control.render(conversation, self._apply, self._tokenizer.chat_template)
-        ids, bos = self._control.encode([rendered])[0].ids, self._tokenizer.bos_token_id
+        try:
+            rendered = self._control.render(conversation, self._apply, self._tokenizer.chat_template)
+            ids, bos = self._control.encode([rendered])[0].ids, self._tokenizer.bos_token_id
+        except NotEncodableError as error:
+            raise ConversationError(str(error), "not_encodable") from error
         adds_bos = bos is not None and self._tokenizer("a").input_ids[0] == bos
         ids = ids[next((i for i, token in enumerate(ids) if token != bos), 0) :] if adds_bos else ids
         room = self._spec.max_length - adds_bos
