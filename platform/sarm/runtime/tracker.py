@@ -62,9 +62,11 @@ class Tracker:
                 self._client = _client(self.uri)
                 self.experiment_id = self._experiment(run)
             send_left(self._outbox)
-            self.parent = self._run(run_name, parent_run_id, {**(tags or {}), OUT_TAG: str(run.out)}, params or {})
+            self.parent = self._run(
+                run_name, parent_run_id, {**(tags or {}), OUT_TAG: self._name_of(run.out)}, params or {}
+            )
             if self.parent.run_id != parent_run_id:
-                self._end_left(run.out, parent_run_id)
+                self._end_left(self._name_of(run.out), parent_run_id)
         except MlflowException as error:
             raise UserError(
                 f"MLflow at {self.uri} cannot be used: {str(error).splitlines()[0]} Pass another --mlflow-uri."
@@ -104,11 +106,17 @@ class Tracker:
         created = self._client.create_run(self.experiment_id, tags={key: text for key, text in tags.items() if text})
         return StageRun(self.uri, created.info.run_id, self._outbox)
 
-    def _end_left(self, out: Path, replaced: str | None) -> None:
+    def _name_of(self, out: Path) -> str:
+        """A folder as the tag names it: beside the database, so that a moved one still knows it, or where it is."""
+        database = database_of(self.uri)
+        inside = database is not None and out.is_relative_to(database.parent)
+        return str(out.relative_to(database.parent) if database is not None and inside else out)
+
+    def _end_left(self, out: str, replaced: str | None) -> None:
         """End what a killed job left RUNNING: the parents of the folder that this new one takes the place of, and their stages."""
         running = self._client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'")
         left = {
-            run.info.run_id for run in running if run.info.run_id == replaced or run.data.tags.get(OUT_TAG) == str(out)
+            run.info.run_id for run in running if run.info.run_id == replaced or run.data.tags.get(OUT_TAG) == out
         } - {self.parent.run_id}
         for run in running:
             if run.info.run_id in left or run.data.tags.get(MLFLOW_PARENT_RUN_ID) in left:
