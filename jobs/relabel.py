@@ -12,7 +12,7 @@ def main(settings: Relabel) -> None:
     from sarm.runtime.audit.relabelling import relabel
     from sarm.runtime.session import open_session
 
-    with open_session(settings) as session:
+    with open_session(settings, is_guest=True) as session:
         relabel(session, settings)
 
 

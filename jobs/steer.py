@@ -13,7 +13,7 @@ def main(settings: Steer) -> None:
     from sarm.runtime.audit.steering import steer
     from sarm.runtime.session import open_session
 
-    with open_session(settings) as session:
+    with open_session(settings, is_guest=True) as session:
         steer(session, settings)
 
 

@@ -15,4 +15,4 @@ def main(settings: Ui) -> None:
 
 
 if __name__ == "__main__":
-    run_command(Ui, main, __doc__ or "")
+    run_command(Ui, main, __doc__ or "", is_server=True)

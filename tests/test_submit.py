@@ -166,7 +166,7 @@ def in_shell(line: str, address: str, with_token: dict[str, str], folder: Path) 
 def place_of(said: str) -> Path:
     """Where a job says that its results are, the same at its start and its end."""
     (place,) = set(re.findall(r"^results  (\S+) on", said, flags=re.M))
-    assert said.count("mlflow   make ui MLFLOW_URI=sqlite:///") == 2, said[-2000:]
+    assert said.count(f"mlflow   make ui OUTPUTS={Path(place).parent}\n") == 2, said[-2000:]
     return Path(place)
 
 

@@ -88,7 +88,7 @@ def audited(work: Path, extracted: Path, ray_cluster: None) -> Path:
 
 
 def run_job(function, asked) -> Path:
-    with open_session(asked) as session:
+    with open_session(asked, is_guest=not isinstance(asked, AuditFeatures)) as session:
         return function(session, asked)
 
 

@@ -85,7 +85,7 @@ def test_a_submitted_job_says_where_its_results_are_before_and_after(
         print("work")
     first, link, work, *last = capsys.readouterr().out.splitlines()
     assert first.startswith(f"results  {tmp_path}/out on ")
-    assert link == f"mlflow   make ui MLFLOW_URI=sqlite:///{tmp_path}/mlflow.db"
+    assert link == f"mlflow   make ui OUTPUTS={tmp_path}"
     assert (work, last) == ("work", [first, link])
 
 

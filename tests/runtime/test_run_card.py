@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sarm.config import PrepareData, as_json
+from sarm.config import ExtractActivations, as_json
 from sarm.evaluate.settings import Comparison
 from sarm.folder_schemas import CORPUS, PAIRS, SAE
 from sarm.manifest import Manifest
@@ -46,7 +46,7 @@ def test_no_parameter_is_operational():
 
 
 def test_other_jobs_have_those_of_their_own():
-    assert "lr_sae" not in parameters(config_of(PRESETS["tiny"][1].part(PrepareData)))
+    assert "lr_sae" not in parameters(config_of(PRESETS["tiny"][1].part(ExtractActivations)))
     ablation = parameters(config_of(ABLATIONS["tiny"][1]))
     assert {"layers", "widths", "ks", "components", "seeds"} <= ablation.keys()
     assert not {"layer", "k", "d_sae", "seed"} & ablation.keys()

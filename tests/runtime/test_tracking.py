@@ -6,17 +6,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from jobs import relabel, steer
 from mlflow import MlflowClient
 from tests.runtime.random_sarm import random_sarm
 
+from sarm.audit.settings import AuditFeatures, Relabel, Steer
 from sarm.config import Run, UserError
 from sarm.manifest import git_commit
+from sarm.runtime.audit import relabelling, steering
 from sarm.runtime.outbox import close_all
 from sarm.runtime.run_card import DataSet
+from sarm.runtime.session import Session, open_session
 from sarm.runtime.tracker import Tracker
-from sarm.runtime.tracking import tracking_uri
+from sarm.runtime.tracking import StageRun, tracking_uri
 from sarm.runtime.training.trainer import Progress
 
 
@@ -177,3 +182,56 @@ def test_a_data_set_is_listed_once_with_its_source_and_digest(run: Run) -> None:
     (found,) = MlflowClient(tracker.uri).get_run(tracker.parent.run_id).inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest, found.dataset.source) == (*data[:2], data.source)
     assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "pairs")]
+
+
+def audit(run: Run, **changes: Any) -> AuditFeatures:
+    pairs = {"select": ("a",), "target": ("a",), "off_target": ("b",)}
+    return AuditFeatures(run=run, sarm=run.out / "sarm", **pairs, **changes)
+
+
+def parent_of(config: Any) -> str:
+    with open_session(config) as session:
+        return session.tracker.parent.run_id
+
+
+def test_operational_settings_do_not_make_another_run(run: Run) -> None:
+    first = parent_of(audit(run))
+    assert parent_of(audit(run, redo=True, batch_tokens=64)) == first
+    assert "redo" not in MlflowClient(tracking_uri(run)).get_run(first).data.params
+    assert parent_of(audit(run, max_features=3)) != first
+
+
+def test_jobs_on_an_audit_s_folder_go_on_with_its_run_and_leave_its_settings(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touch(session: Session, settings: Any) -> None:
+        parents.append(session.tracker.parent.run_id)
+
+    monkeypatch.setattr(steering, "steer", touch)
+    monkeypatch.setattr(relabelling, "relabel", touch)
+    parents = [parent_of(audit(run))]
+    before = MlflowClient(tracking_uri(run)).get_run(parents[0]).data.params
+    for strength, name in ((2.0, "doubled"), (3.0, "safer"), (2.0, "doubled")):
+        steer.main(Steer(run=run, name=name, strength=strength))
+    relabel.main(Relabel(run=run))
+    parents.append(parent_of(audit(run)))
+    assert parents == [parents[0]] * 6
+    assert MlflowClient(tracking_uri(run)).get_run(parents[0]).data.params == before
+
+
+def test_what_a_killed_job_left_running_ends_when_another_run_takes_its_place(run: Run) -> None:
+    other = Tracker(Run(out=run.out.with_name("b")), "b").parent
+    client = MlflowClient(other.uri)
+
+    def status(one: StageRun) -> str:
+        return client.get_run(one.run_id).info.status
+
+    killed = Tracker(run, "a", params={"k": "3"})
+    killed.parent.log_params({"k": "3"})
+    # As a process that is killed leaves it: entered, and not ended.
+    stage = killed._run("train SAE", None, {"mlflow.parentRunId": killed.parent.run_id})
+    replaced = Tracker(run, "a", killed.parent.run_id, params={"k": "4"}).parent
+    assert (status(killed.parent), status(stage), status(replaced)) == ("KILLED", "KILLED", "RUNNING")
+    # As after --redo-from, which moves the file with the id aside.
+    anew = Tracker(run, "a", None, params={"k": "4"}).parent
+    assert (status(replaced), status(anew), status(other)) == ("KILLED", "RUNNING", "RUNNING")

@@ -3,16 +3,19 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -20,7 +23,8 @@ from sarm.config import Run, UserError
 from sarm.runtime import run_list
 from sarm.runtime.outbox import close_all
 from sarm.runtime.tracker import Tracker
-from sarm.runtime.ui import Ui, serve, ui_command
+from sarm.runtime.ui import Ui, serve
+from sarm.runtime.ui_command import ui_command
 
 SCRIPT = Path(__file__).parents[2] / "jobs" / "ui.py"
 
@@ -47,8 +51,10 @@ def served(*arguments: object) -> Iterator[tuple[subprocess.Popen, str]]:
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     command = [sys.executable, str(SCRIPT), "--port", "0", *map(str, arguments)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as job:
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        # Whoever runs the tests in the background ignores Ctrl-C, and so would the job.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as job:  # fmt: skip
         try:
             assert job.stdout is not None
             lines = iter(job.stdout.readline, "")
@@ -72,11 +78,40 @@ def test_it_serves_a_copied_folder_at_its_new_place_and_ends_with_ctrl_c(outputs
             assert answer.read() == b"hello"
         job.send_signal(signal.SIGINT)
         assert job.stdout is not None
-        assert "the server has ended" in job.stdout.read()
+        said = job.stdout.read()
+        assert "the server has ended; the runs stay where they are" in said
+        assert "goes on" not in said, "a server has nothing to go on with"
         assert job.wait(30) == 0
-        port = int(server.rpartition(":")[2])
+    assert not answers(server), "nothing of it goes on"
+
+
+def answers(server: str) -> bool:
     with socket.socket() as tried:
-        assert tried.connect_ex(("127.0.0.1", port)) != 0, "nothing of it goes on"
+        return tried.connect_ex(("127.0.0.1", int(server.rpartition(":")[2]))) == 0
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_server_ends_with_the_job_that_started_it_however_that_ends(outputs, number):
+    with served("--outputs", outputs) as (job, link):
+        server = link.partition("/#")[0]
+        assert answers(server)
+        processes = psutil.Process(job.pid).children(recursive=True)
+        assert processes
+        job.send_signal(number)
+        job.wait(30)
+        deadline = time.monotonic() + 60
+        # One that nobody waits for stays as a zombie, which is an end as well.
+        while (alive := [one for one in processes if is_alive(one)]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert not alive
+    assert not answers(server)
 
 
 def test_a_folder_of_one_run_will_do(outputs):
@@ -108,3 +143,26 @@ def test_the_end_of_a_job_names_what_opens_its_runs(monkeypatch, tmp_path):
     assert ui_command("http://h:5000", "7") == (
         "http://h:5000/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=sarm"
     )
+
+
+@pytest.mark.parametrize("folder", ["outputs", "a b", "it's here", "for$HOME"])
+def test_what_is_printed_opens_that_folder_when_it_is_typed(tmp_path, folder):
+    printed = ui_command(f"sqlite:///{tmp_path}/{folder}/mlflow.db")
+    if printed.startswith("make"):
+        # What make would run, of which the shell makes words.
+        printed = f"{printed} -n | tail -n 1"
+        (line,) = shell(printed)
+        words = shlex.split(line)
+        assert words[1:4] == ["jobs/ui.py", "--outputs", f"{tmp_path}/{folder}"]
+    else:
+        assert shell(f"printf '%s\\n' {printed}")[1:] == [
+            "jobs/ui.py",
+            "--mlflow-uri",
+            f"sqlite:///{tmp_path}/{folder}/mlflow.db",
+        ]
+
+
+def shell(line: str) -> list[str]:
+    return subprocess.run(
+        line, shell=True, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=True
+    ).stdout.splitlines()

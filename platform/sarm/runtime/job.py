@@ -5,6 +5,7 @@ Nothing heavy is imported here: `--help`, `--dry-run` and wrong flags answer bef
 
 import contextlib
 import difflib
+import functools
 import io
 import os
 import re
@@ -55,15 +56,19 @@ def run_command(
     description: str,
     arguments: Sequence[str] | None = None,
     made: Made | None = None,
+    *,
+    is_server: bool = False,
 ) -> None:
     """`run_job` for a job whose settings are all flags.
 
     Where it reads what the chain `made`, its first argument may be a preset: the stages before it are run first, or found done.
+    `is_server` says that the job has nothing to go on with, and answers Ctrl-C and SIGTERM itself, which are how it ends.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     script = f"python {os.path.relpath(sys.argv[0])}"
     if made is None or not names_a_preset(arguments):
-        _guarded(lambda: _parse_flags(config_type, arguments, script, _shown(description)), job, arguments, describe)
+        of_flags = functools.partial(_parse_flags, config_type, arguments, script, _shown(description))
+        _guarded(of_flags, job, arguments, describe, is_server=is_server)
         return
     chain: list[Any] = []
 
@@ -81,7 +86,12 @@ def run_command(
 
 
 def _guarded(
-    parsed: Callable[[], Any], job: Callable[[Any], None], arguments: Sequence[str], explain: Callable[[Any], str]
+    parsed: Callable[[], Any],
+    job: Callable[[Any], None],
+    arguments: Sequence[str],
+    explain: Callable[[Any], str],
+    *,
+    is_server: bool = False,
 ) -> None:
     debug = "--debug" in arguments
     try:
@@ -98,6 +108,9 @@ def _guarded(
             return
         if run is not None and is_supervised(run):
             sys.exit(supervise_this(arguments, config))
+        if is_server:
+            job(config)
+            return
         with Listener(command_line(arguments), is_loud=debug), kept(config):
             job(config)
     except StoppedError as stopped:

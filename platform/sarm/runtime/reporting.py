@@ -22,7 +22,7 @@ from sarm.runtime import run_card
 from sarm.runtime.plan import BASELINES
 from sarm.runtime.session import Session
 from sarm.runtime.training.reward_training import load_pairs
-from sarm.runtime.ui import ui_command
+from sarm.runtime.ui_command import ui_command
 
 _NAMES = {
     "sarm": "SARM",

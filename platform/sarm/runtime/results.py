@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 import shutil
 import socket
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from sarm.config import Model, Run, UserError
 from sarm.manifest import MANIFEST
 from sarm.results_root import DEFAULT, VARIABLE, is_in_package, results_root, submitted_as
 from sarm.runtime.tracking import tracking_uri
+from sarm.runtime.ui_command import ui_command
 
 RESULTS, MLFLOW = "results  ", "mlflow   "
 """How the lines begin that say where they go."""
@@ -53,9 +53,8 @@ def kept(config: Any) -> Iterator[None]:
 
 def tell(run: Run) -> None:
     """Print where results are, and how to see them in MLflow."""
-    uri = tracking_uri(run)
     print(f"{RESULTS}{run.out} on {socket.gethostname()}")
-    print(f"{MLFLOW}{f'make ui MLFLOW_URI={shlex.quote(uri)}' if uri.startswith('sqlite:') else uri}", flush=True)
+    print(f"{MLFLOW}{ui_command(tracking_uri(run))}", flush=True)
 
 
 def check_place(run: Run) -> None:

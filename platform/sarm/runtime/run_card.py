@@ -3,6 +3,7 @@
 Plain values, made without MLflow, which takes a second to import.
 """
 
+import dataclasses
 import functools
 import getpass
 import hashlib
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sarm.config import as_json
 from sarm.folder_schemas import CORPUS, PAIRS
 from sarm.manifest import Manifest, git_commit
 from sarm.presets import PRESETS
@@ -71,6 +73,22 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
     if all(value is None for name, value in found.items() if name not in ("seed", "pairs")):
         return {key: _text(value) for key, value in flat_params(config).items() if not key.startswith("run.")}
     return {name: _text(value) for name, value in found.items() if value is not None}
+
+
+def identifying(config: Any) -> dict[str, str]:
+    """`parameters` of a job's config object without its operational settings, which do not make another run of it."""
+    return parameters(_without_operational(config, json.loads(as_json(config))))
+
+
+def _without_operational(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = [field for field in dataclasses.fields(config) if not field.metadata.get("operational")]
+    return {
+        field.name: _without_operational(part, values[field.name])
+        if dataclasses.is_dataclass(part)
+        else values[field.name]
+        for field in kept
+        for part in [getattr(config, field.name)]
+    }
 
 
 def flat_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

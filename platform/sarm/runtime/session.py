@@ -51,6 +51,8 @@ class Session:
     """To whom else its reward training tells how it goes."""
     registers_models: bool = True
     """Whether each of its reward models is registered in MLflow."""
+    settings: Mapping[str, str] | None = None
+    """Parameters that tell its MLflow run from others; None: those of `params`."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _cluster: Cluster | None = None
     _tracker: "Tracker | None" = None
@@ -84,11 +86,11 @@ class Session:
 
             path = self.run.out / RUN_FILE
             known = _known_run(path)
-            few = run_card.parameters(self.params)
+            few = run_card.parameters(self.params) if self.settings is None else self.settings
             tags = run_card.origin() | dict(self.tags)
             tags |= {run_card.NOTE: run_card.description(few, tags)}
             self._tracker = Tracker(self.run, self.name, known.get("mlflow_run_id"), tags, few)
-            self._tracker.parent.log_config(self.params, tags[run_card.SOURCE_NAME])
+            self._tracker.parent.log_config(self.params, tags[run_card.SOURCE_NAME], few)
             self.run.out.mkdir(parents=True, exist_ok=True)
             write_atomically(
                 path, json.dumps({"mlflow_run_id": self._tracker.parent.run_id, "mlflow_uri": self._tracker.uri})
@@ -205,14 +207,17 @@ def _tracked(folder: StageFolder, run: Run) -> Iterator[StageRun]:
     tracker.parent.end(ended_by(None))
 
 
-def open_session(config: Any) -> Session:
-    """The session of a job's config: named after its output folder, with the whole config as the parent run's parameters.
+def open_session(config: Any, *, is_guest: bool = False) -> Session:
+    """The session of a job's config: named after its output folder, with the settings that tell runs apart as the parent run's parameters.
+
+    `is_guest` says that another job's folder is worked on: its parent run goes on, and the settings are on the children alone.
 
     Raises UserError for an unusable MLflow address or more workers than fit this machine, before any folder is claimed.
     """
     tracking_uri(config.run)
     check_machine(config.run)
-    return Session(config.run, config.run.out.name, json.loads(as_json(config)))
+    settings = {} if is_guest else run_card.identifying(config)
+    return Session(config.run, config.run.out.name, json.loads(as_json(config)), settings=settings)
 
 
 def _known_run(path: Path) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class _Runs:
 
     def _run_once(self) -> tuple[int, _Failure]:
         process = subprocess.Popen(
-            self._command, stderr=subprocess.PIPE, preexec_fn=_die_with_parent, env=os.environ | self._environment
+            self._command, stderr=subprocess.PIPE, preexec_fn=die_with_parent, env=os.environ | self._environment
         )
         self._process, self._environment = process, {SUPERVISED: self._token, STARTED_AGAIN: "1"}
         if self._stop.is_set():
@@ -187,7 +187,7 @@ def _copy(source: IO[bytes], tail: collections.deque[str]) -> None:
         tail.append(line.decode("utf-8", "replace"))
 
 
-def _die_with_parent() -> None:
-    """A supervisor that is killed leaves no job behind that nobody looks after; only Linux can say so."""
+def die_with_parent() -> None:
+    """In a new process: get SIGTERM when the one that started it is killed, so that nobody's work goes on; only Linux can say so."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -32,6 +32,8 @@ _ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+# Of a parent: the folder that it is the run of.
+OUT_TAG = "sarm.out"
 _LIST_TAGS = {run_list.KIND_TAG: run_list.KIND, run_list.VIEW_TAG: run_list.view()}
 
 
@@ -60,7 +62,11 @@ class Tracker:
                 self._client = _client(self.uri)
                 self.experiment_id = self._experiment(run)
             send_left(self._outbox)
-            self.parent = self._run(run_name, parent_run_id, dict(tags or {}), params or {})
+            self.parent = self._run(
+                run_name, parent_run_id, {**(tags or {}), OUT_TAG: self._name_of(run.out)}, params or {}
+            )
+            if self.parent.run_id != parent_run_id:
+                self._end_left(self._name_of(run.out), parent_run_id)
         except MlflowException as error:
             raise UserError(
                 f"MLflow at {self.uri} cannot be used: {str(error).splitlines()[0]} Pass another --mlflow-uri."
@@ -99,6 +105,22 @@ class Tracker:
         tags = {**run_card.origin(), **tags, MLFLOW_RUN_NAME: name}
         created = self._client.create_run(self.experiment_id, tags={key: text for key, text in tags.items() if text})
         return StageRun(self.uri, created.info.run_id, self._outbox)
+
+    def _name_of(self, out: Path) -> str:
+        """A folder as the tag names it: beside the database, so that a moved one still knows it, or where it is."""
+        database = database_of(self.uri)
+        inside = database is not None and out.is_relative_to(database.parent)
+        return str(out.relative_to(database.parent) if database is not None and inside else out)
+
+    def _end_left(self, out: str, replaced: str | None) -> None:
+        """End what a killed job left RUNNING: the parents of the folder that this new one takes the place of, and their stages."""
+        running = self._client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'")
+        left = {
+            run.info.run_id for run in running if run.info.run_id == replaced or run.data.tags.get(OUT_TAG) == out
+        } - {self.parent.run_id}
+        for run in running:
+            if run.info.run_id in left or run.data.tags.get(MLFLOW_PARENT_RUN_ID) in left:
+                self._client.set_terminated(run.info.run_id, "KILLED")
 
     def _experiment(self, run: Run) -> str:
         if (found := self._client.get_experiment_by_name(run.experiment)) is None:

@@ -64,9 +64,11 @@ class StageRun:
         """Name a data set that the run reads or makes; the same again changes nothing."""
         self._log("dataset", **data._asdict())
 
-    def log_config(self, config: Mapping[str, Any], script: str = "") -> None:
-        """Log the few settings that tell a job's run from others as parameters, and its whole config as `config/SCRIPT.json`."""
-        self.log_params(parameters(config))
+    def log_config(
+        self, config: Mapping[str, Any], script: str = "", settings: Mapping[str, str] | None = None
+    ) -> None:
+        """Log the few settings that tell a job's run from others (`parameters` if not given), and its whole config as `config/SCRIPT.json`."""
+        self.log_params(parameters(config) if settings is None else settings)
         self.log_text(json.dumps(config, indent=2), f"config/{Path(script or sys.argv[0] or 'job').stem}.json")
 
     def log_table(self, rows: list[dict[str, Any]], name: str) -> None:

@@ -2,14 +2,15 @@
 
 import contextlib
 import os
-import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import webbrowser
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from sarm.config import Run, UserError
 from sarm.runtime.job import say
 from sarm.runtime.moved_database import ARTIFACTS, database_of, follow
 from sarm.runtime.run_list import address
+from sarm.runtime.supervisor import die_with_parent
+from sarm.runtime.ui_command import DATABASE
 
 _HOST = "127.0.0.1"
 _START_SECONDS, _STOP_SECONDS = 120.0, 10.0
-_DATABASE = "mlflow.db"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,29 +58,23 @@ def serve(settings: Ui) -> None:
     _refuse_taken(port)
     server = f"http://{_HOST}:{port}"
     _bring_up_to_date(f"sqlite:///{database}", database)
-    process = subprocess.Popen(server_command(database, port), env=_environment(), start_new_session=True)
-    try:
-        _wait(process, server)
-        _show(settings, server, f"sqlite:///{database}")
-        say("Ctrl-C ends the server")
-        status = process.wait()
-    except (KeyboardInterrupt, StoppedError):
-        say("the server has ended; the runs stay where they are")
-        return
-    finally:
-        _stop(process)
+    with _stopped_by_sigterm():
+        # MLflow passes the signal of its parent's death on to its workers.
+        process = subprocess.Popen(
+            server_command(database, port), env=_environment(), start_new_session=True, preexec_fn=die_with_parent
+        )
+        try:
+            _wait(process, server)
+            _show(settings, server, f"sqlite:///{database}")
+            say("Ctrl-C ends the server")
+            status = process.wait()
+        except (KeyboardInterrupt, StoppedError):
+            _stop(process)
+            say("the server has ended; the runs stay where they are")
+            return
+        finally:
+            _stop(process)
     raise UserError(f"MLflow's server ended with status {status}. Its last lines above say why.")
-
-
-def ui_command(uri: str, experiment_id: str) -> str:
-    """What opens the runs of a tracking address: `make ui` for the usual place, with the folder for others; a server's own address."""
-    database = database_of(uri)
-    if database is None:
-        return address(uri, experiment_id)
-    if database.name != _DATABASE:
-        return f"python jobs/ui.py --mlflow-uri {shlex.quote(uri)}"
-    usual = database.parent == Path.cwd() / "outputs"
-    return "make ui" if usual else f"make ui OUTPUTS={shlex.quote(str(database.parent))}"
 
 
 def _database(settings: Ui) -> Path:
@@ -90,7 +86,7 @@ def _database(settings: Ui) -> Path:
         places = [database]
     else:
         outputs = settings.outputs.expanduser().absolute()
-        places = [outputs / _DATABASE, outputs.parent / _DATABASE]
+        places = [outputs / DATABASE, outputs.parent / DATABASE]
     for place in places:
         if place.is_file():
             return place
@@ -115,6 +111,23 @@ def server_command(database: Path, port: int) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """While the body runs, SIGTERM raises StoppedError in it; Ctrl-C raises KeyboardInterrupt without that."""
+
+    def stop(*_: object) -> None:
+        raise StoppedError("stopped by SIGTERM")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def _stop(process: "subprocess.Popen[bytes]") -> None:
     """End the server and its workers, which are a group of their own."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
@@ -128,7 +141,8 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 def _environment() -> dict[str, str]:
     # A user's own address would be another database than the one asked for.
     own = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_BACKEND_STORE_URI")}
-    return {**own, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # Its runners of background jobs, which nothing here uses, outlive a server whose parent is killed.
+    return {**own, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def _free_port() -> int:

@@ -8,7 +8,7 @@ import pytest
 from sarm.config import AlsoSaes, Model, Pipeline, Reward, TrainSae
 from sarm.presets import PRESETS
 from sarm.runtime.dry_run.costs import STAGES, StageCost, stage_costs
-from sarm.runtime.dry_run.formulas import extracted, reward_gb
+from sarm.runtime.dry_run.formulas import extracted, reward_depths, reward_gb
 from sarm.runtime.dry_run.machine import Machine, cluster_machine
 from sarm.runtime.dry_run.shapes import KNOWN_SHAPES, shape_of
 from sarm.runtime.dry_run.source_sizes import sizes_of
@@ -150,3 +150,16 @@ def test_a_model_that_is_not_here_has_no_made_up_cost(tmp_path):
     costs = costs_of(preset("sarm-1b", tmp_path, model=Model(name="nobody/has-this", layer=3)))
     for stage in ("extract_activations", "train_sae", "train_sarm", "evaluate", "collect_contexts"):
         assert costs[stage][1:6] == (None,) * 5
+
+
+def test_disk_for_a_copy_in_mlflow_is_planned_only_where_one_is_asked_for(tmp_path):
+    demo = preset("demo", tmp_path)
+    plain, none, copy = (
+        costs_of(replace(demo, run=replace(demo.run, mlflow_models=how)))["train_sarm"].disk_gb
+        for how in ("reference", "none", "copy")
+    )
+    assert plain == none < copy
+    shape, model = shape_of(demo.model), demo.model
+    depths = reward_depths(model, demo.reward, shape)
+    weights = sum(shape.backbone(depth) for depth in depths) + 2 * shape.d_in * demo.sae.d_sae
+    assert copy - plain == pytest.approx(4 * weights / 1e9), "the weights once more, in float32"

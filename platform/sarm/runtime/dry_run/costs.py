@@ -29,8 +29,8 @@ _PROCESS_GB = 0.6
 _RAY_SECONDS, _PASS_SECONDS, _TRAINING_SECONDS = 10.0, 8.0, 15.0
 # One process cleans and hashes so much text a second, and keeps so much a text to know it again.
 _PREPARED_BYTES_A_SECOND, _SEEN_BYTES = 10e6, 200
-# MLflow keeps a copy of a registered model; two training states of weights and both moments lie beside it meanwhile.
-_MODEL_COPIES, _STATE_BYTES = 2, 2 * 12
+# Two training states of weights and both moments lie beside what is trained.
+_STATE_BYTES = 2 * 12
 
 
 class StageCost(NamedTuple):
@@ -202,6 +202,8 @@ def _train_sarm(known: _Known) -> StageCost:
     weights = sum(shape.backbone(depth) for depth in depths) + dictionary
     states = _STATE_BYTES * shape.backbone(max(depths))
     loaded = 4 * shape.backbone(max(depths)) / _GB
+    # MLflow has a copy of a registered model only where it is asked for one.
+    copies = 2 if run.mlflow_models == "copy" else 1
     others = f", and {', '.join(reward.baselines)}" if reward.baselines else ""
     return StageCost(
         "train_sarm",
@@ -209,7 +211,7 @@ def _train_sarm(known: _Known) -> StageCost:
         gpu_hours,
         _PROCESS_GB + (loaded if known.machine.num_gpus else memory),
         memory,
-        (4 * _MODEL_COPIES * weights + states) / _GB,
+        (4 * copies * weights + states) / _GB,
         f"SARM{others}: {reward.epochs} epoch{'s' * (reward.epochs > 1)} of {count(pairs.train)} pairs, {flops:.2e} FLOPs, ZeRO {reward.zero_stage}",
     )
 

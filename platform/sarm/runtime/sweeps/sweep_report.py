@@ -22,8 +22,8 @@ from sarm.runtime.sweeps.sweep_cells import Cell
 from sarm.runtime.sweeps.sweep_plan import SweepPlan
 from sarm.runtime.sweeps.sweep_stages import axes_of, result_of
 from sarm.runtime.sweeps.sweep_trials import status_of
+from sarm.runtime.ui_command import ui_command
 
-_LOCAL_UI = "http://127.0.0.1:5000"
 _FIGURES = {
     "heldout_accuracy": pa.float64(),
     "ci95_low": pa.float64(),
@@ -131,7 +131,8 @@ def report(session: Session, plan: SweepPlan, spent: Spent | None) -> Report:
     write_atomically(folder / "table.md", text)
     parent.log_artifact(folder, "report")
     parent.log_table(rows, "cells.json")
-    parent.set_tags({"mlflow.note.content": f"[compare the cells]({compare})\n\n{text}"})
+    shown = f"[compare the cells]({compare})" if compare.startswith("http") else f"compare the cells: `{compare}`"
+    parent.set_tags({"mlflow.note.content": f"{shown}\n\n{text}"})
     costs = costs_of(plan, spent)
     (folder / "costs.json").write_text(json.dumps(costs, indent=2))
     parent.log_metrics({**costs, "num_cells": len(rows)})
@@ -187,11 +188,13 @@ def _is_done(plan: SweepPlan, key: Any) -> bool:
 
 
 def _compare_link(session: Session, plan: SweepPlan) -> str:
-    """MLflow's comparison of the cells' runs: parallel coordinates, scatter and box plots, and a table."""
+    """MLflow's comparison of the cells' runs (parallel coordinates, scatter and box plots, a table); without a server, what starts one."""
+    uri, experiment_id = session.tracker.uri, session.tracker.experiment_id
+    if not uri.startswith("http"):
+        return ui_command(uri, experiment_id)
     runs = [run for cell in plan.cells if (run := _run_id(plan, cell))]
-    base = session.tracker.uri if session.tracker.uri.startswith("http") else _LOCAL_UI
-    experiment = json.dumps([session.tracker.experiment_id])
-    return f"{base}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(experiment)}"
+    experiment = json.dumps([experiment_id])
+    return f"{uri.rstrip('/')}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(experiment)}"
 
 
 def _run_id(plan: SweepPlan, cell: Cell) -> str:
