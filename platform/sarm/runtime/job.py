@@ -77,11 +77,16 @@ def run_command(
         lambda config: in_order(chain[0], job)(config),
         arguments,
         lambda config: f"{describe(chain[0])}\n\n{describe(config)}",
+        chain,
     )
 
 
 def _guarded(
-    parsed: Callable[[], Any], job: Callable[[Any], None], arguments: Sequence[str], explain: Callable[[Any], str]
+    parsed: Callable[[], Any],
+    job: Callable[[Any], None],
+    arguments: Sequence[str],
+    explain: Callable[[Any], str],
+    before: Sequence[Any] = (),
 ) -> None:
     debug = "--debug" in arguments
     try:
@@ -98,7 +103,7 @@ def _guarded(
             return
         if run is not None and is_supervised(run):
             sys.exit(supervise_this(arguments, config))
-        with Listener(command_line(arguments), is_loud=debug), kept(config):
+        with Listener(command_line(arguments), is_loud=debug), kept(config, *before):
             job(config)
     except StoppedError as stopped:
         print(f"{stopped}; the same command goes on with the unfinished stage", file=sys.stderr)
