@@ -15,10 +15,10 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 3.0
 # A light job that is told how to spend its time.
 JOB = """
-import hashlib, os, sys, time
+import hashlib, os, signal, sys, time
 from sarm.config import TrainSarm, UserError
 from sarm.runtime.job import run_job
-from sarm.runtime.stopping import leave_if_asked, saving
+from sarm.runtime.stopping import Listener, leave_if_asked, listener, saving
 
 def swallow():
     while True:
@@ -49,6 +49,14 @@ def main(config):
         hashlib.pbkdf2_hmac("sha512", b"x", b"y", 100_000_000)
     elif what == "swallow":
         swallow()
+    elif what == "within":
+        # The second signal while the main thread writes the line of the first, which is a matter of luck otherwise.
+        own, say = listener(), Listener.say
+        def interrupted(self, line):
+            signal.raise_signal(signal.SIGTERM)
+            say(self, line)
+        Listener.say = interrupted
+        own._tell(signal.SIGTERM)
     time.sleep(60)
 
 if __name__ == "__main__":
@@ -127,6 +135,10 @@ def test_what_saves_is_waited_for_and_a_second_interrupt_is_not(script: Path) ->
     time.sleep(1.2)
     job.process.send_signal(signal.SIGINT)
     assert job.process.wait(timeout=20) == 130
+
+
+def test_a_second_signal_while_the_first_is_answered_blocks_nothing(script: Path) -> None:
+    assert start(script, "within").process.wait(timeout=10) == 75
 
 
 def test_a_state_that_cannot_be_saved_is_said(script: Path) -> None:

@@ -70,7 +70,8 @@ class Listener:
         self._asked_at = 0.0
         self._save: tuple[Callable[[], None], str] | None = None
         self._is_answered = self._is_leaving = False
-        self._lock = threading.Lock()
+        # The handler runs in the main thread, which may hold the lock for the signal before.
+        self._lock = threading.RLock()
 
     def __enter__(self) -> Self:
         global _active
