@@ -15,7 +15,6 @@ from sarm.evaluate.settings import Benchmarking, Comparison
 from sarm.interpret.judge_settings import HumanRatings, Interpret
 from sarm.presets import PRESETS
 from sarm.runtime.results import check_place, check_room, check_shared, kept, least_bytes
-from sarm.runtime.submission import check_dashboard
 
 
 def test_a_folder_that_ray_deletes_or_nobody_may_write_is_refused(
@@ -115,9 +114,3 @@ def test_a_job_that_needs_no_cluster_joins_none(tmp_path: Path, monkeypatch: pyt
     for jobs in ((training,), (Benchmarking(model="x", benchmarks=("pairs=x",), run=run),), (comparison, training)):
         with pytest.raises(UserError, match="no Ray cluster at"), kept(*jobs):
             pass
-
-
-@pytest.mark.parametrize("address", ["auto", "127.0.0.1:8265", "ray://x:1", "http://a/b"])
-def test_what_is_no_address_of_a_dashboard_is_refused(address: str) -> None:
-    with pytest.raises(UserError, match="--submit takes the address of a Ray dashboard"):
-        check_dashboard(address)

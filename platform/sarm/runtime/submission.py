@@ -68,13 +68,7 @@ def submit(script: str, arguments: Sequence[str], config: Any) -> None:
         running = [name for name in tries if known[name] in (JobStatus.PENDING, JobStatus.RUNNING)]
         name = running[0] if running else f"{own_id}-{len(tries) + 1}" if tries else own_id
         if not running:
-            entry = [
-                "python",
-                str(Path(script).absolute().relative_to(root)),
-                *without_flag(arguments, "--submit", has_value=True),
-                "--supervise",
-            ]
-            client.submit_job(entrypoint=shlex.join(entry), submission_id=name, runtime_env=runtime_env)
+            client.submit_job(entrypoint=entrypoint(script, arguments), submission_id=name, runtime_env=runtime_env)
         print(
             f"{name} {'is running already' if running else 'is submitted'}: ray job logs --address {address} --follow {name}",
             flush=True,
@@ -84,6 +78,12 @@ def submit(script: str, arguments: Sequence[str], config: Any) -> None:
         if isinstance(error, UserError):
             raise
         raise UserError(f"no job can be submitted to {address}: {str(error).splitlines()[0]}.") from error
+
+
+def entrypoint(script: str, arguments: Sequence[str]) -> str:
+    """The command that the cluster runs for this one: supervised, whether or not it says so itself."""
+    own = without_flag(without_flag(arguments, "--submit", has_value=True), "--supervise")
+    return shlex.join(["python", "/".join(Path(script).absolute().parts[-2:]), *own, "--supervise"])
 
 
 def check_dashboard(address: str) -> None:
