@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -104,8 +105,8 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def start(script: Path, what: str, *flags: str, **environment: str) -> Job:
-    job = Job(script.parent, [str(script), "tiny", "--out", "a b", *flags], WHAT=what, **environment)
+def start(script: Path, what: str, *flags: str, out: str = "a b", **environment: str) -> Job:
+    job = Job(script.parent, [str(script), "tiny", "--out", out, *flags], WHAT=what, **environment)
     job.until("ready")
     return job
 
@@ -151,6 +152,25 @@ def test_a_supervised_job_says_it_once_and_names_the_supervised_command(script: 
         code, lines = start(script, "sleep", "--supervise").stop(number)
         assert (code, len(lines)) == (status, 1), lines
         assert lines[0].endswith("tiny --out 'a b' --supervise")
+
+
+AS_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "r1"}}'}
+
+
+@pytest.mark.parametrize("supervise", [[], ["--supervise"]])
+@pytest.mark.parametrize("place", ["", "/shared/my team"])
+@pytest.mark.parametrize("address", ["", "http://h:8265"])
+def test_a_submitted_job_names_what_it_was_submitted_with(
+    script: Path, supervise: list[str], place: str, address: str
+) -> None:
+    environment = {name: value for name, value in (("SARM_RESULTS", place), ("SARM_SUBMITTED_TO", address)) if value}
+    job = start(script, "sleep", *supervise, **AS_JOB, **environment, out=str(script.parent / "out"))
+    _, (line, *_) = job.stop(signal.SIGTERM)
+    own = ["python", os.path.relpath(script, ROOT), "tiny", "--out", str(script.parent / "out")]
+    own = [*(["env", f"SARM_RESULTS={place}"] if place else []), *own]
+    # --submit supervises whether or not it is told to.
+    wanted = [*own, "--submit", address] if address else ["ray", "job", "submit", "--", *own, *supervise]
+    assert line.endswith(f"this command goes on: {shlex.join(wanted)}")
 
 
 def test_debug_shows_what_was_interrupted(script: Path) -> None:

@@ -18,12 +18,14 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from sarm.checks import StoppedError, UserError
-from sarm.results_root import is_in_package, submitted_as
+from sarm.results_root import VARIABLE, is_in_package, submitted_as
 from sarm.runtime.failures import AGAIN, causes_of
 
 INTERRUPTED = 130
 # In the environment of a job: that a supervisor started it, and to which dashboard `--submit` handed it.
 SUPERVISED, SUBMITTED_TO = "SARM_SUPERVISED", "SARM_SUBMITTED_TO"
+ASKED_FOR, BY_DEFAULT = "1", "submitted"
+"""Values of `SUPERVISED`: `--supervise` asked for it, or every submitted job has it."""
 _STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: AGAIN}
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
 # What is not finished then is given up: a stage is as safe after a kill as after an orderly end.
@@ -37,12 +39,18 @@ def command_line(arguments: Sequence[str]) -> str:
     """The command that goes on with what this one does, as its user types it: what has been made anew is not moved aside again."""
     arguments = without_flag(arguments, "--redo-from", has_value=True)
     script = ["python", os.path.relpath(sys.argv[0]), *arguments]
+    # Where results go may have been said for this job alone.
+    place = ["env", f"{VARIABLE}={os.environ[VARIABLE]}"] if os.environ.get(VARIABLE) else []
     if address := os.environ.get(SUBMITTED_TO):
-        return shlex.join([*script, "--submit", address])
+        return shlex.join([*place, *script, "--submit", address])
+    if os.environ.get(SUPERVISED) == ASKED_FOR:
+        script.append("--supervise")
     if submitted_as():
         package = ["--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml"]
-        return shlex.join(["ray", "job", "submit", *(package if is_in_package(Path.cwd()) else []), "--", *script])
-    return shlex.join([*script, "--supervise"] if os.environ.get(SUPERVISED) else script)
+        return shlex.join(
+            ["ray", "job", "submit", *(package if is_in_package(Path.cwd()) else []), "--", *place, *script]
+        )
+    return shlex.join(script)
 
 
 def without_flag(arguments: Sequence[str], flag: str, *, has_value: bool = False) -> list[str]:

@@ -22,7 +22,7 @@ from sarm.manifest import MANIFEST, write_atomically
 from sarm.results_root import submitted_as
 from sarm.runtime.failures import AGAIN, DONE, USER
 from sarm.runtime.results import check_place, check_room
-from sarm.runtime.stopping import INTERRUPTED, SUPERVISED, without_flag
+from sarm.runtime.stopping import ASKED_FOR, BY_DEFAULT, INTERRUPTED, SUPERVISED, without_flag
 from sarm.runtime.submission import submission_id
 from sarm.runtime.writer_lock import HeldError, WriterLock
 from sarm.untrusted import read_json
@@ -86,7 +86,7 @@ class _Runs:
         self._is_asked_for = is_asked_for
         self._command, self._out, self._max_restarts, self._backoff = command, out, max_restarts, backoff
         self._process: subprocess.Popen[bytes] | None = None
-        self._environment = {SUPERVISED: "1"}
+        self._environment = {SUPERVISED: ASKED_FOR if is_asked_for else BY_DEFAULT}
         self._stop = threading.Event()
         # Beside the folder, so that it outlives this process: whoever queues the job again must not try the same for ever.
         self._notes = out.with_name(f".{out.name}.failure.json")
@@ -133,7 +133,7 @@ class _Runs:
         process = subprocess.Popen(
             self._command, stderr=subprocess.PIPE, preexec_fn=_die_with_parent, env=os.environ | self._environment
         )
-        self._process, self._environment = process, {SUPERVISED: "1", STARTED_AGAIN: "1"}
+        self._process, self._environment[STARTED_AGAIN] = process, "1"
         if self._stop.is_set():
             process.send_signal(signal.SIGTERM)
         tail: collections.deque[str] = collections.deque(maxlen=50)
