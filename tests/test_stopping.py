@@ -61,7 +61,18 @@ def main(config):
     time.sleep(60)
 
 if __name__ == "__main__":
-    run_job(TrainSarm, main, "A job.")
+    if os.environ["WHAT"].startswith("before"):
+        # While the command line is read, a dry run is described, a job is handed to a cluster.
+        import sarm.runtime.job as job
+        import sarm.runtime.submission as submission
+        def wait(*_, **__):
+            print("ready", flush=True)
+            time.sleep(60)
+        if os.environ["WHAT"] == "before-submit":
+            submission.submit = wait
+        elif os.environ["WHAT"] == "before-parse":
+            job.parse = wait
+    run_job(TrainSarm, main, "A job.", explain=wait if os.environ["WHAT"] == "before-dry-run" else None)
 """
 
 
@@ -140,6 +151,16 @@ def test_what_saves_is_waited_for_and_a_second_interrupt_is_not(script: Path) ->
 
 def test_a_second_signal_while_the_first_is_answered_blocks_nothing(script: Path) -> None:
     assert start(script, "within").process.wait(timeout=10) == 75
+
+
+@pytest.mark.parametrize(("what", "flags"), [("parse", ()), ("dry-run", ("--dry-run",)), ("submit", ("--submit", "http://h:1"))])  # fmt: skip
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_what_comes_before_the_work_is_answered_as_well(
+    script: Path, what: str, flags: tuple[str, ...], number: int, status: int
+) -> None:
+    code, (line,) = start(script, f"before-{what}", *flags).stop(number)
+    assert code == status
+    assert line.endswith(shlex.join(["tiny", "--out", "a b", *flags]))
 
 
 def test_a_state_that_cannot_be_saved_is_said(script: Path) -> None:

@@ -91,20 +91,23 @@ def _guarded(
     debug = "--debug" in arguments
     try:
         _refuse_arguments(arguments)
-        config = parsed()
-        run = getattr(config, "run", None)
-        if run is not None and run.dry_run:
-            print(as_file(config) if run.json else explain(config))
-            return
-        if run is not None and run.submit:
-            from sarm.runtime.submission import submit
+        with Listener(command_line(arguments), is_loud=debug):
+            config = parsed()
+            run = getattr(config, "run", None)
+            if run is not None and run.dry_run:
+                print(as_file(config) if run.json else explain(config))
+                return
+            if run is not None and run.submit:
+                from sarm.runtime.submission import submit
 
-            submit(sys.argv[0], arguments, config)
-            return
-        if run is not None and is_supervised(run):
-            sys.exit(supervise_this(arguments, config))
-        with Listener(command_line(arguments), is_loud=debug), kept(config, *before):
-            job(config)
+                submit(sys.argv[0], arguments, config)
+                return
+            if run is None or not is_supervised(run):
+                with kept(config, *before):
+                    job(config)
+                return
+        # A supervisor passes signals on, and the job answers them.
+        sys.exit(supervise_this(arguments, config))
     except StoppedError as stopped:
         print(f"{stopped}; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(75)

@@ -5,6 +5,7 @@ by a thread that hears of the signal through a pipe (`signal.set_wakeup_fd`). Ra
 the place of these: `ray_starting` keeps them out while Ray starts, and the trainer and the sweep keep theirs out.
 """
 
+import atexit
 import contextlib
 import os
 import shlex
@@ -67,8 +68,8 @@ def without_flag(arguments: Sequence[str], flag: str, *, has_value: bool = False
 class Listener:
     """While its context lasts, the first SIGINT or SIGTERM is answered with one line and ends the work in it.
 
-    The context then exits with status 130 for SIGINT and 75 for SIGTERM, whatever Ray made of the exception on its way. Outside
-    the main thread it does nothing. With `is_loud` (`--debug`) the screen stays open, and the exception is what is raised.
+    The context then exits with status 130 for SIGINT and 75 for SIGTERM, whatever Ray made of the exception on its way, and the
+    process no longer heeds these signals, but for an interrupt after the first second. Outside the main thread it does nothing. With `is_loud` (`--debug`) the screen stays open, and the exception is what is raised.
     """
 
     def __init__(self, command: str, *, is_loud: bool = False):
@@ -94,6 +95,8 @@ class Listener:
             # Who starts a job in the background of a shell has told it to ignore Ctrl-C.
             wanted = [number for number in _STATUS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in wanted}
+            # Python gives handlers back while it ends, but leaves alone what is ignored.
+            atexit.register(self._ignore)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -101,11 +104,13 @@ class Listener:
         if not self._is_on:
             return
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Who was asked once ends with the status of that, whatever is sent until the process has gone.
+            signal.signal(number, handler if self.asked is None else self._handle_late)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._pipe[1])
         _active = None
         if self.asked is None:
+            atexit.unregister(self._ignore)
             os.close(self._screen)
         elif error is None:
             self.say("the job was done before it could be stopped")
@@ -143,6 +148,16 @@ class Listener:
             self._save[0]()
         elif is_first or (number == signal.SIGINT and time.monotonic() - self._asked_at > _SECONDS_OF_ONE):
             self._leave(signal.Signals(number))
+
+    def _handle_late(self, number: int, _: FrameType | None) -> None:
+        """The work has ended, and the process is about to: only a second interrupt makes a difference."""
+        assert self.asked is not None
+        if number == signal.SIGINT and time.monotonic() - self._asked_at > _SECONDS_OF_ONE:
+            os._exit(_STATUS[signal.Signals(self.asked)])
+
+    def _ignore(self) -> None:
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     def _leave(self, number: signal.Signals) -> None:
         self._leave_in_time()
