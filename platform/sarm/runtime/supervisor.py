@@ -48,8 +48,8 @@ def is_supervised(run: Any) -> bool:
 def supervise_this(arguments: Sequence[str], config: Any) -> int:
     """`supervise` this process's own command line, without `--supervise`.
 
-    A submitted job that did not ask for it is started again only if a signal ended it or it says 75 itself, and locks nothing but what
-    its stages lock. Raises UserError for an output folder that cannot be used.
+    A submitted job that did not ask for it is started again only if a signal ended it or it exits with status 75, and
+    locks nothing but what its stages lock. Raises UserError for an output folder that cannot be used.
     """
     check_place(config.run)
     check_room(config)
@@ -62,7 +62,7 @@ def supervise_this(arguments: Sequence[str], config: Any) -> int:
 def supervise(command: Sequence[str], config: Any, backoff: float = 0.5) -> int:
     """Run `command` (the job without supervision) until it is done or no start of it will help; returns the exit status.
 
-    A process that died, or says 75 of itself, is started again, and the job goes on where it was. It stops with the status of the job
+    A process that died, or exits with status 75, is started again, and the job goes on where it was. It stops with the status of the job
     when a failure comes a second time with nothing new on disk in between, or after `max_restarts` such starts in a row.
     Raises UserError if another job writes to the folder; the same job that runs already is left to it (0).
     """
@@ -97,7 +97,8 @@ class _Runs:
             return self._loop()
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # Who was told to stop ends with the job's status, whatever is sent until the process has gone.
+                signal.signal(number, signal.SIG_IGN if self._stop.is_set() else handler)
 
     def _loop(self) -> int:
         last = self._known()
