@@ -37,7 +37,7 @@ def running_head(folder: Path, environment: dict[str, str]) -> Iterator[dict[str
                 assert head.poll() is None, (folder / "head.log").read_text()[-2000:]
                 assert time.monotonic() < deadline, (folder / "head.log").read_text()[-2000:]
                 time.sleep(0.5)
-            yield {**asked, "RAY_ADDRESS": address}
+            yield {**asked, "RAY_API_SERVER_ADDRESS": address}
         finally:
             os.killpg(head.pid, signal.SIGTERM)
             head.wait(timeout=60)

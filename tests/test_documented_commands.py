@@ -37,7 +37,7 @@ NOT_RUN = {
     "ray down *": _CLOUD,
     "kubectl *": _KUBERNETES,
     "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(kubectl *": _KUBERNETES,
-    "RAY_ADDRESS=* tiny --out /shared/tiny": _KUBERNETES,
+    "RAY_API_SERVER_ADDRESS=* tiny --out /shared/tiny": _KUBERNETES,
     "sbatch *": "needs Slurm; tests/test_cluster_files.py runs the script with stand-ins",
     "docker compose *": "needs docker; tests/test_cluster_files.py holds the file to its schema",
     "python tune/ablation.py smollm2": "takes an hour and a half",

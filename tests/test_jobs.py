@@ -141,9 +141,8 @@ run_job(TrainSarm, job, "Sleep.", ["tiny"])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 75, done.stderr[-2000:]
-    assert (
-        done.stderr.strip() == "stopped by SIGTERM; finished stages are kept, and this command goes on: python -c tiny"
-    )
+    line = "stopped by SIGTERM; finished stages are kept, and this command goes on: python -c tiny"
+    assert done.stderr.strip() == line
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,10 +16,10 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 3.0
 # A light job that is told how to spend its time.
 JOB = """
-import hashlib, os, sys, time
+import hashlib, os, signal, sys, time
 from sarm.config import TrainSarm, UserError
 from sarm.runtime.job import run_job
-from sarm.runtime.stopping import leave_if_asked, saving
+from sarm.runtime.stopping import Listener, leave_if_asked, listener, saving
 
 def swallow():
     while True:
@@ -49,10 +50,29 @@ def main(config):
         hashlib.pbkdf2_hmac("sha512", b"x", b"y", 100_000_000)
     elif what == "swallow":
         swallow()
+    elif what == "within":
+        # The second signal while the main thread writes the line of the first, which is a matter of luck otherwise.
+        own, say = listener(), Listener.say
+        def interrupted(self, line):
+            signal.raise_signal(signal.SIGTERM)
+            say(self, line)
+        Listener.say = interrupted
+        own._tell(signal.SIGTERM)
     time.sleep(60)
 
 if __name__ == "__main__":
-    run_job(TrainSarm, main, "A job.")
+    if os.environ["WHAT"].startswith("before"):
+        # While the command line is read, a dry run is described, a job is handed to a cluster.
+        import sarm.runtime.job as job
+        import sarm.runtime.submission as submission
+        def wait(*_, **__):
+            print("ready", flush=True)
+            time.sleep(60)
+        if os.environ["WHAT"] == "before-submit":
+            submission.submit = wait
+        elif os.environ["WHAT"] == "before-parse":
+            job.parse = wait
+    run_job(TrainSarm, main, "A job.", explain=wait if os.environ["WHAT"] == "before-dry-run" else None)
 """
 
 
@@ -96,8 +116,8 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def start(script: Path, what: str, *flags: str, **environment: str) -> Job:
-    job = Job(script.parent, [str(script), "tiny", "--out", "a b", *flags], WHAT=what, **environment)
+def start(script: Path, what: str, *flags: str, out: str = "a b", **environment: str) -> Job:
+    job = Job(script.parent, [str(script), "tiny", "--out", out, *flags], WHAT=what, **environment)
     job.until("ready")
     return job
 
@@ -129,6 +149,20 @@ def test_what_saves_is_waited_for_and_a_second_interrupt_is_not(script: Path) ->
     assert job.process.wait(timeout=20) == 130
 
 
+def test_a_second_signal_while_the_first_is_answered_blocks_nothing(script: Path) -> None:
+    assert start(script, "within").process.wait(timeout=10) == 75
+
+
+@pytest.mark.parametrize(("what", "flags"), [("parse", ()), ("dry-run", ("--dry-run",)), ("submit", ("--submit", "http://h:1"))])  # fmt: skip
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_what_comes_before_the_work_is_answered_as_well(
+    script: Path, what: str, flags: tuple[str, ...], number: int, status: int
+) -> None:
+    code, (line,) = start(script, f"before-{what}", *flags).stop(number)
+    assert code == status
+    assert line.endswith(shlex.join(["tiny", "--out", "a b", *flags]))
+
+
 def test_a_state_that_cannot_be_saved_is_said(script: Path) -> None:
     status, lines = start(script, "save-fails").stop(signal.SIGTERM)
     assert (status, lines[1:]) == (75, ["error: the disk is full"])
@@ -139,6 +173,25 @@ def test_a_supervised_job_says_it_once_and_names_the_supervised_command(script: 
         code, lines = start(script, "sleep", "--supervise").stop(number)
         assert (code, len(lines)) == (status, 1), lines
         assert lines[0].endswith("tiny --out 'a b' --supervise")
+
+
+AS_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "r1"}}'}
+
+
+@pytest.mark.parametrize("supervise", [[], ["--supervise"]])
+@pytest.mark.parametrize("place", ["", "/shared/my team"])
+@pytest.mark.parametrize("address", ["", "http://h:8265"])
+def test_a_submitted_job_names_what_it_was_submitted_with(
+    script: Path, supervise: list[str], place: str, address: str
+) -> None:
+    environment = {name: value for name, value in (("SARM_RESULTS", place), ("SARM_SUBMITTED_TO", address)) if value}
+    job = start(script, "sleep", *supervise, **AS_JOB, **environment, out=str(script.parent / "out"))
+    _, (line, *_) = job.stop(signal.SIGTERM)
+    own = ["python", os.path.relpath(script, ROOT), "tiny", "--out", str(script.parent / "out")]
+    own = [*(["env", f"SARM_RESULTS={place}"] if place else []), *own]
+    # --submit supervises whether or not it is told to.
+    wanted = [*own, "--submit", address] if address else ["ray", "job", "submit", "--", *own, *supervise]
+    assert line.endswith(f"this command goes on: {shlex.join(wanted)}")
 
 
 def test_debug_shows_what_was_interrupted(script: Path) -> None:

@@ -157,7 +157,7 @@ def test_a_submitted_job_trains_on_the_cluster(
 
 def in_shell(line: str, address: str, with_token: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
     """A line as its user types it, in a shell of theirs that knows the cluster."""
-    environment = {**with_token, "RAY_ADDRESS": address}
+    environment = {**with_token, "RAY_API_SERVER_ADDRESS": address}
     return subprocess.run(
         line, shell=True, cwd=folder, capture_output=True, text=True, env=environment, timeout=900, check=False
     )
@@ -214,7 +214,7 @@ def test_a_job_whose_client_is_killed_goes_on(cluster: str, with_token: dict[str
     line = [RAY, "job", "submit", "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml"]
     client = subprocess.Popen(
         [*line, "--", "python", "jobs/prepare_data.py", "tiny", "--out", "outputs/alone"],
-        cwd=clone, env={**with_token, "RAY_ADDRESS": cluster}, stdout=subprocess.PIPE, text=True,
+        cwd=clone, env={**with_token, "RAY_API_SERVER_ADDRESS": cluster}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert client.stdout is not None
     assert any("submitted successfully" in said for said in client.stdout)

@@ -185,6 +185,8 @@ class PrepareData:
     """Clean, de-duplicate and split the sources into corpus/v1 and pairs/v1."""
 
     stage: ClassVar[StageName] = "prepare_data"
+    uses_cluster: ClassVar[bool] = False
+    """Whether the job may need Ray; one that says nothing may."""
     run: Annotated[ChainRun, Flat] = ChainRun()
     data: Data = Data()
 
@@ -194,6 +196,7 @@ class ExtractActivations(PrepareData):
     """Write the residual stream at sentence ends and at the rewarded tokens as activations/v1."""
 
     stage: ClassVar[StageName] = "extract_activations"
+    uses_cluster: ClassVar[bool] = True
     model: Model = Model()
     extraction: Extraction = Extraction()
 

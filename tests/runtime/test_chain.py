@@ -24,7 +24,7 @@ from sarm.manifest import MANIFEST, StageFolder
 from sarm.presets import PRESETS
 from sarm.runtime.chain_state import STAGES, move, move_aside, scope_of, state_of
 from sarm.runtime.plan import Folders, stage_folders
-from sarm.runtime.stopping import SUPERVISED
+from sarm.runtime.stopping import JOB_TOKEN
 
 JOBS = [PrepareData, ExtractActivations, TrainSae, TrainSarm, Evaluate, CollectContexts, FeaturePages]
 
@@ -220,12 +220,12 @@ def test_a_job_that_died_and_is_started_again_keeps_what_it_made(
 ) -> None:
     config = config_of(tmp_path / "out", run={"redo_from": "train_sae"})
     do(config, *STAGES)
-    monkeypatch.setenv(SUPERVISED, "one")
+    monkeypatch.setenv(JOB_TOKEN, "one")
     assert move_aside(config) is not None, "an earlier start that died before it moved anything has redone nothing"
     do(config, "train_sae")
     assert move_aside(config) is None
     assert (tmp_path / "out" / "sae" / MANIFEST).exists()
-    monkeypatch.setenv(SUPERVISED, "another")
+    monkeypatch.setenv(JOB_TOKEN, "another")
     assert move_aside(config) is not None, "the same command given anew redoes it"
 
 

@@ -66,6 +66,17 @@ def test_a_job_that_is_started_again_waits_for_its_cluster_and_a_first_one_does_
     assert tries == ["10.0.0.9:6379"] * 3
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://cluster"])
+def test_a_dashboard_is_no_cluster_to_join(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with (
+        pytest.raises(UserError, match=rf"{address} is the address of a dashboard.*--submit {address}"),
+        connect(Run()),
+    ):
+        pass
+
+
 def test_nodes_that_do_not_see_the_output_folder_are_named(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

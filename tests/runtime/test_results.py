@@ -1,6 +1,7 @@
 """What is refused about an output folder before any work is done."""
 
 import shutil
+import socket
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import ray
 
-from sarm.config import Pipeline, Run, UserError
+from sarm.audit.settings import Relabel, Steer
+from sarm.config import ChainRun, ExtractActivations, Pipeline, PrepareData, Run, UserError
+from sarm.evaluate.settings import Benchmarking, Comparison
+from sarm.interpret.judge_settings import HumanRatings, Interpret
 from sarm.presets import PRESETS
 from sarm.runtime.results import check_place, check_room, check_shared, kept, least_bytes
-from sarm.runtime.submission import check_dashboard
 
 
 def test_a_folder_that_ray_deletes_or_nobody_may_write_is_refused(
@@ -89,7 +92,25 @@ def test_a_submitted_job_says_where_its_results_are_before_and_after(
     assert (work, last) == ("work", [first, link])
 
 
-@pytest.mark.parametrize("address", ["auto", "127.0.0.1:8265", "ray://x:1", "http://a/b"])
-def test_what_is_no_address_of_a_dashboard_is_refused(address: str) -> None:
-    with pytest.raises(UserError, match="--submit takes the address of a Ray dashboard"):
-        check_dashboard(address)
+def test_a_job_that_needs_no_cluster_joins_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed.getsockname()[1]}")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    run, folder = Run(out=tmp_path / "out"), tmp_path / "of-another"
+    prepare = replace(PRESETS["tiny"][1].part(PrepareData), run=ChainRun(out=run.out))
+    comparison = Comparison(run_a=folder, run_b=folder, run=run)
+    for config in (
+        prepare,
+        comparison,
+        Interpret(contexts=folder, run=run),
+        HumanRatings(explanations=folder, sheet=tmp_path / "sheet.csv", run=run),
+        Steer(run=run),
+        Relabel(run=run),
+    ):
+        with kept(config):
+            pass
+    training = replace(PRESETS["tiny"][1].part(ExtractActivations), run=ChainRun(out=run.out))
+    for jobs in ((training,), (Benchmarking(model="x", benchmarks=("pairs=x",), run=run),), (comparison, training)):
+        with pytest.raises(UserError, match="no Ray cluster at"), kept(*jobs):
+            pass

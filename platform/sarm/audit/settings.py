@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from sarm.config import OPERATIONAL, Flat, Run, UserError
 
@@ -74,6 +74,7 @@ class AuditFeatures:
 class Steer:
     """Edit head weights of a SARM, measure what that does on cached codes, and save the edited model."""
 
+    uses_cluster: ClassVar[bool] = False
     run: Annotated[Run, Flat] = Run(out=Path("outputs/audit"))
     """`--out` is the folder that `jobs/audit_features.py` wrote."""
     name: str = "steered"
@@ -114,6 +115,7 @@ class Steer:
 class Relabel:
     """Poison and denoise the pairs that features were chosen on, by features and by controls, and retrain the head on them."""
 
+    uses_cluster: ClassVar[bool] = False
     run: Annotated[Run, Flat] = Run(out=Path("outputs/audit"))
     """`--out` is the folder that `jobs/audit_features.py` wrote."""
     poison: tuple[float, ...] = (0.005, 0.01, 0.025, 0.05)

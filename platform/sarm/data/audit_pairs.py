@@ -3,7 +3,7 @@
 A source is a pairs/v1 folder (one split of it) or a benchmark, each of whose rows gives all pairs of a correct with a wrong completion.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -59,6 +59,7 @@ class Benchmarking:
 class Comparison:
     """Compare two finished evaluations item by item."""
 
+    uses_cluster: ClassVar[bool] = False
     run_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A")]
     """Folder that `jobs/evaluate.py --model` wrote: the model whose gain is measured."""
     run_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")]

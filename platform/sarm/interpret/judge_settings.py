@@ -8,7 +8,7 @@ import os
 import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -144,6 +144,7 @@ def _price(text: str) -> tuple[str, tuple[float, float]]:
 class Interpret:
     """Explain latents from their contexts, and test the explanations on texts of other prompts."""
 
+    uses_cluster: ClassVar[bool] = False
     contexts: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONTEXTS")]
     """Folder that `jobs/collect_contexts.py` wrote."""
     run: Annotated[Run, Flat] = Run(out=Path("outputs/explanations"))
@@ -208,6 +209,7 @@ class Interpret:
 class HumanRatings:
     """Write a sheet for people to rate latents in, or compare filled sheets with the judges."""
 
+    uses_cluster: ClassVar[bool] = False
     explanations: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPLANATIONS")]
     """Folder that `jobs/interpret.py` wrote."""
     run: Annotated[Run, Flat] = Run(out=Path("outputs/human-ratings"))

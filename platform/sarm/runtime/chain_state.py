@@ -14,7 +14,7 @@ from sarm.config import ChainRun, FeaturePages, Pipeline, StageName, UserError
 from sarm.folder_schemas import ACTIVATIONS, CONTEXTS, CORPUS, EVALUATION, EXPLANATIONS, PAGES, PAIRS, SAE, SARM
 from sarm.manifest import MANIFEST, difference_of, record_of, sha256_of, write_atomically
 from sarm.runtime.plan import BASELINES, FolderPlan, Folders, stage_folders
-from sarm.runtime.stopping import SUPERVISED
+from sarm.runtime.stopping import JOB_TOKEN, SUPERVISED
 from sarm.runtime.writer_lock import WriterLock
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -137,8 +137,8 @@ def move_aside(config: Any) -> Path | None:
 
 def was_moved(out: Path) -> bool:
     """Whether an earlier start of this supervised job has moved folders aside: it goes on with what it has made anew since."""
-    token = os.environ.get(SUPERVISED)
-    return token is not None and any(path.read_text() == token for path in _aside(out).glob(f"*/{_MOVED_BY}"))
+    token = os.environ.get(JOB_TOKEN)
+    return bool(token) and any(path.read_text() == token for path in _aside(out).glob(f"*/{_MOVED_BY}"))
 
 
 def move(paths: Sequence[Path], out: Path) -> Path | None:
@@ -162,7 +162,7 @@ def move(paths: Sequence[Path], out: Path) -> Path | None:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
         # Last: who is killed before this begins again.
-        write_atomically(aside / _MOVED_BY, os.environ.get(SUPERVISED, ""))
+        write_atomically(aside / _MOVED_BY, os.environ.get(JOB_TOKEN, ""))
     return aside
 
 

@@ -103,6 +103,10 @@ def connect(run: Run) -> Iterator[Cluster]:
 
 
 def _join(address: str) -> None:
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{address} is the address of a dashboard, to which jobs are submitted; no job joins a cluster there. Pass --submit {address}, or unset RAY_ADDRESS for a local cluster."
+        )
     import ray
 
     # A supervised job that is started again had a cluster there: one whose head was lost comes back.

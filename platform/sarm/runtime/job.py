@@ -82,6 +82,7 @@ def run_command(
         lambda config: in_order(chain[0], job, made)(config),
         arguments,
         lambda config: f"{describe(chain[0])}\n\n{describe(config)}",
+        chain,
     )
 
 
@@ -90,29 +91,31 @@ def _guarded(
     job: Callable[[Any], None],
     arguments: Sequence[str],
     explain: Callable[[Any], str],
+    before: Sequence[Any] = (),
     *,
     is_server: bool = False,
 ) -> None:
     debug = "--debug" in arguments
     try:
         _refuse_arguments(arguments)
-        config = parsed()
-        run = getattr(config, "run", None)
-        if run is not None and run.dry_run:
-            print(as_file(config) if run.json else explain(config))
-            return
-        if run is not None and run.submit:
-            from sarm.runtime.submission import submit
+        # A server is ended by its signals, and says so itself.
+        with contextlib.nullcontext() if is_server else Listener(command_line(arguments), is_loud=debug):
+            config = parsed()
+            run = getattr(config, "run", None)
+            if run is not None and run.dry_run:
+                print(as_file(config) if run.json else explain(config))
+                return
+            if run is not None and run.submit:
+                from sarm.runtime.submission import submit
 
-            submit(sys.argv[0], arguments, config)
-            return
-        if run is not None and is_supervised(run):
-            sys.exit(supervise_this(arguments, config))
-        if is_server:
-            job(config)
-            return
-        with Listener(command_line(arguments), is_loud=debug), kept(config):
-            job(config)
+                submit(sys.argv[0], arguments, config)
+                return
+            if run is None or not is_supervised(run):
+                with kept(config, *before):
+                    job(config)
+                return
+        # A supervisor passes signals on, and the job answers them.
+        sys.exit(supervise_this(arguments, config))
     except StoppedError as stopped:
         print(f"{stopped}; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(75)

@@ -23,10 +23,10 @@ _STATES, _WEIGHTS = 2 * 12, 4
 
 
 @contextlib.contextmanager
-def kept(config: Any) -> Iterator[None]:
+def kept(config: Any, *before: Any) -> Iterator[None]:
     """The job's work, between two notes where its results are, if it was submitted.
 
-    A cluster that the job joins is joined here. Raises UserError if the output folder cannot be written, has too little room, lies
+    A cluster that the job, or one of the jobs `before` it, may use and joins is joined here. Raises UserError if the output folder cannot be written, has too little room, lies
     where Ray deletes it, or is not the same folder on the nodes that do the work, before any of the work is done.
     """
     run = getattr(config, "run", None)
@@ -38,7 +38,8 @@ def kept(config: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         from sarm.runtime.cluster import address_of, connect
 
-        if address_of(run) != "local":
+        may_use_one = any(getattr(one, "uses_cluster", True) for one in (config, *before))
+        if may_use_one and address_of(run) != "local":
             cluster = stack.enter_context(connect(run))
             check_shared(run, cluster.num_nodes)
         if not submitted_as():

@@ -5,6 +5,7 @@ by a thread that hears of the signal through a pipe (`signal.set_wakeup_fd`). Ra
 the place of these: `ray_starting` keeps them out while Ray starts, and the trainer and the sweep keep theirs out.
 """
 
+import atexit
 import contextlib
 import os
 import shlex
@@ -18,12 +19,15 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from sarm.checks import StoppedError, UserError
-from sarm.results_root import is_in_package, submitted_as
+from sarm.results_root import VARIABLE, is_in_package, submitted_as
 from sarm.runtime.failures import AGAIN, causes_of
 
 INTERRUPTED = 130
-# In the environment of a job: that a supervisor started it, and to which dashboard `--submit` handed it.
+# In the environment of a job: the name that a supervisor gives to all its starts of it, that one started it, and to which dashboard `--submit` handed it.
+JOB_TOKEN = "SARM_JOB_TOKEN"
 SUPERVISED, SUBMITTED_TO = "SARM_SUPERVISED", "SARM_SUBMITTED_TO"
+ASKED_FOR, BY_DEFAULT = "1", "submitted"
+"""Values of `SUPERVISED`: `--supervise` asked for it, or every submitted job has it."""
 _STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: AGAIN}
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
 # What is not finished then is given up: a stage is as safe after a kill as after an orderly end.
@@ -37,12 +41,18 @@ def command_line(arguments: Sequence[str]) -> str:
     """The command that goes on with what this one does, as its user types it: what has been made anew is not moved aside again."""
     arguments = without_flag(arguments, "--redo-from", has_value=True)
     script = ["python", os.path.relpath(sys.argv[0]), *arguments]
+    # Where results go may have been said for this job alone.
+    place = ["env", f"{VARIABLE}={os.environ[VARIABLE]}"] if os.environ.get(VARIABLE) else []
     if address := os.environ.get(SUBMITTED_TO):
-        return shlex.join([*script, "--submit", address])
+        return shlex.join([*place, *script, "--submit", address])
+    if os.environ.get(SUPERVISED) == ASKED_FOR:
+        script.append("--supervise")
     if submitted_as():
         package = ["--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml"]
-        return shlex.join(["ray", "job", "submit", *(package if is_in_package(Path.cwd()) else []), "--", *script])
-    return shlex.join([*script, "--supervise"] if os.environ.get(SUPERVISED) else script)
+        return shlex.join(
+            ["ray", "job", "submit", *(package if is_in_package(Path.cwd()) else []), "--", *place, *script]
+        )
+    return shlex.join(script)
 
 
 def without_flag(arguments: Sequence[str], flag: str, *, has_value: bool = False) -> list[str]:
@@ -59,8 +69,8 @@ def without_flag(arguments: Sequence[str], flag: str, *, has_value: bool = False
 class Listener:
     """While its context lasts, the first SIGINT or SIGTERM is answered with one line and ends the work in it.
 
-    The context then exits with status 130 for SIGINT and 75 for SIGTERM, whatever Ray made of the exception on its way. Outside
-    the main thread it does nothing. With `is_loud` (`--debug`) the screen stays open, and the exception is what is raised.
+    The context then exits with status 130 for SIGINT and 75 for SIGTERM, whatever Ray made of the exception on its way, and the
+    process no longer heeds these signals, but for an interrupt after the first second. Outside the main thread it does nothing. With `is_loud` (`--debug`) the screen stays open, and the exception is what is raised.
     """
 
     def __init__(self, command: str, *, is_loud: bool = False):
@@ -70,7 +80,8 @@ class Listener:
         self._asked_at = 0.0
         self._save: tuple[Callable[[], None], str] | None = None
         self._is_answered = self._is_leaving = False
-        self._lock = threading.Lock()
+        # The handler runs in the main thread, which may hold the lock for the signal before.
+        self._lock = threading.RLock()
 
     def __enter__(self) -> Self:
         global _active
@@ -85,6 +96,8 @@ class Listener:
             # Who starts a job in the background of a shell has told it to ignore Ctrl-C.
             wanted = [number for number in _STATUS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in wanted}
+            # Python gives handlers back while it ends, but leaves alone what is ignored.
+            atexit.register(self._ignore)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -92,11 +105,13 @@ class Listener:
         if not self._is_on:
             return
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Who was asked once ends with the status of that, whatever is sent until the process has gone.
+            signal.signal(number, handler if self.asked is None else self._handle_late)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._pipe[1])
         _active = None
         if self.asked is None:
+            atexit.unregister(self._ignore)
             os.close(self._screen)
         elif error is None:
             self.say("the job was done before it could be stopped")
@@ -134,6 +149,16 @@ class Listener:
             self._save[0]()
         elif is_first or (number == signal.SIGINT and time.monotonic() - self._asked_at > _SECONDS_OF_ONE):
             self._leave(signal.Signals(number))
+
+    def _handle_late(self, number: int, _: FrameType | None) -> None:
+        """The work has ended, and the process is about to: only a second interrupt makes a difference."""
+        assert self.asked is not None
+        if number == signal.SIGINT and time.monotonic() - self._asked_at > _SECONDS_OF_ONE:
+            os._exit(_STATUS[signal.Signals(self.asked)])
+
+    def _ignore(self) -> None:
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     def _leave(self, number: signal.Signals) -> None:
         self._leave_in_time()

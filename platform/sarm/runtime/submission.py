@@ -68,22 +68,22 @@ def submit(script: str, arguments: Sequence[str], config: Any) -> None:
         running = [name for name in tries if known[name] in (JobStatus.PENDING, JobStatus.RUNNING)]
         name = running[0] if running else f"{own_id}-{len(tries) + 1}" if tries else own_id
         if not running:
-            entry = [
-                "python",
-                str(Path(script).absolute().relative_to(root)),
-                *without_flag(arguments, "--submit", has_value=True),
-                "--supervise",
-            ]
-            client.submit_job(entrypoint=shlex.join(entry), submission_id=name, runtime_env=runtime_env)
+            client.submit_job(entrypoint=entrypoint(script, arguments), submission_id=name, runtime_env=runtime_env)
         print(
             f"{name} {'is running already' if running else 'is submitted'}: ray job logs --address {address} --follow {name}",
             flush=True,
         )
-        _follow(client, name)
+        follow(client, name)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"no job can be submitted to {address}: {str(error).splitlines()[0]}.") from error
+
+
+def entrypoint(script: str, arguments: Sequence[str]) -> str:
+    """The command that the cluster runs for this one: supervised, whether or not it says so itself."""
+    own = without_flag(without_flag(arguments, "--submit", has_value=True), "--supervise")
+    return shlex.join(["python", "/".join(Path(script).absolute().parts[-2:]), *own, "--supervise"])
 
 
 def check_dashboard(address: str) -> None:
@@ -120,20 +120,29 @@ def check_dashboard(address: str) -> None:
         )
 
 
-def _follow(client: Any, name: str) -> None:
-    """Wait until the job says where its results go, and say it here. Raises UserError with its line if it is refused."""
-    last = time.monotonic() + _SECONDS_FOR_A_START
+def follow(client: Any, name: str, seconds: float = _SECONDS_FOR_A_START) -> None:
+    """Wait until the job says where its results go, and say it here; after `seconds`, say that it has not.
+
+    An error in the log of a job that goes on is one of an earlier start, from which it was started again.
+    Raises UserError with the job's own line if it ended before it said that.
+    """
+    last = time.monotonic() + seconds
     while time.monotonic() < last:
         is_over = client.get_job_status(name).is_terminal()
         log = client.get_job_logs(name).splitlines()
-        if refused := [line for line in log if line.startswith("error: ")]:
-            raise UserError(refused[0].removeprefix("error: "))
-        if RESULTS in (line[: len(RESULTS)] for line in log):
-            print("\n".join(line for line in log if line.startswith((RESULTS, MLFLOW))), flush=True)
+        if any(line.startswith(RESULTS) for line in log):
+            # Every start says it, and the end.
+            print("\n".join(dict.fromkeys(line for line in log if line.startswith((RESULTS, MLFLOW)))), flush=True)
             return
         if is_over:
-            raise UserError(f"{name} ended before it began: {client.get_job_info(name).message}"[:500].splitlines()[0])
+            refused = [line.removeprefix("error: ") for line in log if line.startswith("error: ")]
+            message = f"{name} ended before it began: {client.get_job_info(name).message}"[:500].splitlines()[0]
+            raise UserError(refused[-1] if refused else message)
         time.sleep(0.5)
+    print(
+        f"{name} has not begun within {seconds:.0f} s; the cluster may have no room for it. The line above shows its log.",
+        flush=True,
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -23,7 +23,7 @@ from sarm.manifest import MANIFEST, write_atomically
 from sarm.results_root import submitted_as
 from sarm.runtime.failures import AGAIN, DONE, USER
 from sarm.runtime.results import check_place, check_room
-from sarm.runtime.stopping import INTERRUPTED, SUPERVISED, without_flag
+from sarm.runtime.stopping import ASKED_FOR, BY_DEFAULT, INTERRUPTED, JOB_TOKEN, SUPERVISED, without_flag
 from sarm.runtime.submission import submission_id
 from sarm.runtime.writer_lock import HeldError, WriterLock
 from sarm.untrusted import read_json
@@ -49,8 +49,8 @@ def is_supervised(run: Any) -> bool:
 def supervise_this(arguments: Sequence[str], config: Any) -> int:
     """`supervise` this process's own command line, without `--supervise`.
 
-    A submitted job that did not ask for it is started again only if a signal ended it or it says 75 itself, and locks nothing but what
-    its stages lock. Raises UserError for an output folder that cannot be used.
+    A submitted job that did not ask for it is started again only if a signal ended it or it exits with status 75, and
+    locks nothing but what its stages lock. Raises UserError for an output folder that cannot be used.
     """
     check_place(config.run)
     check_room(config)
@@ -63,7 +63,7 @@ def supervise_this(arguments: Sequence[str], config: Any) -> int:
 def supervise(command: Sequence[str], config: Any, backoff: float = 0.5) -> int:
     """Run `command` (the job without supervision) until it is done or no start of it will help; returns the exit status.
 
-    A process that died, or says 75 of itself, is started again, and the job goes on where it was. It stops with the status of the job
+    A process that died, or exits with status 75, is started again, and the job goes on where it was. It stops with the status of the job
     when a failure comes a second time with nothing new on disk in between, or after `max_restarts` such starts in a row.
     Raises UserError if another job writes to the folder; the same job that runs already is left to it (0).
     """
@@ -87,9 +87,11 @@ class _Runs:
         self._is_asked_for = is_asked_for
         self._command, self._out, self._max_restarts, self._backoff = command, out, max_restarts, backoff
         self._process: subprocess.Popen[bytes] | None = None
-        # By it, a job knows what an earlier start of it has done.
-        self._token = uuid.uuid4().hex
-        self._environment = {SUPERVISED: self._token}
+        # By the token, a job knows what an earlier start of it has done.
+        self._environment = {
+            SUPERVISED: ASKED_FOR if is_asked_for else BY_DEFAULT,
+            JOB_TOKEN: os.environ.get(JOB_TOKEN) or uuid.uuid4().hex,
+        }
         self._stop = threading.Event()
         # Beside the folder, so that it outlives this process: whoever queues the job again must not try the same for ever.
         self._notes = out.with_name(f".{out.name}.failure.json")
@@ -100,7 +102,8 @@ class _Runs:
             return self._loop()
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # Who was told to stop ends with the job's status, whatever is sent until the process has gone.
+                signal.signal(number, signal.SIG_IGN if self._stop.is_set() else handler)
 
     def _loop(self) -> int:
         last = self._known()
@@ -136,7 +139,7 @@ class _Runs:
         process = subprocess.Popen(
             self._command, stderr=subprocess.PIPE, preexec_fn=die_with_parent, env=os.environ | self._environment
         )
-        self._process, self._environment = process, {SUPERVISED: self._token, STARTED_AGAIN: "1"}
+        self._process, self._environment[STARTED_AGAIN] = process, "1"
         if self._stop.is_set():
             process.send_signal(signal.SIGTERM)
         tail: collections.deque[str] = collections.deque(maxlen=50)
