@@ -1,8 +1,11 @@
 """What a dry run prints, and what it refuses."""
 
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +14,7 @@ from sarm.config import UserError
 from sarm.presets import PRESETS
 from sarm.runtime.dry_run.costs import stage_costs
 from sarm.runtime.dry_run.describing import describe
-from sarm.runtime.dry_run.machine import Machine, machine_of
+from sarm.runtime.dry_run.machine import Machine
 from sarm.runtime.dry_run.plan_text import plan_text
 from sarm.runtime.dry_run.rounding import count, duration, rounded, size
 from sarm.runtime.sweeps.sweep_cost import describe_sweep
@@ -105,15 +108,23 @@ def test_a_cluster_that_does_not_answer_is_said_and_this_machine_planned(demo):
     assert "this machine" in said
 
 
-def test_the_cluster_at_an_address_is_planned_for(demo, monkeypatch):
-    import ray
+# Apart, since a process has one cluster and other tests here have theirs.
+CLUSTER = """
+from dataclasses import replace
+import ray
+from sarm.presets import demo
+from sarm.runtime.dry_run.machine import machine_of
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with ray.init(
-        address="local", num_cpus=3, num_gpus=2, resources={"accelerator_type:L4": 1}, include_dashboard=False
-    ):
-        cluster = machine_of(replace(demo.run, ray_address=ray.get_runtime_context().gcs_address))
-    assert (cluster.cores, cluster.num_gpus, cluster.gpu) == (3, 2, "L4")
+with ray.init(address="local", num_cpus=3, num_gpus=2, resources={"accelerator_type:L4": 1}, include_dashboard=False):
+    cluster = machine_of(replace(demo.run, ray_address=ray.get_runtime_context().gcs_address))
+print(cluster.cores, cluster.num_gpus, cluster.gpu)
+"""
+
+
+def test_the_cluster_at_an_address_is_planned_for():
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", CLUSTER], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.splitlines()[-1:] == ["3 2 L4"], done.stderr[-2000:]
 
 
 def test_few_pairs_a_step_for_many_workers_are_said(demo):
