@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mlflow import MlflowClient
 from sarm.audit.settings import AuditFeatures, Relabel, Steer
 from sarm.config import Pipeline, Run, UserError
 from sarm.data.artifacts import save_sae
+from sarm.data.audit_pairs import ROLES, audit_pairs
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.models import model_folder
 from sarm.data.sarm_artifacts import load_sarm, save_sarm
@@ -24,6 +26,7 @@ from sarm.manifest import StageFolder
 from sarm.nn.sae import TopKSae, standardise
 from sarm.presets import PRESETS
 from sarm.runtime import plan
+from sarm.runtime.audit.audit_codes import write_codes
 from sarm.runtime.audit.audit_folder import read_audit
 from sarm.runtime.audit.audit_page import write_audit_page
 from sarm.runtime.audit.auditing import audit, choose_features
@@ -229,6 +232,25 @@ def test_only_latents_that_raters_find_safe_are_selected_and_the_page_says_how_t
     page = write_audit_page(asked.run.out).read_text()
     assert "Agreement on safety" in page
     assert f"{len(before)} latents have a valid rating" in page
+
+
+def test_pairs_that_cannot_be_encoded_are_left_out_of_the_codes_and_counted(work, extracted, tmp_path):
+    """Seen: the codes were written, and then every reader said that a pair had none."""
+    asked = settings(work, extracted, "refusing")
+    pairs = audit_pairs({role: getattr(asked, role) for role in ROLES}, {})
+    rows = pairs.to_pylist()
+    rows[0]["chosen"] = "broken \0 text"
+    folder = tmp_path / "codes"
+    folder.mkdir()
+    with open_session(asked) as session:
+        counts = write_codes(
+            pa.Table.from_pylist(rows, schema=pairs.schema), asked.sarm, 1024, folder, session.run, session.cluster
+        )
+    assert counts["rejected"] == {"nul_byte": 1}
+    assert counts["pairs"] == len(rows) - 1
+    kept = pq.read_table(folder / "pairs.parquet").to_pylist()
+    codes = set(pq.read_table(folder / "responses.parquet")["response_id"].to_pylist())
+    assert all(row["chosen_id"] in codes and row["rejected_id"] in codes for row in kept)
 
 
 def test_asking_again_is_a_no_op(audited, work, extracted, capsys):

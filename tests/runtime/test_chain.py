@@ -148,6 +148,16 @@ def test_the_same_stage_made_again_is_another_input(tmp_path: Path) -> None:
     assert found["train_sarm"] == found["evaluate"] == "refused"
 
 
+def test_folders_of_other_rules_for_conversations_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path / "out")
+    do(config, *STAGES)
+    monkeypatch.setattr("sarm.runtime.plan.PROTOCOL_VERSION", 99)
+    found = states(config)
+    assert found["prepare_data"] == "done"
+    assert {name for name, state in found.items() if state == "refused"} == set(STAGES) - {"prepare_data"}
+    assert "protocol_version=2, now asked for protocol_version=99" in state_of(config).stages[1].why
+
+
 def test_a_new_baseline_is_seen_before_it_is_trained(tmp_path: Path) -> None:
     """An evaluation without it would refuse to go on once it is there."""
     do(config_of(tmp_path / "out"), *STAGES)

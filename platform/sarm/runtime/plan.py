@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from sarm.config import AlsoSaes, Contexts, Data, Evaluation, Extraction, Model, Pages, Reward, Sae, StageName, identity
 from sarm.folder_schemas import ACTIVATIONS, CONTEXTS, CORPUS, EVALUATION, PAGES, PAIRS, SAE, SARM
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.runtime.training.variants import variants
 
 _OF_TEXTS = ("texts", "text_field", "max_texts")
@@ -83,7 +84,8 @@ def activation_settings(model: Model, extraction: Extraction, split: str, unit: 
         stored = {key: value for key, value in stored.items() if key not in _EXTRACTION_OF_TEXTS}
     stored.pop("units", None)
     backbone = {**identity(model), "layer": layer}
-    return {**backbone, **stored, "dtype": extraction.dtype, "compute_dtype": model.dtype, "unit": unit, "split": split}
+    about = {"dtype": extraction.dtype, "compute_dtype": model.dtype, "unit": unit, "split": split}
+    return {**backbone, **stored, **about, **_of_conversations()}
 
 
 def sae_settings(sae: Sae, seed: int, init_seed: int | None = None) -> Settings:
@@ -94,17 +96,22 @@ def sae_settings(sae: Sae, seed: int, init_seed: int | None = None) -> Settings:
 
 def reward_settings(model: Model, reward: Reward, seed: int) -> Settings:
     """What decides a reward model."""
-    return {**identity(model), **identity(reward, seed=seed)}
+    return {**identity(model), **identity(reward, seed=seed), **_of_conversations()}
 
 
 def evaluation_settings(evaluation: Evaluation, seed: int) -> Settings:
     """What decides the evaluation."""
-    return identity(evaluation, seed=seed)
+    return {**identity(evaluation, seed=seed), **_of_conversations()}
 
 
 def contexts_settings(contexts: Contexts) -> Settings:
     """What decides contexts/v1."""
-    return identity(contexts)
+    return {**identity(contexts), **_of_conversations()}
+
+
+def _of_conversations() -> Settings:
+    """What decides which text and which token every stage reads: folders of other rules are not mixed with those of today."""
+    return {"protocol_version": PROTOCOL_VERSION}
 
 
 def pages_settings(pages: Pages) -> Settings:

@@ -1,5 +1,6 @@
 """The codes stage of an audit: every response through the SARM once, on the cluster, into codes/v2."""
 
+import collections
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from sarm import schema
 from sarm.audit.codes import CODE_PAIRS, RESPONSES
-from sarm.config import Run
+from sarm.config import Run, UserError
 from sarm.data.chat import load_chat_tokenizer
 from sarm.data.groups import prompt_groups
 from sarm.data.packing import TokenBatch, token_batches
@@ -111,6 +112,21 @@ def write_codes(
     ids = [
         {f"{side}_id": schema.response_id(row["prompt"], row[side]) for side in ("chosen", "rejected")} for row in rows
     ]
-    named = pa.Table.from_pylist([{**row, **own} for row, own in zip(rows, ids, strict=True)], schema=CODE_PAIRS)
-    pq.write_table(named, folder / "pairs.parquet", write_page_checksum=True)
-    return {"responses": responses.num_rows, "pairs": named.num_rows}
+    named = [{**row, **own} for row, own in zip(rows, ids, strict=True)]
+    has_codes = [row["chosen_id"] in first and row["rejected_id"] in first for row in named]
+    kept = [row for row, is_kept in zip(named, has_codes, strict=True) if is_kept]
+    rejected = _reasons(pairs.filter(pa.array([not is_kept for is_kept in has_codes])), reward_model)
+    if not kept:
+        raise UserError(f"no pair can be encoded: {rejected}. Pass pairs whose roles the template of {reward_model} takes.")  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(kept, schema=CODE_PAIRS), folder / "pairs.parquet", write_page_checksum=True)
+    return {"responses": responses.num_rows, "pairs": len(kept), "rejected": rejected}
+
+
+def _reasons(left_out: pa.Table, reward_model: Path) -> dict[str, int]:
+    """Why pairs have no codes, by the reason word that every stage gives."""
+    if not left_out.num_rows:
+        return {}
+    refused: dict[str, str] = {}
+    chat = load_chat_tokenizer(sarm_settings(reward_model), reward_model)
+    collections.deque(prompt_groups(left_out, chat, refused=refused), maxlen=0)
+    return dict(collections.Counter(refused.values()))

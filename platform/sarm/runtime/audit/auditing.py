@@ -65,7 +65,7 @@ def cache_codes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
         from sarm.runtime.audit.audit_codes import write_codes
 
         counts = write_codes(pairs, settings.sarm, settings.batch_tokens, folder.folder, session.run, session.cluster)
-        return {**counts, "figures": counts}
+        return {**counts, "figures": {**counts, "rejected": sum(counts["rejected"].values())}}
 
     session.stage("cache codes", folder, body)
 

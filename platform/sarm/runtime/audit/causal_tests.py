@@ -120,6 +120,8 @@ def _sentences(
         for row in pairs.to_pylist()
         if row["role"] == "target"
         for side in ("chosen", "rejected")
+        # What cannot be encoded has no codes; their stage has counted it.
+        if response_id(row["prompt"], row[side]) in stored
     }
     # One response of each prompt at a time, so that few are of the same prompt.
     ids = sorted(texts, key=lambda i: stable_id("deletion", i))
