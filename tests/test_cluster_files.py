@@ -68,7 +68,10 @@ def test_kuberay_finds_what_it_needs(name, kind):
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
             assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
     if kind == "RayJob":
-        assert yaml.safe_load(found["spec"]["runtimeEnvYAML"])["env_vars"] == {"PYTHONPATH": "platform"}
+        assert yaml.safe_load(found["spec"]["runtimeEnvYAML"])["env_vars"] == {
+            "PYTHONPATH": "platform",
+            "RAY_JOB_STOP_WAIT_TIME_S": "300",
+        }
 
 
 @pytest.mark.parametrize("name", ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml"])

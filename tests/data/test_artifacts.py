@@ -230,7 +230,7 @@ def test_the_folder_has_its_own_tokenizer_that_truncates_at_the_beginning(tiny_f
 
 def test_the_folder_carries_the_code_that_it_needs_and_says_so(sarm_folder):
     assert {path.name for path in sarm_folder.glob("*.py")} == {
-        "modeling_sarm.py", "backbone.py", "architectures.py", "sae.py", "losses.py", "protocol.py"
+        "modeling_sarm.py", "backbone.py", "architectures.py", "sae.py", "losses.py", "protocol.py", "answer_places.py"
     }  # fmt: skip
     assert json.loads((sarm_folder / "config.json").read_text())["auto_map"].keys() == {
         "AutoConfig",

@@ -31,7 +31,7 @@ def any_of(texts: Iterable[str]) -> str:
 def literals_of(template: str) -> list[str]:
     """The strings in the code of a template; none where it is not jinja's."""
     try:
-        tokens = list(jinja2.Environment().lex(template))
+        tokens = list(jinja2.Environment(autoescape=False).lex(template))
         return [ast.literal_eval(text) for _, kind, text in tokens if kind == "string"]
     except (jinja2.TemplateSyntaxError, SyntaxError, ValueError):
         return []

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput, logging
 
 from .answer_places import Places, closed, find_places, without_padding
@@ -253,5 +260,7 @@ def _empty_backbone(config: SarmConfig) -> PreTrainedModel:
     return without_final_norm(AutoModel.from_config(backbone, attn_implementation="eager" if softcap else "sdpa"))
 
 
-AutoConfig.register("sarm", SarmConfig, exist_ok=True)
-AutoModelForSequenceClassification.register(SarmConfig, SarmForSequenceClassification, exist_ok=True)
+# A copy of this file, which an exported folder carries, leaves the name to the package where that is loaded.
+if __name__ == "sarm.nn.modeling_sarm" or "sarm" not in CONFIG_MAPPING:
+    AutoConfig.register("sarm", SarmConfig, exist_ok=True)
+    AutoModelForSequenceClassification.register(SarmConfig, SarmForSequenceClassification, exist_ok=True)
