@@ -47,3 +47,19 @@ def test_a_submitted_job_knows_its_name(monkeypatch: pytest.MonkeyPatch) -> None
     assert submitted_as() == "r1"
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {}}')
     assert submitted_as() == ""
+
+
+def test_what_a_submitted_job_reads_and_converts_lies_where_its_results_do(tmp_path, monkeypatch):
+    from sarm.results_root import absolute_in
+    from sarm.runtime.conversion.convert_options import ConvertSae
+
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SARM_RESULTS", raising=False)
+    assert absolute_in(Path("outputs/demo/sarm")) == tmp_path / "home" / "sarm-outputs" / "demo" / "sarm"
+    assert absolute_in(Path("chat.jsonl")) == package / "chat.jsonl"
+    asked = ConvertSae(source=Path("outputs/demo/sae"), target=Path("exported"))
+    assert asked.source == tmp_path / "home" / "sarm-outputs" / "demo" / "sae"
+    assert asked.target == tmp_path / "home" / "sarm-outputs" / "exported"

@@ -44,3 +44,9 @@ def absolute_out(out: Path) -> Path:
     if root is None or out.is_absolute():
         return out.absolute()
     return root.joinpath(*(out.parts[1:] if out.parts[0] == "outputs" and len(out.parts) > 1 else out.parts))
+
+
+def absolute_in(path: Path) -> Path:
+    """Something to read, absolute: what lies in `outputs` is looked for where `absolute_out` puts it."""
+    path = path.expanduser()
+    return absolute_out(path) if path.parts[:1] == ("outputs",) and len(path.parts) > 1 else path.absolute()

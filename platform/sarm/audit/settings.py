@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from sarm.config import OPERATIONAL, Flat, Run, UserError
+from sarm.results_root import absolute_in
 
 EDITS = ("scale", "add", "zero", "set")
 SITES = ("reward", "sentence")
@@ -149,7 +150,7 @@ class Relabel:
 
 
 def _absolute(settings: object, name: str) -> None:
-    object.__setattr__(settings, name, getattr(settings, name).expanduser().absolute())
+    object.__setattr__(settings, name, absolute_in(getattr(settings, name)))
 
 
 def _least(settings: object, **least: int) -> None:

@@ -14,6 +14,7 @@ import tyro
 
 from sarm.checks import check, check_least
 from sarm.config import OPERATIONAL, Flat, Run, UserError
+from sarm.results_root import absolute_in
 
 OPENAI = "https://api.openai.com/v1"
 _NO_KEY = "none"
@@ -188,9 +189,9 @@ class Interpret:
             self.scored is None or self.place == "rewarded",
             "unset for sentence ends, which no evaluation scores",
         )
-        object.__setattr__(self, "contexts", self.contexts.expanduser().absolute())
+        object.__setattr__(self, "contexts", absolute_in(self.contexts))
         if self.scored is not None:
-            object.__setattr__(self, "scored", self.scored.expanduser().absolute())
+            object.__setattr__(self, "scored", absolute_in(self.scored))
 
     def questions_per_latent(self) -> dict[str, int]:
         """How many questions each judge is asked about one latent, at most and without repair turns."""

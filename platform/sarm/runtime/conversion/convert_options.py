@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sarm.checks import check_least
+from sarm.results_root import absolute_in, absolute_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,8 @@ class ConvertSae:
     """Show the traceback of an error instead of one line."""
 
     def __post_init__(self) -> None:
-        for name in ("source", "target"):
-            object.__setattr__(self, name, getattr(self, name).expanduser().absolute())
+        object.__setattr__(self, "source", absolute_in(self.source))
+        object.__setattr__(self, "target", absolute_out(self.target))
         check_least(self, "", k=1, layer=1)
 
 
@@ -64,6 +65,6 @@ class ConvertSarm:
     """Show the traceback of an error instead of one line."""
 
     def __post_init__(self) -> None:
-        for name in ("source", "target"):
-            object.__setattr__(self, name, getattr(self, name).expanduser().absolute())
+        object.__setattr__(self, "source", absolute_in(self.source))
+        object.__setattr__(self, "target", absolute_out(self.target))
         check_least(self, "", layer=1, k=1, max_length=8)
