@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import tyro
 
@@ -42,6 +42,7 @@ StageName = Literal[
     "feature_pages",
 ]
 """The stages of the chain by the names of their jobs, in order."""
+STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 def _check_place(out: Path) -> None:

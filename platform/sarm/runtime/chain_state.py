@@ -8,8 +8,9 @@ import datetime
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
+from sarm.config import STAGES as STAGES
 from sarm.config import ChainRun, FeaturePages, Pipeline, StageName, UserError
 from sarm.folder_schemas import ACTIVATIONS, CONTEXTS, CORPUS, EVALUATION, EXPLANATIONS, PAGES, PAIRS, SAE, SARM
 from sarm.manifest import MANIFEST, difference_of, record_of, sha256_of, write_atomically
@@ -17,7 +18,6 @@ from sarm.runtime.plan import BASELINES, FolderPlan, Folders, stage_folders
 from sarm.runtime.stopping import JOB_TOKEN, SUPERVISED
 from sarm.runtime.writer_lock import WriterLock
 
-STAGES: tuple[StageName, ...] = get_args(StageName)
 # What is written beside the folders of stages, and goes with the stage that writes it.
 _FILES_OF: Mapping[str, tuple[str, ...]] = {"evaluate": ("report.html", "report.md", "report.json")}
 # The run in MLflow: its parameters cannot change, so that other settings get a new one.

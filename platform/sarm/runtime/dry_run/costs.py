@@ -6,6 +6,7 @@ The formulas are in `formulas`; what is added here are the seconds that processe
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from sarm.config import STAGES as STAGES
 from sarm.config import Contexts, Extraction, Model, Run
 from sarm.runtime.dry_run.formulas import extracted, forward_gb, reward_depths, reward_flops, reward_gb, sae_flops
 from sarm.runtime.dry_run.machine import Machine
@@ -13,15 +14,6 @@ from sarm.runtime.dry_run.rounding import count
 from sarm.runtime.dry_run.shapes import Shape, shape_of
 from sarm.runtime.dry_run.source_sizes import Sizes, sizes_of
 
-STAGES = (
-    "prepare_data",
-    "extract_activations",
-    "train_sae",
-    "train_sarm",
-    "evaluate",
-    "collect_contexts",
-    "feature_pages",
-)
 _GB = 1e9
 # A process with torch and Ray, before it holds anything.
 _PROCESS_GB = 0.6

@@ -105,27 +105,28 @@ def _changed(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _about(config: Any, machine: Machine) -> Iterator[str]:
     run = config.run
-    yield from _entry("writes to", str(run.out))
+    yield from entry("writes to", str(run.out))
     model: Model | None = getattr(config, "model", None)
     if model is not None:
         shape = shape_of(model)
         of = f" of {shape.num_blocks}" if shape else ""
-        yield from _entry("model", f"{model.name}, first {model.layer}{of} blocks, {model.dtype}")
+        yield from entry("model", f"{model.name}, first {model.layer}{of} blocks, {model.dtype}")
     if (sae := getattr(config, "sae", None)) is not None:
-        yield from _entry("dictionary", f"{sae.d_sae:,} latents, {sae.k} active")
+        yield from entry("dictionary", f"{sae.d_sae:,} latents, {sae.k} active")
     extraction = getattr(config, "extraction", None)
     sizes = sizes_of(run.out, getattr(config, "data", None), *([extraction] if extraction else []))
     if (texts := sizes.texts) is not None:
-        yield from _entry("texts", f"{count(texts.rows)}, {count(texts.tokens)} tokens ({texts.basis})")
+        yield from entry("texts", f"{count(texts.rows)}, {count(texts.tokens)} tokens ({texts.basis})")
     if (pairs := sizes.pairs) is not None:
-        yield from _entry(
+        yield from entry(
             "pairs",
             f"{count(pairs.train)} to train on, {count(pairs.heldout)} held out, {rounded(pairs.tokens_a_pair)} tokens each ({pairs.basis})",
         )
-    yield from _entry("runs on", machine.describe())
+    yield from entry("runs on", machine.describe())
 
 
-def _entry(name: str, text: str) -> list[str]:
+def entry(name: str, text: str) -> list[str]:
+    """The lines of one fact of a plan: its name, and what is said of it beside it."""
     return textwrap.wrap(
         text,
         WIDTH,

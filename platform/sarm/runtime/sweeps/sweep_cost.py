@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from sarm.runtime.dry_run.formulas import extracted, reward_flops, sae_flops
 from sarm.runtime.dry_run.inputs import check_layers, check_sources
 from sarm.runtime.dry_run.machine import PEAK_SHARE, Machine
-from sarm.runtime.dry_run.plan_text import WIDTH, planned_machine
+from sarm.runtime.dry_run.plan_text import WIDTH, entry, planned_machine
 from sarm.runtime.dry_run.rounding import about, count, duration, rounded, size
 from sarm.runtime.dry_run.shapes import Shape, shape_of
 from sarm.runtime.dry_run.source_sizes import Pairs, Sizes, Texts, sizes_of
@@ -42,15 +42,15 @@ def sweep_text(config: Ablation, machine: Machine) -> str:
     check_layers(config.model, layers, "--sweep.layers")
     saes = saes_of(cells, config.extraction.units)
     lines = [
-        *_entry("writes to", str(run.out)),
-        *_entry("model", f"{config.model.name}, layers {', '.join(map(str, layers))}, one forward pass for all"),
-        *_entry("cells", f"{len(cells)} of {', '.join(sweep.components)}; {len(saes)} SAEs; search {sweep.search}"),
+        *entry("writes to", str(run.out)),
+        *entry("model", f"{config.model.name}, layers {', '.join(map(str, layers))}, one forward pass for all"),
+        *entry("cells", f"{len(cells)} of {', '.join(sweep.components)}; {len(saes)} SAEs; search {sweep.search}"),
     ]
     shape, sizes = shape_of(config.model), sizes_of(run.out, config.data, config.extraction)
     lacking = [config.model.name] * (shape is None) + list(sizes.unknown)
     if shape is None or sizes.pairs is None or sizes.texts is None:
         said = ", ".join(lacking) or "a source"
-        return "\n".join([*lines, *_entry("cost", f"the size of {said} is not known here, so hours and disk are not")])
+        return "\n".join([*lines, *entry("cost", f"the size of {said} is not known here, so hours and disk are not")])
     return "\n".join([*lines, *_costs(config, cells, shape, sizes, sizes.texts, sizes.pairs, machine)])
 
 
@@ -93,30 +93,19 @@ def _costs(
         f"activations {size(activations / 1e9)}, SAEs {size(dictionaries / 1e9)}, reward models {size(models / 1e9)}"
     )
     return [
-        *_entry("texts", f"{count(texts.rows)}, {count(texts.tokens)} tokens ({texts.basis})"),
-        *_entry(
+        *entry("texts", f"{count(texts.rows)}, {count(texts.tokens)} tokens ({texts.basis})"),
+        *entry(
             "pairs", f"{count(pairs.train)} training pairs of {rounded(pairs.tokens_a_pair)} tokens ({pairs.basis})"
         ),
-        *_entry("compute", f"{sum(flops.values()):.2e} FLOPs"),
-        *_entry(
+        *entry("compute", f"{sum(flops.values()):.2e} FLOPs"),
+        *entry(
             "GPU-hours",
             f"{about(total)} of one {machine.planned_gpu} at {PEAK_SHARE:.0%} of its peak (assumed): {shares}",
         ),
-        *_entry("disk", f"about {size((activations + dictionaries + models) / 1e9)}: {parts}"),
-        *_entry("time", f"about {_time(config, cells, flops, dtypes, machine)}"),
+        *entry("disk", f"about {size((activations + dictionaries + models) / 1e9)}: {parts}"),
+        *entry("time", f"about {_time(config, cells, flops, dtypes, machine)}"),
         *(textwrap.wrap(machine.note, WIDTH) if machine.note else []),
     ]
-
-
-def _entry(name: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=f"{name:<13}",
-        subsequent_indent=" " * 13,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def _depth(cell: Cell, shape: Shape) -> int:
