@@ -163,6 +163,8 @@ def test_what_is_printed_opens_that_folder_when_it_is_typed(tmp_path, folder):
 
 
 def shell(line: str) -> list[str]:
+    # Under `make test` an inner make would tell which directory it enters and leaves.
+    typed = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     return subprocess.run(
-        line, shell=True, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=True
+        line, shell=True, cwd=SCRIPT.parents[1], env=typed, capture_output=True, text=True, check=True
     ).stdout.splitlines()
