@@ -89,7 +89,7 @@ def connect(run: Run) -> Iterator[Cluster]:
                 num_cpus=cores + _SPARE_SLOTS,
                 object_store_memory=_LOCAL_OBJECT_STORE,
                 include_dashboard=False,
-                runtime_env={"worker_process_setup_hook": quiet_worker},
+                runtime_env={"worker_process_setup_hook": prepare_worker},
                 # Ray's own default, 15, lets whatever else runs here come first, and a torch operation wait for its slowest thread.
                 _system_config={"worker_niceness": 0},
                 logging_level=logging.WARNING,
@@ -115,7 +115,9 @@ def _join(address: str) -> None:
         try:
             check_listening(address)
             with _compiled_part_silent():
-                ray.init(address=address, logging_level=logging.WARNING)
+                # Ray Train's clean-up asks this cluster by this name: of several on a machine it would not know which.
+                named = {"env_vars": {"RAY_ADDRESS": address}} if ":" in address else None
+                ray.init(address=address, runtime_env=named, logging_level=logging.WARNING)
             return
         except ConnectionError as error:
             if reason := next(filter(None, map(why_refused, causes_of(error))), ""):
@@ -226,8 +228,11 @@ def check_machine(run: Run) -> None:
         here.cpus_each(run, min(run.num_workers, run.num_actors))
 
 
-def quiet_worker() -> None:
-    """Hide a warning, twice a second, that Ray Train's clean-up cannot ask a dashboard that was not started."""
+def prepare_worker() -> None:
+    """Say which cluster this is, and hide a warning, twice a second, that no dashboard was started for Ray Train's clean-up to ask."""
+    import ray
+
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
