@@ -65,7 +65,7 @@ test-chaos: $(VENV)/.ready  ## kills of nodes, actors, drivers and MLflow, hosts
 	SARM_CHAOS=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos tests/hosts -s
 
 test-formats: $(VENV)/.ready .venv-bench/.ready  ## SAE files, exchanged with the libraries whose formats they are
-	$(BIN)/python -m pytest tests/formats tests/data/test_sae_formats.py
+	$(BIN)/python -m pytest tests/formats tests/data/formats/test_sae_formats.py
 
 AUDIT := .venv-audit
 $(AUDIT)/.ready:

@@ -7,9 +7,9 @@ ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python 
 
 from pathlib import Path
 
-from sarm.audit.settings import AuditFeatures
-from sarm.config import TrainSarm
-from sarm.runtime.job import Made, run_command
+from sarm.settings.audit import AuditFeatures
+from sarm.settings.jobs import TrainSarm
+from sarm.stages.job import Made, run_command
 
 
 def reads(run: Path) -> dict[str, str]:
@@ -20,14 +20,14 @@ def reads(run: Path) -> dict[str, str]:
 
 def check(settings: AuditFeatures) -> None:
     """Sources that no stage makes are looked at before the stages run."""
-    from sarm.data.audit_pairs import check_benchmarks
+    from sarm.audit.pairs import check_benchmarks
 
     check_benchmarks([*settings.select, *settings.target, *settings.off_target])
 
 
 def main(settings: AuditFeatures) -> None:
-    from sarm.runtime.audit.auditing import audit
-    from sarm.runtime.session import open_session
+    from sarm.engine.session import open_session
+    from sarm.stages.audit import audit
 
     with open_session(settings) as session:
         audit(session, settings)

@@ -5,12 +5,12 @@ python jobs/collect_contexts.py demo --redo-from collect_contexts --contexts.spl
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/collect_contexts.py demo
 """
 
-from sarm.config import CollectContexts
-from sarm.runtime.job import run_job
+from sarm.settings.jobs import CollectContexts
+from sarm.stages.job import run_job
 
 
 def main(config: CollectContexts) -> None:
-    from sarm.runtime.chain import run_chain
+    from sarm.stages.chain import run_chain
 
     run_chain(config)
 

@@ -3,12 +3,12 @@
 python jobs/compare.py outputs/benchmarks-a outputs/benchmarks-b --out outputs/a-against-b
 """
 
-from sarm.evaluate.settings import Comparison
-from sarm.runtime.job import run_command
+from sarm.settings.benchmarks import Comparison
+from sarm.stages.job import run_command
 
 
 def main(settings: Comparison) -> None:
-    from sarm.runtime.benchmarks.comparing import run_comparison
+    from sarm.stages.compare import run_comparison
 
     run_comparison(settings)
 

@@ -4,12 +4,12 @@ python jobs/convert_sae.py outputs/demo/sae exported-sae --format saelens
 python jobs/convert_sae.py sae.pt outputs/mine/sae --format sarm --k 192 --model meta-llama/Llama-3.1-8B-Instruct --layer 16
 """
 
-from sarm.runtime.conversion.convert_options import ConvertSae
-from sarm.runtime.job import run_command
+from sarm.settings.conversion import ConvertSae
+from sarm.stages.job import run_command
 
 
 def main(config: ConvertSae) -> None:
-    from sarm.runtime.conversion.convert import convert_sae
+    from sarm.stages.convert_sae import convert_sae
 
     convert_sae(config)
 

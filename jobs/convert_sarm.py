@@ -5,12 +5,12 @@ python jobs/convert_sarm.py outputs/demo/sarm exported-sarm --format papers
 python jobs/convert_sarm.py Llama-SARM-4B-PostSAEPretrain outputs/postpretrained/sae --format sae --model meta-llama/Llama-3.1-8B-Instruct
 """
 
-from sarm.runtime.conversion.convert_options import ConvertSarm
-from sarm.runtime.job import run_command
+from sarm.settings.conversion import ConvertSarm
+from sarm.stages.job import run_command
 
 
 def main(config: ConvertSarm) -> None:
-    from sarm.runtime.conversion.convert_sarm import convert_sarm
+    from sarm.stages.convert_sarm import convert_sarm
 
     convert_sarm(config)
 

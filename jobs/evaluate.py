@@ -11,22 +11,22 @@ With --model instead of a preset: score benchmarks with any reward model, each f
 
 import sys
 
-from sarm.config import Evaluate
-from sarm.evaluate.settings import Benchmarking
-from sarm.runtime.job import run_command, run_job
+from sarm.settings.benchmarks import Benchmarking
+from sarm.settings.jobs import Evaluate
+from sarm.stages.job import run_command, run_job
 
 
 def main(config: Evaluate) -> None:
-    from sarm.runtime.chain import run_chain
+    from sarm.stages.chain import run_chain
 
     files, content = run_chain(config)["evaluate"]
-    from sarm.interpret.summary import print_summary
+    from sarm.report.summary import print_summary
 
     print_summary(content, files.html)
 
 
 def benchmark(settings: Benchmarking) -> None:
-    from sarm.runtime.benchmarks.benchmarking import run_benchmarks
+    from sarm.stages.benchmark import run_benchmarks
 
     run_benchmarks(settings)
 

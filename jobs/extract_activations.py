@@ -4,12 +4,12 @@ python jobs/extract_activations.py demo
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/extract_activations.py demo
 """
 
-from sarm.config import ExtractActivations
-from sarm.runtime.job import run_job
+from sarm.settings.jobs import ExtractActivations
+from sarm.stages.job import run_job
 
 
 def main(config: ExtractActivations) -> None:
-    from sarm.runtime.chain import run_chain
+    from sarm.stages.chain import run_chain
 
     run_chain(config)
 

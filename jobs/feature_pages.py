@@ -4,12 +4,12 @@ python jobs/feature_pages.py demo
 python jobs/feature_pages.py demo --redo-from feature_pages --pages.features 200 --pages.explanations outputs/demo/explanations
 """
 
-from sarm.config import FeaturePages
-from sarm.runtime.job import run_job
+from sarm.settings.jobs import FeaturePages
+from sarm.stages.job import run_job
 
 
 def main(config: FeaturePages) -> None:
-    from sarm.runtime.chain import run_chain
+    from sarm.stages.chain import run_chain
 
     run_chain(config)
     print(f"features  {config.run.out / 'features' / 'features.html'}")

@@ -10,9 +10,9 @@ Without a judge every latent gets an extractive label. Keys come from OPENAI_API
 
 from pathlib import Path
 
-from sarm.config import CollectContexts
-from sarm.interpret.judge_settings import Interpret
-from sarm.runtime.job import Made, run_command
+from sarm.settings.jobs import CollectContexts
+from sarm.settings.judging import Interpret
+from sarm.stages.job import Made, run_command
 
 
 def reads(run: Path) -> dict[str, str]:
@@ -21,7 +21,7 @@ def reads(run: Path) -> dict[str, str]:
 
 
 def main(settings: Interpret) -> None:
-    from sarm.runtime.judges.interpreting import run_interpretation
+    from sarm.stages.interpret import run_interpretation
 
     run_interpretation(settings)
 

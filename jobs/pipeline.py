@@ -4,15 +4,15 @@ python jobs/pipeline.py demo
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/pipeline.py demo
 """
 
-from sarm.config import Pipeline
-from sarm.runtime.job import run_job
+from sarm.settings.jobs import Pipeline
+from sarm.stages.job import run_job
 
 
 def main(config: Pipeline) -> None:
-    from sarm.runtime.chain import run_chain
+    from sarm.stages.chain import run_chain
 
     files, content = run_chain(config)["evaluate"]
-    from sarm.interpret.summary import print_summary
+    from sarm.report.summary import print_summary
 
     print_summary(content, files.html)
     if config.pages.in_pipeline:

@@ -4,12 +4,12 @@ python jobs/prepare_data.py demo
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/prepare_data.py demo
 """
 
-from sarm.config import PrepareData
-from sarm.runtime.job import run_job
+from sarm.settings.jobs import PrepareData
+from sarm.stages.job import run_job
 
 
 def main(config: PrepareData) -> None:
-    from sarm.runtime.chain import run_chain
+    from sarm.stages.chain import run_chain
 
     run_chain(config)
 

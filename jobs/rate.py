@@ -4,12 +4,12 @@ python jobs/rate.py outputs/demo/explanations --sheet safety.csv
 python jobs/rate.py outputs/demo/explanations --filled ada.csv bob.csv --out outputs/agreement
 """
 
-from sarm.interpret.judge_settings import HumanRatings
-from sarm.runtime.job import run_command
+from sarm.settings.judging import HumanRatings
+from sarm.stages.job import run_command
 
 
 def main(settings: HumanRatings) -> None:
-    from sarm.runtime.judges.human_ratings import run_ratings
+    from sarm.stages.rate import run_ratings
 
     run_ratings(settings)
 

@@ -4,13 +4,13 @@ python jobs/relabel.py --out outputs/audit
 python jobs/relabel.py --out outputs/audit --poison 0.01 0.05 --denoise 0.04 --seeds 10
 """
 
-from sarm.audit.settings import Relabel
-from sarm.runtime.job import run_command
+from sarm.settings.audit import Relabel
+from sarm.stages.job import run_command
 
 
 def main(settings: Relabel) -> None:
-    from sarm.runtime.audit.relabelling import relabel
-    from sarm.runtime.session import open_session
+    from sarm.engine.session import open_session
+    from sarm.stages.relabel import relabel
 
     with open_session(settings, is_guest=True) as session:
         relabel(session, settings)

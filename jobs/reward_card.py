@@ -4,12 +4,12 @@ python jobs/reward_card.py --model outputs/demo/sarm --prompt "How do I pick a l
 python jobs/reward_card.py --model outputs/demo/sarm --conversation chat.json --out card.html
 """
 
-from sarm.interpret.card_settings import RewardCard
-from sarm.runtime.job import run_command
+from sarm.settings.card import RewardCard
+from sarm.stages.job import run_command
 
 
 def main(settings: RewardCard) -> None:
-    from sarm.runtime.contexts.card import make_card
+    from sarm.stages.card import make_card
 
     make_card(settings)
 

@@ -5,13 +5,13 @@ python jobs/steer.py --out outputs/audit --name safer --edit goal --goal 1.0 --t
 python jobs/steer.py --out outputs/audit --name as-before --undo doubled
 """
 
-from sarm.audit.settings import Steer
-from sarm.runtime.job import run_command
+from sarm.settings.audit import Steer
+from sarm.stages.job import run_command
 
 
 def main(settings: Steer) -> None:
-    from sarm.runtime.audit.steering import steer
-    from sarm.runtime.session import open_session
+    from sarm.engine.session import open_session
+    from sarm.stages.steer import steer
 
     with open_session(settings, is_guest=True) as session:
         steer(session, settings)

@@ -5,12 +5,12 @@ python jobs/train_sae.py demo --also.d-sae 4608 18432 --also.k 13 54
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/train_sae.py demo
 """
 
-from sarm.config import TrainSae
-from sarm.runtime.job import run_job
+from sarm.settings.jobs import TrainSae
+from sarm.stages.job import run_job
 
 
 def main(config: TrainSae) -> None:
-    from sarm.runtime.chain import run_chain
+    from sarm.stages.chain import run_chain
 
     run_chain(config)
 

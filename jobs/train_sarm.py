@@ -4,12 +4,12 @@ python jobs/train_sarm.py demo
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/train_sarm.py demo
 """
 
-from sarm.config import TrainSarm
-from sarm.runtime.job import run_job
+from sarm.settings.jobs import TrainSarm
+from sarm.stages.job import run_job
 
 
 def main(config: TrainSarm) -> None:
-    from sarm.runtime.chain import run_chain
+    from sarm.stages.chain import run_chain
 
     run_chain(config)
 

@@ -4,12 +4,12 @@ python jobs/ui.py
 python jobs/ui.py --outputs /backup/outputs --port 5001
 """
 
-from sarm.runtime.job import run_command
-from sarm.runtime.ui import Ui
+from sarm.engine.mlflow.ui import Ui
+from sarm.stages.job import run_command
 
 
 def main(settings: Ui) -> None:
-    from sarm.runtime.ui import serve
+    from sarm.engine.mlflow.ui import serve
 
     serve(settings)
 

@@ -1,5 +1,6 @@
 """What all tests share: a tiny model, its tokenizer, and shape annotations of `sarm.nn` that are checked while tests run."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -18,34 +19,33 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from tests.canaries import CANARIES  # noqa: E402
 
-from sarm.config import Model  # noqa: E402
-from sarm.data.chat import ChatTokenizer, load_chat_tokenizer  # noqa: E402
-from sarm.data.tiny_source import tiny_model  # noqa: E402
+from sarm.data.sources.tiny import tiny_model  # noqa: E402
+from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer  # noqa: E402
+from sarm.settings.jobs import Pipeline  # noqa: E402
+from sarm.settings.model import ModelSettings  # noqa: E402
+from sarm.settings.presets import PRESETS  # noqa: E402
 
 # No deadline: a loaded machine is not a bug. The same examples every time: a failure can be repeated.
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
 
 
-# Folders and files whose tests share a cluster or a finished run.
-_SHARED = {
-    "runtime": "cluster",
-    "test_jobs": "chain",
-    "chaos": "chain",
-    "test_submit": "chain",
-    "test_stopping": "chain",
-    "test_secrets": "chain",
-    "test_documented_commands": "chain",
-}
+# Files whose tests share a finished run, and fixtures that share a cluster: each of the two stays in one process.
+_CHAIN = {"test_jobs", "test_submit", "test_stopping", "test_secrets", "test_documented_commands"}
+_OF_A_CLUSTER = ("ray_cluster", "extracted")
 
 
+@functools.cache
 def _group(path: Path) -> str:
-    return _SHARED.get(path.parent.name) or _SHARED.get(path.stem) or str(path)
+    if path.stem in _CHAIN or path.parent.name == "chaos":
+        return "chain"
+    text = (Path(__file__).parents[1] / path).read_text()
+    return "cluster" if any(name in text for name in _OF_A_CLUSTER) else str(path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes comes first, so that the two processes of `make test` end together."""
-    items.sort(key=lambda item: _group(item.path) not in _SHARED.values())
+    items.sort(key=lambda item: _group(item.path) not in ("chain", "cluster"))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -78,7 +78,7 @@ def tiny_folder() -> Path:
 @pytest.fixture(scope="session")
 def tiny_chat(tiny_folder: Path) -> ChatTokenizer:
     """The tokenizer of `tiny_folder`."""
-    return load_chat_tokenizer(Model(name="tiny:llama", layer=1, max_length=128), tiny_folder)
+    return load_chat_tokenizer(ModelSettings(name="tiny:llama", layer=1, max_length=128), tiny_folder)
 
 
 @pytest.fixture(scope="session")
@@ -124,3 +124,41 @@ def mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
     return path
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local cluster for all tests; `local`, since a bare init would join any cluster on the machine."""
+    import ray
+
+    # Workers as nice as the clusters that jobs start: behind the other process of the suite they would wait for each other.
+    ray.init(
+        address="local", num_cpus=6, include_dashboard=False, object_store_memory=200_000_000, logging_level="error",
+        _system_config={"worker_niceness": 0},
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def preset() -> Pipeline:
+    """The tiny preset."""
+    return PRESETS["tiny"][1]
+
+
+@pytest.fixture(scope="session")
+def extracted(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None, preset: Pipeline, mlflow_db: Path) -> Path:
+    """An output folder with corpus, pairs and activations of the tiny preset."""
+    import dataclasses
+    import shutil
+
+    from sarm.engine.session import open_session
+    from sarm.settings.run import RunSettings
+    from sarm.stages import pipeline as stages
+
+    run = RunSettings(out=tmp_path_factory.mktemp("run") / "tiny", cpus_per_worker=1)
+    shutil.copy(mlflow_db, run.out.parent / "mlflow.db")
+    with open_session(dataclasses.replace(preset, run=run)) as session:
+        stages.prepare(session, preset.data)
+        stages.extract(session, preset.model, preset.extraction)
+    return run.out

@@ -52,8 +52,8 @@ COMMANDS = [
 def run_all(out: Path) -> None:
     """Run every command into the folder `out`. Raises RuntimeError if one fails."""
     from tests.documented_world import _bring_files
+    from tests.engine.judge_server import JudgeServer
     from tests.interpret.planted import guessing
-    from tests.runtime.judge_server import JudgeServer
 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)

@@ -46,8 +46,8 @@ NOT_RUN = {
     "python jobs/prepare_data.py demo --data.texts /data/*": "reads 28 GB of the reader's own",
     "python jobs/interpret.py * --judging.judges *": _JUDGE,
     "python jobs/audit_features.py demo * --ratings outputs/ratings": "reads what a judge wrote",
-    "python jobs/ui.py": "serves until it is stopped; tests/runtime/test_ui.py runs it",
-    "python jobs/ui.py *": "serves until it is stopped, another folder; tests/runtime/test_ui.py runs it so",
+    "python jobs/ui.py": "serves until it is stopped; tests/engine/test_ui.py runs it",
+    "python jobs/ui.py *": "serves until it is stopped, another folder; tests/engine/test_ui.py runs it so",
     "transformers serve *": "serves until it is stopped, from a model of the reader's own",
 }
 """Commands that no test runs, as patterns, and why."""

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from sarm.data.tiny_source import CHAT_TEMPLATE, tiny_pairs
+from sarm.data.sources.tiny import CHAT_TEMPLATE, tiny_pairs
 
 RunJob = Callable[..., subprocess.CompletedProcess[str]]
 FIGURES = {
@@ -99,7 +99,7 @@ def test_the_chain_ends_with_contexts_and_feature_pages_of_this_model(finished: 
     from mlflow import MlflowClient
 
     from sarm.interpret.context_store import load_contexts
-    from sarm.runtime.models import hash_of_folder
+    from sarm.passes.models import hash_of_folder
 
     store = load_contexts(finished / "contexts", hash_of_folder(finished / "sarm"))
     fired = set(store.latents["latent"].to_pylist())
@@ -127,11 +127,11 @@ def test_asking_again_is_a_no_op_and_keeps_every_byte(finished: Path, run_job: R
 
 
 def test_a_job_that_gets_sigterm_ends_with_75_and_says_how_to_go_on() -> None:
-    """`tests/runtime/test_resume.py` shows what SIGTERM does to the workers of a training."""
+    """`tests/stages/test_resume.py` shows what SIGTERM does to the workers of a training."""
     script = """
 import os, signal, time
-from sarm.config import TrainSarm
-from sarm.runtime.job import run_job
+from sarm.settings.jobs import TrainSarm
+from sarm.stages.job import run_job
 
 def job(config):
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The layering of the README, held by walking every import: imports point down, heavy libraries stay at the edge."""
+"""The floors of the house, held by walking every import: imports point down, heavy libraries stay at the edge."""
 
 import ast
 import subprocess
@@ -14,23 +14,20 @@ JOBS = sorted((ROOT / "jobs").glob("*.py"))
 SCRIPTS = [*JOBS, *sorted((ROOT / "tune").glob("*.py"))]
 MAX_LINES = 320
 
-BOTTOM = {
-    "checks",
-    "config",
-    "extraction_config",
-    "sae_config",
-    "reward_config",
-    "reading_config",
-    "results_root",
-    "folder_schemas",
-    "untrusted",
-    "schema",
-    "manifest",
-    "presets",
-    "tune_config",
-    "tune_presets",
-}
-SIBLINGS = {"train", "evaluate", "interpret", "audit"}
+# From the ground up. What stands on one floor does not know its neighbours; everything may read what lies below.
+FLOORS = (
+    {"settings", "nn"},
+    {"contracts"},
+    {"data"},
+    {"evaluate"},
+    {"train", "interpret", "audit"},
+    {"report", "passes"},
+    {"engine"},
+    {"stages"},
+)
+ROOMS = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+# The mathematics stands on its own: a model that was exported has its files alone.
+ALONE = {"nn"}
 EDGE_ONLY = {"ray", "deepspeed", "mlflow", "openai"}
 NN_LIBRARIES = {"torch", "transformers", "jaxtyping"}
 TRANSFORMERS_IN_NN = {"sarm.nn.backbone", "sarm.nn.modeling_sarm"}
@@ -61,17 +58,12 @@ def imports_of(module: str, source: str) -> Iterator[tuple[str, bool]]:
             yield (str(name.value) if isinstance(name, ast.Constant) else "computed at run time"), False
 
 
-def layers_below(layer: str) -> set[str]:
-    """The parts of the package that a module of `layer` may import."""
-    if layer in BOTTOM:
-        return BOTTOM
-    if layer == "nn":
-        return {"nn"}
-    if layer == "data":
-        return BOTTOM | {"nn", "data"}
-    if layer in SIBLINGS:
-        return BOTTOM | {"nn", "data", layer}
-    return BOTTOM | {"nn", "data", "runtime"} | SIBLINGS
+def rooms_below(room: str) -> set[str]:
+    """The rooms of the package that a module of `room` may import; jobs may import all."""
+    if room in ALONE:
+        return {room}
+    own = ROOMS.get(room, len(FLOORS))
+    return {room} | {other for other, floor in ROOMS.items() if floor < own}
 
 
 def violations(module: str, source: str) -> list[str]:
@@ -82,10 +74,10 @@ def violations(module: str, source: str) -> list[str]:
     for name, is_relative in imports_of(module, source):
         library, _, inside = name.partition(".")
         part = inside.split(".")[0]
-        if library == "sarm" and part != "__version__" and part not in layers_below(layer):
+        if library == "sarm" and part != "__version__" and part not in rooms_below(layer):
             found.append(f"{module} imports {name}: {layer} may not import {part or 'the package as a whole'}")
-        if library in EDGE_ONLY and layer != "runtime":
-            found.append(f"{module} imports {name}: only runtime may")
+        if library in EDGE_ONLY and layer != "engine":
+            found.append(f"{module} imports {name}: only the engine may")
         if library in {"jobs", "tune", *(path.stem for path in SCRIPTS if top in ("jobs", "tune"))}:
             found.append(f"{module} imports {name}: nothing imports a job")
         if layer == "nn":
@@ -106,35 +98,49 @@ def test_no_import_of_the_project_breaks_the_layering():
 
 def test_the_walk_sees_the_project():
     names = modules().keys()
-    assert {"sarm", "sarm.config", "sarm.nn.sae", "sarm.data.chat", "sarm.runtime.job", "jobs.pipeline"} <= names
-    imported = {name for name, _ in imports_of("sarm.data.models", (PACKAGE / "data" / "models.py").read_text())}
+    assert {
+        "sarm",
+        "sarm.settings.jobs",
+        "sarm.nn.sae",
+        "sarm.data.tokens.chat",
+        "sarm.stages.job",
+        "jobs.pipeline",
+    } <= names
+    source = (PACKAGE / "data" / "formats" / "models.py").read_text()
+    imported = {name for name, _ in imports_of("sarm.data.formats.models", source)}
     assert "sarm.nn.backbone.read_config" in imported, "an import inside a function is an import"
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("sarm.config", "import sarm.data.chat"),
-        ("sarm.manifest", "def f():\n    from sarm import nn"),
-        ("sarm.nn.sae", "from sarm.config import UserError"),
-        ("sarm.nn.sae", "from ..config import UserError"),
+        ("sarm.settings.jobs", "import sarm.data.tokens.chat"),
+        ("sarm.settings.sae", "from sarm.nn.sae import Sae"),
+        ("sarm.contracts.manifest", "def f():\n    from sarm import nn, data"),
+        ("sarm.nn.sae", "from sarm.settings.checks import UserError"),
+        ("sarm.nn.sae", "from ..settings.checks import UserError"),
         ("sarm.nn.sae", "from sarm.nn.losses import bradley_terry"),
         ("sarm.nn.sae", "import numpy"),
         ("sarm.nn.sparse", "import triton"),
         ("sarm.nn.sae", "from transformers import AutoModel"),
-        ("sarm.data.chat", "from sarm.train import reward"),
-        ("sarm.data.chat", "from sarm import runtime"),
-        ("sarm.data.chat", "import sarm"),
-        ("sarm.train.sae", "from sarm.evaluate.pairs import measure"),
-        ("sarm.evaluate.pairs", "from ..interpret import report"),
-        ("sarm.interpret.report", "from sarm.runtime.session import say"),
+        ("sarm.data.tokens.chat", "from sarm.train import reward"),
+        ("sarm.data.tokens.chat", "from sarm import engine"),
+        ("sarm.data.tokens.chat", "import sarm"),
+        ("sarm.evaluate.pairs", "from sarm.train.sae import SaeTraining"),
+        ("sarm.train.sae", "from sarm.audit.codes import AuditCodes"),
+        ("sarm.evaluate.pairs", "from ..report import report"),
+        ("sarm.interpret.sampling", "from sarm.report.report import write_report"),
+        ("sarm.report.report", "from sarm.engine.terminal import say"),
+        ("sarm.engine.session", "from sarm.stages.plan import stage_folders"),
+        ("sarm.stages.audit", "import ray.data"),
+        ("sarm.passes.activations", "import ray"),
         ("sarm.train.reward", "import deepspeed.comm"),
-        ("sarm.data.rows", "if True:\n    import ray"),
-        ("sarm.data.rows", "import importlib\nimportlib.import_module('mlflow')"),
+        ("sarm.data.sources.rows", "if True:\n    import ray"),
+        ("sarm.data.sources.rows", "import importlib\nimportlib.import_module('mlflow')"),
         ("jobs.evaluate", "import openai"),
         ("jobs.evaluate", "from jobs import pipeline"),
         ("jobs.evaluate", "from pipeline import main"),
-        ("sarm.runtime.job", "import jobs.pipeline"),
+        ("sarm.stages.job", "import jobs.pipeline"),
     ],
 )
 def test_a_bad_import_is_noticed(module, source):
@@ -145,14 +151,35 @@ def test_a_bad_import_is_noticed(module, source):
     ("module", "source"),
     [
         ("sarm.nn.modeling_sarm", "import math\nimport torch.nn\nfrom transformers import AutoModel\nfrom .sae import dense"),
-        ("sarm.data.groups", "from sarm.data.packing import Row\nfrom sarm.nn.sae import dense\nfrom sarm import schema"),
-        ("sarm.evaluate.pairs", "from sarm.data.statistics import calibration\nimport numpy"),
-        ("sarm.runtime.training.zero", "import deepspeed\nfrom sarm.train import reward"),
-        ("jobs.evaluate", "from sarm.config import Evaluate\nfrom sarm.runtime import stages"),
+        ("sarm.data.tokens.groups", "from sarm.data.tokens.packing import Row\nfrom sarm.nn.sae import dense\nfrom sarm.contracts import ids"),
+        ("sarm.train.sae", "from sarm.evaluate.statistics import calibration\nimport numpy"),
+        ("sarm.engine.deepspeed.zero", "import deepspeed\nfrom sarm.train import reward"),
+        ("jobs.evaluate", "from sarm.settings.jobs import Evaluate\nfrom sarm.stages import pipeline"),
     ],
 )  # fmt: skip
 def test_a_good_import_is_let_through(module, source):
     assert violations(module, source) == []
+
+
+def test_every_room_has_its_floor_and_none_is_the_whole_house():
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == ROOMS.keys()
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py"}, "files stand in rooms"
+    lines = {room: sum(len(path.read_text().splitlines()) for path in (PACKAGE / room).rglob("*.py")) for room in rooms}
+    whole = sum(lines.values()) + sum(len(script.read_text().splitlines()) for script in SCRIPTS)
+    assert {room: n for room, n in lines.items() if n > whole / 4} == {}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    sources = {module: path.read_text() for module, path in modules().items()}
+    graph = {
+        module: {near for name, _ in imports_of(module, text) for near in (name, name.rpartition(".")[0]) if near in sources}
+        for module, text in sources.items()
+    }  # fmt: skip
+    done: set[str] = set()
+    while ready := {module for module, near in graph.items() if module not in done and near - {module} <= done}:
+        done |= ready
+    assert sorted(graph.keys() - done) == []
 
 
 def test_no_file_outgrows_a_head():
@@ -180,7 +207,7 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_stages_and_their_session_load_nothing_that_takes_seconds():
     """Who is refused before a stage begins waits for none of it."""
     slow = HEAVY - {"pyarrow"}
-    run_python(f"import sarm.runtime.session, sarm.runtime.stages, sys; assert not {slow!r} & set(sys.modules)")
+    run_python(f"import sarm.engine.session, sarm.stages.pipeline, sys; assert not {slow!r} & set(sys.modules)")
 
 
 RUN_AND_LIST = f"""

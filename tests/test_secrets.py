@@ -1,4 +1,4 @@
-"""No secret of the environment is in anything that the whole chain left behind. Judges' keys: tests/runtime/test_interpreting.py."""
+"""No secret of the environment is in anything that the whole chain left behind. Judges' keys: tests/stages/test_interpreting.py."""
 
 import json
 import sqlite3

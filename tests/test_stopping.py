@@ -17,9 +17,9 @@ SECONDS = 3.0
 # A light job that is told how to spend its time.
 JOB = """
 import hashlib, os, signal, sys, time
-from sarm.config import TrainSarm, UserError
-from sarm.runtime.job import run_job
-from sarm.runtime.stopping import Listener, leave_if_asked, listener, saving
+from sarm.settings.jobs import TrainSarm, UserError
+from sarm.stages.job import run_job
+from sarm.engine.stopping import Listener, leave_if_asked, listener, saving
 
 def swallow():
     while True:
@@ -63,8 +63,8 @@ def main(config):
 if __name__ == "__main__":
     if os.environ["WHAT"].startswith("before"):
         # While the command line is read, a dry run is described, a job is handed to a cluster.
-        import sarm.runtime.job as job
-        import sarm.runtime.submission as submission
+        import sarm.stages.job as job
+        import sarm.engine.submission as submission
         def wait(*_, **__):
             print("ready", flush=True)
             time.sleep(60)

@@ -5,14 +5,14 @@ python tune/ablation.py smollm2 --dry-run
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python tune/ablation.py smollm2
 """
 
-from sarm.runtime.job import run_job
-from sarm.runtime.sweeps.sweep_cost import describe_sweep
-from sarm.tune_config import Ablation
-from sarm.tune_presets import ABLATIONS
+from sarm.settings.sweep import Ablation
+from sarm.settings.sweep_presets import ABLATIONS
+from sarm.stages.job import run_job
+from sarm.stages.sweep.cost import describe_sweep
 
 
 def main(config: Ablation) -> None:
-    from sarm.runtime.sweeps.sweep import run_sweep
+    from sarm.stages.sweep.run import run_sweep
 
     print(run_sweep(config).summary())
 

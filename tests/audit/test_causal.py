@@ -5,8 +5,8 @@ from tests.audit.conftest import WEIGHT, tables
 
 from sarm.audit import causal
 from sarm.audit.codes import codes_of
-from sarm.data.sentences import sentence_ends
-from sarm.data.statistics import pair_credit
+from sarm.data.tokens.sentences import sentence_ends
+from sarm.evaluate.statistics import pair_credit
 from sarm.nn.sae import TopKSae, dense, standardise
 
 D, S, K = 8, 32, 4

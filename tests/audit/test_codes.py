@@ -4,7 +4,7 @@ import pytest
 from tests.audit.conftest import WEIGHT, tables
 
 from sarm.audit.codes import check_latents, codes_of, completeness
-from sarm.config import UserError
+from sarm.settings.checks import UserError
 
 
 def test_rewards_are_the_sum_of_contributions_and_a_foreign_head_is_refused(codes):

@@ -8,7 +8,7 @@ from scipy import sparse
 from sarm.audit.codes import AuditCodes
 from sarm.audit.contrast import contrast, off_target_firing, reference_scores
 from sarm.audit.selection import matched_sets, read_ratings, select, sensitivity
-from sarm.config import UserError
+from sarm.settings.checks import UserError
 
 
 def test_the_reference_score_is_the_papers_formula(codes):

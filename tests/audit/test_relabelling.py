@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from sarm import schema
 from sarm.audit.relabelling import apply_changes, changed_pairs, changes_table, pair_scores, precision_recall, rankings
 from sarm.audit.selection import Selection
-from sarm.config import UserError
+from sarm.contracts.tables import PAIRS_TABLE
+from sarm.settings.checks import UserError
 from sarm.train.objective import Objective
 
 SELECTION = Selection(np.array([1, 2]), np.array([1, -1]))
@@ -59,7 +59,7 @@ def pairs_table() -> pa.Table:
         }
         for i in range(6)
     ]
-    return pa.Table.from_pylist(rows, schema=schema.PAIRS)
+    return pa.Table.from_pylist(rows, schema=PAIRS_TABLE)
 
 
 def test_flips_are_taken_back_by_flipping_again_and_drops_leave_the_rest_alone():

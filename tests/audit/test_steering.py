@@ -16,11 +16,11 @@ from sarm.audit.steering import (
     specificity,
     steered_rewards,
 )
-from sarm.config import UserError
-from sarm.data.statistics import pair_credit
-from sarm.manifest import finite_or_null
-from sarm.runtime.audit.audit_sections import steering_sections
-from sarm.untrusted import parse_json
+from sarm.contracts.manifest import finite_or_null
+from sarm.contracts.untrusted import parse_json
+from sarm.evaluate.statistics import pair_credit
+from sarm.report.audit_sections import steering_sections
+from sarm.settings.checks import UserError
 
 LATENTS = np.array([1, 2])
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from sarm.audit.selection import matched_sets
-from sarm.audit.settings import AuditFeatures, Relabel, Steer
 from sarm.audit.steering import Sweep
-from sarm.config import Run
-from sarm.data.benchmark_sources import Source, load_benchmark
-from sarm.runtime.audit.audit_folder import read_audit
-from sarm.runtime.audit.auditing import audit
-from sarm.runtime.audit.relabelling import relabel
-from sarm.runtime.audit.steering import steer
-from sarm.runtime.session import open_session
+from sarm.engine.session import open_session
+from sarm.evaluate.benchmarks.sources import Source, load_benchmark
+from sarm.settings.audit import AuditFeatures, Relabel, Steer
+from sarm.settings.run import RunSettings
+from sarm.stages.audit import audit
+from sarm.stages.audit_folder import read_audit
+from sarm.stages.relabel import relabel
+from sarm.stages.steer import steer
 
 DEMO = Path(os.environ.get("SARM_BENCH_DEMO", "outputs/demo")).absolute()
 DATA = Path(os.environ.get("SARM_BENCH_DATA", "../shared/data")).absolute()
@@ -32,7 +32,7 @@ STRENGTHS = (-2.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0)
 
 
 def main() -> None:
-    run, settings = Run(out=OUT), asked()
+    run, settings = RunSettings(out=OUT), asked()
     with open_session(settings) as session:
         audit(session, settings)
         steer(session, Steer(run=run, name="doubled"))
@@ -46,7 +46,7 @@ def main() -> None:
 def asked() -> AuditFeatures:
     """The audit's settings: the demo's own pairs, and parts of public benchmarks."""
     return AuditFeatures(
-        run=Run(out=OUT),
+        run=RunSettings(out=OUT),
         sarm=DEMO / "sarm",
         select=(str(DEMO / "pairs"),),
         target=(

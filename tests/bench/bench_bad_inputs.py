@@ -20,10 +20,11 @@ from tests.untrusted.small_run import write_run
 from tests.untrusted.test_bad_inputs import ROWS
 from tests.untrusted.world import Ended, World
 
-from sarm.config import Model, Run
-from sarm.data.chat import load_chat_tokenizer
-from sarm.data.tiny_source import tiny_model
-from sarm.runtime.tracker import Tracker
+from sarm.data.sources.tiny import tiny_model
+from sarm.data.tokens.chat import load_chat_tokenizer
+from sarm.engine.mlflow.tracker import Tracker
+from sarm.settings.model import ModelSettings
+from sarm.settings.run import RunSettings
 
 OUT = Path("outputs/bench/bad_inputs.json")
 
@@ -45,11 +46,11 @@ class Processes(World):
 def main() -> None:
     wanted = {int(number) for number in os.environ["ROWS"].split(",")} if os.environ.get("ROWS") else None
     model = tiny_model()
-    chat = load_chat_tokenizer(Model(name="tiny:llama", layer=1, max_length=128), model)
+    chat = load_chat_tokenizer(ModelSettings(name="tiny:llama", layer=1, max_length=128), model)
     found, wrong = [], 0
     with tempfile.TemporaryDirectory() as folder:
         small = write_run(Path(folder) / "small", model, chat)
-        uri = Tracker(Run(out=Path(folder) / "none"), "first").uri
+        uri = Tracker(RunSettings(out=Path(folder) / "none"), "first").uri
         for row in ROWS:
             if isinstance(row.check, str) or (wanted and row.number not in wanted):
                 continue

@@ -20,19 +20,19 @@ import psutil
 import pyarrow as pa
 import torch
 
-from sarm.config import Contexts
-from sarm.data.activations import ActivationStore
-from sarm.data.packing import token_batches
-from sarm.data.sarm_artifacts import load_sarm, save_sarm
+from sarm.data.formats.sarm_folder import load_sarm, save_sarm
+from sarm.data.store.activations import ActivationStore
+from sarm.data.tokens.packing import token_batches
 from sarm.interpret.context_tables import choose
 from sarm.interpret.tallies import Tally, Units
 from sarm.nn.architectures import build_sae
 from sarm.nn.backbone import residual_stream
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import standardise
-from sarm.runtime.contexts.context_actors import ContextUnits, reader_of
-from sarm.runtime.contexts.context_collection import pair_slices, tally_units, text_slices
-from sarm.runtime.extraction.actor_progress import Source
+from sarm.passes.actor_progress import Source
+from sarm.passes.contexts import ContextUnits, reader_of
+from sarm.settings.contexts import ContextsSettings
+from sarm.stages.context_collection import pair_slices, tally_units, text_slices
 
 DEMO = Path("outputs/demo")
 OUT = Path("outputs/bench/contexts.json")
@@ -59,14 +59,14 @@ def random_dictionary(folder: Path) -> Path:
         key: value for key, value in demo.config.to_dict().items() if key not in ("model_type", "d_sae", "k", "sae")
     }
     config = SarmConfig(**fields, d_sae=NUM_LATENTS, k=K, sae={"architecture": "topk", "signed": False})
-    chat = reader_of(DEMO / "sarm", Contexts(), "float32").chat()
+    chat = reader_of(DEMO / "sarm", ContextsSettings(), "float32").chat()
     save_sarm(SarmForSequenceClassification(config, demo.model, sae), chat, folder)
     return folder
 
 
 def against_bare_forward(folder: Path) -> dict[str, float]:
     """Tokens a second of collection (forward, SAE, sentences, tokenising, tally) and of the residual stream alone."""
-    settings = Contexts(split="all", corpus=True, max_texts=NUM_SLICES * 16)
+    settings = ContextsSettings(split="all", corpus=True, max_texts=NUM_SLICES * 16)
     reader = reader_of(folder, settings, "float32")
     actor = ContextUnits(reader, Source("bench", 1 << 20), torch.get_num_threads())
     model, read = load_sarm(folder), actor._latents.read
@@ -114,7 +114,7 @@ def against_bare_forward(folder: Path) -> dict[str, float]:
 def made_up_stream() -> dict[str, float]:
     """Tally of a long stream of distinct texts: units a second, and memory after its first tenth and at its end."""
     rng = np.random.default_rng(0)
-    settings = Contexts()
+    settings = ContextsSettings()
     tally = Tally(NUM_LATENTS, settings.top, settings.sampled)
     memory, seconds = [], 0.0
     for first in range(0, STREAM_UNITS, STREAM_BATCH):

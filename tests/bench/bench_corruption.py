@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.untrusted.corruption import ARTIFACTS, KINDS, damage
 from tests.untrusted.small_run import write_run
 
-from sarm.config import Model
-from sarm.data.chat import load_chat_tokenizer
-from sarm.data.tiny_source import tiny_model
+from sarm.data.sources.tiny import tiny_model
+from sarm.data.tokens.chat import load_chat_tokenizer
+from sarm.settings.model import ModelSettings
 
 OUT = Path("outputs/bench/corruption.json")
 ROUNDS = 14
@@ -26,7 +26,7 @@ ROUNDS = 14
 
 def main() -> None:
     seed, model = int(os.environ.get("SEED") or 1), tiny_model()
-    chat = load_chat_tokenizer(Model(name="tiny:llama", layer=1, max_length=128), model)
+    chat = load_chat_tokenizer(ModelSettings(name="tiny:llama", layer=1, max_length=128), model)
     with tempfile.TemporaryDirectory() as folder:
         run = write_run(Path(folder) / "run", model, chat)
         started = time.monotonic()

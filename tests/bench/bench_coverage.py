@@ -26,15 +26,15 @@ from scipy import sparse, special, stats
 
 from sarm.audit.codes import AuditCodes
 from sarm.audit.contrast import contrast
-from sarm.data.demo_source import demo_pairs
-from sarm.data.intervals import difference_interval, share_interval
-from sarm.data.rows import Reject
-from sarm.data.statistics import sign_flip_p_values
+from sarm.contracts.ids import hash_share
+from sarm.data.sources.demo import demo_pairs
+from sarm.data.sources.rows import Reject
+from sarm.evaluate.benchmarks.reward_bench_2 import REWARD_BENCH_2
+from sarm.evaluate.benchmarks.rm_bench import RM_BENCH
+from sarm.evaluate.benchmarks.rows import ScoredRow
 from sarm.evaluate.influence import figure_intervals
-from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2
-from sarm.evaluate.rm_bench import RM_BENCH
-from sarm.evaluate.rows import ScoredRow
-from sarm.schema import hash_share
+from sarm.evaluate.intervals import difference_interval, share_interval
+from sarm.evaluate.statistics import sign_flip_p_values
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPTS, ACCURACIES, CAP = (19, 44, 82, 300), (0.6, 0.75, 0.85, 0.9, 0.95), 60

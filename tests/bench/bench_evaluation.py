@@ -21,18 +21,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sarm.data.benchmark_sources import load_benchmark, parse_source
-from sarm.data.benchmarks import FORMATS
-from sarm.data.packing import answer_rows, token_batches
-from sarm.data.sarm_artifacts import load_sarm
+from sarm.data.formats.sarm_folder import load_sarm
+from sarm.data.tokens.packing import answer_rows, token_batches
+from sarm.evaluate.benchmarks.paired import compare
+from sarm.evaluate.benchmarks.reading import FORMATS
+from sarm.evaluate.benchmarks.reward_bench_2 import REWARD_BENCH_2
+from sarm.evaluate.benchmarks.rows import ScoredRow
+from sarm.evaluate.benchmarks.sources import load_benchmark, parse_source
 from sarm.evaluate.influence import figure_intervals
-from sarm.evaluate.paired import compare
-from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2
-from sarm.evaluate.rows import ScoredRow
-from sarm.evaluate.settings import Benchmarking
 from sarm.nn.backbone import residual_stream
-from sarm.runtime.benchmarks.benchmark_scoring import make_items
-from sarm.runtime.models import find_model, sarm_tokenizer
+from sarm.passes.models import find_model, sarm_tokenizer
+from sarm.settings.benchmarks import Benchmarking
+from sarm.stages.benchmark_scoring import make_items
 
 ROOT = Path(__file__).parent.parent.parent
 BATCH_TOKENS = 2048

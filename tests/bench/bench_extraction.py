@@ -58,8 +58,8 @@ def write_corpora(folder: Path, num_texts: int) -> list[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from sarm import schema
-    from sarm.data.demo_source import demo_texts
+    from sarm.contracts.tables import CORPUS_TABLE
+    from sarm.data.sources.demo import demo_texts
 
     texts = [text for text in demo_texts("openwebtext") if isinstance(text, str)]
     sizes = {"corpus": num_texts, "small": 60, "large": 600, "many": 400}
@@ -68,7 +68,7 @@ def write_corpora(folder: Path, num_texts: int) -> list[str]:
         chosen = [f"{texts[i % len(texts)]}" for i in range(size)]
         rows = {"row_id": list(range(size)), "text": chosen, "source": ["bench"] * size}
         (folder / name).mkdir()
-        pq.write_table(pa.table(rows, schema=schema.CORPUS), folder / name / "part-00000.parquet", row_group_size=1000)
+        pq.write_table(pa.table(rows, schema=CORPUS_TABLE), folder / name / "part-00000.parquet", row_group_size=1000)
     return texts[:num_texts]
 
 
@@ -98,14 +98,14 @@ def speed(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, 
 
 def peers(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
     """The papers' way and SAELens' store on the same passages."""
-    from sarm.config import Model
-    from sarm.data.models import model_folder
+    from sarm.data.formats.models import model_folder
+    from sarm.settings.model import ModelSettings
 
     found = run_part("reference", folder, {"texts": texts[:16]})
     own = figures["tokens_per_second"]
     rate = _rate(found)
     result = {"reference_tokens_per_second": rate, "vs_reference": own / rate}
-    source = model_folder(Model(name="demo:smollm2", layer=1))
+    source = model_folder(ModelSettings(name="demo:smollm2", layer=1))
     options = {"texts": texts, "model_folder": source, "num_tokens": figures["tokens"]}
     rounds = [run_part("sae_lens", folder, options, python=PEERS) for _ in range(ROUNDS)]
     found, rate = rounds[-1], max(map(_rate, rounds))

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold
 
-from sarm.data.activations import ActivationStore
-from sarm.data.artifacts import load_sae
+from sarm.contracts.ids import stable_int
+from sarm.data.formats.sae_folder import load_sae
+from sarm.data.store.activations import ActivationStore
 from sarm.evaluate.probe import fit_probe
 from sarm.nn.sae import dense, standardise
-from sarm.runtime.training.reward_training import load_pairs
-from sarm.schema import stable_int
+from sarm.stages.train_reward_worker import load_pairs
 
 DEMO = Path("outputs/demo")
 OUT = Path("outputs/bench/head_start.json")

@@ -20,12 +20,11 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.runtime.judge_server import FAULTS, Fault, JudgeServer, dealt, independent  # noqa: E402
+from tests.engine.judge_server import FAULTS, Fault, JudgeServer, dealt, independent  # noqa: E402
 
-from sarm.interpret.answers import Odd  # noqa: E402
-from sarm.interpret.judge_settings import Judging  # noqa: E402
-from sarm.interpret.questions import Question  # noqa: E402
-from sarm.runtime.judges.llm import open_judges  # noqa: E402
+from sarm.contracts.judging import Odd, Question  # noqa: E402
+from sarm.engine.llm.judge import open_judges  # noqa: E402
+from sarm.settings.judging import Judging  # noqa: E402
 
 OUT = ROOT / "outputs" / "bench" / "judges.json"
 QUESTIONS, CONCURRENCY, TIMEOUT = 100, 16, 1.0

@@ -13,12 +13,12 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.interpret import browser  # noqa: E402
-from tests.interpret.hostile import STRINGS, store  # noqa: E402
+from tests.report import browser  # noqa: E402
+from tests.report.hostile import STRINGS, store  # noqa: E402
 
-from sarm.config import Pages  # noqa: E402
 from sarm.interpret.feature_data import features  # noqa: E402
-from sarm.interpret.feature_pages import write_feature_pages  # noqa: E402
+from sarm.report.feature_pages import write_feature_pages  # noqa: E402
+from sarm.settings.contexts import PagesSettings  # noqa: E402
 
 OUT = Path("outputs/bench/pages.json")
 NUM_FEATURES = 1000
@@ -29,7 +29,9 @@ def main() -> None:
     if why := browser.missing():
         sys.exit(f"pages: {why}")
     texts = [f"{string} {PROSE}" for string in STRINGS]
-    found = features(store(NUM_FEATURES, texts, 40), np.eye(NUM_FEATURES), np.linspace(-1, 1, NUM_FEATURES), Pages())
+    found = features(
+        store(NUM_FEATURES, texts, 40), np.eye(NUM_FEATURES), np.linspace(-1, 1, NUM_FEATURES), PagesSettings()
+    )
     with tempfile.TemporaryDirectory() as folder:
         files = write_feature_pages(found, STRINGS[0], {"model": STRINGS[1]}, [STRINGS[2]], Path(folder))[:-1]
         opened = browser.open_pages(files)

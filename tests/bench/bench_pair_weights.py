@@ -22,19 +22,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sarm.config import Reward
-from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
-from sarm.data.groups import PromptGroup, prompt_groups
-from sarm.data.intervals import difference_interval
-from sarm.data.models import model_folder
-from sarm.data.packing import token_batches
-from sarm.data.prepare import prepare_pairs
-from sarm.data.statistics import pair_credit
+from sarm.data.formats.models import model_folder
+from sarm.data.sources.prepare import prepare_pairs
+from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.data.tokens.groups import PromptGroup, prompt_groups
+from sarm.data.tokens.packing import token_batches
+from sarm.evaluate.intervals import difference_interval
+from sarm.evaluate.statistics import pair_credit
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
-from sarm.presets import PRESETS
-from sarm.runtime.training.head_start import start_head_
-from sarm.runtime.training.reward_models import build_model
-from sarm.runtime.training.reward_training import load_pairs
+from sarm.settings.presets import PRESETS
+from sarm.settings.reward import RewardSettings
+from sarm.stages.reward_models import build_model
+from sarm.stages.train_reward_worker import load_pairs
+from sarm.train.head_start import start_head_
 from sarm.train.reward import LocalEngine, cut_into_steps, parameter_groups, train_reward
 from sarm.train.schedule import warmup_cosine
 
@@ -132,7 +132,7 @@ def _as_groups(prompt_N: torch.Tensor) -> list[Any]:
     return [Sized(p, range(start, end)) for p, (start, end) in enumerate(pairwise([0, *places]))]
 
 
-def _train_linear(x_ND: torch.Tensor, groups: list[Any], rule: str, reward: Reward, seed: int) -> torch.Tensor:
+def _train_linear(x_ND: torch.Tensor, groups: list[Any], rule: str, reward: RewardSettings, seed: int) -> torch.Tensor:
     """The head after the demo's epochs, by its order of prompts, schedule and clipping."""
     head = torch.zeros(x_ND.shape[1], requires_grad=True)
     optimizer, seen = torch.optim.AdamW([head], lr=LINEAR_LR, weight_decay=0.0), 0

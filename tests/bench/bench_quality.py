@@ -25,19 +25,20 @@ import pyarrow.parquet as pq
 import torch
 from quality_data import FULL_DEPTH, chat_of, prepare, preset
 
-from sarm.config import Reward, Run
-from sarm.data.groups import PromptGroup, prompt_groups
-from sarm.data.intervals import difference_interval, share_interval
-from sarm.data.models import model_folder
-from sarm.data.packing import token_batches
-from sarm.data.statistics import pair_credit
+from sarm.data.formats.models import model_folder
+from sarm.data.tokens.groups import PromptGroup, prompt_groups
+from sarm.data.tokens.packing import token_batches
+from sarm.engine.mlflow.tracker import Tracker
+from sarm.engine.session import open_session
+from sarm.evaluate.intervals import difference_interval, share_interval
+from sarm.evaluate.statistics import pair_credit
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
-from sarm.runtime.benchmarks.evaluation import probe_scores
-from sarm.runtime.session import open_session
-from sarm.runtime.tracker import Tracker
-from sarm.runtime.training.head_start import start_head_
-from sarm.runtime.training.reward_models import build_model
-from sarm.runtime.training.reward_training import load_pairs
+from sarm.settings.reward import RewardSettings
+from sarm.settings.run import RunSettings
+from sarm.stages.evaluate import probe_scores
+from sarm.stages.reward_models import build_model
+from sarm.stages.train_reward_worker import load_pairs
+from sarm.train.head_start import start_head_
 from sarm.train.reward import LocalEngine, parameter_groups, train_reward
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def main() -> None:
     prepare(root, arguments.pairs.absolute())
     runs = root / "runs"
     runs.mkdir(exist_ok=True)
-    tracker = Tracker(Run(out=root / "study", experiment="quality"), "quality study", _parent_id(root))
+    tracker = Tracker(RunSettings(out=root / "study", experiment="quality"), "quality study", _parent_id(root))
     (root / "mlflow_run").write_text(tracker.parent.run_id)
     for seed in SEEDS:
         for name in SYSTEMS:
@@ -112,7 +113,7 @@ def train_and_score(root: Path, name: str, seed: int, log: Any) -> tuple[pa.Tabl
     system = SYSTEMS[name]
     folder = root / system.folder
     config = preset(folder, FULL_DEPTH if system.folder == "full" else None)
-    reward: Reward = replace(config.reward, **system.changes)
+    reward: RewardSettings = replace(config.reward, **system.changes)
     chat, row_tokens = chat_of(config), config.model.max_length
     train, heldout = (load_pairs(folder / "pairs", split) for split in ("train", "heldout"))
     groups = list(prompt_groups(train, chat))

@@ -18,14 +18,14 @@ from typing import Any
 
 import ray
 
-from sarm.config import Run
-from sarm.data.checkpoints import Checkpoints
-from sarm.data.models import model_folder
-from sarm.presets import PRESETS
-from sarm.runtime.cluster import connect
-from sarm.runtime.tracker import Tracker
-from sarm.runtime.training.reward_training import RewardTask, reward_worker
-from sarm.runtime.training.trainer import run_workers
+from sarm.data.formats.models import model_folder
+from sarm.data.store.checkpoints import Checkpoints
+from sarm.engine.mlflow.tracker import Tracker
+from sarm.engine.ray.cluster import connect
+from sarm.engine.ray.trainer import run_workers
+from sarm.settings.presets import PRESETS
+from sarm.settings.run import RunSettings
+from sarm.stages.train_reward_worker import RewardTask, reward_worker
 from sarm.train.reward import RewardTraining
 
 DEMO = Path(os.environ.get("DEMO", "outputs/demo")).absolute()
@@ -93,7 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "out" / "sarm"
         folder.mkdir(parents=True)
-        run = Run(out=folder.parent)
+        run = RunSettings(out=folder.parent)
         reward = replace(preset.reward, checkpoint_every_steps=SAVE_EVERY, head_init="zero")
         states = Checkpoints(folder.parent / "training", {})
         task = RewardTask(

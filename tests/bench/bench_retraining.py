@@ -26,19 +26,19 @@ import torch
 from bench_audit import DEMO, asked
 from bench_audit import OUT as AUDIT
 
-from sarm.audit.settings import Relabel
-from sarm.config import Run
-from sarm.data.audit_pairs import ROLES, audit_pairs
-from sarm.data.chat import load_chat_tokenizer
-from sarm.data.groups import prompt_groups
-from sarm.data.intervals import difference_interval
-from sarm.data.packing import token_batches
-from sarm.data.sarm_artifacts import load_sarm
-from sarm.data.statistics import pair_credit
-from sarm.presets import PRESETS
-from sarm.runtime import stages
-from sarm.runtime.audit.relabelling import relabel, relabelled
-from sarm.runtime.session import open_session
+from sarm.audit.pairs import ROLES, audit_pairs
+from sarm.data.formats.sarm_folder import load_sarm
+from sarm.data.tokens.chat import load_chat_tokenizer
+from sarm.data.tokens.groups import prompt_groups
+from sarm.data.tokens.packing import token_batches
+from sarm.engine.session import open_session
+from sarm.evaluate.intervals import difference_interval
+from sarm.evaluate.statistics import pair_credit
+from sarm.settings.audit import Relabel
+from sarm.settings.presets import PRESETS
+from sarm.settings.run import RunSettings
+from sarm.stages import pipeline as stages
+from sarm.stages.relabel import relabel, relabelled
 
 OUT = Path("outputs/bench/retraining").absolute()
 # SAFER's score (and the better site of the features in the head-only study), the best control there, and the one that knows nothing.
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--cpus-per-worker", type=int, default=0, help="cores of a training; 0: all")
     parser.add_argument("--pieces", nargs="*", help="do these trainings (METHOD-SEED) alone, and compare nothing")
     arguments = parser.parse_args()
-    run = Run(out=AUDIT)
+    run = RunSettings(out=AUDIT)
     with open_session(asked()) as session:
         for method in METHODS.values():
             relabel(session, Relabel(run=run, write=f"poison:{method}:{SHARE}", pairs=DEMO / "pairs"))
@@ -90,7 +90,9 @@ def train(method: str, seed: int, cpus: int) -> Path:
     }.items():
         if place.exists() and not (out / name).exists():
             shutil.copytree(place, out / name)
-    config = replace(demo, run=Run(out=out, seed=seed, cpus_per_worker=cpus), reward=replace(demo.reward, baselines=()))
+    config = replace(
+        demo, run=RunSettings(out=out, seed=seed, cpus_per_worker=cpus), reward=replace(demo.reward, baselines=())
+    )
     with open_session(config) as session:
         stages.extract(session, config.model, config.extraction)
         stages.train_sarm(session, config.model, config.reward)

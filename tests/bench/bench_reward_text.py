@@ -24,18 +24,18 @@ import transformers
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.data.chat_families import chat_of
+from tests.data.tokens.chat_families import chat_of
 from tokenizers import Tokenizer
 
-from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
-from sarm.data.pair_sources import RawPair, open_pairs
-from sarm.data.sarm_artifacts import save_sarm
-from sarm.data.tiny_source import tiny_model
+from sarm.data.formats.sarm_folder import save_sarm
+from sarm.data.sources.pairs import RawPair, open_pairs
+from sarm.data.sources.tiny import tiny_model
+from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.nn.backbone import load_backbone, without_final_norm
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.nn.sae import TopKSae
-from sarm.runtime.models import sarm_settings
+from sarm.passes.models import sarm_settings
 
 OUT = Path("outputs/bench/reward_text.json")
 # Those in which a section between two control tokens is encoded without looking at what precedes it, so that it can be done by hand.
@@ -216,9 +216,9 @@ def main() -> None:
 
 
 def sarm_settings_of_tiny() -> Any:
-    from sarm.config import Model
+    from sarm.settings.model import ModelSettings
 
-    return Model(name="tiny:llama", layer=2, max_length=2048)
+    return ModelSettings(name="tiny:llama", layer=2, max_length=2048)
 
 
 if __name__ == "__main__":

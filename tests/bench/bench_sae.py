@@ -105,8 +105,9 @@ def read_seconds() -> float:
     """Mean seconds to the next shuffled batch, in float32, of a store that is read from disk window by window."""
     import torch
 
-    from sarm import schema
-    from sarm.data.activations import (
+    from sarm.contracts.manifest import StageFolder
+    from sarm.contracts.tables import activations_table
+    from sarm.data.store.activations import (
         ACTIVATIONS,
         ActivationStore,
         activation_table,
@@ -114,8 +115,7 @@ def read_seconds() -> float:
         statistics_of,
         write_activation_file,
     )
-    from sarm.data.shuffled_rows import Cursor, ShuffledRows, batches
-    from sarm.manifest import StageFolder
+    from sarm.data.store.shuffled_rows import Cursor, ShuffledRows, batches
 
     torch.set_num_threads(THREADS)
     kind = {"dtype": "float16", "layer": 1, "model": "random", "d_in": D}
@@ -129,7 +129,7 @@ def read_seconds() -> float:
             ids = list(range(number * per_file, (number + 1) * per_file))
             columns = dict.fromkeys(("row_id", "position", "token_id", "num_tokens"), ids)
             columns |= {"doc_id": [f"doc{i // 20}" for i in ids], "side": ["text"] * per_file}
-            table = activation_table(columns, torch.randn(per_file, D), "float16", schema.activations(D, kind))
+            table = activation_table(columns, torch.randn(per_file, D), "float16", activations_table(D, kind))
             write_activation_file(table, Path(folder) / f"part-{number:06}.parquet")
             moments.append(file_moments(table, "float16"))
         stage.finish({"rows": per_file * num_files, "activations": kind, "statistics": statistics_of(moments)})
@@ -153,18 +153,18 @@ def truth_figures() -> dict[str, Any]:
     import torch
     from synthetic import random_features, train_on
 
-    from sarm.config import Sae
+    from sarm.settings.sae import SaeSettings
 
     torch.set_num_threads(THREADS)
     settings: dict[str, Any] = {"d_sae": 256, "k": 4, "batch_size": 512, "lr": 3e-3, "decay_share": 0.3}
     centred = random_features(64, 128, 4, 0.0, torch.Generator().manual_seed(0))
-    found = train_on(centred, Sae(**settings), 1500)
+    found = train_on(centred, SaeSettings(**settings), 1500)
     # Chosen on seeds 0 to 2 (docs/benchmarks.md): these are others.
     dead: dict[int, list[float]] = {0: [], 64: []}
     for seed in (3, 4, 5):
         shifted = random_features(64, 256, 4, 2.5, torch.Generator().manual_seed(seed))
         for aux_k, shares in dead.items():
-            config = Sae(dead_after_rows=2_000, aux_k=aux_k, aux_coefficient=0.5, **settings)
+            config = SaeSettings(dead_after_rows=2_000, aux_k=aux_k, aux_coefficient=0.5, **settings)
             shares.append(train_on(shifted, config, 8000, centred=False).dead_share)
     return {
         "recovered": found.recovered,

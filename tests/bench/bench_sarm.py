@@ -92,16 +92,17 @@ def prepare(folder: str, source: str, num_pairs: str) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from sarm.config import Data, Model
-    from sarm.data.artifacts import save_sae
-    from sarm.data.chat import load_chat_tokenizer
-    from sarm.data.groups import prompt_groups
-    from sarm.data.models import model_folder
-    from sarm.data.prepare import prepare_pairs
+    from sarm.data.formats.models import model_folder
+    from sarm.data.formats.sae_folder import save_sae
+    from sarm.data.sources.prepare import prepare_pairs
+    from sarm.data.tokens.chat import load_chat_tokenizer
+    from sarm.data.tokens.groups import prompt_groups
     from sarm.nn.backbone import read_config
     from sarm.nn.sae import TopKSae
+    from sarm.settings.data import DataSettings
+    from sarm.settings.model import ModelSettings
 
-    target, model = Path(folder), Model(layer=LAYER, max_length=MAX_LENGTH)
+    target, model = Path(folder), ModelSettings(layer=LAYER, max_length=MAX_LENGTH)
     files = model_folder(model)
     config = read_config(files, LAYER)
     config.num_labels, config.pad_token_id = 1, AutoTokenizer.from_pretrained(files).pad_token_id
@@ -113,7 +114,7 @@ def prepare(folder: str, source: str, num_pairs: str) -> None:
     sae.initialise_(torch.randn(1024, config.hidden_size), torch.Generator().manual_seed(0))
     (target / "sae").mkdir()
     save_sae(sae, target / "sae", {})
-    prepare_pairs(Data(pairs=(source,), heldout_share=0.1, max_pairs_per_prompt=1), target / "pairs")
+    prepare_pairs(DataSettings(pairs=(source,), heldout_share=0.1, max_pairs_per_prompt=1), target / "pairs")
     table = ds.dataset(target / "pairs").to_table().slice(0, int(num_pairs))
     pairs = [
         [group.tokens[pair.chosen].ids, group.tokens[pair.rejected].ids]

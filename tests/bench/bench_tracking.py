@@ -15,13 +15,13 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from sarm.config import Run
-from sarm.runtime.outbox import close_all
-from sarm.runtime.tracker import Tracker
-from sarm.runtime.training.trainer import Progress
+from sarm.engine.mlflow.outbox import close_all
+from sarm.engine.mlflow.tracker import Tracker
+from sarm.engine.ray.trainer import Progress
+from sarm.settings.run import RunSettings
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.runtime.mlflow_server import MlflowServer
+from tests.engine.mlflow_server import MlflowServer
 
 OUT = Path("outputs/bench/tracking.json")
 STEPS, STEP_SECONDS, METRICS = 480, 0.25, 12
@@ -30,7 +30,7 @@ DOWN_AFTER, DOWN_SECONDS = 20.0, 60.0
 
 def train(server: MlflowServer, name: str, root: Path, outage: bool) -> dict[str, float]:
     """Seconds of the steps and of what follows them, and the points that the server has."""
-    run = Tracker(Run(out=root / name, mlflow_uri=server.uri), name).parent
+    run = Tracker(RunSettings(out=root / name, mlflow_uri=server.uri), name).parent
     progress = Progress(name, run, ())
 
     def interrupt() -> None:

@@ -27,18 +27,20 @@ def main() -> None:
 
 def passes(folder: Path, runs: list[dict[str, Any]], threads: int = 2) -> list[dict[str, Any]]:
     """Extraction as the job does it, several times on one local Ray; each run: corpus, target, num_actors, cpus, layer."""
-    from sarm.config import Extraction, Model, Run
-    from sarm.manifest import sha256_of
-    from sarm.runtime.cluster import connect
-    from sarm.runtime.extraction.extraction import run_over
-    from sarm.runtime.session import peak_memory
+    from sarm.contracts.manifest import sha256_of
+    from sarm.engine.ray.cluster import connect
+    from sarm.engine.ray.passes import run_over
+    from sarm.engine.session import peak_memory
+    from sarm.settings.extraction import ExtractionSettings
+    from sarm.settings.model import ModelSettings
+    from sarm.settings.run import RunSettings
 
     found = []
-    with connect(Run(out=folder)) as cluster:
+    with connect(RunSettings(out=folder)) as cluster:
         for one in runs:
-            model = Model(name="demo:smollm2", layer=one.get("layer", LAYER), max_length=MAX_LENGTH)
-            run = Run(out=folder, num_actors=one["num_actors"], cpus_per_worker=one["cpus"])
-            extraction = Extraction(block_kilobytes=one.get("kilobytes", 1024))
+            model = ModelSettings(name="demo:smollm2", layer=one.get("layer", LAYER), max_length=MAX_LENGTH)
+            run = RunSettings(out=folder, num_actors=one["num_actors"], cpus_per_worker=one["cpus"])
+            extraction = ExtractionSettings(block_kilobytes=one.get("kilobytes", 1024))
             work = make_pass(folder / one["corpus"], folder / one["target"], model, extraction)
             started = time.perf_counter()
             with peak_memory() as memory:
@@ -58,14 +60,15 @@ def passes(folder: Path, runs: list[dict[str, Any]], threads: int = 2) -> list[d
 
 def make_pass(corpus: Path, target: Path, model: Any, extraction: Any) -> Any:
     """The document pass over one corpus folder."""
-    from sarm import schema
-    from sarm.data.blocks import plan_blocks
-    from sarm.data.models import model_folder
-    from sarm.runtime.extraction.actors import Target, TextActivations
-    from sarm.runtime.extraction.block_actor import Output
-    from sarm.runtime.extraction.extraction import Pass
+    from sarm.contracts.passes import Target
+    from sarm.contracts.tables import activations_table
+    from sarm.data.formats.models import model_folder
+    from sarm.data.store.blocks import plan_blocks
+    from sarm.engine.ray.block_actor import Output
+    from sarm.engine.ray.passes import Pass
+    from sarm.passes.activations import TextActivations
 
-    output = Output(target, schema.activations(576, {"dtype": "float16", "layer": model.layer}))
+    output = Output(target, activations_table(576, {"dtype": "float16", "layer": model.layer}))
     key = Target("document", model.layer)
     return Pass(
         name=target.name,
@@ -97,23 +100,24 @@ def loop(
 
     Begins when `beside` processes in all are ready for round `number`.
     """
-    from sarm.config import Extraction, Model
-    from sarm.data.blocks import read_block
-    from sarm.data.chat import load_chat_tokenizer
-    from sarm.data.models import model_folder
-    from sarm.data.windows import collate_windows, text_windows, window_batches
+    from sarm.data.formats.models import model_folder
+    from sarm.data.store.blocks import read_block
+    from sarm.data.tokens.chat import load_chat_tokenizer
+    from sarm.data.tokens.windows import collate_windows, text_windows, window_batches
     from sarm.nn.backbone import load_backbone
-    from sarm.runtime.extraction.usage import keep_freed_memory
+    from sarm.passes.usage import keep_freed_memory
+    from sarm.settings.extraction import ExtractionSettings
+    from sarm.settings.model import ModelSettings
 
-    model = Model(name="demo:smollm2", layer=layer, max_length=MAX_LENGTH)
+    model = ModelSettings(name="demo:smollm2", layer=layer, max_length=MAX_LENGTH)
     chat = load_chat_tokenizer(model, model_folder(model))
-    work = make_pass(folder / corpus, folder / "unused", model, Extraction())
+    work = make_pass(folder / corpus, folder / "unused", model, ExtractionSettings())
     batches, tokens = [], 0
     for block in work.blocks:
         table = read_block(block, ["row_id", "text"])
         pairs = zip(table.column("row_id").to_pylist(), table.column("text").to_pylist(), strict=True)
         windows = [w for i, text in pairs for w in text_windows(i, text, ["document"], "rules", chat, MAX_LENGTH)]
-        for members in window_batches(windows, Extraction().batch_tokens):
+        for members in window_batches(windows, ExtractionSettings().batch_tokens):
             batches.append(collate_windows(windows, members, chat.pad_id).input_ids)
             tokens += sum(len(windows[n].ids) for n in members)
     backbone = load_backbone(model_folder(model), layer).eval()
@@ -135,10 +139,10 @@ def reference(folder: Path, texts: list[str], threads: int = 2) -> dict[str, flo
     """The whole model with logits and all hidden states, every text padded to the full length, as the papers' code does it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sarm.config import Model
-    from sarm.data.models import model_folder
+    from sarm.data.formats.models import model_folder
+    from sarm.settings.model import ModelSettings
 
-    source = model_folder(Model(name="demo:smollm2", layer=1))
+    source = model_folder(ModelSettings(name="demo:smollm2", layer=1))
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokens, started = 0, time.perf_counter()

@@ -4,15 +4,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from sarm.config import Data, Pipeline, Run
-from sarm.data.chat import ChatTokenizer, load_chat_tokenizer
-from sarm.data.groups import prompt_groups
-from sarm.data.models import model_folder
-from sarm.data.prepare import prepare_pairs
-from sarm.presets import PRESETS
-from sarm.runtime import stages
-from sarm.runtime.session import open_session
-from sarm.runtime.training.reward_training import load_pairs
+from sarm.data.formats.models import model_folder
+from sarm.data.sources.prepare import prepare_pairs
+from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.data.tokens.groups import prompt_groups
+from sarm.engine.session import open_session
+from sarm.settings.data import DataSettings
+from sarm.settings.jobs import Pipeline
+from sarm.settings.presets import PRESETS
+from sarm.settings.run import RunSettings
+from sarm.stages import pipeline as stages
+from sarm.stages.train_reward_worker import load_pairs
 
 # A pair's tokens at most, prompt counted once: what fits a study of twelve trainings on two cores.
 MAX_TOKENS = 192
@@ -26,7 +28,7 @@ def preset(out: Path, depth: int | None = None) -> Pipeline:
     demo = PRESETS["demo"][1]
     return replace(
         demo,
-        run=Run(out=out, cpus_per_worker=1, experiment="quality"),
+        run=RunSettings(out=out, cpus_per_worker=1, experiment="quality"),
         data=replace(
             demo.data, pairs=(str(out.parent / "pairs.jsonl"),), heldout_share=HELDOUT_SHARE, max_pairs_per_prompt=4
         ),
@@ -48,7 +50,7 @@ def write_short_pairs(root: Path, source: Path) -> None:
     target = root / "pairs.jsonl"
     if target.exists():
         return
-    data = Data(pairs=(str(source), "demo:harm"), heldout_share=HELDOUT_SHARE, max_pairs_per_prompt=4)
+    data = DataSettings(pairs=(str(source), "demo:harm"), heldout_share=HELDOUT_SHARE, max_pairs_per_prompt=4)
     prepare_pairs(data, root / "all_pairs")
     chat = chat_of(preset(root / "truncated"))
     lines = []

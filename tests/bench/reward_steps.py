@@ -25,13 +25,13 @@ LR, HEAD_LR = 5e-6, 1e-4
 
 def sarm(folder: Path, batch: int, shared: bool) -> dict[str, Any]:
     """This project's loop in one process: a whole batch a pass, answers behind their prompt, or each a sequence of its own."""
-    from sarm.config import Reward
-    from sarm.data.artifacts import load_sae
-    from sarm.data.chat import Tokens
-    from sarm.data.groups import PairOfGroup, PromptGroup
+    from sarm.data.formats.sae_folder import load_sae
+    from sarm.data.tokens.chat import Tokens
+    from sarm.data.tokens.groups import PairOfGroup, PromptGroup
     from sarm.nn.architectures import options_of
     from sarm.nn.backbone import load_backbone
     from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+    from sarm.settings.reward import RewardSettings
     from sarm.train.reward import LocalEngine, parameter_groups, train_reward
 
     pairs = json.loads((folder / "pairs.json").read_text())
@@ -50,7 +50,7 @@ def sarm(folder: Path, batch: int, shared: bool) -> dict[str, Any]:
     )
     model = SarmForSequenceClassification(config, backbone, sae).train()
     longest = max(len(ids) for pair in pairs for ids in pair)
-    reward = Reward(lr=LR, head_lr=HEAD_LR, batch_pairs=batch, batch_tokens=64 * longest)
+    reward = RewardSettings(lr=LR, head_lr=HEAD_LR, batch_pairs=batch, batch_tokens=64 * longest)
     engine = LocalEngine(model, parameter_groups(model, reward), reward.max_grad_norm)
     meter = Meter()
     # Rows hold both answers of the longest pair; or one answer each.

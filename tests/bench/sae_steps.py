@@ -35,13 +35,13 @@ def gemm(d: int, m: int, k: int, batch: int) -> Step:
 
 def sarm(d: int, m: int, k: int, batch: int) -> Step:
     """This project's `Learner`."""
-    from sarm.config import Sae
     from sarm.nn.sae import TopKSae
+    from sarm.settings.sae import SaeSettings
     from sarm.train.sae_learner import Learner
 
     sae = TopKSae(d, m, k)
     sae.initialise_(torch.randn(1024, d), torch.Generator().manual_seed(0))
-    learner = Learner(sae, Sae(d_sae=m, k=k, batch_size=batch))
+    learner = Learner(sae, SaeSettings(d_sae=m, k=k, batch_size=batch))
     return lambda x: learner.step(x, 3e-4)
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sarm.config import Sae
 from sarm.nn.architectures import build_sae
+from sarm.settings.sae import SaeSettings
 from sarm.train.sae_learner import Learner
 from sarm.train.schedule import trapezoid
 
@@ -44,7 +44,7 @@ def random_features(d_in: int, num_features: int, active: int, shift: float, gen
     return Features(directions, active, shift * F.normalize(torch.randn(d_in, generator=generator), dim=0))
 
 
-def train_on(features: Features, config: Sae, steps: int, centred: bool = True) -> Outcome:
+def train_on(features: Features, config: SaeSettings, steps: int, centred: bool = True) -> Outcome:
     """Train an SAE on fresh rows; unless `centred`, its b_dec starts at zero instead of the rows' mean."""
     generator = torch.Generator().manual_seed(0)
     sae = build_sae(config.architecture, features.directions.shape[1], config.d_sae, config.k)

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import ray
 
-from sarm import schema
-from sarm.config import Extraction, Model, Run
-from sarm.data.blocks import plan_blocks
-from sarm.data.models import model_folder
-from sarm.runtime.cluster import Cluster
-from sarm.runtime.extraction.actors import Target, TextActivations
-from sarm.runtime.extraction.block_actor import Output
-from sarm.runtime.extraction.extraction import Pass, run_over
+from sarm.contracts.passes import Target
+from sarm.contracts.tables import activations_table
+from sarm.data.formats.models import model_folder
+from sarm.data.store.blocks import plan_blocks
+from sarm.engine.ray.block_actor import Output
+from sarm.engine.ray.cluster import Cluster
+from sarm.engine.ray.passes import Pass, run_over
+from sarm.passes.activations import TextActivations
+from sarm.settings.extraction import ExtractionSettings
+from sarm.settings.model import ModelSettings
+from sarm.settings.run import RunSettings
 
-MODEL = Model(name="tiny:llama", layer=1, max_length=128)
+MODEL = ModelSettings(name="tiny:llama", layer=1, max_length=128)
 TARGET = Target("document", 1)
 STALL_SECONDS = 90.0
 
@@ -33,7 +36,7 @@ def row_ids(table):
 
 
 def make_pass(folder: Path, actor=Slow) -> Pass:
-    output = Output(folder / "out", schema.activations(64, {"dtype": "float16", "layer": 1}))
+    output = Output(folder / "out", activations_table(64, {"dtype": "float16", "layer": 1}))
     return Pass(
         name="chaos",
         blocks=plan_blocks([folder / "corpus.parquet"], 1),
@@ -43,7 +46,7 @@ def make_pass(folder: Path, actor=Slow) -> Pass:
         arguments={
             "model": MODEL,
             "folder": model_folder(MODEL),
-            "extraction": Extraction(),
+            "extraction": ExtractionSettings(),
             "schemas": {TARGET: output.table_schema},
         },
         outputs={TARGET: output},
@@ -56,7 +59,7 @@ def make_pass(folder: Path, actor=Slow) -> Pass:
 def main(address: str, folder: Path) -> None:
     ray.init(address=address, log_to_driver=False, logging_level="error")
     started = time.monotonic()
-    run = Run(out=folder, num_actors=2, cpus_per_worker=1)
+    run = RunSettings(out=folder, num_actors=2, cpus_per_worker=1)
     cluster = Cluster(num_nodes=3, num_cpus=5, num_gpus=0, is_local=False)
     counts = run_over(make_pass(folder), run, cluster, stall_seconds=STALL_SECONDS)[TARGET]
     print(

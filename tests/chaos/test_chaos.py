@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sarm import schema
-from sarm.data.activations import vectors
-from sarm.data.parts import audit, part_files
+from sarm.contracts.ids import stable_int
+from sarm.contracts.tables import CORPUS_TABLE
+from sarm.data.store.activations import vectors
+from sarm.data.store.parts import audit, part_files
 
 ROOT = Path(__file__).parents[2]
 # Deaths are seen after seconds instead of half a minute.
@@ -142,8 +143,8 @@ class Driver:
 
 def write_corpus(folder: Path, num_texts: int) -> None:
     texts = [f"Text {i} begins here. " + f"It goes on for sentence {i}. " * (SENTENCES - 1) for i in range(num_texts)]
-    rows = {"row_id": [schema.stable_int(t) for t in texts], "text": texts, "source": ["chaos"] * num_texts}
-    pq.write_table(pa.table(rows, schema=schema.CORPUS), folder / "corpus.parquet", row_group_size=50)
+    rows = {"row_id": [stable_int(t) for t in texts], "text": texts, "source": ["chaos"] * num_texts}
+    pq.write_table(pa.table(rows, schema=CORPUS_TABLE), folder / "corpus.parquet", row_group_size=50)
 
 
 def disturb(folder: Path, kills: list[str], num_texts: int, seed: int, *, rerun: bool) -> dict[str, object]:

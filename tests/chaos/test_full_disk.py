@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.chaos.trainings import is_same_model
 
-from sarm.manifest import MANIFEST, parse_manifest, verify_files
+from sarm.contracts.manifest import MANIFEST, parse_manifest, verify_files
 
 pytestmark = pytest.mark.skipif("SARM_CHAOS" not in os.environ, reason="takes minutes: make test-chaos")
 # Of about 2 MB in all: the first fills while activations are written, the second while something learns from them.

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tests.chaos.trainings import copy_up_to_training, train_sarm
-from tests.runtime.mlflow_server import MlflowServer
+from tests.engine.mlflow_server import MlflowServer
 
 _NODE = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
 

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from sarm.evaluate.best_of_n import BEST_OF_N, PAIRS, best_of
-from sarm.evaluate.reward_bench import REWARD_BENCH, SECTIONS
-from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2, best_of_n_credit, ties_score_0_1_4
-from sarm.evaluate.rm_bench import RM_BENCH
-from sarm.evaluate.rows import ScoredRow
+from sarm.evaluate.benchmarks.best_of_n import BEST_OF_N, PAIRS, best_of
+from sarm.evaluate.benchmarks.reward_bench import REWARD_BENCH, SECTIONS
+from sarm.evaluate.benchmarks.reward_bench_2 import REWARD_BENCH_2, best_of_n_credit, ties_score_0_1_4
+from sarm.evaluate.benchmarks.rm_bench import RM_BENCH
+from sarm.evaluate.benchmarks.rows import ScoredRow
 
 
 def row(subset: str, row_id: object, scores: list[float], num_correct: int = 1) -> ScoredRow:

@@ -3,12 +3,12 @@ import pyarrow as pa
 import pytest
 from scipy.stats import spearmanr
 
-from sarm import schema
-from sarm.evaluate.best_of_n import PAIRS
-from sarm.evaluate.controls import calibrated, drift, fit_temperature, length_and_style, rulers
-from sarm.evaluate.probes import PROBES, edit_conversation, flips, markup_count
-from sarm.evaluate.rows import ScoredRow
-from sarm.evaluate.suite import measure, metrics
+from sarm.contracts.tables import ITEMS_TABLE
+from sarm.evaluate.benchmarks.best_of_n import PAIRS
+from sarm.evaluate.benchmarks.controls import calibrated, drift, fit_temperature, length_and_style, rulers
+from sarm.evaluate.benchmarks.probes import PROBES, edit_conversation, flips, markup_count
+from sarm.evaluate.benchmarks.rows import ScoredRow
+from sarm.evaluate.benchmarks.suite import measure, metrics
 
 
 def row(row_id: object, scores, tokens, markup=None) -> ScoredRow:
@@ -54,7 +54,7 @@ def test_a_model_that_counts_no_tokens_logs_no_length_figures():
          "completion_id": f"{i}.{c}", "num_chars": 9, "markup": 0, "score": float(-c), "num_tokens": None, "truncated": False, "score_alone": None}
         for i in range(4) for c in range(2)
     ]  # fmt: skip
-    measured = measure(pa.Table.from_pylist(items, schema=schema.ITEMS), 0)
+    measured = measure(pa.Table.from_pylist(items, schema=ITEMS_TABLE), 0)
     assert measured["benchmarks"]["pairs"]["figures"]["overall"]["longest"] is None
     assert not [name for name in metrics(measured) if "length" in name]
 
@@ -88,9 +88,9 @@ def test_drift_is_the_largest_move_of_a_score_taken_alone():
         {**blank, "row_id": str(i), "completion": 0, "completion_id": str(i), "score": s, "score_alone": a}
         for i, (s, a) in enumerate([(1.0, 1.0), (2.0, 2.5), (3.0, None)])
     ]
-    found = drift(pa.Table.from_pylist(rows, schema=schema.ITEMS))
+    found = drift(pa.Table.from_pylist(rows, schema=ITEMS_TABLE))
     assert (found["num_completions"], found["max"]) == (2, 0.5)
-    assert drift(pa.Table.from_pylist(rows[2:], schema=schema.ITEMS)) is None
+    assert drift(pa.Table.from_pylist(rows[2:], schema=ITEMS_TABLE)) is None
 
 
 TEXT = (

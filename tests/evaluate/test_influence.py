@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from sarm.data.intervals import effective_wilson, share_interval, wilson_interval
-from sarm.evaluate.best_of_n import PAIRS
+from sarm.evaluate.benchmarks.best_of_n import PAIRS
+from sarm.evaluate.benchmarks.reward_bench import REWARD_BENCH, SECTIONS
+from sarm.evaluate.benchmarks.reward_bench_2 import REWARD_BENCH_2
+from sarm.evaluate.benchmarks.rm_bench import RM_BENCH
+from sarm.evaluate.benchmarks.rows import ScoredRow
 from sarm.evaluate.influence import Sums, figure_intervals, gradients
-from sarm.evaluate.reward_bench import REWARD_BENCH, SECTIONS
-from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2
-from sarm.evaluate.rm_bench import RM_BENCH
-from sarm.evaluate.rows import ScoredRow
+from sarm.evaluate.intervals import effective_wilson, share_interval, wilson_interval
 
 
 def row(subset: str, row_id: object, scores, num_correct: int = 1, cluster: str = "") -> ScoredRow:

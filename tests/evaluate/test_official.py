@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sarm.evaluate.reward_bench import REWARD_BENCH, SECTIONS
-from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2, ties_score_0_1_4
-from sarm.evaluate.rows import ScoredRow
+from sarm.evaluate.benchmarks.reward_bench import REWARD_BENCH, SECTIONS
+from sarm.evaluate.benchmarks.reward_bench_2 import REWARD_BENCH_2, ties_score_0_1_4
+from sarm.evaluate.benchmarks.rows import ScoredRow
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = Path(os.environ.get("OFFICIAL_PYTHON", ROOT / ".venv-official" / "bin" / "python"))

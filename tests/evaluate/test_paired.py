@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from sarm.config import UserError
-from sarm.data.intervals import wilson_interval
-from sarm.evaluate.best_of_n import PAIRS
-from sarm.evaluate.paired import compare, holm, is_right
-from sarm.evaluate.reward_bench import REWARD_BENCH, SECTIONS
-from sarm.evaluate.reward_bench_2 import REWARD_BENCH_2
-from sarm.evaluate.rows import ScoredRow
+from sarm.evaluate.benchmarks.best_of_n import PAIRS
+from sarm.evaluate.benchmarks.paired import compare, holm, is_right
+from sarm.evaluate.benchmarks.reward_bench import REWARD_BENCH, SECTIONS
+from sarm.evaluate.benchmarks.reward_bench_2 import REWARD_BENCH_2
+from sarm.evaluate.benchmarks.rows import ScoredRow
+from sarm.evaluate.intervals import wilson_interval
+from sarm.settings.checks import UserError
 
 
 def row(subset: str, row_id: object, scores, num_correct: int = 1, cluster: str = "") -> ScoredRow:

@@ -2,10 +2,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sarm.config import UserError
-from sarm.data.intervals import wilson_interval
+from sarm.contracts.tables import PAIR_SCORES_TABLE
+from sarm.evaluate.intervals import wilson_interval
 from sarm.evaluate.pairs import accuracy_difference, length_baseline, measure_pairs, random_baseline
-from sarm.schema import PAIR_SCORES
+from sarm.settings.checks import UserError
 
 
 def scores_of(chosen, rejected, prompts=None, subsets=None, tokens=None, ids=None):
@@ -23,7 +23,7 @@ def scores_of(chosen, rejected, prompts=None, subsets=None, tokens=None, ids=Non
         }
         for i in range(n)
     ]
-    return pa.Table.from_pylist(rows, schema=PAIR_SCORES)
+    return pa.Table.from_pylist(rows, schema=PAIR_SCORES_TABLE)
 
 
 def random_scores(n, seed, gain=0.5, shuffle=False):
@@ -106,7 +106,7 @@ def test_difference_joins_by_pair_and_counts_what_has_no_partner():
 def test_paired_difference_is_narrower_than_two_separate_intervals():
     a = random_scores(600, 0)
     noise = np.random.default_rng(9).normal(0, 0.1, 600)
-    b = a.set_column(3, PAIR_SCORES.field(3), pa.array(a["chosen_reward"].to_numpy() + noise, pa.float32()))
+    b = a.set_column(3, PAIR_SCORES_TABLE.field(3), pa.array(a["chosen_reward"].to_numpy() + noise, pa.float32()))
     low, high = accuracy_difference(a, b)["difference_ci95"]
     own_low, own_high = measure_pairs(a)["accuracy_ci95"]
     assert low < 0 < high

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from sarm.config import UserError
 from sarm.evaluate.probe import C_GRID, fit_head, fit_probe
+from sarm.settings.checks import UserError
 
 
 def activations(num_pairs, d_in, seed, signal=1.0):

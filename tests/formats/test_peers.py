@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sarm.data.sae_formats import export_sae, import_sae
-from sarm.data.sae_weights import SaeWeights, sae_of, weights_of
+from sarm.data.formats.sae_formats import export_sae, import_sae
+from sarm.data.formats.sae_weights import SaeWeights, sae_of, weights_of
 from sarm.nn.architectures import build_sae
 from sarm.nn.sae import dense, standardise
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sarm.interpret.saedashboard import dashboard
-from sarm.schema import ACTIVATION_EDGES
+from sarm.contracts.tables import ACTIVATION_EDGES
+from sarm.report.saedashboard import dashboard
 
 PEERS = Path(os.environ.get("SARM_PEERS_PYTHON", Path(__file__).parents[2] / ".venv-bench" / "bin" / "python"))
 READ = """

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sarm import schema
-from sarm.folder_schemas import CONTEXTS
+from sarm.contracts.folders import CONTEXTS_FOLDER
+from sarm.contracts.manifest import StageFolder
+from sarm.contracts.tables import CONTEXT_POOL_TABLE, LATENT_CONTEXTS_TABLE, LATENT_SUMMARIES_TABLE
 from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE
-from sarm.manifest import StageFolder
 
 WORDS = ("otter", "violin", "glacier", "pepper", "harbor", "meteor")
 FILLER = [
@@ -74,7 +74,7 @@ def make_texts(seed: int = 0) -> list[dict[str, Any]]:
 
 def write_planted(folder: Path, *, with_pool: bool = True, top: int = TOP) -> Path:
     """A finished contexts/v1 folder of the planted latents."""
-    stage = StageFolder(folder, CONTEXTS, {"planted": True, "pool": with_pool, "top": top})
+    stage = StageFolder(folder, CONTEXTS_FOLDER, {"planted": True, "pool": with_pool, "top": top})
     stage.claim()
     rows = make_texts()
     contexts, latents = [], []
@@ -86,10 +86,10 @@ def write_planted(folder: Path, *, with_pool: bool = True, top: int = TOP) -> Pa
             part = firing[len(firing) * (decile - 1) // 10 : len(firing) * decile // 10][:2]
             contexts += [_context(latent, "decile", rank, 11 - decile, *one) for rank, one in enumerate(part)]
         latents.append(_summary(latent, [value for value, _ in firing], len(rows)))
-    pq.write_table(pa.Table.from_pylist(contexts, schema=schema.LATENT_CONTEXTS), folder / CONTEXTS_FILE)
-    pq.write_table(pa.Table.from_pylist(latents, schema=schema.LATENT_SUMMARIES), folder / LATENTS_FILE)
+    pq.write_table(pa.Table.from_pylist(contexts, schema=LATENT_CONTEXTS_TABLE), folder / CONTEXTS_FILE)
+    pq.write_table(pa.Table.from_pylist(latents, schema=LATENT_SUMMARIES_TABLE), folder / LATENTS_FILE)
     if with_pool:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema.CONTEXT_POOL), folder / "pool.parquet")
+        pq.write_table(pa.Table.from_pylist(rows, schema=CONTEXT_POOL_TABLE), folder / "pool.parquet")
     stage.finish({"model": "planted", "d_sae": 16})
     return folder
 

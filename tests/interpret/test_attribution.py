@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sarm.config import UserError
+from sarm.contracts.tables import FEATURES_TABLE, PAIR_SCORES_TABLE
 from sarm.interpret.attribution import (
     check_completeness,
     feature_table,
     pair_explanation,
     top_features,
 )
-from sarm.schema import FEATURES, PAIR_SCORES
+from sarm.settings.checks import UserError
 
 WEIGHT_S = np.array([1.0, -2.0, 0.5, 3.0, 0.0], np.float32)
 
@@ -26,7 +26,7 @@ def score_row(pair_id, chosen, rejected, weight_S=WEIGHT_S):
 
 
 def table_of(*rows):
-    return pa.Table.from_pylist(list(rows), schema=PAIR_SCORES)
+    return pa.Table.from_pylist(list(rows), schema=PAIR_SCORES_TABLE)
 
 
 TWO_PAIRS = table_of(score_row("p", {0: 2.0, 1: 1.0}, {1: 3.0}), score_row("q", {0: 4.0}, {2: 2.0, 4: 1.0}))
@@ -36,7 +36,7 @@ codes = st.dictionaries(st.integers(0, 19), st.floats(0, 50, width=32), max_size
 
 def test_feature_table_matches_hand_numbers():
     features = feature_table(TWO_PAIRS, WEIGHT_S)
-    assert features.schema == FEATURES
+    assert features.schema == FEATURES_TABLE
     assert features["latent"].to_pylist() == [0, 1, 2, 4]
     assert features["frequency_chosen"].to_pylist() == [1, 0.5, 0, 0]
     assert features["frequency_rejected"].to_pylist() == [0, 0.5, 0.5, 0.5]

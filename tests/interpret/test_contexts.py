@@ -3,8 +3,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sarm.contracts.tables import CONTEXTS_TABLE
 from sarm.interpret.contexts import strongest_texts
-from sarm.schema import CONTEXTS
 
 ANSWERS = pa.schema(
     [
@@ -51,7 +51,7 @@ def brute_force(rows, latent, n):
 @given(answers, st.integers(1, 4))
 def test_what_is_kept_are_the_strongest_distinct_texts(rows, n):
     table = strongest(rows, n)
-    assert table.schema == CONTEXTS
+    assert table.schema == CONTEXTS_TABLE
     for latent in range(4):
         of_latent = [r for r in table.to_pylist() if r["latent"] == latent]
         assert [(r["value"], r["doc_id"], r["side"], r["text"]) for r in of_latent] == brute_force(rows, latent, n)

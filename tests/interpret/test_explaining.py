@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from tests.interpret.planted import WORDS, data_of, guessing, make_texts, perfect, write_planted
 
+from sarm.contracts.judging import Explanation, Odd, Question, Rating, Reply, parse, per_text
 from sarm.interpret import questions
-from sarm.interpret.answers import Explanation, Odd, Rating, Reply, parse, per_text
 from sarm.interpret.context_store import ContextStore, load_contexts
 from sarm.interpret.explaining import Scoring, explain, explanation_row, other_explanations, rate, score
-from sarm.interpret.questions import Question, Shown
+from sarm.interpret.questions import Shown
 from sarm.interpret.sampling import NEGATIVES, Pool, Samples, check_disjoint, draw_samples, level, split_of
 from sarm.interpret.scores import detection, simulation
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sarm.config import UserError
 from sarm.interpret.rater_csv import read_sheet, sheet, write_sheet
+from sarm.settings.checks import UserError
 
 LATENTS = list(range(20))
 ROWS = [{"latent": i, "explanation": f"=HYPERLINK({i})" if i == 3 else f"hypothesis {i}", "safety": i % 5 + 1.0} for i in LATENTS]  # fmt: skip

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sarm import schema
-from sarm.config import UserError
-from sarm.folder_schemas import EVALUATION, PAIRS
+from sarm.contracts.folders import EVALUATION_FOLDER, PAIRS_FOLDER
+from sarm.contracts.manifest import StageFolder
+from sarm.contracts.tables import CONTEXT_POOL_TABLE, PAIR_SCORES_TABLE, PAIRS_TABLE
 from sarm.interpret.sampling import Pool
 from sarm.interpret.silence import scored_texts
-from sarm.manifest import StageFolder
+from sarm.settings.checks import UserError
 
 PROMPT = [
     {"role": "user", "content": "first"},
@@ -38,8 +38,8 @@ def run(tmp_path: Path) -> Path:
     score = {"pair_id": "p1", "prompt_id": "q", "chosen_reward": 1.0, "rejected_reward": 0.0, "chosen_tokens": 3, "rejected_tokens": 2,
              "chosen_latents": [4, 7, 9], "chosen_values": [1.5, 0.0, 2.0], "rejected_latents": [7], "rejected_values": [0.5]}  # fmt: skip
     for name, kind, file, row, columns in (
-        ("pairs", PAIRS, "part-0.parquet", pair, schema.PAIRS),
-        ("evaluation", EVALUATION, "sarm_scores/part-0.parquet", score, schema.PAIR_SCORES),
+        ("pairs", PAIRS_FOLDER, "part-0.parquet", pair, PAIRS_TABLE),
+        ("evaluation", EVALUATION_FOLDER, "sarm_scores/part-0.parquet", score, PAIR_SCORES_TABLE),
     ):
         folder = StageFolder(tmp_path / name, kind, {})
         folder.claim()
@@ -58,7 +58,7 @@ def test_both_answers_with_every_latent_that_fires(run):
     assert chosen["prompt_hash"] == rejected["prompt_hash"] == HASH
     # Cut as the contexts are, which keep the end.
     assert chosen["text"] == "456789"
-    assert pa.Table.from_pylist([chosen, rejected], schema=schema.CONTEXT_POOL).num_rows == 2
+    assert pa.Table.from_pylist([chosen, rejected], schema=CONTEXT_POOL_TABLE).num_rows == 2
     assert Pool([chosen, rejected], silence_is_known=True).silence_is_known
 
 

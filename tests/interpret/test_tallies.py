@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sarm.contracts.tables import ACTIVATION_EDGES
 from sarm.interpret import tallies
 from sarm.interpret.tallies import NUM_BINS, Kept, Tally, Units, quantiles, sampled_deciles
-from sarm.schema import ACTIVATION_EDGES
 
 S, TOP, SAMPLED = 4, 3, 5
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.data.chat_families import FAMILIES, chat_of
+from tests.data.tokens.chat_families import FAMILIES, chat_of
 from tests.nn.test_modeling_sarm import build
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from sarm.data.sarm_artifacts import save_sarm
+from sarm.data.formats.sarm_folder import save_sarm
 from sarm.nn.modeling_sarm import CODE_FILES, SarmForSequenceClassification
 from sarm.nn.protocol import PROTOCOL_VERSION
 
@@ -61,7 +61,8 @@ def test_two_cut_answers_of_one_prompt_never_get_the_prompts_reward(model, seque
         old = rewards(model, *(ids[:length] for ids in sequences))
     finally:
         model.config.answer_place = place
-    assert old[0] == old[1] == rewards_of_prompt(model, prompts[0]), "what protocol 1 gave, to any answer"
+    # Alone in a batch the last bits of a row may differ, as a processor's kernels have it.
+    assert old[0] == old[1] == pytest.approx(rewards_of_prompt(model, prompts[0]), rel=1e-5), "what protocol 1 gave"
 
 
 @torch.no_grad()

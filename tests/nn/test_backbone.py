@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from sarm.data.packing import answer_rows, collate
+from sarm.data.tokens.packing import answer_rows, collate
 from sarm.nn.backbone import FAMILIES, load_backbone, read_config, residual_stream
 
 NUM_LAYERS, VOCABULARY, WINDOW, LENGTH = 3, 97, 4, 13

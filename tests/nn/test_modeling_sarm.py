@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from sarm.config import Model
-from sarm.data.chat import load_chat_tokenizer
-from sarm.data.packing import answer_rows, collate
-from sarm.data.sarm_artifacts import load_sarm, save_sarm
+from sarm.data.formats.sarm_folder import load_sarm, save_sarm
+from sarm.data.tokens.chat import load_chat_tokenizer
+from sarm.data.tokens.packing import answer_rows, collate
 from sarm.nn.backbone import FAMILIES, load_backbone, residual_stream
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import Codes, TopKSae, dense, standardise
+from sarm.settings.model import ModelSettings
 
 D_SAE, K = 48, 6
 END, NEWLINE = 1, 201  # end-of-turn token of the tiny tokenizer, and any token that templates may write after it
@@ -227,7 +227,9 @@ def test_training_it_under_autocast_keeps_the_head_in_float32(model):
 def saved(model, tiny_folder, tmp_path_factory):
     """A SARM folder as the training stage leaves it."""
     folder = tmp_path_factory.mktemp("sarm")
-    save_sarm(model, load_chat_tokenizer(Model(name="tiny:llama", layer=1, max_length=128), tiny_folder), folder)
+    save_sarm(
+        model, load_chat_tokenizer(ModelSettings(name="tiny:llama", layer=1, max_length=128), tiny_folder), folder
+    )
     return folder
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sarm.data.packing import answer_rows, token_batches
+from sarm.data.tokens.packing import answer_rows, token_batches
 from sarm.nn.backbone import FAMILIES, load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import TopKSae

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sarm.config import Sae
 from sarm.nn import screening, sparse
 from sarm.nn.screening import Screen
+from sarm.settings.sae import SaeSettings
 from sarm.train.sae_learner import Learner
 
 D, S, K = 160, 1024, 8
@@ -90,7 +90,7 @@ def test_a_step_learns_the_same_with_and_without_the_screen(architecture, aux_k,
     from sarm.nn.architectures import build_sae
 
     x = torch.randn(600, D, generator=torch.Generator().manual_seed(1))
-    config = Sae(d_sae=S, k=2, aux_k=aux_k, dead_after_rows=600, batch_size=600, architecture=architecture)
+    config = SaeSettings(d_sae=S, k=2, aux_k=aux_k, dead_after_rows=600, batch_size=600, architecture=architecture)
     trained = []
     calls = []
     largest = Screen.largest

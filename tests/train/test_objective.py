@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sarm.config import Reward, UserError
-from sarm.data.groups import PairOfGroup, PromptGroup
+from sarm.data.tokens.groups import PairOfGroup, PromptGroup
 from sarm.nn.architectures import DenseSae
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import TopKSae
-from sarm.runtime.training.reward_models import encoder_of
+from sarm.settings.checks import UserError
+from sarm.settings.reward import RewardSettings
+from sarm.stages.reward_models import encoder_of
 from sarm.train.objective import Objective, objective_of
 from sarm.train.reward import LocalEngine, _backward, deal, parameter_groups
 
@@ -23,7 +24,7 @@ MARGINS = [0.5, None, -0.25]
 @pytest.fixture(scope="module")
 def group() -> PromptGroup:
     """One prompt, three answers, three pairs of which two have a margin."""
-    from sarm.data.chat import Tokens
+    from sarm.data.tokens.chat import Tokens
 
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(2, 600, (6,), generator=generator).tolist()
@@ -51,7 +52,7 @@ def untrained(tiny_folder):
     return model
 
 
-def gradients(untrained, group, config: Reward) -> dict[str, torch.Tensor]:
+def gradients(untrained, group, config: RewardSettings) -> dict[str, torch.Tensor]:
     """What one packed step leaves in `grad`, times the number of pairs."""
     model = copy.deepcopy(untrained)
     engine = LocalEngine(model, parameter_groups(model, config), 1.0)
@@ -60,7 +61,7 @@ def gradients(untrained, group, config: Reward) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def by_hand(untrained, group, config: Reward) -> dict[str, torch.Tensor]:
+def by_hand(untrained, group, config: RewardSettings) -> dict[str, torch.Tensor]:
     """The same from single sequences through dense algebra and the formulas in float64 beyond the backbone."""
     model = copy.deepcopy(untrained)
     parameter_groups(model, config)
@@ -110,7 +111,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_steps_gradient_is_that_of_the_formulas_one_sequence_at_a_time(untrained, group, case):
-    config = Reward(**CASES[case])
+    config = RewardSettings(**CASES[case])
     model = untrained
     if not config.topk:
         model = copy.deepcopy(untrained)
@@ -127,7 +128,7 @@ def test_a_steps_gradient_is_that_of_the_formulas_one_sequence_at_a_time(untrain
 
 def trained_parts(untrained, **settings) -> set[str]:
     model = copy.deepcopy(untrained)
-    parameter_groups(model, Reward(**settings))
+    parameter_groups(model, RewardSettings(**settings))
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     return {"blocks" if ".layers." in name else name for name in names}
 
@@ -141,16 +142,16 @@ def test_switches_decide_what_is_trained(untrained):
 
 
 def test_each_part_has_its_own_rate(untrained):
-    config = Reward(lr=1e-5, sae_lr=2e-5, head_lr=3e-5, train_sae=True, weight_decay=0.1)
+    config = RewardSettings(lr=1e-5, sae_lr=2e-5, head_lr=3e-5, train_sae=True, weight_decay=0.1)
     found = [(group["lr"], group["weight_decay"]) for group in parameter_groups(copy.deepcopy(untrained), config)]
     assert found == [(1e-5, 0.1), (2e-5, 0.0), (3e-5, 0.0)]
 
 
 def test_a_detached_reconstruction_loss_leaves_the_blocks_alone(untrained, group):
     """Its gradient reaches the SAE, and the blocks' gradient is what it is without it."""
-    plain = gradients(untrained, group, Reward(train_sae=True))
-    detached = gradients(untrained, group, Reward(train_sae=True, recon_weight=10.0))
-    attached = gradients(untrained, group, Reward(train_sae=True, recon_weight=10.0, recon_detached=False))
+    plain = gradients(untrained, group, RewardSettings(train_sae=True))
+    detached = gradients(untrained, group, RewardSettings(train_sae=True, recon_weight=10.0))
+    attached = gradients(untrained, group, RewardSettings(train_sae=True, recon_weight=10.0, recon_detached=False))
     blocks = [name for name in plain if ".layers." in name]
     for name in blocks:
         torch.testing.assert_close(detached[name], plain[name], rtol=0, atol=1e-6)
@@ -159,12 +160,12 @@ def test_a_detached_reconstruction_loss_leaves_the_blocks_alone(untrained, group
 
 
 def test_the_papers_objective_is_the_default():
-    assert objective_of(Reward()) == Objective()
+    assert objective_of(RewardSettings()) == Objective()
     assert Objective().model_options() == {}
 
 
 def test_without_topk_the_reward_is_linear_in_the_standardised_activation(untrained):
-    sae = encoder_of(copy.deepcopy(untrained.sae), Reward(topk=False), 0)
+    sae = encoder_of(copy.deepcopy(untrained.sae), RewardSettings(topk=False), 0)
     assert isinstance(sae, DenseSae)
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     one, other, between = (sae(row) for row in (x[:1], x[1:], x.mean(0, keepdim=True)))
@@ -185,14 +186,14 @@ def test_without_topk_the_reward_is_linear_in_the_standardised_activation(untrai
 )
 def test_settings_that_contradict_each_other_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
-        replace(Reward(), **settings)
+        replace(RewardSettings(), **settings)
 
 
 def test_pairs_that_truncation_made_equal_cost_log_2_and_teach_nothing(untrained, group):
     """A beginning that was cut off may have been all that told two long answers apart."""
     same = group._replace(tokens=[group.tokens[0]] * 2, pairs=[PairOfGroup("pair", 0, 1, None, None)])
     model = copy.deepcopy(untrained)
-    engine = LocalEngine(model, parameter_groups(model, Reward()), 1.0)
+    engine = LocalEngine(model, parameter_groups(model, RewardSettings()), 1.0)
     (micro,) = deal([same], 1, 256, 1024)[0]
     outcome = _backward(engine, micro, 1.0, END, Objective(), last=True)
     assert float(outcome.losses.sum()) == pytest.approx(0.693147, abs=1e-6)
@@ -206,7 +207,7 @@ def test_the_gradient_does_not_depend_on_the_padding_token(untrained, group, pad
     found = []
     for pad in (7, pad_id):
         model = copy.deepcopy(untrained)
-        engine = LocalEngine(model, parameter_groups(model, Reward()), 1.0)
+        engine = LocalEngine(model, parameter_groups(model, RewardSettings()), 1.0)
         (micro,) = deal([group, short], 1, 20, 1024)[0]
         _backward(engine, micro, 1.0, pad, Objective(), last=True)
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

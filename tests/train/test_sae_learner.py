@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from sarm.config import Sae, UserError
-from sarm.data.shuffled_rows import Cursor
+from sarm.data.store.shuffled_rows import Cursor
 from sarm.nn import sae as nn_sae
 from sarm.nn.architectures import BatchTopKSae, JumpReluSae, build_sae
 from sarm.nn.sae import standardise
+from sarm.settings.checks import UserError
+from sarm.settings.sae import SaeSettings
 from sarm.train.sae import Phase, SaeTraining
 from sarm.train.sae_learner import Learner, shard_of
 
@@ -28,12 +29,12 @@ def rows(seed: int = 0, num: int = 64) -> Tensor:
     return torch.randn(num, D_IN, generator=torch.Generator().manual_seed(seed)) * 2 + 1
 
 
-def config_of(architecture: str, **changes) -> Sae:
+def config_of(architecture: str, **changes) -> SaeSettings:
     kind = {"architecture": "topk", "signed": True} if architecture == "signed" else {"architecture": architecture}
-    return Sae(**{"d_sae": D_SAE, "k": K, "batch_size": 16, **kind, **changes})
+    return SaeSettings(**{"d_sae": D_SAE, "k": K, "batch_size": 16, **kind, **changes})
 
 
-def fresh(config: Sae, seed: int = 0) -> nn_sae.Sae:
+def fresh(config: SaeSettings, seed: int = 0) -> nn_sae.Sae:
     sae = build_sae(config.architecture, D_IN, config.d_sae, config.k, signed=config.signed)
     sae.initialise_(standardise(rows()), torch.Generator().manual_seed(seed))
     return sae

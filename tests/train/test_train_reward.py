@@ -11,17 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm.checks import StoppedError
-from sarm.config import Reward, UserError
-from sarm.data.chat import Tokens
-from sarm.data.groups import PairOfGroup, PromptGroup, prompt_groups
-from sarm.data.packing import padded_tokens
-from sarm.data.tiny_source import tiny_pairs
+from sarm.contracts.ids import prompt_id_of
+from sarm.contracts.tables import PAIRS_TABLE
+from sarm.data.sources.tiny import tiny_pairs
+from sarm.data.tokens.chat import Tokens
+from sarm.data.tokens.groups import PairOfGroup, PromptGroup, prompt_groups
+from sarm.data.tokens.packing import padded_tokens
 from sarm.nn.backbone import load_backbone
 from sarm.nn.losses import bradley_terry
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import TopKSae
-from sarm.schema import PAIRS, prompt_id
+from sarm.settings.checks import StoppedError, UserError
+from sarm.settings.reward import RewardSettings
 from sarm.train.objective import Objective
 from sarm.train.reward import (
     LocalEngine,
@@ -35,17 +36,17 @@ from sarm.train.reward import (
 from sarm.train.reward_checks import LossGuard
 
 ROW_TOKENS, END = 256, 1
-CONFIG = Reward(lr=1e-3, head_lr=1e-2, epochs=2, batch_pairs=6, batch_tokens=1024, warmup_share=0.1)
+CONFIG = RewardSettings(lr=1e-3, head_lr=1e-2, epochs=2, batch_pairs=6, batch_tokens=1024, warmup_share=0.1)
 
 
 @pytest.fixture(scope="module")
 def groups(tiny_chat) -> list[PromptGroup]:
     """Six prompts of three pairs each."""
     rows = [
-        {**p, "pair_id": f"pair{n}", "prompt_id": prompt_id(p["prompt"]), "split": "train"}
+        {**p, "pair_id": f"pair{n}", "prompt_id": prompt_id_of(p["prompt"]), "split": "train"}
         for n, p in zip(range(18), tiny_pairs(), strict=False)
     ]
-    return list(prompt_groups(pa.Table.from_pylist(rows, schema=PAIRS), tiny_chat))
+    return list(prompt_groups(pa.Table.from_pylist(rows, schema=PAIRS_TABLE), tiny_chat))
 
 
 @pytest.fixture(scope="module")

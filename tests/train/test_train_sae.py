@@ -9,15 +9,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from sarm.config import Sae
+from sarm.evaluate.sae_quality import LatentCounts, measure, quality_metrics
 from sarm.nn.sae import Codes, TopKSae, standardise
+from sarm.settings.sae import SaeSettings
 from sarm.train.sae import Phase, train_sae
 from sarm.train.sae_learner import Learner
-from sarm.train.sae_quality import LatentCounts, measure, quality_metrics
 
 ROOT = Path(__file__).parents[2]
 D_IN, D_SAE, K = 16, 32, 2
-CONFIG = Sae(d_sae=D_SAE, k=K, batch_size=32)
+CONFIG = SaeSettings(d_sae=D_SAE, k=K, batch_size=32)
 
 
 class MemoryRows:
@@ -135,7 +135,7 @@ def test_a_second_phase_counts_its_steps_from_the_first():
 def test_one_step_is_adams_on_the_normalised_error_at_the_rate_of_the_steps_middle():
     sae, x, logged = fresh_sae(), sparse_rows(64), []
     before = copy.deepcopy(sae)
-    config = Sae(d_sae=D_SAE, k=K, batch_size=64, warmup_share=0.0, decay_share=1.0)
+    config = SaeSettings(d_sae=D_SAE, k=K, batch_size=64, warmup_share=0.0, decay_share=1.0)
     one_step = Phase("text", MemoryRows(x, num_windows=1), x, 1, 1e-3)
     train_sae(sae, one_step, config, 0, lambda step, metrics: logged.append(metrics))
     rows = standardise(x)

@@ -8,9 +8,9 @@ import ray
 from tests.untrusted.small_run import write_run
 from tests.untrusted.world import World
 
-from sarm.config import Run
-from sarm.data.chat import ChatTokenizer
-from sarm.runtime.tracker import Tracker
+from sarm.data.tokens.chat import ChatTokenizer
+from sarm.engine.mlflow.tracker import Tracker
+from sarm.settings.run import RunSettings
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_
 @pytest.fixture(scope="session")
 def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A database that is made once: MLflow takes seconds for a new one."""
-    run = Run(out=tmp_path_factory.mktemp("tracking") / "none")
+    run = RunSettings(out=tmp_path_factory.mktemp("tracking") / "none")
     return Tracker(run, "first").uri
 
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from tests.untrusted.small_run import STATES
 
-from sarm.config import UserError
-from sarm.data.checkpoints import Checkpoints
-from sarm.folder_schemas import ACTIVATIONS, CORPUS, PAIRS, SAE, SARM
-from sarm.manifest import CLAIM, StageFolder
+from sarm.contracts.folders import ACTIVATIONS_FOLDER, CORPUS_FOLDER, PAIRS_FOLDER, SAE_FOLDER, SARM_FOLDER
+from sarm.contracts.manifest import CLAIM, StageFolder
+from sarm.data.store.checkpoints import Checkpoints
+from sarm.settings.checks import UserError
 
 # What a stage claims is of no use once it is finished.
 _UNUSED = {CLAIM}
@@ -61,15 +61,15 @@ ARTIFACTS = [
     *(
         Artifact(name, folder, _stage_refuses(schema), _is_content)
         for name, folder, schema in (
-            ("corpus", "corpus", CORPUS),
-            ("pairs", "pairs", PAIRS),
-            ("activations", "activations/text", ACTIVATIONS),
-            ("SAE", "sae", SAE),
-            ("SARM", "sarm", SARM),
+            ("corpus", "corpus", CORPUS_FOLDER),
+            ("pairs", "pairs", PAIRS_FOLDER),
+            ("activations", "activations/text", ACTIVATIONS_FOLDER),
+            ("SAE", "sae", SAE_FOLDER),
+            ("SARM", "sarm", SARM_FOLDER),
         )
     ),
-    Artifact("manifest of activations", "activations/text", _stage_refuses(ACTIVATIONS), _is_manifest),
-    Artifact("manifest of a SARM", "sarm", _stage_refuses(SARM), _is_manifest),
+    Artifact("manifest of activations", "activations/text", _stage_refuses(ACTIVATIONS_FOLDER), _is_manifest),
+    Artifact("manifest of a SARM", "sarm", _stage_refuses(SARM_FOLDER), _is_manifest),
     Artifact("training state", "training/sarm/step-000000002", _training_goes_back, _is_content),
     Artifact("manifest of a training state", "training/sarm/step-000000002", _training_goes_back, _is_manifest),
 ]

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from tests.runtime.judge_server import JudgeServer
+from tests.engine.judge_server import JudgeServer
 from tests.untrusted.world import Table, World
 
-from sarm.interpret.answers import Odd, Rating, Reply, parse
-from sarm.interpret.judge_settings import Judging
-from sarm.interpret.questions import Question
-from sarm.runtime.judges.llm import Judge, open_judges
-from sarm.runtime.judges.llm_endpoint import JudgeStoppedError
+from sarm.contracts.judging import Odd, Question, Rating, Reply, parse
+from sarm.engine.llm.endpoint import JudgeStoppedError
+from sarm.engine.llm.judge import Judge, open_judges
+from sarm.settings.judging import Judging
 
 TABLE = Table()
 row = TABLE.row

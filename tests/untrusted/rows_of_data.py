@@ -11,11 +11,12 @@ import torch
 from tests.untrusted.small_run import D_IN, activation_folder, refinish, write_sae
 from tests.untrusted.world import Table, World
 
-from sarm.config import Data, Model
-from sarm.data.chat import load_chat_tokenizer
-from sarm.data.packing import collate, text_row
-from sarm.data.prepare import prepare_pairs
-from sarm.folder_schemas import ACTIVATIONS
+from sarm.contracts.folders import ACTIVATIONS_FOLDER
+from sarm.data.sources.prepare import prepare_pairs
+from sarm.data.tokens.chat import load_chat_tokenizer
+from sarm.data.tokens.packing import collate, text_row
+from sarm.settings.data import DataSettings
+from sarm.settings.model import ModelSettings
 
 TABLE = Table()
 row = TABLE.row
@@ -39,7 +40,7 @@ def counted(world: World, bad: Sequence[dict[str, Any]]) -> dict[str, int]:
     """What is counted of bad rows between good ones, which are kept."""
     good = [{**GOOD, "prompt": f"question {i}"} for i in range(20)]
     path = world.lines("mixed.jsonl", [*good, *bad])
-    counts = prepare_pairs(Data(pairs=(str(path),)), world.tmp / "mixed")
+    counts = prepare_pairs(DataSettings(pairs=(str(path),)), world.tmp / "mixed")
     assert counts["rows"] == 20
     return counts["rejected"]
 
@@ -109,7 +110,7 @@ def _(world: World) -> None:
 
 @row(33, "NUL, control chars, RTL override, 1 MB of emoji")
 def _(world: World) -> None:
-    # A NUL is counted; the others are text. tests/interpret/hostile.py puts them into every page.
+    # A NUL is counted; the others are text. tests/report/hostile.py puts them into every page.
     path = world.lines("nul.jsonl", [{"text": "a\0b"}])
     prepare(world, "1 nul_byte, first", texts=path, whole=True)
     odd = ["bell \x07", "right \u202e to left", "🦊" * 250_000]
@@ -122,7 +123,7 @@ def _(world: World) -> None:
 
 @row(34, "over-long (10 k tokens)")
 def _(world: World) -> None:
-    chat = load_chat_tokenizer(Model(name="tiny:llama", layer=1, max_length=128), world.tiny_model)
+    chat = load_chat_tokenizer(ModelSettings(name="tiny:llama", layer=1, max_length=128), world.tiny_model)
     conversation = [{"role": "user", "content": "word " * 10_000}, {"role": "assistant", "content": "The end."}]
     (tokens,) = chat.encode([conversation])
     assert len(tokens.ids) == 128
@@ -147,7 +148,7 @@ def _(world: World) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("pad_token", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    chat = load_chat_tokenizer(Model(name=str(folder), layer=1), folder)
+    chat = load_chat_tokenizer(ModelSettings(name=str(folder), layer=1), folder)
     chat.tokenizer.pad_token = None
     assert chat.pad_id == chat.end_of_turn_id
 
@@ -260,4 +261,4 @@ def _(world: World) -> None:
     for x_ND in (torch.zeros(96, D_IN), torch.ones(96, 1) * torch.arange(D_IN)):
         activation_folder(text, ("all", "document", 1), x_ND, made_from)
         world.refuses("are all alike", "activations/text", of=("train_sae", "tiny", "--only"))
-    assert (ACTIVATIONS, (run / "sae").exists()) == ("activations/v1", False)
+    assert (ACTIVATIONS_FOLDER, (run / "sae").exists()) == ("activations/v1", False)

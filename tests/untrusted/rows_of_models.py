@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from tests.untrusted.small_run import STATES, refinish
 from tests.untrusted.world import Table, World
 
-from sarm.config import Model, UserError
-from sarm.data.checkpoints import Checkpoints
-from sarm.data.models import backbone_of
-from sarm.runtime.writer_lock import WriterLock
+from sarm.data.formats.models import backbone_of
+from sarm.data.store.checkpoints import Checkpoints
+from sarm.engine.writer_lock import WriterLock
+from sarm.settings.checks import UserError
+from sarm.settings.model import ModelSettings
 
 TABLE = Table()
 row = TABLE.row
@@ -131,7 +132,7 @@ def _(world: World) -> None:
     weights["model.layers.0.mlp.up_proj.weight"][3, 3] = torch.nan
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match=r"NaN or infinite values in layers\.0\.mlp\.up_proj\.weight"):
-        backbone_of(Model(name=str(folder), layer=1), str(folder), 1, torch.float32)
+        backbone_of(ModelSettings(name=str(folder), layer=1), str(folder), 1, torch.float32)
     sae = world.run() / "sae"
     tensors = load_file(sae / "sae_weights.safetensors")
     tensors["W_dec"][0, 0] = torch.inf
@@ -236,7 +237,7 @@ def _(world: World) -> None:
 TABLE.cannot(
     65,
     "ZeRO world size differs",
-    "states are written by parameter, not by rank, and any number of workers reads them: tests/runtime/test_resume.py",
+    "states are written by parameter, not by rank, and any number of workers reads them: tests/stages/test_resume.py",
 )
 
 

@@ -6,8 +6,9 @@ import os
 import pytest
 from tests.untrusted.world import Table, World
 
-from sarm.config import Run, UserError
-from sarm.runtime.cluster import Cluster
+from sarm.engine.ray.cluster import Cluster
+from sarm.settings.checks import UserError
+from sarm.settings.run import RunSettings
 
 TABLE = Table()
 row = TABLE.row
@@ -128,7 +129,7 @@ def _(world: World) -> None:
     world.refuses("900 workers", f"the cluster has {cores}", of=("train_sarm", "tiny", *wanted))
     gpus = Cluster(num_nodes=2, num_cpus=64, num_gpus=2, is_local=False)
     with pytest.raises(UserError, match="8 workers need a GPU each, the cluster has 2"):
-        gpus.cpus_each(Run(), 8)
+        gpus.cpus_each(RunSettings(), 8)
 
 
 @row(16, "actor pool uses all CPUs")
@@ -136,7 +137,7 @@ def _(world: World) -> None:
     # Asked of a cluster that was joined: there is none to start.
     joined = Cluster(num_nodes=2, num_cpus=8, num_gpus=0, is_local=False)
     with pytest.raises(UserError, match="8 workers of 1 cores and one spare core need 9 CPUs, the cluster has 8"):
-        joined.cpus_each(Run(cpus_per_worker=1), 8)
+        joined.cpus_each(RunSettings(cpus_per_worker=1), 8)
 
 
 @row(17, "output dir exists with other run")
@@ -153,7 +154,7 @@ def _(world: World) -> None:
 TABLE.cannot(
     18,
     "output on node-local disk, ≥ 2 nodes",
-    "only a cluster of several nodes can be asked: tests/runtime/test_cluster.py asks one's nodes for a folder that they do not see",
+    "only a cluster of several nodes can be asked: tests/engine/test_cluster.py asks one's nodes for a folder that they do not see",
 )
 
 

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
-from tests.runtime.random_sarm import random_sarm
+from tests.stages.random_sarm import random_sarm
 
-from sarm import schema
-from sarm.data.activations import activation_table, statistics_of
-from sarm.data.artifacts import save_sae
-from sarm.data.chat import ChatTokenizer
-from sarm.data.checkpoints import Checkpoints
-from sarm.data.parts import finished_table, read_counts, write_part
-from sarm.data.prepare import prepare_corpus, prepare_pairs
-from sarm.data.sae_weights import STANDARDISED
-from sarm.folder_schemas import ACTIVATIONS, SAE, SARM
-from sarm.manifest import StageFolder
+from sarm.contracts.folders import ACTIVATIONS_FOLDER, SAE_FOLDER, SARM_FOLDER
+from sarm.contracts.manifest import StageFolder
+from sarm.contracts.tables import activations_table
+from sarm.data.formats.sae_folder import save_sae
+from sarm.data.formats.sae_weights import STANDARDISED
+from sarm.data.sources.prepare import prepare_corpus, prepare_pairs
+from sarm.data.store.activations import activation_table, statistics_of
+from sarm.data.store.checkpoints import Checkpoints
+from sarm.data.store.parts import finished_table, read_counts, write_part
+from sarm.data.tokens.chat import ChatTokenizer
 from sarm.nn.architectures import build_sae
-from sarm.presets import PRESETS
-from sarm.runtime import plan
+from sarm.settings.presets import PRESETS
+from sarm.stages import plan
 
 TINY = PRESETS["tiny"][1]
 D_IN, ROWS = 64, 96
@@ -34,10 +34,10 @@ def activation_folder(
     """activations/v1 of these vectors, as the tiny preset would have it: finished, of two parts."""
     settings = plan.activation_settings(TINY.model, TINY.extraction, *key)
     inputs = {made_from[0]: (made_from[1], made_from[0])} if made_from else None
-    stage = StageFolder(folder, ACTIVATIONS, settings, inputs)
+    stage = StageFolder(folder, ACTIVATIONS_FOLDER, settings, inputs)
     stage.claim()
     kind = {"d_in": x_ND.shape[1], "dtype": "float16", "layer": key[2], "model": "tiny:llama", **about}
-    table_schema = schema.activations(x_ND.shape[1], kind)
+    table_schema = activations_table(x_ND.shape[1], kind)
     for number, rows in enumerate(torch.arange(len(x_ND)).chunk(2)):
         columns = {
             "row_id": rows.tolist(),
@@ -70,7 +70,7 @@ def write_run(out: Path, tiny_folder: Path, chat: ChatTokenizer) -> Path:
     activation_folder(out / "activations" / "text", ("all", "document", 1), x_ND, (plan.CORPUS, out / "corpus"))
     activation_folder(out / "activations" / "chat", ("train", "chat", 1), x_ND + 1, (plan.PAIRS, out / "pairs"))
     write_sae(out / "sae", out, {"model": "tiny:llama", "layer": 1, "d_in": D_IN})
-    sarm = StageFolder(out / "sarm", SARM, {})
+    sarm = StageFolder(out / "sarm", SARM_FOLDER, {})
     sarm.claim()
     random_sarm(out / "sarm", tiny_folder, chat)
     sarm.finish({"figures": {}})
@@ -83,8 +83,8 @@ def write_run(out: Path, tiny_folder: Path, chat: ChatTokenizer) -> Path:
 def write_sae(folder: Path, out: Path, made_for: dict[str, object], d_in: int = D_IN) -> None:
     """The SAE of the tiny preset on the run's activations, untrained."""
     shutil.rmtree(folder, ignore_errors=True)
-    inputs = {f"activations/{name}": (out / "activations" / name, ACTIVATIONS) for name in ("text", "chat")}
-    stage = StageFolder(folder, SAE, plan.sae_settings(TINY.sae, TINY.run.seed), inputs)
+    inputs = {f"activations/{name}": (out / "activations" / name, ACTIVATIONS_FOLDER) for name in ("text", "chat")}
+    stage = StageFolder(folder, SAE_FOLDER, plan.sae_settings(TINY.sae, TINY.run.seed), inputs)
     stage.claim()
     sae = build_sae("topk", d_in, TINY.sae.d_sae, TINY.sae.k)
     generator = torch.Generator().manual_seed(1)

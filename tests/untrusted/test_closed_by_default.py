@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sarm.runtime import ui
+from sarm.engine.mlflow import ui
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
@@ -82,7 +82,7 @@ def test_every_page_loads_nothing_and_runs_only_its_own_script(page):
 
 
 def test_a_cluster_of_ours_has_no_dashboard_and_mlflow_is_on_loopback():
-    source = (ROOT / "platform" / "sarm" / "runtime" / "cluster.py").read_text()
+    source = (ROOT / "platform" / "sarm" / "engine" / "ray" / "cluster.py").read_text()
     (local,) = [
         {word.arg: ast.unparse(word.value) for word in node.keywords}
         for node in ast.walk(ast.parse(source))

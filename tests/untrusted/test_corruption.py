@@ -7,9 +7,9 @@ import pytest
 from tests.untrusted.corruption import ARTIFACTS, KINDS, damage
 from tests.untrusted.small_run import STATES
 
-from sarm.config import UserError
-from sarm.data.checkpoints import Checkpoints
-from sarm.manifest import read_manifest, verify_files
+from sarm.contracts.manifest import read_manifest, verify_files
+from sarm.data.store.checkpoints import Checkpoints
+from sarm.settings.checks import UserError
 
 
 def test_no_random_damage_goes_unnoticed_and_the_state_before_is_used(small_run: Path, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def _(world: World, trap: Trap) -> None:
 def _(world: World, trap: Trap) -> None:
     from tests.untrusted.small_run import STATES
 
-    from sarm.data.checkpoints import Checkpoints
+    from sarm.data.store.checkpoints import Checkpoints
 
     state = world.run() / "training" / "sarm" / "step-000000002"
     (state / "rank-1.pkl").write_bytes(pickle.dumps(trap))

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sarm.audit.codes import AuditCodes
 from sarm.audit.steering import against_controls
-from sarm.data.intervals import mean_interval
-from sarm.data.statistics import pair_credit
+from sarm.evaluate.intervals import mean_interval
+from sarm.evaluate.statistics import pair_credit
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.sae import STANDARDISE_EPS, standardise
 

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from scipy import sparse
 
-from sarm.config import UserError
-from sarm.data.audit_pairs import chooses
-from sarm.manifest import read_manifest, verify_files
+from sarm.audit.pairs import chooses
+from sarm.contracts.manifest import read_manifest, verify_files
+from sarm.settings.checks import UserError
 
 CODES = "codes/v2"
 COMPLETENESS = 1e-4

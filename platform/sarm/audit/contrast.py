@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from sarm.audit.codes import AuditCodes
-from sarm.config import UserError
-from sarm.data.intervals import student
-from sarm.data.statistics import EXACT_CLUSTERS, cluster_sums, sign_flip_p_values
+from sarm.evaluate.intervals import student
+from sarm.evaluate.statistics import EXACT_CLUSTERS, cluster_sums, sign_flip_p_values
+from sarm.settings.checks import UserError
 
 # Log lengths whose sum of squares about the mean is below this are equal: there is no slope to take out.
 _NO_SPREAD = 1e-9

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from sarm.audit.codes import AuditCodes
-from sarm.config import UserError
-from sarm.data.intervals import mean_interval
+from sarm.evaluate.intervals import mean_interval
+from sarm.settings.checks import UserError
 
 _ZERO = 1e-9
 # How far HiGHS may be off a constraint (its primal feasibility tolerance).

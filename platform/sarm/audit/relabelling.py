@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from sarm.audit.codes import AuditCodes
 from sarm.audit.selection import Selection
-from sarm.audit.settings import SITES
-from sarm.config import UserError
+from sarm.settings.audit import SITES
+from sarm.settings.checks import UserError
 
 FEATURES = ("features", "features, sentence ends")
 CHANGES = pa.schema(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from sarm.audit.contrast import Contrast
-from sarm.config import UserError
+from sarm.settings.checks import UserError
 
 _SCALE = (1.0, 5.0)
 _FIELDS = {"latent", "rating"}

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from sarm.audit.codes import AuditCodes
-from sarm.config import UserError
-from sarm.data.intervals import Interval, difference_interval, mean_interval, share_interval, student
-from sarm.data.statistics import cluster_sums, pair_credit
+from sarm.evaluate.intervals import Interval, difference_interval, mean_interval, share_interval, student
+from sarm.evaluate.statistics import cluster_sums, pair_credit
+from sarm.settings.checks import UserError
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sarm.data.intervals import Interval, effective_wilson, share_interval
-from sarm.evaluate.rows import Benchmark, Observations, ScoredRow
+from sarm.evaluate.benchmarks.rows import Benchmark, Observations, ScoredRow
+from sarm.evaluate.intervals import Interval, effective_wilson, share_interval
 
 Floats = NDArray[np.float64]
 # A combination of subsets with fewer prompts stands together with the other rare combinations.

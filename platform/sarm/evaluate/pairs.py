@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sarm.config import UserError
-from sarm.data.intervals import difference_interval, share_interval
-from sarm.data.statistics import calibration, pair_credit
+from sarm.evaluate.intervals import difference_interval, share_interval
+from sarm.evaluate.statistics import calibration, pair_credit
+from sarm.settings.checks import UserError
 
 Measures = dict[str, Any]
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 
-from sarm.config import UserError
+from sarm.settings.checks import UserError
 
 # Inverse strengths of the L2 penalty, strongest first: ties go to the simpler probe.
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

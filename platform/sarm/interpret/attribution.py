@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from sarm.config import UserError
-from sarm.schema import FEATURES
+from sarm.contracts.tables import FEATURES_TABLE
+from sarm.settings.checks import UserError
 
 
 class Active(NamedTuple):
@@ -83,7 +83,7 @@ def feature_table(scores: pa.Table, weight_S: Float[np.ndarray, " d_sae"]) -> pa
         "mean_contribution_rejected": rejected_S[alive],
         "mean_margin_contribution": (chosen_S - rejected_S)[alive],
     }
-    return pa.table([pa.array(columns[f.name]).cast(f.type, safe=False) for f in FEATURES], schema=FEATURES)
+    return pa.table([pa.array(columns[f.name]).cast(f.type, safe=False) for f in FEATURES_TABLE], schema=FEATURES_TABLE)
 
 
 def check_completeness(scores: pa.Table, weight_S: Float[np.ndarray, " d_sae"]) -> float:

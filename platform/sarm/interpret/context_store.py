@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sarm import schema
-from sarm.config import UserError
-from sarm.folder_schemas import CONTEXTS
-from sarm.manifest import read_manifest
+from sarm.contracts.folders import CONTEXTS_FOLDER
+from sarm.contracts.manifest import read_manifest
+from sarm.contracts.tables import LATENT_CONTEXTS_TABLE, LATENT_SUMMARIES_TABLE
+from sarm.settings.checks import UserError
 
 CONTEXTS_FILE, LATENTS_FILE = "contexts.parquet", "latents.parquet"
 PLACES = ("sentence", "rewarded")
@@ -47,15 +47,15 @@ def load_contexts(folder: Path, model: str | None = None) -> ContextStore:
     `model` is the identity that the contexts have to belong to, if any. Raises UserError if the folder is missing, unfinished,
     torn, of another kind or of another model.
     """
-    manifest = read_manifest(folder, CONTEXTS)
+    manifest = read_manifest(folder, CONTEXTS_FOLDER)
     if model is not None and manifest.counts.get("model") != model:
         raise UserError(
             f"{folder} holds contexts of another model ({str(manifest.counts.get('model'))[:12]}, expected {model[:12]}). Collect them again for this one, or pass its own --model."
         )
     return ContextStore(
         folder,
-        _read(folder / CONTEXTS_FILE, schema.LATENT_CONTEXTS),
-        _read(folder / LATENTS_FILE, schema.LATENT_SUMMARIES),
+        _read(folder / CONTEXTS_FILE, LATENT_CONTEXTS_TABLE),
+        _read(folder / LATENTS_FILE, LATENT_SUMMARIES_TABLE),
         manifest.counts,
     )
 

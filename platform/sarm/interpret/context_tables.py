@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sarm.contracts.tables import LATENT_CONTEXTS_TABLE, LATENT_SUMMARIES_TABLE
 from sarm.interpret.tallies import SIDES, Kept, Tally, joined, place_in_run, quantiles, sampled_deciles
-from sarm.schema import LATENT_CONTEXTS, LATENT_SUMMARIES
 
 _LATENTS_AT_ONCE = 512
 _TEXT_COLUMNS = ("text_id", "pair_id", "side", "prompt_hash", "prompt", "text")
@@ -65,7 +65,7 @@ def context_tables(
     `texts` are what `context_texts.shown` made of every reference; `spans` the driving parts of whole answers by (reference, latent).
     """
     numbers = np.array(sorted(texts), np.int64)
-    fields = {name: LATENT_CONTEXTS.field(name) for name in _TEXT_COLUMNS}
+    fields = {name: LATENT_CONTEXTS_TABLE.field(name) for name in _TEXT_COLUMNS}
     columns = {
         name: pa.array([texts[number][name] for number in numbers.tolist()], field.type)
         for name, field in fields.items()
@@ -109,7 +109,7 @@ def summaries(tallies: Mapping[str, Tally], weight_S: NDArray[np.floating] | Non
                 row[f"{side}_histogram"] = tally.histogram[number, latent].tolist() if seen else None
             rows.append(row)
     rows.sort(key=lambda row: (row["latent"], row["place"]))
-    return pa.Table.from_pylist(rows, schema=LATENT_SUMMARIES)
+    return pa.Table.from_pylist(rows, schema=LATENT_SUMMARIES_TABLE)
 
 
 def _block(
@@ -132,7 +132,9 @@ def _block(
         "span_end": [end for _, end in ends],
         **{name: column.take(taken) for name, column in columns.items()},
     }
-    return pa.table([pa.array(values[f.name]).cast(f.type) for f in LATENT_CONTEXTS], schema=LATENT_CONTEXTS)
+    return pa.table(
+        [pa.array(values[f.name]).cast(f.type) for f in LATENT_CONTEXTS_TABLE], schema=LATENT_CONTEXTS_TABLE
+    )
 
 
 def _span(text: dict[str, Any], found: tuple[int, int] | None) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from sarm.data.sentences import sentence_ends
+from sarm.data.tokens.sentences import sentence_ends
 
 _LEFT_CHARS = 400
 _PROMPT_CHARS = 1000

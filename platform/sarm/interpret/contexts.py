@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sarm.contracts.tables import CONTEXTS_TABLE
 from sarm.interpret.tallies import place_in_run
-from sarm.schema import CONTEXTS
 
 
 def strongest_texts(answers: pa.Table, n: int) -> pa.Table:
@@ -35,4 +35,4 @@ def strongest_texts(answers: pa.Table, n: int) -> pa.Table:
     order, rank_F = order[rank_F <= n], rank_F[rank_F <= n]
     shown = answers.take(row_F[order])
     texts = {name: shown[name] for name in ("side", "doc_id", "text")}
-    return pa.table({"latent": latent_F[order], "rank": rank_F, "value": value_F[order], **texts}).cast(CONTEXTS)
+    return pa.table({"latent": latent_F[order], "rank": rank_F, "value": value_F[order], **texts}).cast(CONTEXTS_TABLE)

@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sarm.contracts.ids import hash_share
+from sarm.contracts.judging import Question, Reply
 from sarm.interpret import questions
-from sarm.interpret.answers import Reply
-from sarm.interpret.questions import AnswerFormat, Question
+from sarm.interpret.questions import AnswerFormat
 from sarm.interpret.sampling import Example, Samples
 from sarm.interpret.scores import Detection, detection, simulation
-from sarm.schema import hash_share
 
 # A question, and which repetition of it.
 Ask = Callable[[Question, int], Awaitable[Reply]]

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from sarm.config import Pages, UserError
-from sarm.folder_schemas import EXPLANATIONS
+from sarm.contracts.folders import EXPLANATIONS_FOLDER
+from sarm.contracts.manifest import read_manifest
+from sarm.data.sources.shown_text import clean_text
 from sarm.interpret.attribution import pair_contributions
 from sarm.interpret.context_store import ContextStore
 from sarm.interpret.labels import EXTRACTIVE, label, labels
-from sarm.interpret.report import clean_text
-from sarm.manifest import read_manifest
+from sarm.settings.checks import UserError
+from sarm.settings.contexts import PagesSettings
 
 SCORES = ("detection", "simulation", "intruder", "monosemanticity", "safety")
 _NEAREST = 5
@@ -34,7 +35,7 @@ def features(
     store: ContextStore,
     W_dec_SD: Float[np.ndarray, "d_sae d_in"],
     weight_S: Float[np.ndarray, " d_sae"],
-    settings: Pages,
+    settings: PagesSettings,
 ) -> list[dict[str, Any]]:
     """The latents that add most to rewards, by size; texts, labels and neighbours among all latents that fire."""
     summaries: dict[int, dict[str, Any]] = {}
@@ -127,7 +128,7 @@ def read_explanations(folder: Path, latents: Sequence[int]) -> dict[int, list[di
 
     Raises UserError if the folder is unfinished, of another kind or unreadable.
     """
-    read_manifest(folder, EXPLANATIONS)
+    read_manifest(folder, EXPLANATIONS_FOLDER)
     found: dict[int, list[dict[str, Any]]] = {}
     wanted = set(latents)
     try:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from sarm.interpret.answers import Explanation, Odd, Rating, per_text
+from sarm.contracts.judging import Explanation, Odd, Question, Rating, per_text
 
 AnswerFormat = Literal["json", "two-line"]
 MAX_ACTIVATION = 10
@@ -33,19 +33,6 @@ class Shown:
     text: str
     span: str = ""
     level: int | None = None
-
-
-@dataclass(frozen=True)
-class Question:
-    """One request to a judge."""
-
-    kind: str
-    user: str
-    form: type[BaseModel]
-    max_tokens: int
-    system: str
-    in_lines: bool = False
-    """Whether lines of text are asked for, so that no JSON may be enforced."""
 
 
 SYSTEM = (

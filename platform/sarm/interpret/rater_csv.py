@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sarm.config import UserError
+from sarm.contracts.ids import hash_share, stable_id
 from sarm.interpret.questions import trim
-from sarm.schema import hash_share, stable_id
+from sarm.settings.checks import UserError
 
 VERSION = "1"
 _FIXED = ("blind_order", "item_id", "latent", "rubric", "explanation")

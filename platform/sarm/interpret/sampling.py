@@ -18,8 +18,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from sarm.contracts.ids import hash_share
 from sarm.interpret.questions import MAX_ACTIVATION, Shown
-from sarm.schema import hash_share
 
 SPLITS = {"explain": 0.4, "select": 0.6, "test": 1.0}
 """Where each split ends on the line of hashes."""

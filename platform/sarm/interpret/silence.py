@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow.dataset as ds
 
-from sarm.config import UserError
-from sarm.folder_schemas import EVALUATION, PAIRS
-from sarm.manifest import read_manifest
+from sarm.contracts.folders import EVALUATION_FOLDER, PAIRS_FOLDER
+from sarm.contracts.manifest import read_manifest
+from sarm.settings.checks import UserError
 
 
 def scored_texts(run: Path, contexts: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -20,8 +20,8 @@ def scored_texts(run: Path, contexts: list[Mapping[str, Any]]) -> list[dict[str,
     with the contexts: they are of other data then.
     """
     pairs, evaluation = run / "pairs", run / "evaluation"
-    read_manifest(pairs, PAIRS)
-    read_manifest(evaluation, EVALUATION)
+    read_manifest(pairs, PAIRS_FOLDER)
+    read_manifest(evaluation, EVALUATION_FOLDER)
     texts = {row["pair_id"]: row for row in _rows(pairs)}
     known = {row["text_id"]: row for row in contexts}
     longest = max((len(row["text"]) for row in contexts), default=0)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sarm.schema import ACTIVATION_EDGES
+from sarm.contracts.tables import ACTIVATION_EDGES
 
 SIDES = ("chosen", "rejected", "text")
 # Steps of a sum: exact for float32 from 1 up, and room for 5e11 in total.

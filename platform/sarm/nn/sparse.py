@@ -15,18 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .architectures import JumpReluSae
+from .bags import Bags
 from .sae import Sae, bag_weight_gradient
 from .screening import Screen, is_worth_it
 from .selection import Entries, LargestRule, Rule, TopKRule
-
-
-class Bags(NamedTuple):
-    """Entries grouped into bags, each bag the sum of values[n] * W_dec[latents[n]]: one bag a row and nested dictionary."""
-
-    latents: Tensor
-    rows: Tensor
-    bags: Tensor
-    offsets: Tensor
 
 
 @runtime_checkable

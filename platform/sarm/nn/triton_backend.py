@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sparse import Bags
+from .bags import Bags
 
 _MAX_BLOCK = 1024
 

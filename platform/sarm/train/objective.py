@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sarm.config import Reward
 from sarm.nn.losses import bradley_terry, reward_centring
+from sarm.settings.reward import RewardSettings
 
 
 class Objective(NamedTuple):
@@ -46,7 +46,7 @@ class Objective(NamedTuple):
         return losses_P
 
 
-def objective_of(config: Reward) -> Objective:
+def objective_of(config: RewardSettings) -> Objective:
     """The objective that the settings ask for."""
     return Objective(
         config.label_smoothing, config.use_margin, config.centre_weight, config.recon_weight, config.recon_detached

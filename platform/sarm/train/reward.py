@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sarm.config import Reward
-from sarm.data.groups import PromptGroup, split_group
-from sarm.data.packing import Row, collate, padded_tokens
+from sarm.data.tokens.groups import PromptGroup, split_group
+from sarm.data.tokens.packing import Row, collate, padded_tokens
+from sarm.settings.reward import RewardSettings
 from sarm.train.objective import Objective, objective_of
 from sarm.train.reward_checks import LossGuard, Outcome, Sums, Validation
 from sarm.train.schedule import warmup_cosine
@@ -29,7 +29,7 @@ Log = Callable[[int, dict[str, float]], None]
 
 
 class Engine(Protocol):
-    """A model with its optimizer: `sarm.runtime.training.zero.ZeroEngine`, or `LocalEngine` in one process without DeepSpeed.
+    """A model with its optimizer: `sarm.engine.deepspeed.zero.ZeroEngine`, or `LocalEngine` in one process without DeepSpeed.
 
     `step` clips at `norm_factor` times the settings' norm and returns the norm before; it takes no step if that is not finite.
     """
@@ -89,7 +89,7 @@ class RewardTraining:
         self,
         engine: Engine,
         groups: Sequence[PromptGroup],
-        config: Reward,
+        config: RewardSettings,
         seed: int,
         row_tokens: int,
         pad_id: int,
@@ -204,13 +204,19 @@ class RewardTraining:
 
 
 def train_reward(
-    engine: Engine, groups: Sequence[PromptGroup], config: Reward, seed: int, row_tokens: int, pad_id: int, log: Log
+    engine: Engine,
+    groups: Sequence[PromptGroup],
+    config: RewardSettings,
+    seed: int,
+    row_tokens: int,
+    pad_id: int,
+    log: Log,
 ) -> None:
     """Train the engine's model through all epochs; see `RewardTraining`."""
     RewardTraining(engine, groups, config, seed, row_tokens, pad_id).run(log)
 
 
-def parameter_groups(model: torch.nn.Module, config: Reward) -> list[dict[str, Any]]:
+def parameter_groups(model: torch.nn.Module, config: RewardSettings) -> list[dict[str, Any]]:
     """Freeze what is not trained and return AdamW's groups: the blocks (or their adapters), the SAE, and the head, each with its own rate.
 
     The SAE stays as it was pretrained, unless asked otherwise, so that its latents keep their meaning; token embeddings stay because

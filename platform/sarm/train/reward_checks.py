@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sarm.config import UserError
+from sarm.settings.checks import UserError
 
 _RECENT_STEPS = 32
 _NAMED_PAIRS = 8

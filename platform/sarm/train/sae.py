@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sarm import config as configs
-from sarm.data.shuffled_rows import Cursor, Rows, batches
+from sarm.data.store.shuffled_rows import Cursor, Rows, batches
+from sarm.evaluate.sae_quality import measure, quality_metrics
 from sarm.nn.sae import Sae, standardise
+from sarm.settings.sae import SaeSettings
 from sarm.train.sae_learner import Learner, Split
-from sarm.train.sae_quality import measure, quality_metrics
 from sarm.train.schedule import trapezoid
 
 Log = Callable[[int, dict[str, float]], None]
@@ -45,7 +45,7 @@ class SaeTraining:
         self,
         saes: Sequence[Sae],
         phase: Phase,
-        sae_configs: Sequence[configs.Sae],
+        sae_configs: Sequence[SaeSettings],
         seed: int,
         device: torch.device | str = "cpu",
         first_step: int = 0,
@@ -122,7 +122,7 @@ class SaeTraining:
 def train_sae(
     sae: Sae,
     phase: Phase,
-    config: configs.Sae,
+    config: SaeSettings,
     seed: int,
     log: Log,
     device: torch.device | str = "cpu",

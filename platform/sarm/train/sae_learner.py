@@ -12,13 +12,13 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sarm import config as configs
-from sarm.config import UserError
 from sarm.nn.architectures import BatchTopKSae, JumpReluSae, MatryoshkaSae
 from sarm.nn.losses import reconstruction_loss
 from sarm.nn.sae import Sae, TopKSae
 from sarm.nn.selection import BatchTopKRule, JumpRule, Rule, TopKRule
 from sarm.nn.sparse import Plan, Reconstruction, Workspace, backend_for, reconstruct
+from sarm.settings.checks import UserError
+from sarm.settings.sae import SaeSettings
 
 Split = Literal["rows", "latents"]
 # Pre-activations at once on a CPU (64 MiB) and on a GPU (512 MiB): less would starve the matrix product.
@@ -31,7 +31,7 @@ class Learner:
     A latent is dead once `config.dead_after_rows` rows, counted over all workers, have passed since it fired.
     """
 
-    def __init__(self, sae: Sae, config: configs.Sae, device: torch.device | str = "cpu", split: Split = "rows"):
+    def __init__(self, sae: Sae, config: SaeSettings, device: torch.device | str = "cpu", split: Split = "rows"):
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._whole, self._config = sae.to(device), config
         self._splits_latents = split == "latents" and self.world > 1

@@ -1,0 +1,45 @@
+"""What the folders of the pipeline's stages hold: the `schema` that `manifest.json` gives, and that readers ask for.
+
+Apart from the modules that read and write them, so that a job can refuse a folder of another kind before torch is loaded.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CORPUS_FOLDER = "corpus/v1"
+PAIRS_FOLDER = "pairs/v1"
+ACTIVATIONS_FOLDER = "activations/v1"
+SAE_FOLDER = "sae/v1"
+SARM_FOLDER = "sarm/v1"
+EVALUATION_FOLDER = "evaluation/v1"
+CONTEXTS_FOLDER = "contexts/v1"
+EXPLANATIONS_FOLDER = "explanations/v1"
+PAGES_FOLDER = "feature_pages/v1"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where each stage of a run writes."""
+
+    out: Path
+
+    corpus = property(lambda self: self.out / "corpus")
+    pairs = property(lambda self: self.out / "pairs")
+    text_activations = property(lambda self: self.out / "activations" / "text")
+    chat_activations = property(lambda self: self.out / "activations" / "chat")
+    heldout_activations = property(lambda self: self.out / "activations" / "heldout")
+    sae = property(lambda self: self.out / "sae")
+    sarm = property(lambda self: self.out / "sarm")
+    scalar_head = property(lambda self: self.out / "scalar_head")
+    evaluation = property(lambda self: self.out / "evaluation")
+    contexts = property(lambda self: self.out / "contexts")
+    explanations = property(lambda self: self.out / "explanations")
+    pages = property(lambda self: self.out / "features")
+
+    def states(self, name: str) -> Path:
+        """Where the training of the folder of this name keeps its states."""
+        return self.out / "training" / name
+
+    def activations(self, name: str, layer: int, first_layer: int) -> Path:
+        """Where the activations `name` of one of a pass's layers go; those of the first have no folder of their own."""
+        return self.out / "activations" / ("" if layer == first_layer else f"layer{layer}") / name

@@ -1,0 +1,78 @@
+"""A model's folder before anything in it is loaded: weights that are whole and no pickles, and no code of its own."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from sarm.contracts.untrusted import inside, read_json
+from sarm.settings.checks import UserError
+
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def check_model_files(folder: Path, *, own_code: bool = False) -> None:
+    """Raise UserError unless the folder's safetensors files are whole, and its JSON files name no code (`own_code`: may name it).
+
+    The code would not be run; but a model that asks for it is another one without it.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            _refuse_code(folder / name, _fields(folder / name), own_code=own_code)
+    paths = _weights(folder)
+    if not paths:
+        if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
+            raise UserError(
+                f"{folder} holds its weights as {pickles[0]}, a pickle, which can run code. Convert it to safetensors where you trust it (`save_pretrained` writes them), and pass that folder."
+            )
+        raise UserError(f"{folder} holds no *.safetensors. The download may be incomplete; get the weights.")
+    for path in paths:
+        try:
+            with safe_open(path, "np"):
+                pass
+        except (OSError, SafetensorError) as error:
+            size = path.stat().st_size if path.exists() else 0
+            raise UserError(
+                f"{path} ({size:,} bytes) is no whole safetensors file: {error}. Get another copy."
+            ) from error
+
+
+def _weights(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    names = _fields(index).get("weight_map", {})
+    try:
+        paths = [inside_cache(folder, str(name)) for name in sorted(set(names.values()))]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{index} cannot be used: {error}. Get another copy.") from error
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(f"{index} names {missing[0].name}, which is not there. The download may be incomplete.")
+    return paths
+
+
+def inside_cache(folder: Path, name: str) -> Path:
+    """`inside`, but for links: the files of a Hugging Face cache are links to where it keeps their bytes."""
+    path = folder / name
+    return path if path.is_symlink() and Path(name).name == name else inside(folder, name)
+
+
+def _refuse_code(path: Path, fields: dict[str, Any], *, own_code: bool) -> None:
+    for key, value in fields.items():
+        # `attn_implementation: owner/name` makes transformers download a kernel.
+        is_code = key in ("auto_map", "trust_remote_code") and value and not own_code
+        if is_code or ("attn_implementation" in key and "/" in str(value)):
+            raise UserError(
+                f"{path} names code of its own ({key}), which is never run here, and without it the model may be another. Pass another model, or remove {key} if the plain architecture is right."
+            )
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    try:
+        fields = read_json(path)
+        if not isinstance(fields, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Get another copy.") from error
+    return fields

@@ -1,0 +1,79 @@
+"""The dimensions of a language model that decide its cost, without loading it."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sarm.settings.model import ModelSettings
+
+
+class Shape(NamedTuple):
+    """Width of the residual stream, of the feed-forward part, of all queries and of all keys; blocks of the whole model; vocabulary."""
+
+    d_in: int
+    d_ff: int
+    d_query: int
+    d_key: int
+    num_blocks: int
+    vocabulary: int
+
+    @property
+    def weights_a_block(self) -> int:
+        """Weights of the matrices of a block: queries, keys, values, output, and the gated feed-forward part."""
+        return 2 * self.d_in * (self.d_query + self.d_key) + 3 * self.d_in * self.d_ff
+
+    def backbone(self, depth: int) -> int:
+        """Weights of the first `depth` blocks and of the embedding."""
+        return depth * self.weights_a_block + self.vocabulary * self.d_in
+
+
+KNOWN_SHAPES = {
+    "tiny:llama": Shape(64, 128, 64, 32, 2, 600),
+    "demo:smollm2": Shape(576, 1536, 576, 192, 30, 49152),
+    "meta-llama/Llama-3.2-1B-Instruct": Shape(2048, 8192, 2048, 512, 16, 128256),
+    "meta-llama/Llama-3.2-3B-Instruct": Shape(3072, 8192, 3072, 1024, 28, 128256),
+    "meta-llama/Llama-3.1-8B-Instruct": Shape(4096, 14336, 4096, 1024, 32, 128256),
+}
+"""Of the presets' models, so that a dry run needs no download."""
+
+
+def shape_of(model: ModelSettings) -> Shape | None:
+    """The shape of a known model, of a local folder, or of a model whose config is in the Hugging Face cache; None for others."""
+    if model.name in KNOWN_SHAPES:
+        return KNOWN_SHAPES[model.name]
+    file = _config_file(model)
+    if file is None or model.gguf_file:
+        return None
+    try:
+        about = json.loads(file.read_text())
+        return _shape(about.get("text_config") or about)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # The model's own check says what is wrong with the file.
+        return None
+
+
+def _config_file(model: ModelSettings) -> Path | None:
+    local = Path(model.name).expanduser() / "config.json"
+    if local.is_file():
+        return local
+    if ":" in model.name or model.name.count("/") > 1 or model.name.startswith((".", "~", "/")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _shape(about: dict[str, Any]) -> Shape | None:
+    if any("experts" in name for name in about):
+        # A token passes through some of the experts, and memory holds all of them: not one number.
+        return None
+    d_in, heads = int(about["hidden_size"]), int(about["num_attention_heads"])
+    head = int(about.get("head_dim") or d_in // heads)
+    keys = int(about.get("num_key_value_heads") or heads)
+    blocks, vocabulary = int(about["num_hidden_layers"]), int(about["vocab_size"])
+    return Shape(d_in, int(about["intermediate_size"]), heads * head, keys * head, blocks, vocabulary)

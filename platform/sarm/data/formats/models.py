@@ -1,0 +1,67 @@
+"""From a model's name to its files, and the checks that need no weights."""
+
+from pathlib import Path
+from typing import Any
+
+from sarm.data.formats.model_files import check_model_files
+from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.settings.checks import UserError
+from sarm.settings.model import ModelSettings
+
+
+def model_folder(model: ModelSettings) -> str:
+    """Folder or Hugging Face id that `transformers` loads; the demo's and the tests' models are made once and cached.
+
+    Raises UserError for an unknown built-in name.
+    """
+    if model.name == "demo:smollm2":
+        from sarm.data.sources.demo import demo_model
+
+        return str(demo_model())
+    if model.name == "tiny:llama":
+        from sarm.data.sources.tiny import tiny_model
+
+        return str(tiny_model())
+    if ":" in model.name and not Path(model.name).exists():
+        raise UserError(f"unknown model {model.name}, built in are demo:smollm2 and tiny:llama. Pass --model.name.")
+    return model.name
+
+
+def backbone_of(model: ModelSettings, folder: str, layer: int, dtype: Any) -> Any:
+    """The first `layer` blocks of the model in `folder`, with their weights in a torch `dtype`.
+
+    Raises UserError if a weight is missing or not finite.
+    """
+    from sarm.data.store.finite import not_finite
+    from sarm.nn.backbone import load_backbone
+
+    try:
+        backbone = load_backbone(folder, layer, dtype, revision=model.revision, gguf_file=model.gguf_file)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if broken := not_finite(backbone.named_parameters()):
+        raise UserError(f"{folder} holds NaN or infinite values in {broken}. The weights are broken; get another copy.")
+    return backbone
+
+
+def check_model(model: ModelSettings) -> ChatTokenizer:
+    """The model's tokenizer, after checking that the model exists, is supported, has `layer` blocks and fits the tokenizer.
+
+    Raises UserError otherwise; reads no weights.
+    """
+    folder = model_folder(model)
+    if Path(folder).expanduser().is_dir() and not model.gguf_file:
+        check_model_files(Path(folder).expanduser())
+    # Seconds of imports, that who is refused for a file need not wait for.
+    from sarm.nn.backbone import read_config
+
+    try:
+        config = read_config(folder, model.layer, revision=model.revision, gguf_file=model.gguf_file)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    chat = load_chat_tokenizer(model, folder)
+    if len(chat.tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {model.name} has {len(chat.tokenizer)} tokens, its model {config.vocab_size}. Pass a matching --model.name."
+        )
+    return chat

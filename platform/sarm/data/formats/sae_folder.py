@@ -1,0 +1,56 @@
+"""SAE folders: SAELens' layout (`cfg.json`, `sae_weights.safetensors`), with everything needed to use the SAE again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sarm.contracts.untrusted import read_json
+from sarm.data.formats.sae_lens_layout import CONFIG, WEIGHTS, write_sae_lens
+from sarm.data.formats.sae_weights import weights_of
+from sarm.data.store.finite import not_finite
+from sarm.nn.architectures import ARCHITECTURES, build_sae
+from sarm.nn.sae import Sae
+from sarm.settings.checks import UserError
+
+
+def save_sae(sae: Sae, folder: Path, metadata: dict[str, Any]) -> None:
+    """Write the SAE; `metadata` (model, layer, standardising, ...) goes into `cfg.json`.
+
+    Architectures with thresholds are SAELens' jumprelu, which is what they are out of training; `metadata.sae` says how they train.
+    """
+    write_sae_lens(weights_of(sae, metadata), folder)
+
+
+def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
+    """The SAE of a folder and its metadata.
+
+    Raises UserError if files are missing or torn, or the weights are of another shape than `cfg.json` says.
+    """
+    try:
+        config = read_json(folder / CONFIG)
+        weights = load_file(folder / WEIGHTS)
+        # A jumprelu SAE from elsewhere has no k, and none is needed unless it is trained on.
+        here = {"architecture": config["architecture"], "k": config["k"] if config["architecture"] == "topk" else 1}
+        kind = dict(config.get("metadata", {}).get("sae", here))
+        architecture, k = kind.pop("architecture"), kind.pop("k")
+        known = architecture in ARCHITECTURES
+        sae = build_sae(architecture, config["d_in"], config["d_sae"], k, **kind) if known else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a readable SAE: {error}. Train it again, or pass another --out.") from error
+    if sae is None:
+        raise UserError(f"{folder} holds a {architecture} SAE, expected one of {', '.join(ARCHITECTURES)}.")
+    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != expected:
+        raise UserError(f"{folder / WEIGHTS} holds shapes {found}, cfg.json says {expected}.")
+    if broken := not_finite(weights.items()):
+        raise UserError(
+            f"{folder / WEIGHTS} holds NaN or infinite values in {broken}. The SAE is broken; train it again."
+        )
+    with torch.no_grad():
+        for name, tensor in sae.state_dict().items():
+            tensor.copy_(weights[name])
+    return sae, config.get("metadata", {})

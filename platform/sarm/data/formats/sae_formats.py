@@ -1,0 +1,125 @@
+"""SAE files of other libraries, both ways: SAELens (6 and later), sparsify, dictionary_learning, and the papers' `.pt`.
+
+Each format is a reader and a writer of `SaeWeights`. Layers count blocks that are kept, as in `hidden_states[layer]`, so the
+other libraries' hook on block n is layer n + 1. None of the formats but SAELens' can say that rows are standardised first:
+readers of the others must be handed `sarm.nn.sae.standardise(h)`.
+"""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError
+
+from sarm.data.formats.sae_layouts import (
+    read_dictionary_learning,
+    read_pt,
+    read_sparsify,
+    refuse_signed,
+    write_dictionary_learning,
+    write_pt,
+    write_sparsify,
+)
+from sarm.data.formats.sae_lens_layout import (
+    CONFIG,
+    WEIGHTS,
+    read_sae_lens,
+    write_sae_lens,
+    write_sae_lens_on_residuals,
+)
+from sarm.data.formats.sae_weights import SaeWeights
+from sarm.settings.checks import UserError
+
+
+class Format(NamedTuple):
+    """One library's files: whether a path holds them, how they are read, and how an SAE is written into an empty folder."""
+
+    is_at: Callable[[Path], bool]
+    read: Callable[[Path, int | None], SaeWeights]
+    write: Callable[[SaeWeights, Path], None]
+
+
+def import_sae(path: Path, format: str = "auto", k: int | None = None) -> SaeWeights:
+    """Read an SAE of any known format; `k` is for files that do not say it.
+
+    Raises UserError if there is none, it is torn, of an architecture without an equal here, or not finite.
+    """
+    if not path.exists():
+        raise UserError(f"there is no SAE at {path}. Pass a folder, or a .pt file.")
+    name = next((name for name, known in FORMATS.items() if known.is_at(path)), None) if format == "auto" else format
+    if name is None:
+        raise UserError(
+            f"{path} holds no known SAE: no cfg.json with sae_weights.safetensors (saelens) or sae.safetensors (sparsify), no "
+            "config.json with ae.pt (dictionary_learning), and it is no .pt file. Pass the folder that holds the weights."
+        )
+    try:
+        return FORMATS[name].read(path, k).checked(str(path))
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors, or is torn; it was not opened, since that could run its code."
+        ) from error
+    except KeyError as error:
+        raise UserError(
+            f"{path} is not a {name} SAE: {error} is missing. Pass --from-format, or another path."
+        ) from error
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path} is not a readable {name} SAE: {reason}. Get another copy, or pass --from-format."
+        ) from error
+
+
+def export_sae(weights: SaeWeights, folder: Path, format: str) -> None:
+    """Write a folder that the library's own loader takes; it appears whole or not at all.
+
+    Raises UserError if the folder is in use, or the format has no words for this SAE.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty. Pass another output folder.")
+    temporary = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        FORMATS[format].write(weights.checked("the SAE"), temporary)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def with_relu(weights: SaeWeights) -> SaeWeights:
+    """A signed TopK SAE as its readers use it that drop latents of value 0 and below."""
+    said = weights.metadata.get("sae")
+    return replace(
+        weights, signed=False, metadata=weights.metadata | ({"sae": {**said, "signed": False}} if said else {})
+    )
+
+
+def _with_relu_only(weights: SaeWeights, folder: Path) -> None:
+    refuse_signed(weights, "saelens")
+    write_sae_lens(weights, folder)
+
+
+def _on_residuals(weights: SaeWeights, folder: Path) -> None:
+    refuse_signed(weights, "saelens")
+    write_sae_lens_on_residuals(weights, folder)
+
+
+def _holds(*names: str) -> Callable[[Path], bool]:
+    return lambda path: all((path / name).is_file() for name in names)
+
+
+FORMATS: dict[str, Format] = {
+    "saelens": Format(_holds(CONFIG, WEIGHTS), read_sae_lens, _with_relu_only),
+    "saelens_residual": Format(lambda path: False, read_sae_lens, _on_residuals),
+    "sparsify": Format(_holds("cfg.json", "sae.safetensors"), read_sparsify, write_sparsify),
+    "dictionary_learning": Format(_holds("config.json", "ae.pt"), read_dictionary_learning, write_dictionary_learning),
+    "pt": Format(lambda path: path.suffix == ".pt" or (path / "sae.pt").is_file(), read_pt, write_pt),
+}
+"""Formats by their names on the command line."""

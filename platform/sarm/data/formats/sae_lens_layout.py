@@ -1,0 +1,87 @@
+"""SAELens' files, from its version 6 on: `cfg.json` and `sae_weights.safetensors`. The SAE folders of this platform are such files."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sarm.data.formats.sae_weights import RESIDUAL, STANDARDISED, SaeWeights, with_input_bias, with_unit_decoder
+from sarm.settings.checks import UserError
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+# SAELens drops the metadata of files that do not name a version of its layout from 6 on.
+_LAYOUT = "6.0.0"
+_KINDS = ("topk", "jumprelu", "standard")
+
+
+def read_sae_lens(folder: Path, k: int | None) -> SaeWeights:
+    """TopK, JumpReLU and ReLU SAEs of the residual stream; raises UserError for others and for normalisations without an equal."""
+    config = json.loads((folder / CONFIG).read_text())
+    tensors = load_file(folder / WEIGHTS)
+    kind, metadata = config["architecture"], config.get("metadata", {})
+    norm = config.get("normalize_activations", "none")
+    if kind not in _KINDS or norm in ("constant_norm_rescale", "covariance_whitening"):
+        raise UserError(
+            f"{folder} holds a {kind} SAE with normalize_activations {norm}. Supported are {', '.join(_KINDS)}, with none or layer_norm."
+        )
+    if config.get("reshape_activations", "none") != "none" or config.get("finetuning_scaling_factor"):
+        raise UserError(
+            f"{folder} holds an SAE of attention heads or with a finetuning scale, expected one of the residual stream."
+        )
+    b_enc = tensors["b_enc"]
+    if not config.get("apply_b_dec_to_input", True):
+        b_enc = with_input_bias(b_enc, tensors["b_dec"], tensors["W_enc"])
+    # ReLU is a threshold of 0 for every latent; and a ReLU stands before the threshold, so negative ones count as 0.
+    threshold = None if kind == "topk" else tensors.get("threshold", torch.zeros_like(b_enc)).clamp_min(0.0)
+    weights = SaeWeights(
+        tensors["W_enc"].float(),
+        b_enc,
+        tensors["W_dec"].float(),
+        tensors["b_dec"],
+        config["k"] if kind == "topk" else k or metadata.get("sae", {}).get("k"),
+        threshold,
+        signed=metadata.get("sae", {}).get("signed", False),
+        input=STANDARDISED if norm == "layer_norm" else metadata.get("input", RESIDUAL),
+        metadata=metadata,
+    )
+    return with_unit_decoder(weights) if config.get("rescale_acts_by_decoder_norm") else weights
+
+
+def write_sae_lens(weights: SaeWeights, folder: Path) -> None:
+    """What `SAE.load_from_disk` takes; architectures with thresholds are its `jumprelu`, `metadata.sae` says how they were trained."""
+    kind = {"architecture": "topk", "k": weights.k, "rescale_acts_by_decoder_norm": False}
+    made_for = weights.metadata.get("activations", {})
+    origin = {}
+    if "layer" in made_for:
+        origin = {
+            "model_name": made_for.get("model"),
+            "hook_name": f"blocks.{made_for['layer'] - 1}.hook_resid_post",
+            "hf_hook_name": f"model.layers.{made_for['layer'] - 1}",
+        }
+    config = {
+        **(kind if weights.threshold is None else {"architecture": "jumprelu"}),
+        "d_in": weights.d_in,
+        "d_sae": weights.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        # Standardising per token is the reader's job (`sarm.nn.sae.standardise`), the same before training and scoring.
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {**origin, **weights.metadata, "sae_lens_version": _LAYOUT, "input": weights.input},
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+    save_file(weights.tensors(), folder / WEIGHTS)
+
+
+def write_sae_lens_on_residuals(weights: SaeWeights, folder: Path) -> None:
+    """SAELens' files for raw residuals: its `layer_norm` standardises, with 1e-5 where `standardise` has 1e-6.
+
+    Codes differ from ours by a factor within 1 +- 9e-6 / std(h).
+    """
+    if weights.input != STANDARDISED:
+        raise UserError("the SAE takes raw residuals as it is. Pass --format saelens.")
+    write_sae_lens(weights, folder)
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalize_activations": "layer_norm"}, indent=2))

@@ -1,0 +1,142 @@
+"""An SAE apart from any library: what every format can be read into and written from.
+
+N rows, D d_in, S d_sae.  pre = (x - b_dec) W_enc + b_enc;  z = TopK(pre), or pre where pre > threshold;  x_hat = z W_dec + b_dec.
+Other conventions are folded into this one in float64, so that what a fold costs is one rounding to float32.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sarm.nn.architectures import build_sae, options_of
+from sarm.nn.sae import Sae, TopKSae
+from sarm.settings.checks import UserError
+
+STANDARDISED = "standardise(residual), float32"
+RESIDUAL = "residual"
+
+
+@dataclass(frozen=True)
+class SaeWeights:
+    """Weights in float32, and how pre-activations become codes.
+
+    `threshold` None is TopK with `k` (without a ReLU if `signed`); else all latents above their threshold are active. `input` says
+    what rows the SAE was made for: `STANDARDISED` or `RESIDUAL`. `metadata` is what the file said of its origin.
+    """
+
+    W_enc: Float[Tensor, "d_in d_sae"]
+    b_enc: Float[Tensor, " d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_dec: Float[Tensor, " d_in"]
+    k: int | None = None
+    threshold: Float[Tensor, " d_sae"] | None = None
+    signed: bool = False
+    input: str = STANDARDISED
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by SAELens' names, contiguous in float32."""
+        named = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        named |= {} if self.threshold is None else {"threshold": self.threshold}
+        return {name: tensor.detach().float().cpu().contiguous() for name, tensor in named.items()}
+
+    def checked(self, origin: str) -> "SaeWeights":
+        """The same in float32.
+
+        Raises UserError, naming `origin`, unless shapes fit each other, every weight is finite and TopK has a usable k.
+        """
+        tensors = self.tensors()
+        d_in, d_sae = self.W_enc.shape if self.W_enc.dim() == 2 else (0, 0)
+        wanted = {
+            "W_enc": (d_in, d_sae),
+            "b_enc": (d_sae,),
+            "W_dec": (d_sae, d_in),
+            "b_dec": (d_in,),
+            "threshold": (d_sae,),
+        }
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if wrong := [f"{name} {found[name]}" for name in found if found[name] != wanted[name] or not d_sae]:
+            raise UserError(
+                f"{origin} holds {', '.join(wrong)}, which does not fit W_enc {found['W_enc']}. The file is not this format's."
+            )
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise UserError(
+                    f"{origin} holds NaN or infinite values in {name}. The SAE is broken; get another copy or train it again."
+                )
+        if self.threshold is None and not (self.k is not None and 1 <= self.k <= d_sae):
+            raise UserError(f"k must be between 1 and d_sae={d_sae}, {origin} gives k={self.k}. Pass --k.")
+        named: dict[str, Any] = dict(tensors)
+        return replace(self, **named)
+
+    def without_input_bias(self) -> Float[Tensor, " d_sae"]:
+        """The encoder bias of the same SAE written as x W_enc + b: b_enc - b_dec W_enc.
+
+        Exact for every SAE, since the pre-activations are the same sum.
+        """
+        return (self.b_enc.double() - self.b_dec.double() @ self.W_enc.double()).float()
+
+
+def with_input_bias(b_enc: Tensor, b_dec: Tensor, W_enc: Tensor) -> Float[Tensor, " d_sae"]:
+    """The inverse of `without_input_bias`: the encoder bias once b_dec is taken off the input, b_enc + b_dec W_enc."""
+    return (b_enc.double() + b_dec.double() @ W_enc.double()).float()
+
+
+def with_unit_decoder(weights: SaeWeights) -> SaeWeights:
+    """The SAE that selects latents by pre-activation times decoder norm and reports them so scaled, with the norms folded.
+
+    W_enc and b_enc times the norms, W_dec over them (SAELens' `rescale_acts_by_decoder_norm`). A latent without a decoder
+    direction keeps norm 1, and then never wins, as before.
+    """
+    norms_S = weights.W_dec.double().norm(dim=1)
+    divisors_S = torch.where(norms_S > 0, norms_S, 1.0)
+    return replace(
+        weights,
+        W_enc=(weights.W_enc.double() * norms_S).float(),
+        b_enc=(weights.b_enc.double() * norms_S).float(),
+        W_dec=(weights.W_dec.double() / divisors_S[:, None]).float(),
+    )
+
+
+def weights_of(sae: Sae, metadata: dict[str, Any]) -> SaeWeights:
+    """The weights of an SAE in memory; `metadata` travels with them, and how the SAE was trained under `sae`."""
+    state = sae.state_dict()
+    return SaeWeights(
+        state["W_enc"],
+        state["b_enc"],
+        state["W_dec"],
+        state["b_dec"],
+        k=sae.k,
+        threshold=state.get("threshold"),
+        signed=isinstance(sae, TopKSae) and sae.signed,
+        input=metadata.get("input", STANDARDISED),
+        metadata={"sae": {"architecture": sae.architecture, "k": sae.k, **options_of(sae)}, **metadata},
+    )
+
+
+def sae_of(weights: SaeWeights) -> Sae:
+    """The SAE with these weights: as it was trained if they say so, else TopK, or JumpReLU where there are thresholds."""
+    kind = (
+        {"architecture": "topk", "signed": weights.signed}
+        if weights.threshold is None
+        else {"architecture": "jumprelu"}
+    )
+    # A reader of thresholds has no use for k, which only training aims at.
+    kind = {"k": weights.k or 1, **(weights.metadata.get("sae") or kind)}
+    sae = build_sae(d_in=weights.d_in, d_sae=weights.d_sae, **kind)
+    state = sae.state_dict()
+    with torch.no_grad():
+        for name, tensor in weights.tensors().items():
+            state[name].copy_(tensor)
+    return sae

@@ -1,0 +1,86 @@
+"""Conversations as sources have them: lists of messages, each with a role and a content; and what is wrong with them, by name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sarm.data.sources.rows import fault_of
+from sarm.data.tokens.templated_text import is_rendered_conversation
+from sarm.settings.checks import UserError
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant")
+# A tokenizer needs a second and some gigabytes for more, nearly all of which a model's context has no room for.
+MAX_CONTENT_BYTES = 4 << 20
+
+
+class ConversationError(UserError):
+    """A conversation that cannot be encoded; `reason` is the word by which every stage counts it."""
+
+    def __init__(self, message: str, reason: str = "template_refuses"):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.reason)
+
+
+def read_messages(items: Sequence[Any]) -> list[Message] | str:
+    """Role and content of each message, whatever else it carries left out; or why it is none: `not_text`, `bad_roles`."""
+    for item in items:
+        if not isinstance(item, dict) or not isinstance(item.get("content"), str):
+            return "not_text"
+        if item.get("role") not in ROLES:
+            return "bad_roles"
+    return [{"role": item["role"], "content": item["content"]} for item in items]
+
+
+def fault_of_content(text: str) -> str | None:
+    """The reason word of a content that no tokenizer should see (`empty`, `nul_byte`, `lone_surrogate`, `too_long`, `already_templated`), or None."""
+    if reason := fault_of(text):
+        return reason
+    if len(text) > MAX_CONTENT_BYTES // 4 and len(text.encode()) > MAX_CONTENT_BYTES:
+        return "too_long"
+    return "already_templated" if is_rendered_conversation(text) else None
+
+
+def fault_of_messages(messages: Sequence[Message]) -> str | None:
+    """The reason word of a conversation that no tokenizer should see, or None. An empty system turn is a choice, others an accident."""
+    for message in messages:
+        reason = fault_of_content(message["content"])
+        if reason and not (reason == "empty" and message["role"] == "system"):
+            return reason
+    return None if any(message["role"] != "system" for message in messages) else "empty"
+
+
+def check_messages(messages: Any) -> None:
+    """Raise ConversationError unless these are messages that a template can be given, whatever their roles and order.
+
+    An empty content is one: it is what a model that says nothing says. So is a content that was templated already, which is for the
+    readers of data to refuse.
+    """
+    if isinstance(messages, str):
+        raise ConversationError(
+            f"expected a list of messages, got the string {messages[:60]!r}. Pass [{{'role': 'user', 'content': ...}}, ...].",
+            "not_messages",
+        )
+    if not isinstance(messages, Sequence) or not all(isinstance(message, dict) for message in messages):
+        raise ConversationError(
+            f"expected a list of messages, got {type(messages).__name__}. Pass role and content of each.",
+            "not_messages",
+        )
+    if not messages:
+        raise ConversationError("a conversation without messages. Pass at least the user's.", "empty")
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(content, str):
+            raise ConversationError(f"the message of {role} has no text as its content. Pass a string.", "not_text")
+        if not isinstance(role, str) or not role.isidentifier():
+            raise ConversationError(f"{str(role)[:60]!r} is no role. Known are {', '.join(ROLES)}.", "bad_roles")
+        reason = fault_of_content(content)
+        if reason in ("nul_byte", "lone_surrogate", "too_long"):
+            raise ConversationError(f"the message of {role} cannot be encoded: {reason}. Leave it out.", reason)
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """What is said, without roles: the conversation as a plain text."""
+    return "\n\n".join(message["content"].strip() for message in messages if message["content"].strip())

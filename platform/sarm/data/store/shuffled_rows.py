@@ -1,0 +1,223 @@
+"""Training rows of an activations/v1 folder in a random order that can be taken up again at any row.
+
+N rows, D d_in. An epoch takes the row groups in random order, cuts them into windows of about `window_rows`, and takes the rows
+of a window in random order. The order follows from store, seed and `window_rows` alone: neither from memory nor from workers,
+who all walk the same batches and take every world-th row of each.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sarm.contracts.ids import hash_share
+from sarm.data.store.activations import ActivationStore, unusable_rows, vectors
+from sarm.settings.checks import UserError
+
+# Of the memory that is free, as rows are not all that a worker holds.
+_MEMORY_SHARE = 0.5
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class Cursor(NamedTuple):
+    """A place in the data: rows before it are used up. Four integers, whatever the store's size and the number of workers."""
+
+    seed: int
+    epoch: int = 0
+    window: int = 0
+    offset: int = 0
+
+
+class Window(Protocol):
+    """Rows that are shuffled among each other: a tensor is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: Tensor) -> Tensor: ...
+
+
+class Rows(Protocol):
+    """Training rows in windows, from window `first` of the epoch on; which rows are where follows from (seed, epoch)."""
+
+    num_rows: int
+
+    def windows(self, seed: int, epoch: int, first: int = 0) -> Iterator[Window]: ...
+
+
+def batches(
+    rows: Rows, start: Cursor, epochs: int, batch_size: int
+) -> Iterator[tuple[Float[Tensor, "batch d_in"], Cursor]]:
+    """The batches from `start` to the end of the last epoch, each with the place behind it; no batch reaches across windows."""
+    place = start
+    while place.epoch < epochs:
+        for window in rows.windows(place.seed, place.epoch, place.window):
+            # Of its own, so that a window can be taken up without those before it.
+            generator = torch.Generator().manual_seed(place.seed + place.epoch + (place.window << 32))
+            order = torch.randperm(len(window), generator=generator)
+            while place.offset < len(order):
+                chosen = order[place.offset : place.offset + batch_size]
+                place = place._replace(offset=place.offset + len(chosen))
+                yield window[chosen], place
+            place = place._replace(window=place.window + 1, offset=0)
+        place = Cursor(place.seed, place.epoch + 1)
+
+
+class _Group(NamedTuple):
+    """A row group with training rows: where it is stored, which of its rows are trained on, where they begin in memory."""
+
+    file: Path
+    number: int
+    kept: Tensor
+    num_kept: int
+    start: int
+
+
+@dataclass(frozen=True)
+class _RowsOfGroups:
+    """16-bit rows, and where among them the training rows of a window's groups are; float32 once asked for."""
+
+    rows: Tensor
+    places: Tensor
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, places: Tensor) -> Tensor:
+        return self.rows.index_select(0, self.places[places].to(self.rows.device)).float()
+
+
+class ShuffledRows:
+    """The rows of a store that are trained on.
+
+    Rows whose document hashes below `heldout_share` are left out; at most `max_heldout` of them are in `heldout`. Rows that
+    cannot be standardised (NaN, infinite, constant) are left out of both; their ids are in `rejected`, by reason. The store is
+    read once to verify it, and kept in 16 bits on `device` where it fits into `memory_bytes`, else read again window by window.
+
+    Raises UserError if a page is damaged or no row is left.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        heldout_share: float,
+        window_rows: int = 1_000_000,
+        max_heldout: int = 16_384,
+        memory_bytes: int | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self._store, self._share, self._window_rows = store, heldout_share, window_rows
+        budget = memory_for_rows(device) if memory_bytes is None else memory_bytes
+        self.is_in_memory = store.num_rows * 2 * store.d_in <= budget
+        self._rows: Tensor | None = None
+        if self.is_in_memory:
+            self._rows = torch.empty(store.num_rows, store.d_in, dtype=store.torch_dtype, device=device)
+        self.num_rows = 0
+        self.rejected: dict[str, list[int]] = {}
+        self._groups: list[_Group] = []
+        heldout = [torch.empty(0, store.d_in)]
+        for file, number, table in store.row_groups(["row_id", "doc_id", "activation"]):
+            rows = vectors(table, store.metadata["dtype"])
+            is_heldout = self._is_heldout(table)
+            kept = ~is_heldout
+            for reason, is_bad in unusable_rows(rows).items():
+                if bool(is_bad.any()):
+                    ids = table.filter(pa.array(is_bad.numpy())).column("row_id").to_pylist()
+                    self.rejected.setdefault(reason, []).extend(ids)
+                    kept, is_heldout = kept & ~is_bad, is_heldout & ~is_bad
+            if missing := max_heldout - sum(map(len, heldout)):
+                heldout.append(rows[is_heldout][:missing].float())
+            if num_kept := int(kept.sum()):
+                self._groups.append(_Group(file, number, kept, num_kept, self.num_rows))
+                if self._rows is not None:
+                    self._rows[self.num_rows : self.num_rows + num_kept] = rows[kept].to(device)
+                self.num_rows += num_kept
+        if self.num_rows == 0:
+            bad = f", {self.num_rejected} of them because they are constant, NaN or infinite" if self.rejected else ""
+            raise UserError(
+                f"all activations of {store.folder} are held out{bad}: they come from too few documents. Add sources."
+            )
+        self.heldout = torch.cat(heldout)
+
+    @property
+    def num_rejected(self) -> int:
+        """Rows left out because they cannot be standardised."""
+        return sum(map(len, self.rejected.values()))
+
+    def windows(self, seed: int, epoch: int, first: int = 0) -> Iterator[Window]:
+        """The windows of an epoch, each read while the one before it is trained on."""
+        with ThreadPoolExecutor(1) as reader:
+            coming = None
+            for groups in self._plan(seed, epoch)[first:]:
+                submitted = reader.submit(self._read, groups)
+                if coming is not None:
+                    yield coming.result()
+                coming = submitted
+            if coming is not None:
+                yield coming.result()
+
+    def sample(self, seed: int, num_rows: int) -> Float[Tensor, "rows d_in"]:
+        """Some of the first window's rows in stored order, for initialising."""
+        window = self._read(self._plan(seed, 0)[0])
+        return window[torch.arange(min(num_rows, len(window)))].cpu()
+
+    def _plan(self, seed: int, epoch: int) -> list[list[_Group]]:
+        """The row groups of each window of an epoch; in stored order where one window holds the whole store."""
+        if self._store.num_rows <= self._window_rows:
+            return [self._groups]
+        windows: list[list[_Group]] = [[]]
+        size = 0
+        for i in np.random.default_rng([seed, epoch]).permutation(len(self._groups)):
+            if size >= self._window_rows:
+                windows.append([])
+                size = 0
+            windows[-1].append(self._groups[i])
+            size += self._groups[i].num_kept
+        return windows
+
+    def _read(self, groups: list[_Group]) -> "_RowsOfGroups":
+        if self._rows is not None:
+            return _RowsOfGroups(self._rows, torch.cat([torch.arange(g.start, g.start + g.num_kept) for g in groups]))
+        rows = torch.empty(sum(g.num_kept for g in groups), self._store.d_in, dtype=self._store.torch_dtype)
+        first = 0
+        for group in groups:
+            table = self._store.row_group(group.file, group.number, ["activation"])
+            rows[first : first + group.num_kept] = vectors(table, self._store.metadata["dtype"])[group.kept]
+            first += group.num_kept
+        return _RowsOfGroups(rows, torch.arange(len(rows)))
+
+    def _is_heldout(self, table: pa.Table) -> Tensor:
+        # Once a document: its rows follow each other.
+        documents = table.column("doc_id").combine_chunks().dictionary_encode()
+        shares = [is_heldout(document, self._share) for document in documents.dictionary.to_pylist()]
+        return torch.tensor(shares, dtype=torch.bool)[torch.from_numpy(documents.indices.to_numpy().astype(np.int64))]
+
+
+def is_heldout(doc_id: str, share: float) -> bool:
+    """Whether a document's rows are kept out of the SAE's training."""
+    # With a salt: training prompts are those that the unsalted hash left over.
+    return hash_share(f"sae:{doc_id}") < share
+
+
+def memory_for_rows(device: torch.device | str = "cpu", num_sharing: int = 1) -> int:
+    """Bytes of the device that each of `num_sharing` processes may fill with rows."""
+    return int(free_memory(device) * _MEMORY_SHARE / num_sharing)
+
+
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that this process may still take on the device, as far as the machine or its container tells."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free

@@ -1,0 +1,164 @@
+"""What stages and their workers log to an MLflow run, and where MLflow is.
+
+Workers get a `StageRun`, which holds an absolute URI and a run id and nothing that cannot be pickled. Runs are made by `tracker`.
+MLflow takes a second to import, so that it is not before something is logged.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sarm.contracts.untrusted import holds_a_secret
+from sarm.engine.mlflow.run_card import DataSet, parameters
+from sarm.settings.checks import StoppedError, UserError
+from sarm.settings.run import ModelsLogged, RunSettings
+
+PARENT_RUN = "mlflow.parentRunId"
+"""Tag of a run that hangs under another (MLflow's `MLFLOW_PARENT_RUN_ID`, which takes seconds to import)."""
+
+if TYPE_CHECKING:
+    from sarm.engine.mlflow.outbox import Outbox
+
+_MAX_PARAM_LENGTH = 6000
+_OUTBOX = ".mlflow-outbox"
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One MLflow run, by absolute URI and id; what is logged goes through the outbox in `outbox`, which all processes see."""
+
+    uri: str
+    run_id: str
+    outbox: Path
+
+    def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0, series: str | None = None) -> None:
+        """Log finite numbers; others are left out, since MLflow would store an infinity as a huge number.
+
+        Never waits. With `series`, one of the metrics, steps that the run has already are left out.
+        """
+        finite = {key: float(value) for key, value in metrics.items() if value is not None and math.isfinite(value)}
+        now = int(time.time() * 1000)
+        self._box.put({"kind": "metrics", "step": step, "time": now, "series": series, "metrics": finite})
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters that the run does not have yet: MLflow's cannot change, and a restarted run logs the same again."""
+        self._log("params", params={key: str(value)[:_MAX_PARAM_LENGTH] for key, value in params.items()})
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file (or a whole folder) to the run."""
+        self._log("artifact", path=str(path.absolute()), folder=folder, is_copy=False)
+
+    def register_model(self, folder: Path, name: str, how: ModelsLogged, place: str = "model") -> None:
+        """Make a reward model's folder the newest version of a registered model, once for each place in the run.
+
+        `how` says whether its weights are copied to MLflow or found by the folder's path; "none" does nothing.
+        """
+        if how != "none":
+            self._log("model", path=str(folder.absolute()), name=name, place=place, copied=how == "copy")
+
+    def log_data_set(self, data: DataSet) -> None:
+        """Name a data set that the run reads or makes; the same again changes nothing."""
+        self._log("dataset", **data._asdict())
+
+    def log_config(
+        self, config: Mapping[str, Any], script: str = "", settings: Mapping[str, str] | None = None
+    ) -> None:
+        """Log the few settings that tell a job's run from others (`parameters` if not given), and its whole config as `config/SCRIPT.json`."""
+        self.log_params(parameters(config) if settings is None else settings)
+        self.log_text(json.dumps(config, indent=2), f"config/{Path(script or sys.argv[0] or 'job').stem}.json")
+
+    def log_table(self, rows: list[dict[str, Any]], name: str) -> None:
+        """Log rows as a table that MLflow's run comparison shows."""
+        self._log(
+            "table", columns={key: [row.get(key) for row in rows] for key in (rows[0] if rows else {})}, name=name
+        )
+
+    def log_figure(self, figure: Any, name: str) -> None:
+        """Log a matplotlib figure as a picture."""
+        self._log_new_file(name, figure.savefig)
+
+    def log_text(self, text: str, name: str) -> None:
+        """Log a text file."""
+        self._log_new_file(name, lambda path: path.write_text(text))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set or replace tags."""
+        self._log("tags", tags=dict(tags))
+
+    def flush(self) -> None:
+        """Wait until MLflow has what this and ended processes logged, unless it is away."""
+        from sarm.engine.mlflow.outbox import flush_run
+
+        flush_run(self.uri, self.run_id, self.outbox)
+
+    def end(self, status: str) -> None:
+        """Close the run as FINISHED, FAILED or KILLED, once MLflow has what this and ended processes logged."""
+        self._box.put({"kind": "end", "status": status})
+        self.flush()
+
+    def _log(self, kind: str, **content: Any) -> None:
+        """Log something that a reader may look for at once: waits for MLflow, unless it is away."""
+        self._box.put({"kind": kind, **content})
+        self._box.flush()
+
+    def _log_new_file(self, name: str, write: Callable[[Path], Any]) -> None:
+        place, _, file_name = name.rpartition("/")
+        folder = self.outbox / f"files-{uuid.uuid4().hex[:12]}"
+        folder.mkdir(parents=True)
+        write(folder / file_name)
+        self._log("artifact", path=str(folder / file_name), folder=place or None, is_copy=True)
+
+    @property
+    def _box(self) -> "Outbox":
+        from sarm.engine.mlflow.outbox import outbox
+
+        return outbox(self.uri, self.run_id, self.outbox)
+
+
+def close_outboxes() -> None:
+    """Wait for MLflow to have what this process logged, if it logged anything; says where the rest lies if MLflow is away."""
+    if (outbox := sys.modules.get("sarm.engine.mlflow.outbox")) is not None:
+        outbox.close_all()
+
+
+def outbox_of(run: RunSettings) -> Path:
+    """Where the records of a run's folder wait for MLflow: beside its database, seen by all processes."""
+    return (run.out.parent / _OUTBOX).absolute()
+
+
+def tracking_uri(run: RunSettings) -> str:
+    """The absolute URI of the run's MLflow.
+
+    Raises UserError for a relative sqlite path or a plain folder, which would be another place on every worker.
+    """
+    uri = run.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        return f"sqlite:///{run.out.parent / 'mlflow.db'}"
+    if holds_a_secret(uri):
+        # It would be written into every run's parameters.
+        raise UserError(
+            "the address of MLflow holds a password. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and pass the address without."
+        )
+    if uri.startswith("sqlite:") and not uri.startswith("sqlite:////"):
+        raise UserError(
+            f"--mlflow-uri {uri} is relative, so every worker would log to a database of its own. Pass sqlite:////absolute/path.db or a server."
+        )
+    if "://" not in uri:
+        raise UserError(
+            f"--mlflow-uri {uri} is neither a server nor a database. Pass http://HOST:PORT or sqlite:////absolute/path.db."
+        )
+    return uri
+
+
+def ended_by(error: BaseException | None) -> str:
+    """MLflow's word for how a run came to its end."""
+    return (
+        "FINISHED" if error is None else "KILLED" if isinstance(error, StoppedError | KeyboardInterrupt) else "FAILED"
+    )

@@ -1,0 +1,21 @@
+"""The command that opens the runs of a tracking address, as jobs print it: at their start and end, in reports, in MLflow itself."""
+
+import shlex
+from pathlib import Path
+
+from sarm.engine.mlflow.moved_database import database_of
+from sarm.engine.mlflow.run_list import address
+
+DATABASE = "mlflow.db"
+
+
+def ui_command(uri: str, experiment_id: str = "") -> str:
+    """`make ui` for the usual place, with the folder for others; a server's own address, at the list of the experiment if it is known."""
+    database = database_of(uri)
+    if database is None:
+        return address(uri, experiment_id) if experiment_id else uri
+    # make would read these in a value, or the shell in its recipe.
+    if database.name != DATABASE or set(str(database.parent)) & set('$"`\\#'):
+        return f"python jobs/ui.py --mlflow-uri {shlex.quote(uri)}"
+    usual = database.parent == Path.cwd() / "outputs"
+    return "make ui" if usual else f"make ui OUTPUTS={shlex.quote(str(database.parent))}"

@@ -1,0 +1,299 @@
+"""Passes over Parquet files: blocks of rows through a pool of actors that hold a model, each into a part file of its own.
+
+Ray Data streams block numbers, not rows: an actor reads its block and writes its part, so that no row crosses the object store, memory
+does not grow with the corpus, and what is done is what has a part file. A pass that is started again does the blocks that have none.
+"""
+
+import json
+import logging
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
+
+from sarm.data.store.blocks import Block
+from sarm.data.store.parts import audit, has_part, read_counts, remove_temporaries, write_rejected
+from sarm.engine.failures import causes_of, is_full_disk
+from sarm.engine.ray.block_actor import BEGUN, BlockActor, Output
+from sarm.engine.ray.cluster import Cluster
+from sarm.engine.ray.pass_progress import PassProgress
+from sarm.engine.terminal import say
+from sarm.settings.checks import NO_PROGRESS_SECONDS, StalledError, UserError
+from sarm.settings.run import RunSettings
+
+_POLL_SECONDS = 5.0
+_KEYS = ("side", "position")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Blocks, what is computed of them, and where it goes.
+
+    `input_ids` gives the ids of a table of `id_columns` as the column `output_id` of the outputs has them.
+    """
+
+    name: str
+    blocks: Sequence[Block]
+    columns: Sequence[str]
+    keep: Callable[[pa.Table], pa.Table] | None
+    actor: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    outputs: Mapping[Any, Output]
+    id_columns: Sequence[str]
+    input_ids: Callable[[pa.Table], Sequence[Any]]
+    output_id: str
+
+
+def run_over(
+    work: Pass,
+    run: RunSettings,
+    cluster: Cluster,
+    log: Callable[[Mapping[str, float], int], None] | None = None,
+    stall_seconds: float = NO_PROGRESS_SECONDS,
+) -> dict[Any, dict[str, Any]]:
+    """Do the blocks that are not done yet through `run.num_actors` actors; returns the counts of each target's folder.
+
+    Blocks that failed with an actor, a node or the pass itself are done again, as long as any of them gets done. Raises UserError if the
+    actors do not fit the cluster, nothing happens for `stall_seconds`, or no row comes out; AuditError if rows are missing or there twice.
+    """
+    folders = [output.folder for output in work.outputs.values()]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    threads = cluster.cpus_each(run, run.num_actors)
+    missing = _missing(work)
+    if len(missing) < len(work.blocks):
+        say(f"{work.name}: {len(work.blocks) - len(missing):,} of {len(work.blocks):,} blocks are done already")
+    num_rows = sum(block.num_rows for block in missing)
+    actors = min(run.num_actors, len(missing))
+    progress = PassProgress(work.name, num_rows, log, num_actors=actors, threads=threads, use_gpu=cluster.use_gpu)
+    while missing:
+        try:
+            for done in _watched(work, missing, threads, run.num_actors, cluster.use_gpu, stall_seconds):
+                progress.add(done)
+        except RayError as error:
+            # A block is done when its part is there, whatever became of the message that said so.
+            before, missing = len(missing), _missing(work)
+            cause = _cause_of(error)
+            if len(missing) == before or is_full_disk(cause):
+                raise cause from error
+            say(f"{work.name}: {_first_line(error)}; going on with {len(missing):,} blocks")
+        else:
+            missing = _missing(work)
+    progress.end()
+    for folder in folders:
+        remove_temporaries(folder)
+        shutil.rmtree(folder / BEGUN, ignore_errors=True)
+    return {target: _checked(work, output) | progress.figures() for target, output in work.outputs.items()}
+
+
+def through_actors(
+    tables: Sequence[pa.Table],
+    batch_rows: int,
+    actor: type,
+    arguments: Mapping[str, Any],
+    sink: Any,
+    run: RunSettings,
+    cluster: Cluster,
+) -> None:
+    """Stream tables in batches of `batch_rows` rows through `run.num_actors` actors into a sink.
+
+    Raises UserError if the actors do not fit the cluster.
+    """
+    folder = Path(sink.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    _mapped(tables, batch_rows, actor, arguments, run, cluster).write_datasink(sink)
+    remove_temporaries(folder)
+
+
+def mapped(
+    tables: Sequence[pa.Table],
+    batch_rows: int,
+    actor: type,
+    arguments: Mapping[str, Any],
+    run: RunSettings,
+    cluster: Cluster,
+) -> Iterator[pa.Table]:
+    """What `run.num_actors` actors make of tables in batches of `batch_rows` rows, computed as it is read, in any order.
+
+    Raises UserError if the actors do not fit the cluster.
+    """
+    data = _mapped(tables, batch_rows, actor, arguments, run, cluster)
+    yield from data.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _mapped(
+    tables: Sequence[pa.Table],
+    batch_rows: int,
+    actor: type,
+    arguments: Mapping[str, Any],
+    run: RunSettings,
+    cluster: Cluster,
+) -> ray.data.Dataset:
+    _set_context(NO_PROGRESS_SECONDS)
+    threads = cluster.cpus_each(run, run.num_actors)
+    return ray.data.from_arrow(list(tables)).map_batches(
+        actor,
+        fn_constructor_kwargs={**arguments, "threads": threads},
+        batch_size=batch_rows,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=run.num_actors),
+        num_cpus=threads,
+        num_gpus=1 if cluster.use_gpu else None,
+    )
+
+
+def _watched(
+    work: Pass, missing: Sequence[Block], threads: int, num_actors: int, use_gpu: bool, stall_seconds: float
+) -> Iterator[dict[str, Any]]:
+    """What the actors say of each block that they have done. Raises StalledError if neither they nor their journals say anything."""
+    said: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
+    data = _results(work, missing, threads, num_actors, use_gpu)
+
+    def listen() -> None:
+        try:
+            for row in data.iter_rows():
+                said.put(row)
+            said.put(None)
+        except BaseException as error:
+            said.put(error)
+
+    threading.Thread(target=listen, daemon=True).start()
+    journals, last = _journals(work), time.monotonic()
+    while True:
+        try:
+            found = said.get(timeout=min(_POLL_SECONDS, stall_seconds / 4))
+        except queue.Empty:
+            if (now := _journals(work)) != journals:
+                journals, last = now, time.monotonic()
+            elif time.monotonic() - last > stall_seconds:
+                raise StalledError(_stall(work, threads, num_actors, use_gpu, stall_seconds, now)) from None
+            continue
+        last = time.monotonic()
+        if found is None:
+            return
+        if isinstance(found, BaseException):
+            raise found
+        yield found
+
+
+def _results(work: Pass, missing: Sequence[Block], threads: int, num_actors: int, use_gpu: bool) -> ray.data.Dataset:
+    # The driver's watch sees journals too, which Ray does not: a block may take longer than the limit.
+    _set_context(-1)
+    numbers = ray.data.from_arrow([pa.table({"number": [block.number]}) for block in missing])
+    return numbers.map_batches(
+        BlockActor,
+        fn_constructor_kwargs={
+            "blocks": {block.number: block for block in missing},
+            "columns": work.columns,
+            "keep": work.keep,
+            "outputs": work.outputs,
+            "actor": work.actor,
+            "arguments": work.arguments,
+            "threads": threads,
+        },
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=min(num_actors, len(missing)),
+            # One block in the forward pass, one being read, tokenised or written.
+            max_concurrent_calls_per_actor=2,
+            max_tasks_in_flight_per_actor=2,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=threads,
+        num_gpus=1 if use_gpu else None,
+    )
+
+
+def _set_context(no_progress_seconds: float) -> None:
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = False
+    context.execution_no_progress_timeout_s = no_progress_seconds
+    # An actor that dies while it loads is started again instead of ending the pass.
+    context.max_consecutive_actor_init_deaths = 3
+    # Ray's wrapper keeps the text of what it wraps and loses what that was.
+    context.raise_original_map_exception = True
+    # The driver prints progress with tokens and time left; Ray's lines count blocks.
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _missing(work: Pass) -> list[Block]:
+    folders = [output.folder for output in work.outputs.values()]
+    return [block for block in work.blocks if not all(has_part(folder, block.number) for folder in folders)]
+
+
+def _journals(work: Pass) -> dict[str, str]:
+    found = {}
+    for path in (next(iter(work.outputs.values())).folder / BEGUN).glob("*.json"):
+        try:
+            found[path.stem] = path.read_text()
+        except FileNotFoundError:
+            continue  # its block has just been done
+    return found
+
+
+def _stall(
+    work: Pass, threads: int, num_actors: int, use_gpu: bool, seconds: float, journals: Mapping[str, str]
+) -> str:
+    """Why nothing happens, as far as the cluster and the journals show it."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    places = sum(
+        min(int(node.get("CPU", 0)) // threads, int(node.get("GPU", 0)) if use_gpu else num_actors) for node in nodes
+    )
+    head = f"{work.name}: nothing has happened for {seconds:.0f} s"
+    again = "The same command goes on with the blocks that are not done."
+    if places < num_actors:
+        each = f"{threads} CPUs{' and a GPU' if use_gpu else ''}"
+        return (
+            f"{head}: {num_actors} actors of {each} were asked for and the {len(nodes)} nodes that are left have room for {places}. "
+            f"Add nodes, or pass --num-actors {max(1, places)}. {again}"
+        )
+    if journals:
+        number, state = sorted(journals.items())[0]
+        where = json.loads(state)
+        block = next((b for b in work.blocks if b.number == int(number)), number)
+        return f"{head}: {block} was begun by process {where['pid']} on {where['host']}, which says nothing any more. Look at that process. {again}"
+    return f"{head}: {num_actors} actors were asked for and none has begun a block: they are still starting or loading the model. {again}"
+
+
+def _checked(work: Pass, output: Output) -> dict[str, Any]:
+    keys = [name for name in _KEYS if name in output.table_schema.names]
+    started = time.perf_counter()
+
+    def kept_ids(table: pa.Table) -> Sequence[Any]:
+        return work.input_ids(table if work.keep is None else work.keep(table))
+
+    audited = audit(output.folder, work.blocks, work.id_columns, kept_ids, work.output_id, keys)
+    counts = read_counts(output.folder) | audited
+    counts["num_rejected"] = write_rejected(output.folder)
+    counts["audit_seconds"] = round(time.perf_counter() - started, 3)
+    if counts["rows"] == 0:
+        raise UserError(
+            f"{work.name}: nothing usable came out of {audited['audited_rows']} rows: {counts['rejected'] or 'no reason given'}. Look at the source."
+        )
+    return counts
+
+
+def _cause_of(error: BaseException) -> BaseException:
+    """What the user can mend beneath Ray's wrappers, a mistake or a full disk, if there is something, else the error as it is."""
+    for cause in causes_of(error):
+        if isinstance(cause, UserError):
+            return UserError(str(cause.args[0]) if cause.args else str(cause))
+        # Ray's own class for it is one too, and its text is a whole traceback.
+        if is_full_disk(cause) and not isinstance(cause, RayError):
+            return cause
+    return error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), type(error).__name__)

@@ -1,0 +1,139 @@
+"""Where a benchmark's rows are: JSONL, JSON and Parquet files (also packed), globs of them, or a Hugging Face data set."""
+
+import glob
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sarm.contracts.ids import hash_share, prompt_key_of
+from sarm.data.sources.rows import EXTENSIONS, Reject, Row, data_set_rows, file_rows, is_data_set, source_files
+from sarm.evaluate.benchmarks.reading import FORMATS, TIES, BadRow, BenchmarkRow, read_benchmark
+from sarm.settings.checks import UserError
+
+_JSON = (".json", ".json.gz")
+# Below this share of usable rows a figure would speak of another benchmark than its name says.
+_USABLE_SHARE = 0.5
+
+
+class Source(NamedTuple):
+    """A benchmark and where it is read from."""
+
+    name: str
+    place: str
+
+
+class Loaded(NamedTuple):
+    """A benchmark as read: the rows to score and those left out."""
+
+    source: Source
+    rows: list[BenchmarkRow]
+    bad: list[BadRow]
+    num_read: int
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that depend on the ids and texts of the rows alone."""
+        found = hashlib.sha256()
+        for row in self.rows:
+            parts = [row.subset, row.row_id, prompt_key_of(row.prompt), str(row.num_correct), *row.completions]
+            found.update(json.dumps(parts).encode())
+        return found.hexdigest()[:16]
+
+
+def parse_source(text: str) -> Source:
+    """`NAME=SOURCE`, or `NAME` for the benchmark's public data set; a bare `owner/name` is a Hugging Face data set.
+
+    Raises UserError for an unknown benchmark or a source that is not there.
+    """
+    name, _, place = text.partition("=")
+    if name not in FORMATS:
+        raise UserError(f"unknown benchmark {name}. Known are {', '.join(FORMATS)}. Pass --benchmarks NAME=SOURCE.")
+    place = place or FORMATS[name].data_set
+    if not place:
+        raise UserError(f"{name} has no public data set. Pass --benchmarks {name}=FILE.")
+    if not _is_file(place) and re.fullmatch(r"[\w.-]+/[\w.-]+", place):
+        place = f"hf:{place}:{FORMATS[name].data_set.rpartition(':')[2] or 'test'}"
+    if not is_data_set(place):
+        _files(place)
+    return Source(name, place)
+
+
+def _is_file(place: str) -> bool:
+    """Whether the place is meant as a file, there or not."""
+    return place.endswith((*_JSON, *EXTENSIONS)) or glob.has_magic(place) or Path(place).expanduser().exists()
+
+
+def load_benchmark(source: Source, limit: int | None, allow_partial: bool) -> Loaded:
+    """Read a benchmark; with a `limit`, about that many of its rows, chosen by hash of the prompt (Ties partners together).
+
+    Raises UserError if there is no row, or under half of them can be used and `allow_partial` is not set.
+    """
+    good, bad = read_benchmark(source.name, _rows(source.place))
+    num_read = len(good) + len(bad)
+    reasons = f"first: {bad[0].where}: {bad[0].reason}" if bad else "the source is empty"
+    if not good:
+        raise UserError(f"{source.name}: none of the {num_read} rows of {source.place} can be used; {reasons}.")
+    if len(good) < _USABLE_SHARE * num_read and not allow_partial:
+        raise UserError(
+            f"{source.name}: only {len(good)} of the {num_read} rows of {source.place} can be used ({reasons}). Mend the file, or pass --allow-partial."
+        )
+    if limit is not None and len(good) > limit:
+        good = _sample(good, limit)
+    return Loaded(source, good, bad, num_read)
+
+
+def cluster_of(row: BenchmarkRow) -> str:
+    """What an interval keeps together: the prompt; a Ties prompt and its partner."""
+    is_ties = row.benchmark == "reward_bench_2" and row.subset == TIES
+    return f"{TIES}:{row.row_id.partition(':')[2]}" if is_ties else row.prompt_id
+
+
+def _sample(rows: Sequence[BenchmarkRow], limit: int) -> list[BenchmarkRow]:
+    by_cluster: dict[str, list[BenchmarkRow]] = {}
+    for row in rows:
+        by_cluster.setdefault(cluster_of(row), []).append(row)
+    kept: set[int] = set()
+    for cluster in sorted(by_cluster, key=hash_share):
+        if len(kept) >= limit:
+            break
+        kept |= {id(row) for row in by_cluster[cluster]}
+    return [row for row in rows if id(row) in kept]
+
+
+def _rows(place: str) -> Iterator[Row | Reject]:
+    if is_data_set(place):
+        yield from data_set_rows(place)
+        return
+    for path in _files(place):
+        yield from _json_rows(path) if path.name.endswith(_JSON) else file_rows(path)
+
+
+def _files(place: str) -> list[Path]:
+    path = Path(place).expanduser()
+    named = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    if named and all(file.name.endswith(_JSON) for file in named):
+        return named
+    return source_files(place, ())
+
+
+def _json_rows(path: Path) -> Iterator[Row | Reject]:
+    """The objects of a file that holds one JSON list of them."""
+    try:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
+            found = json.load(file)
+    except (ValueError, RecursionError):
+        yield Reject("bad_json", str(path))
+        return
+    except (OSError, EOFError):
+        yield Reject("corrupt_file", str(path))
+        return
+    if not isinstance(found, list):
+        yield Reject("not_a_list", str(path))
+        return
+    for number, fields in enumerate(found):
+        where = f"{path} row {number}"
+        yield Row(fields, where) if isinstance(fields, dict) else Reject("not_an_object", where)

@@ -1,0 +1,213 @@
+"""From what `--model` names to a `ModelSpec`: its kind, its files, and the hash that decides which cached scores are its own."""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sarm.contracts.folders import SARM_FOLDER
+from sarm.contracts.manifest import MANIFEST, read_manifest, sha256_of, verify_files
+from sarm.contracts.untrusted import read_json
+from sarm.data.formats.model_files import check_model_files
+from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.nn.protocol import PROTOCOL_VERSION
+from sarm.settings.benchmarks import Benchmarking
+from sarm.settings.checks import UserError
+from sarm.settings.model import ModelSettings
+
+DEFAULT_LENGTH = 2048
+_WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A reward model as workers load it; `identity` is a hash of its weights, tokenizer and code, `template` of its chat template."""
+
+    kind: str
+    place: str
+    identity: str
+    template: str
+    protocol: str
+    max_length: int
+    dtype: str
+    system_prompt: str | None = None
+
+
+def find_model(settings: Benchmarking) -> ModelSpec:
+    """What is to be scored, checked as far as it can be without loading weights.
+
+    Raises UserError for a name that is none of the three, a model with several outputs or a tokenizer without chat template.
+    """
+    name = settings.model
+    if ":" in name and not Path(name).exists():
+        load_function(name)
+        source, _, function = name.rpartition(":")
+        place = f"{Path(source).absolute()}:{function}" if source.endswith(".py") else name
+        return _spec("callable", place, _hash_of_function(name), "", settings, DEFAULT_LENGTH)
+    folder = _folder(name, settings.revision)
+    config = _config(folder, name)
+    if config.get("model_type") == "sarm":
+        return _sarm(folder, config, settings)
+    check_model_files(folder)
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        num_labels = AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]} Pass another --model.") from error
+    if num_labels != 1 or not any("SequenceClassification" in one for one in config.get("architectures") or []):
+        raise UserError(
+            f"{name} is {', '.join(config.get('architectures') or ['no architecture'])} with {num_labels} outputs, expected a sequence classifier with one. Pass another --model."
+        )
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {name} has no chat template, so it cannot render benchmarks. Pass another --model.")  # fmt: skip
+    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:16]
+    return _spec("classifier", str(folder), hash_of_folder(folder), template, settings, DEFAULT_LENGTH)
+
+
+def sarm_tokenizer(spec: ModelSpec) -> ChatTokenizer:
+    """A SARM folder's own tokenizer and pinned template."""
+    # Registers the model's type: the tokenizer's loader would ask whether to run the folder's own code.
+    import sarm.nn.modeling_sarm  # noqa: F401
+
+    model = ModelSettings(name=spec.place, max_length=spec.max_length, system_prompt=spec.system_prompt)
+    return load_chat_tokenizer(model, spec.place)
+
+
+def sarm_settings(folder: Path) -> ModelSettings:
+    """How a SARM folder turns messages into tokens: its own tokenizer, and the length and system prompt it was trained with.
+
+    Raises UserError if the folder holds no reward model with latents.
+    """
+    try:
+        config = dict(read_json(folder / "config.json"))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder} holds no reward model (config.json: {error}). Train one first, or pass another folder."
+        ) from error
+    if config.get("model_type") != "sarm" or config.get("head") != "sae":
+        kind = config.get("head", config.get("model_type"))
+        raise UserError(f"{folder} is a {kind} model without latents. Pass a folder with a SARM.")
+    known = config.get("provenance") or {}
+    length = known.get("max_length", DEFAULT_LENGTH)
+    return ModelSettings(name=str(folder), max_length=length, system_prompt=known.get("system_prompt"))
+
+
+def load_function(place: str) -> Callable[..., Any]:
+    """The function that `module:function` or `file.py:function` names.
+
+    Raises UserError if there is none.
+    """
+    source, _, name = place.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            found = importlib.util.spec_from_file_location(f"scorer_{Path(source).stem}", source)
+            assert found is not None
+            assert found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            sys.modules[found.name] = module
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+        function = getattr(module, name)
+    # Whatever the user's module raises while it is imported.
+    except Exception as error:
+        raise UserError(
+            f"cannot load {place} ({type(error).__name__}: {error}). Pass --model MODULE:FUNCTION."
+        ) from error
+    if not callable(function):
+        raise UserError(f"{place} is not a function. Pass --model MODULE:FUNCTION.")
+    return function
+
+
+# Ends the id of a completion that is scored without its prompt.
+ALONE = ":alone"
+
+
+def score_key(spec: ModelSpec) -> str:
+    """What a cached score depends on besides the texts: model, template, protocol and its version, length and dtype."""
+    parts = (
+        *(spec.identity, spec.template, spec.protocol, str(spec.max_length), spec.dtype, str(spec.system_prompt)),
+        f"version {PROTOCOL_VERSION}",
+    )
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:32]
+
+
+def hash_of_folder(folder: Path) -> str:
+    """A hash of every file that decides what a model computes."""
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
+        # What a run wrote beside the weights says nothing about them.
+        if path.name not in ("manifest.json", "stage.json", "history.json"):
+            found.update(f"{path.name}\x1f{sha256_of(path)}\x1e".encode())
+    return found.hexdigest()[:32]
+
+
+def check_tokenizer(spec: ModelSpec) -> None:
+    """Before scoring: raise UserError if a SARM's tokenizer or template is not the one that it was trained with.
+
+    Apart from `find_model`, since loading a tokenizer costs seconds that a run whose scores are all cached can save.
+    """
+    if spec.kind != "sarm":
+        return
+    known = _config(Path(spec.place), spec.place).get("provenance") or {}
+    chat = sarm_tokenizer(spec)
+    for what, found in (("template", chat.template_hash), ("tokenizer", chat.tokenizer_hash)):
+        if known.get(what, found) != found:
+            raise UserError(
+                f"the {what} in {spec.place} ({found}) is not the one the model was trained with ({known[what]}), so its rewards would mean nothing. Restore the folder's tokenizer files."
+            )
+
+
+def _sarm(folder: Path, config: dict[str, Any], settings: Benchmarking) -> ModelSpec:
+    if (folder / MANIFEST).exists():
+        verify_files(folder, read_manifest(folder, SARM_FOLDER))
+    check_model_files(folder, own_code=True)
+    known = config.get("provenance") or {}
+    # The template's file is part of the folder's hash; its own hash is for the reader.
+    template, length = known.get("template", ""), known.get("max_length", DEFAULT_LENGTH)
+    spec = _spec("sarm", str(folder), hash_of_folder(folder), template, settings, length)
+    return replace(spec, system_prompt=known.get("system_prompt"))
+
+
+def _spec(kind: str, place: str, identity: str, template: str, settings: Benchmarking, max_length: int) -> ModelSpec:
+    # The official code always cuts at 2,048.
+    length = settings.max_length or (DEFAULT_LENGTH if settings.protocol == "official" else max_length)
+    return ModelSpec(kind, place, identity, template, settings.protocol, length, settings.dtype)
+
+
+def _folder(name: str, revision: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise UserError(f"no model folder {name}. Pass --model with a folder, owner/name on Hugging Face, or module:function.")  # fmt: skip
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WEIGHTS)))
+    # The library and the network beneath it raise dozens of kinds; all mean the same to the user.
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise UserError(f"{name} is no folder and cannot be fetched ({type(error).__name__}: {reason}). Pass another --model.") from error  # fmt: skip
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        return dict(read_json(folder / "config.json"))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{name} holds no model (config.json: {error}). Pass --model with a model's folder.") from error
+
+
+def _hash_of_function(name: str) -> str:
+    """The bytes of the file that the function is in: an edited function has no cached scores."""
+    import inspect
+
+    function = load_function(name)
+    path = inspect.getsourcefile(inspect.unwrap(function))
+    return hashlib.sha256(f"{name.rpartition(':')[2]}\x1f{sha256_of(Path(path)) if path else name}".encode()).hexdigest()[:32]  # fmt: skip

@@ -1,1 +1,0 @@
-"""Safety features, steering, poison and denoise."""

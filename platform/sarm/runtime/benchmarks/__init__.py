@@ -1,1 +1,0 @@
-"""Scores of reward models, and comparisons."""

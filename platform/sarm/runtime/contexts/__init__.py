@@ -1,1 +1,0 @@
-"""The texts behind latents, and reward cards."""

@@ -1,1 +1,0 @@
-"""Other projects' files, read and written."""

@@ -1,1 +1,0 @@
-"""What a job would do and cost, before it is paid for."""

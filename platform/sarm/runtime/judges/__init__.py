@@ -1,1 +1,0 @@
-"""Explanations and ratings of latents by language models and people."""

@@ -1,1 +1,0 @@
-"""Ablations on Ray Tune."""

@@ -1,1 +1,0 @@
-"""SAE and reward-model training on Ray Train with DeepSpeed."""

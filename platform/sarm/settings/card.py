@@ -1,0 +1,38 @@
+"""The flags of `jobs/reward_card.py`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sarm.settings.checks import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardCard:
+    """One conversation's reward as a sum of named features, sentence by sentence and token by token."""
+
+    model: Path
+    """SARM folder."""
+    prompt: str = ""
+    """What the user says."""
+    response: str = ""
+    """The answer to reward."""
+    conversation: Path | None = None
+    """JSON file with a list of `{role, content}` that ends with the assistant's turn, instead of --prompt and --response."""
+    contexts: Path | None = None
+    """contexts/v1 folder whose terms name the features; unset: `contexts` beside the model if it is there."""
+    explanations: Path | None = None
+    """explanations/v1 folder whose explanations name them; unset: `explanations` beside the model if it is there."""
+    features: int = 8
+    """Features named for the whole answer; the others are one sum."""
+    out: Path = Path("outputs/reward_card.html")
+    """HTML file to write."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+    def __post_init__(self) -> None:
+        if self.conversation is None and not (self.prompt and self.response):
+            raise UserError("there is no conversation. Pass --prompt and --response, or --conversation FILE.json.")
+        if self.conversation is not None and (self.prompt or self.response):
+            raise UserError("there are two conversations. Pass --conversation, or --prompt and --response.")
+        if self.features < 1:
+            raise UserError(f"features must be at least 1, got {self.features}. Pass --features.")

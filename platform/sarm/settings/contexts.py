@@ -1,0 +1,61 @@
+"""Settings of what makes a trained reward model readable: contexts of its latents, and feature pages."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sarm.settings.checks import OPERATIONAL, UserError
+from sarm.settings.checks import check_least as _check_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextsSettings:
+    """Which texts are kept for each latent, from which data."""
+
+    split: Literal["heldout", "train", "all", "none"] = "all"
+    """Pairs to read: those whose prompts were held out, the training pairs, all, or none."""
+    corpus: bool = False
+    """Also read the sentence ends of the corpus."""
+    max_texts: int | None = None
+    """Read at most this many texts of the corpus, from its beginning."""
+    top: int = 20
+    """Strongest distinct texts kept of each latent and place."""
+    per_decile: int = 2
+    """Texts drawn by hash from each tenth of a latent's activations."""
+    sampled: int = 128
+    """Activations, drawn by hash of the text, behind a latent's quantiles and tenths."""
+    text_chars: int = 2000
+    """Characters of a text at most; a longer one keeps its end."""
+    span_contexts: int = 3
+    """Strongest texts of a latent at the rewarded token of which the driving sentence is looked for, by leaving each out in turn; 0: none."""
+    span_answers: int = 100
+    """Answers that are read so at most, those of the latents that add most to rewards; each costs a forward pass a part."""
+    span_pieces: int = 8
+    """Parts of an answer that are left out in turn at most; more sentences than that are joined."""
+    batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
+    """Tokens of one forward pass, padding included."""
+
+    def __post_init__(self) -> None:
+        if self.split == "none" and not self.corpus:
+            raise UserError("there is nothing to read. Pass another --contexts.split, or --contexts.corpus.")
+        _check_least(self, "contexts.", top=1, per_decile=0, sampled=10, text_chars=80, span_contexts=0, span_answers=0, span_pieces=2, batch_tokens=64, max_texts=1)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagesSettings:
+    """What the feature pages show."""
+
+    features: int = 1000
+    """Latents shown at most, by the size of what they add to rewards."""
+    per_page: int = 50
+    """Latents of one page; the index is a page of its own."""
+    contexts: int = 10
+    """Texts shown of each latent and place."""
+    pairs: int = 3
+    """Pairs shown side by side for each latent."""
+    in_pipeline: bool = field(default=True, metadata=OPERATIONAL)
+    """Whether `jobs/pipeline.py` ends with contexts and pages."""
+    explanations: str = ""
+    """Folder of explanations/v1; empty: `explanations` beside the contexts if it is there, else extractive labels alone."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, "pages.", features=1, per_page=1, contexts=1, pairs=0)

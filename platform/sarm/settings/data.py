@@ -1,0 +1,29 @@
+"""Sources of text and of preferences, and how they are cleaned and split."""
+
+from dataclasses import dataclass
+
+from sarm.settings.checks import check, check_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Sources of text and of preferences, and how they are cleaned and split."""
+
+    texts: tuple[str, ...] = ()
+    """Text sources: files or globs (.jsonl, .jsonl.gz, .jsonl.zst, a .tar of these, .parquet), `hf:NAME[:SPLIT]`, `demo:openwebtext`, `demo:wikipedia`, `tiny:texts`."""
+    pairs: tuple[str, ...] = ()
+    """Preference sources: files or globs as above, `hf:NAME[:SPLIT]`, `demo:harm`, `tiny:pairs`."""
+    text_field: str = "text"
+    """Column that holds the text, or conversations as lists of messages."""
+    max_texts: int | None = None
+    """Keep at most this many texts of each source."""
+    max_pairs: int | None = None
+    """Keep at most this many pairs of each source."""
+    max_pairs_per_prompt: int | None = 60
+    """Keep at most this many pairs of one prompt (chosen by hash), so that no prompt outweighs the others."""
+    heldout_share: float = 0.2
+    """Share of prompts, by hash of the prompt, that are held out for evaluation."""
+
+    def __post_init__(self) -> None:
+        check(self, "data.heldout_share", 0 < self.heldout_share < 1, "between 0 and 1")
+        check_least(self, "data.", max_texts=1, max_pairs=1, max_pairs_per_prompt=1)

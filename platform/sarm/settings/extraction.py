@@ -1,0 +1,42 @@
+"""Settings of extraction."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from sarm.settings.checks import OPERATIONAL
+from sarm.settings.checks import check as _check
+from sarm.settings.checks import check_least as _check_least
+
+Unit = Literal["document", "sentence", "token", "chat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionSettings:
+    """How activations are computed and stored."""
+
+    batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
+    """Tokens of one forward pass, padding included; a batch that does not fit the memory is split."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """16-bit format of stored activations; float16 is finer, bfloat16 never overflows."""
+    units: Annotated[tuple[Unit, ...], tyro.conf.arg(aliases=["--units"])] = ("document",)
+    """Which tokens of a text are taken: the last of each sentence with its left context (`document`), the last of each sentence run alone (`sentence`, SARM section 4.1), all (`token`, for the papers' token-level SAE), or the final token of a rendered conversation (`chat`, for a corpus of conversations). The first goes to `activations/text`."""
+    layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--layers"])] = field(default=(), metadata=OPERATIONAL)
+    """Further layers from the same forward pass, a folder each (`activations/layer21/text`); `model.layer` is always there."""
+    sentence_ends: Literal["rules", "punctuation"] = "rules"
+    """How sentences are found: by our rules, or behind every run of `. , ? ! ;` and newline, as in SAFER's code."""
+    limit_rows: Annotated[int | None, tyro.conf.arg(aliases=["--limit-rows"])] = None
+    """Only the first texts of the corpus, this many."""
+    limit_tokens: Annotated[int | None, tyro.conf.arg(aliases=["--limit-tokens"])] = None
+    """Only the first texts of the corpus, as many as together have at most this many tokens."""
+    block_kilobytes: int = 1024
+    """Text of a block, which is written whole or not at all; smaller where the corpus is small."""
+
+    calibrate: Annotated[bool, tyro.conf.arg(aliases=["--calibrate"])] = field(default=False, metadata=OPERATIONAL)
+    """With `--dry-run`: load the model, run it for seconds on this machine, and plan with its rate instead of an assumed one."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, "extraction.", batch_tokens=64, limit_rows=1, limit_tokens=1, block_kilobytes=1)
+        _check(self, "extraction.units", 0 < len(self.units) == len(set(self.units)), "one or more different units")
+        _check(self, "extraction.layers", all(layer >= 1 for layer in self.layers), "numbers of blocks, 1 or more")

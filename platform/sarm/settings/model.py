@@ -1,0 +1,30 @@
+"""The language model, where it is cut, and how messages become tokens."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sarm.settings.checks import check, check_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The language model, where it is cut, and how messages become tokens."""
+
+    name: str = "demo:smollm2"
+    """Folder, Hugging Face id, `demo:smollm2` (SmolLM2-135M-Instruct from a package) or `tiny:llama` (random, for tests)."""
+    revision: str = "main"
+    """Branch, tag or commit of a Hugging Face model; pin a commit for a run to be repeated."""
+    gguf_file: str = ""
+    """File inside `name` to load instead of safetensors."""
+    layer: int = 15
+    """Number of blocks to keep; activations are the residual stream after block `layer` (`hidden_states[layer]`)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the frozen backbone in extraction and scoring; training keeps fp32 master weights whatever this is."""
+    max_length: int = 512
+    """Tokens of a sequence at most; longer ones lose their beginning, never the rewarded final token."""
+    system_prompt: str | None = None
+    """System turn put before conversations that have none; unset leaves it to the model's chat template."""
+
+    def __post_init__(self) -> None:
+        check(self, "model.name", bool(self.name), "a folder or a Hugging Face id")
+        check_least(self, "model.", layer=1, max_length=8)

@@ -1,0 +1,103 @@
+"""Settings of SAE training."""
+
+import itertools
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from sarm.settings.checks import OPERATIONAL
+from sarm.settings.checks import check as _check
+from sarm.settings.checks import check_least as _check_least
+from sarm.settings.checks import check_rate as _check_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeSettings:
+    """The TopK sparse autoencoder and its two training phases (sentence ends, then chat ends)."""
+
+    d_sae: int = 9216
+    """Dictionary size; the papers use 16 d_in."""
+    k: int = 27
+    """Active latents per token; the papers use 3/64 d_in."""
+    lr: float = 5e-4
+    """Adam's peak learning rate on sentence ends."""
+    chat_lr: float = 5e-4
+    """Adam's peak learning rate on chat ends."""
+    batch_size: int = 512
+    """Activations of one step over all workers."""
+    text_epochs: int = 1
+    """Passes over the sentence ends of the corpus; 0 leaves the phase out."""
+    chat_epochs: int = 1
+    """Passes over the final tokens of the training responses; 0 leaves the phase out."""
+    warmup_share: float = 0.05
+    """Share of each phase over which the rate rises from 0."""
+    decay_share: float = 0.2
+    """Share of each phase over which the rate falls to 0."""
+    heldout_share: float = 0.05
+    """Share of activations, by hash of the document, kept out of training to measure FVU."""
+    cross_entropy_texts: int = 0
+    """Texts of the corpus, at most, on which the whole language model is run with the SAE spliced in; 0: not measured."""
+    checkpoint_every_seconds: float = field(default=300.0, metadata=OPERATIONAL)
+    """Time between two training states on disk; a stopped job that is run again goes on from the last one."""
+    checkpoint_every_steps: int = field(default=0, metadata=OPERATIONAL)
+    """Steps between two training states instead; 0: by time."""
+    architecture: Literal["topk", "batch_topk", "matryoshka", "jumprelu"] = "topk"
+    """k latents of each row; k a row on average over the batch, `matryoshka` in nested dictionaries; or learnt thresholds."""
+    signed: bool = False
+    """TopK without the ReLU, as in the papers' own code: negative latents may be active."""
+    prefixes: tuple[int, ...] = ()
+    """Sizes of Matryoshka's nested dictionaries below d_sae; empty: d_sae / 16, / 8, / 4 and / 2 as far as they hold k."""
+    bandwidth: float = 0.1
+    """Width around a JumpReLU threshold within which a pre-activation moves it."""
+    l0_penalty: float = 1.0
+    """JumpReLU's loss grows by this times (active latents / k - 1)^2."""
+    b_dec_init: Literal["mean", "geometric_median"] = "mean"
+    """Centre of the activations that the decoder bias starts at."""
+    aux_k: int = 0
+    """Dead latents that reconstruct the error of each row, so that they come alive (AuxK); 0: none. Papers: d_in / 2."""
+    aux_coefficient: float = 1 / 32
+    """Weight of AuxK's reconstruction loss."""
+    dead_after_rows: int = 1_000_000
+    """Rows, over all workers, after which a latent that has not fired is dead."""
+    split: Literal["rows", "latents"] = field(default="rows", metadata=OPERATIONAL)
+    """How workers share a step: its rows, or the dictionary's latents where one worker cannot hold them all."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, "sae.", d_sae=1, batch_size=1, text_epochs=0, chat_epochs=0, warmup_share=0, decay_share=0)
+        _check(self, "sae.k", 1 <= self.k <= self.d_sae, f"between 1 and d_sae={self.d_sae}")
+        _check_rate(self, "sae.lr")
+        _check_rate(self, "sae.chat_lr")
+        _check(self, "sae.text_epochs", self.text_epochs + self.chat_epochs > 0, "above 0 where chat_epochs is 0")
+        _check(self, "sae.warmup_share", self.warmup_share + self.decay_share <= 1, "at most 1 - decay_share")
+        _check(self, "sae.heldout_share", 0 < self.heldout_share < 0.5, "between 0 and 0.5")
+        _check_least(self, "sae.", aux_k=0, dead_after_rows=1, checkpoint_every_steps=0, cross_entropy_texts=0)
+        _check_rate(self, "sae.checkpoint_every_seconds")
+        _check_rate(self, "sae.bandwidth")
+        _check_rate(self, "sae.l0_penalty", zero_allowed=True)
+        _check_rate(self, "sae.aux_coefficient", zero_allowed=True)
+        rising = list(self.prefixes) == sorted(set(self.prefixes)) and all(0 < p < self.d_sae for p in self.prefixes)
+        _check(self, "sae.prefixes", rising, f"rising sizes between 1 and {self.d_sae - 1}")
+        _check(
+            self, "sae.signed", not self.signed or self.architecture == "topk", "off unless the architecture is topk"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlsoSaes:
+    """SAEs that learn beside the main one, from the same read of the activations: every combination of these and of its own values."""
+
+    d_sae: tuple[int, ...] = ()
+    """Further dictionary sizes."""
+    k: tuple[int, ...] = ()
+    """Further numbers of active latents."""
+    seed: tuple[int, ...] = ()
+    """Further seeds of the first weights; the order of rows stays that of --seed."""
+
+    def beside(self, sae: SaeSettings, seed: int) -> list[tuple[str, SaeSettings, int]]:
+        """Name, settings and seed of each, without the main one; raises UserError for a combination that cannot be."""
+        found = []
+        for d_sae, k, init_seed in itertools.product(
+            *(dict.fromkeys((own, *further)) for own, further in ((sae.d_sae, self.d_sae), (sae.k, self.k), (seed, self.seed)))
+        ):  # fmt: skip
+            if (d_sae, k, init_seed) != (sae.d_sae, sae.k, seed):
+                found.append((f"d{d_sae}-k{k}-seed{init_seed}", replace(sae, d_sae=d_sae, k=k), init_seed))
+        return found

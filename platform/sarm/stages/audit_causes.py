@@ -1,0 +1,147 @@
+"""The causal tests of an audit: weights off, latents swapped, directions removed before TopK, sentences cut out; each beside controls."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from sarm.audit import causal
+from sarm.audit.codes import CODES, AuditCodes, check_latents, codes_of
+from sarm.audit.pairs import AUDIT_PAIRS
+from sarm.audit.selection import matched_sets
+from sarm.audit.steering import Edit, Sweep, against_controls, make_edit, ratio_interval, steered_rewards
+from sarm.contracts.ids import response_id_of, stable_id
+from sarm.contracts.manifest import StageFolder, finite_or_null, write_atomically
+from sarm.data.tokens.sentences import sentence_ends
+from sarm.engine.mlflow.tracking import StageRun
+from sarm.engine.session import Session
+from sarm.nn.sae import standardise
+from sarm.settings.audit import AuditFeatures
+from sarm.stages.audit_codes import write_codes
+from sarm.stages.audit_folder import FEATURES, Audited, read_audit
+
+CAUSAL = "causal/v1"
+_DELETION_SIZES = (1, 2, 4, 8, 16, 32)
+
+
+def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> None:
+    """The causal tests, in `causal`. Raises UserError if no feature is selected."""
+    out = session.run.out
+    names = ("controls", "upstream_controls", "deletions")
+    asked = {name: getattr(settings, name) for name in names} | {"seed": session.run.seed}
+    inputs = {CODES: (out / "codes", CODES), FEATURES: (out / "features", FEATURES)}
+    folder = StageFolder(out / "causal", CAUSAL, asked, inputs)
+
+    def body(child: StageRun) -> Mapping[str, Any]:
+        found = read_audit(out)
+        codes, target = found.codes, found.codes.role("target")
+        latents = check_latents(codes, found.selection.latent.tolist())
+        seed = session.run.seed
+        sets_GE = matched_sets(latents, codes.density, codes.weight, settings.controls, seed)
+        steering = _zeroed(target, latents, sets_GE)
+        steering["rerun_gap"] = _rerun_gap(found, make_edit("zero", 0.0, latents, codes.weight))
+        nearest_G1 = matched_sets(latents[:1], codes.density, codes.weight, settings.controls, seed)
+        order = causal.contribution_order(codes.role("select"))
+        rng = np.random.default_rng(seed)
+        content: dict[str, Any] = {
+            "num_pairs": target.num_pairs,
+            "num_prompts": len(np.unique(target.prompts)),
+            "num_features": len(latents),
+            "num_controls": settings.controls,
+            "num_upstream_controls": settings.upstream_controls,
+            "zeroed": steering,
+            "strongest": {
+                "latent": int(latents[0]),
+                **_zeroed(target, latents[:1], np.unique(nearest_G1, axis=0)),
+            },
+            "swap": causal.swap(target, latents, sets_GE),
+            "upstream": causal.upstream(found.model, target, latents, sets_GE[: settings.upstream_controls]),
+            "curves": causal.deletion_curves(
+                target, order, [rng.permutation(order) for _ in range(settings.controls)], _DELETION_SIZES
+            ),
+            "sentences": _sentences(session, settings, found, target, pairs, folder.folder),
+        }
+        write_atomically(folder.folder / "causal.json", json.dumps(finite_or_null(content), indent=2, allow_nan=False))
+        child.log_artifact(folder.folder / "causal.json")
+        figures = {
+            "zeroed_ratio": steering["ratio"],
+            "strongest_ratio": content["strongest"]["ratio"],
+            "rerun_gap": steering["rerun_gap"],
+            "removed_upstream": content["upstream"]["removed"]["value"],
+            "removed_upstream_ratio": content["upstream"]["removed"]["ratio"],
+            "aopc": content["curves"]["aopc"]["value"],
+        }
+        return {"figures": {name: value for name, value in figures.items() if np.isfinite(value)}}
+
+    session.stage("test causes", folder, body)
+
+
+def _zeroed(target: AuditCodes, latents: NDArray[np.int64], sets_GE: NDArray[np.int64]) -> dict[str, Any]:
+    """Margins of the target with these head weights at 0, beside matched sets."""
+    sweep = Sweep(target, "zero", (0.0,), np.vstack([latents[None], sets_GE]))
+    change_NG = sweep.margins(0.0) - target.margins[:, None]
+    return {
+        **against_controls(float(change_NG[:, 0].mean()), change_NG[:, 1:].mean(axis=0)),
+        "ratio_ci95": ratio_interval(change_NG, target.prompts),
+        "num_controls": len(sets_GE),
+    }
+
+
+def _rerun_gap(found: Audited, edit: Edit) -> float:
+    """Largest difference between closed-form steering and an edited head that is run on the stored residuals."""
+    head = found.model.score.weight
+    kept = head.detach().clone()
+    with torch.no_grad():
+        head[0] = torch.from_numpy(edit.applied(found.codes.weight)).float()
+        rerun = found.model.score(found.model.sae(standardise(torch.from_numpy(found.codes.residual.copy()))))
+        head.copy_(kept)
+    return float(np.abs(rerun.squeeze(-1).double().numpy() - steered_rewards(found.codes, edit)).max())
+
+
+def _sentences(
+    session: Session, settings: AuditFeatures, found: Audited, target: AuditCodes, pairs: pa.Table, folder: Path
+) -> dict[str, Any] | None:
+    """Cut sentences out of some target responses, run the model on what is left, and compare with the placebo."""
+    if settings.deletions == 0:
+        return None
+    importance_S = np.zeros_like(found.codes.weight)
+    importance_S[found.selection.latent] = np.abs(found.codes.weight[found.selection.latent])
+    table = pq.read_table(session.run.out / "codes" / "responses.parquet")
+    stored = {row["response_id"]: row for row in table.select(["response_id", "sentence_latents", "sentence_values", "sentence_sizes"]).to_pylist()}  # fmt: skip
+    place = {response_id_of: i for i, response_id_of in enumerate(table["response_id"].to_pylist())}
+    texts = {
+        response_id_of(row["prompt"], row[side]): (row, row[side])
+        for row in pairs.to_pylist()
+        if row["role"] == "target"
+        for side in ("chosen", "rejected")
+        # What cannot be encoded has no codes; their stage has counted it.
+        if response_id_of(row["prompt"], row[side]) in stored
+    }
+    # One response of each prompt at a time, so that few are of the same prompt.
+    ids = sorted(texts, key=lambda i: stable_id("deletion", i))
+    fired = [_by_sentence(stored[i], importance_S) for i in ids]
+    edits = causal.sentence_edits([texts[i][1] for i in ids], fired, sentence_ends, np.random.default_rng(session.run.seed))  # fmt: skip
+    usable = [(i, edit) for i, edit in zip(ids, edits, strict=True) if edit is not None][: settings.deletions]
+    if not usable:
+        return {"num_responses": 0}
+    edited = [{**texts[i][0], "pair_id": i, "chosen": without[0], "rejected": without[1]} for i, without in usable]
+    rows = sorted(edited, key=lambda row: (row["prompt_id"], row["pair_id"]))
+    write_codes(pa.Table.from_pylist(rows, schema=AUDIT_PAIRS), found.sarm, settings.batch_tokens, folder / "edited", session.run, session.cluster)  # fmt: skip
+    responses, renamed = (pq.read_table(folder / "edited" / f"{name}.parquet") for name in ("responses", "pairs"))
+    codes = codes_of(responses, renamed, found.codes.weight)
+    before_R, after_R = found.codes.at("reward") @ importance_S, codes.at("reward") @ importance_S
+    original = np.array([place[i] for i in codes.pair_ids])
+    change_D2 = np.stack([after_R[codes.chosen], after_R[codes.rejected]], axis=1) - before_R[original][:, None]
+    return causal.deletion_effect(change_D2, codes.prompts.tolist())
+
+
+def _by_sentence(stored: Mapping[str, Any], importance_S: np.ndarray) -> list[float]:
+    values = np.maximum(stored["sentence_values"], 0) * importance_S[np.array(stored["sentence_latents"], dtype=np.int64)]  # fmt: skip
+    ends = np.cumsum(stored["sentence_sizes"], dtype=np.int64)
+    return [float(part.sum()) for part in np.split(values, ends[:-1])] if len(ends) else []

@@ -1,0 +1,152 @@
+"""Scores of all completions of some benchmarks: what the cache has, and the rest through a pool of actors.
+
+The cache holds a score under (model, template, protocol, length, dtype) and the texts, so benchmarks that share rows, partial
+files and interrupted runs all use what is there. Every batch is written when it is done.
+"""
+
+import json
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from sarm.contracts.ids import hash_share, stable_id
+from sarm.contracts.tables import ITEMS_TABLE
+from sarm.data.sources.cache import cache_root
+from sarm.engine.terminal import say
+from sarm.evaluate.benchmarks.probes import edit_conversation, markup_count
+from sarm.evaluate.benchmarks.reading import BenchmarkRow
+from sarm.evaluate.benchmarks.sources import Loaded, cluster_of
+from sarm.passes.models import ALONE, ModelSpec, score_key
+from sarm.settings.run import RunSettings
+
+
+class Scores(NamedTuple):
+    """Scores by completion id, and what scoring cost: completions taken from the cache and scored, tokens and seconds of the latter."""
+
+    by_id: dict[str, dict[str, Any]]
+    num_cached: int
+    num_scored: int
+    forward_tokens: int
+    forward_seconds: float
+
+
+def make_items(
+    benchmarks: Sequence[Loaded], probes: Sequence[str], probe_rows: int
+) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
+    """The rows of ITEMS without their scores, and the prompt (as JSON) and text of every distinct completion id."""
+    items: list[dict[str, Any]] = []
+    texts: dict[str, tuple[str, str]] = {}
+    for loaded in benchmarks:
+        for row in loaded.rows:
+            items += _items_of(row, "", texts)
+        edited = sorted(loaded.rows, key=lambda row: hash_share(f"{row.subset}/{row.row_id}"))[:probe_rows]
+        for probe in probes:
+            for row in edited:
+                items += _items_of(row, probe, texts)
+    return items, texts
+
+
+def all_cached(spec: ModelSpec, texts: dict[str, tuple[str, str]], alone: Sequence[str]) -> bool:
+    """Whether `score_all` would need no model."""
+    known = _cached(cache_root() / "scores" / score_key(spec))
+    return all(key in known for key in (*texts, *(f"{one}{ALONE}" for one in alone)))
+
+
+def score_all(
+    spec: ModelSpec,
+    texts: dict[str, tuple[str, str]],
+    alone: Sequence[str],
+    batch_tokens: int,
+    run: RunSettings,
+) -> Scores:
+    """The score of every completion; those in `alone` once more in a pass of their own, under their id and `:alone`."""
+    folder = cache_root() / "scores" / score_key(spec)
+    wanted = [*texts, *(f"{one}{ALONE}" for one in alone)]
+    known = _cached(folder)
+    missing = [key for key in wanted if key not in known]
+    num_cached = len(wanted) - len(missing)
+    tokens, seconds = 0, 0.0
+    if missing:
+        # Only here: a run whose scores are all cached starts neither Ray nor torch.
+        from sarm.stages.completion_scores import score_requests
+
+        say(f"scoring {len(missing):,} completions with {spec.place} ({num_cached:,} are in the cache)")
+        part = folder / uuid.uuid4().hex
+        score_requests(spec, [(*texts[key.removesuffix(ALONE)], key) for key in missing], part, batch_tokens, run)
+        fresh = ds.dataset([str(path) for path in sorted(part.glob("*.parquet"))]).to_table()
+        known |= _by_id(fresh)
+        started, took = fresh["started"].to_pylist(), fresh["seconds"].to_pylist()
+        tokens = round(sum(fresh["forward_tokens"].to_pylist()))
+        seconds = max(a + b for a, b in zip(started, took, strict=True)) - min(started)
+    return Scores({key: known[key] for key in wanted}, num_cached, len(missing), tokens, seconds)
+
+
+def items_table(items: Iterable[dict[str, Any]], scores: Scores) -> pa.Table:
+    """ITEMS with the scores filled in; a score that is not a finite number stays as it is, for the report to count."""
+    rows = []
+    for item in items:
+        found = scores.by_id[item["completion_id"]]
+        alone = scores.by_id.get(item["completion_id"] + ALONE, {}).get("score") if not item["variant"] else None
+        rows.append(
+            {
+                **item,
+                "score": found["score"],
+                "num_tokens": found["num_tokens"],
+                "truncated": found["was_truncated"],
+                "score_alone": alone,
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=ITEMS_TABLE)
+
+
+def reasons_of(items: Iterable[dict[str, Any]], scores: Scores) -> dict[tuple[str, str], str]:
+    """Why rows have a completion that could not be encoded, by benchmark and `subset/row`."""
+    found = ((item, scores.by_id[item["completion_id"]].get("reason")) for item in items)
+    return {(item["benchmark"], f"{item['subset']}/{item['row_id']}"): reason for item, reason in found if reason}
+
+
+def _items_of(row: BenchmarkRow, variant: str, texts: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
+    items = []
+    for place, text in enumerate(row.completions):
+        prompt: Sequence[dict[str, str]] = row.prompt
+        if variant:
+            prompt, text = edit_conversation(variant, prompt, text)
+        packed = json.dumps([[message["role"], message["content"]] for message in prompt], ensure_ascii=False)
+        completion_id = stable_id(packed, text)
+        texts.setdefault(completion_id, (packed, text))
+        items.append(
+            {
+                "benchmark": row.benchmark,
+                "subset": row.subset,
+                "row_id": row.row_id,
+                "variant": variant,
+                "completion": place,
+                "correct": place < row.num_correct,
+                "cluster": cluster_of(row),
+                "completion_id": completion_id,
+                "num_chars": len(text),
+                "markup": markup_count(text),
+            }
+        )
+    return items
+
+
+def _cached(folder: Path) -> dict[str, dict[str, Any]]:
+    files = []
+    for path in sorted(folder.glob("*/*.parquet")):
+        try:
+            pq.read_metadata(path)
+        except (pa.ArrowException, OSError):
+            continue  # torn by a full disk: its completions are scored again
+        files.append(str(path))
+    return _by_id(ds.dataset(files).to_table()) if files else {}
+
+
+def _by_id(table: pa.Table) -> dict[str, dict[str, Any]]:
+    columns = ["completion_id", "score", "num_tokens", "was_truncated", "reason"]
+    return {row["completion_id"]: row for row in table.select(columns).to_pylist()}

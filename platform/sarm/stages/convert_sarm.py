@@ -1,0 +1,69 @@
+"""Converting reward models to and from the papers' layout: no cluster, no tracking."""
+
+import json
+
+from sarm.contracts.folders import SAE_FOLDER, SARM_FOLDER
+from sarm.contracts.manifest import MANIFEST, StageFolder, read_manifest, verify_files
+from sarm.data.formats.papers_layout import PapersFields, read_papers_sarm, write_papers_sarm
+from sarm.data.formats.sae_folder import save_sae
+from sarm.data.formats.sae_weights import STANDARDISED
+from sarm.data.formats.sarm_folder import load_sarm, save_sarm
+from sarm.data.tokens.chat import load_chat_tokenizer
+from sarm.nn.sae import TopKSae
+from sarm.settings.checks import UserError
+from sarm.settings.conversion import ConvertSarm
+from sarm.settings.model import ModelSettings
+
+
+def convert_sarm(config: ConvertSarm) -> None:
+    """Read the reward model at `config.source` and write it to `config.target`.
+
+    Raises UserError if it cannot be read, the format has no words for it, or the target is in use.
+    """
+    try:
+        said = json.loads((config.source / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{config.source} holds no reward model (config.json: {error}). Pass another folder."
+        ) from error
+    if config.target.exists() and any(config.target.iterdir()):
+        raise UserError(f"{config.target} is not empty. Pass another output folder.")
+    is_ours = said.get("model_type") == "sarm"
+    if is_ours and (config.source / MANIFEST).exists():
+        verify_files(config.source, read_manifest(config.source, SARM_FOLDER))
+    known = said.get("provenance") or {}
+    length = known.get("max_length", config.max_length)
+    # Registering the model type comes with `artifacts`: the tokenizer's loader would else ask to run the folder's code.
+    chat = load_chat_tokenizer(
+        ModelSettings(name=str(config.source), max_length=length, system_prompt=known.get("system_prompt")),
+        config.source,
+    )
+    given = PapersFields(config.layer, config.k, config.topk)
+    model = load_sarm(config.source) if is_ours else read_papers_sarm(config.source, chat, given)
+    if config.format == "papers":
+        write_papers_sarm(model, chat, config.target)
+    else:
+        schema = SARM_FOLDER if config.format == "sarm" else SAE_FOLDER
+        folder = StageFolder(config.target, schema, {"imported": str(config.source), "layer": model.config.layer})
+        made_for = config.model or (known.get("model", "") if is_ours else "")
+        if config.format == "sae" and (model.config.head != "sae" or not made_for):
+            raise UserError(
+                "an SAE needs the model whose activations it encodes. Pass --model, and a SARM rather than a scalar head."
+            )
+        folder.claim()
+        if config.format == "sarm":
+            save_sarm(model, chat, config.target)
+        else:
+            activations = {"d_in": model.sae.d_in, "model": made_for, "layer": model.config.layer}
+            save_sae(model.sae, config.target, {"input": STANDARDISED, "activations": activations})
+        folder.finish({"figures": {}})
+    signed = (
+        ""
+        if model.config.head != "sae" or not isinstance(model.sae, TopKSae)
+        else ", signed TopK"
+        if model.sae.signed
+        else ", TopK and ReLU"
+    )
+    print(
+        f"{config.target}: {config.format}, layer {model.config.layer}, {model.config.d_sae} latents, k {model.config.k}{signed}"
+    )

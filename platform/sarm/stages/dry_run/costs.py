@@ -1,0 +1,261 @@
+"""Time, memory, disk and GPU-hours of each stage, from the settings, the sizes of the sources and the model's dimensions.
+
+The formulas are in `formulas`; what is added here are the seconds that processes take to start.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from sarm.data.formats.model_shapes import Shape, shape_of
+from sarm.engine.ray.machine import Machine
+from sarm.settings.contexts import ContextsSettings
+from sarm.settings.extraction import ExtractionSettings
+from sarm.settings.model import ModelSettings
+from sarm.settings.run import RunSettings
+from sarm.stages.dry_run.formulas import extracted, forward_gb, reward_depths, reward_flops, reward_gb, sae_flops
+from sarm.stages.dry_run.rounding import count
+from sarm.stages.dry_run.source_sizes import Sizes, sizes_of
+
+_GB = 1e9
+# A process with torch and Ray, before it holds anything.
+_PROCESS_GB = 0.6
+# Starting Ray, the processes of a pass, the workers of a training.
+_RAY_SECONDS, _PASS_SECONDS, _TRAINING_SECONDS = 10.0, 8.0, 15.0
+# One process cleans and hashes so much text a second, and keeps so much a text to know it again.
+_PREPARED_BYTES_A_SECOND, _SEEN_BYTES = 10e6, 200
+# Two training states of weights and both moments lie beside what is trained.
+_STATE_BYTES = 2 * 12
+
+
+class StageCost(NamedTuple):
+    """What one stage takes; None where it is not known."""
+
+    stage: str
+    seconds: float | None
+    """On the machine that is planned for."""
+    gpu_hours: float | None
+    host_gb: float | None
+    """Of one process, or of the largest."""
+    gpu_gb: float | None
+    """Of one GPU, where the stage would use one."""
+    disk_gb: float | None
+    work: str
+    """What it goes through, in words."""
+
+
+class _Known(NamedTuple):
+    """What every formula needs of a config that may lack concerns."""
+
+    config: Any
+    run: RunSettings
+    machine: Machine
+    sizes: Sizes
+    shape: Shape | None
+
+    @property
+    def model(self) -> ModelSettings:
+        return self.config.model
+
+    @property
+    def reward_dtype(self) -> str:
+        return self.config.reward.precision
+
+    def time(self, flops: float, count: int, dtype: str, *, training: bool = False) -> tuple[float, float]:
+        """(seconds, GPU-hours) of so many FLOPs."""
+        return flops / self.machine.rate(self.run, count, dtype, training=training), flops / self.machine.gpu_rate(
+            dtype
+        ) / 3600
+
+
+def stage_costs(config: Any, machine: Machine) -> list[StageCost]:
+    """The cost of every stage that the config has settings of, in the order in which they run.
+
+    Raises UserError for a source that cannot be opened.
+    """
+    parts = {name: getattr(config, name, None) for name in ("model", "data", "extraction")}
+    model = parts["model"] if isinstance(parts["model"], ModelSettings) else None
+    sizes = sizes_of(config.run.out, parts["data"], parts["extraction"] or ExtractionSettings())
+    known = _Known(config, config.run, machine, sizes, shape_of(model) if model else None)
+    return list(_costs(known))
+
+
+def _costs(known: _Known) -> Iterator[StageCost]:
+    config = known.config
+
+    def has(*names: str) -> bool:
+        return all(getattr(config, name, None) is not None for name in names)
+
+    if has("data"):
+        yield _prepare(known)
+    if has("model", "extraction"):
+        yield _extract(known)
+    if has("sae"):
+        yield _train_sae(known) if has("model") else _unknown("train_sae")
+    if has("model", "reward"):
+        yield _train_sarm(known)
+    if has("evaluation"):
+        yield _evaluate(known) if has("model", "reward") else _unknown("evaluate")
+    in_pipeline = not has("pages") or config.pages.in_pipeline
+    if has("contexts") and in_pipeline:
+        yield _contexts(known) if has("model") else _unknown("collect_contexts")
+    if has("pages") and in_pipeline:
+        # As many as there are latents at most.
+        pages = min(config.pages.features, config.sae.d_sae if has("sae") else config.pages.features)
+        yield StageCost("feature_pages", 2 + 0.005 * pages, 0.0, _PROCESS_GB, None, 2e-5 * pages, f"{pages:,} features")
+
+
+def _unknown(stage: str, work: str = "the size of its input is not known") -> StageCost:
+    return StageCost(stage, None, None, None, None, None, work)
+
+
+def _prepare(known: _Known) -> StageCost:
+    texts, pairs = known.sizes.corpus, known.sizes.pairs
+    if pairs is None or known.sizes.unknown:
+        return _unknown("prepare_data", f"{', '.join(known.sizes.unknown)}: size not known")
+    rows = (texts.rows if texts else 0) + pairs.train + pairs.heldout
+    read = 4.4 * ((texts.tokens if texts else 0) + (pairs.train + pairs.heldout) * pairs.tokens_a_pair)
+    work = f"{count(texts.rows)} texts, " if texts else ""
+    work += f"{count(pairs.train)} training pairs, {count(pairs.heldout)} held out"
+    memory = 0.4 + rows * _SEEN_BYTES / _GB
+    return StageCost("prepare_data", 3 + read / _PREPARED_BYTES_A_SECOND, 0.0, memory, None, 0.6 * read / _GB, work)
+
+
+def _extract(known: _Known) -> StageCost:
+    extraction, run, model, shape = known.config.extraction, known.run, known.model, known.shape
+    texts, pairs = known.sizes.texts, known.sizes.pairs
+    if shape is None:
+        return _unknown("extract_activations", f"the dimensions of {model.name} are not known here")
+    if texts is None and pairs is None:
+        return _unknown("extract_activations")
+    layers = {model.layer, *extraction.layers}
+    work = extracted(shape, texts, pairs, extraction.units, layers)
+    seconds, gpu_hours = known.time(work.flops, run.num_actors, model.dtype)
+    passes = 3 if texts is not None else 2
+    memory = forward_gb(shape, max(layers), model.dtype, extraction.batch_tokens)
+    tokens = [f"{count(texts.tokens)} tokens of text"] if texts else []
+    tokens += [f"{count((pairs.train + pairs.heldout) * pairs.tokens_a_pair)} of pairs"] if pairs else []
+    rows = ", ".join(f"{count(number)} rows of {unit}" for unit, number in work.rows.items())
+    said = f"{' and '.join(tokens)}, {work.flops:.2e} FLOPs; {rows}" + (
+        f", each at {len(layers)} layers" if len(layers) > 1 else ""
+    )
+    # Where either is missing, the figures would be of the other alone.
+    if texts is None and known.sizes.unknown:
+        return _unknown("extract_activations")
+    return StageCost(
+        "extract_activations",
+        _RAY_SECONDS + passes * _PASS_SECONDS + seconds,
+        gpu_hours,
+        _PROCESS_GB + (0.5 if known.machine.num_gpus else memory),
+        memory,
+        work.disk_bytes / _GB,
+        said,
+    )
+
+
+def _train_sae(known: _Known) -> StageCost:
+    sae, run, shape, texts, pairs = known.config.sae, known.run, known.shape, known.sizes.texts, known.sizes.pairs
+    if shape is None or (texts is None and known.sizes.unknown) or (texts is None and pairs is None):
+        return _unknown("train_sae")
+    also = getattr(known.config, "also", None)
+    saes = [sae, *(other for _, other, _ in also.beside(sae, run.seed))] if also is not None else [sae]
+    unit = known.config.extraction.units[0] if getattr(known.config, "extraction", None) else "document"
+    text_rows = 0.0
+    if texts is not None:
+        text_rows = {"token": texts.tokens, "chat": texts.rows}.get(unit, texts.sentences)
+    chat_rows = 2 * pairs.train if pairs is not None else 0.0
+    flops = sum(sae_flops(shape.d_in, one, text_rows, chat_rows) for one in saes)
+    seconds, gpu_hours = known.time(flops, run.num_workers, "bfloat16", training=True)
+    weights = sum(2 * shape.d_in * one.d_sae for one in saes)
+    rows = sae.text_epochs * text_rows + sae.chat_epochs * chat_rows
+    shared = run.num_workers if sae.split == "latents" else 1
+    memory = (16 * weights / shared + sae.batch_size * (shape.d_in * 16 + 4 * 16384)) / _GB
+    read = (text_rows + chat_rows) * 2 * shape.d_in / _GB
+    return StageCost(
+        "train_sae",
+        _TRAINING_SECONDS + seconds,
+        gpu_hours,
+        _PROCESS_GB + min(read, 2.0) + (0.0 if known.machine.num_gpus else memory),
+        memory,
+        weights * (4 + _STATE_BYTES) / _GB,
+        f"{count(rows)} rows, {flops:.2e} FLOPs; {sae.d_sae:,} latents, {sae.k} active"
+        + (f"; {len(saes)} SAEs" if len(saes) > 1 else ""),
+    )
+
+
+def _train_sarm(known: _Known) -> StageCost:
+    model, reward, run, shape, pairs = known.model, known.config.reward, known.run, known.shape, known.sizes.pairs
+    if shape is None or pairs is None:
+        return _unknown("train_sarm")
+    tokens = pairs.train * pairs.tokens_a_pair
+    depths = reward_depths(model, reward, shape)
+    flops = sum(reward_flops(shape, depth, reward, tokens) for depth in depths)
+    seconds, gpu_hours = known.time(flops, run.num_workers, known.reward_dtype, training=True)
+    sae = getattr(known.config, "sae", None)
+    dictionary = 2 * shape.d_in * sae.d_sae if sae else 0
+    memory = reward_gb(shape, max(depths), reward, run.num_workers) + 4 * dictionary / _GB
+    weights = sum(shape.backbone(depth) for depth in depths) + dictionary
+    states = _STATE_BYTES * shape.backbone(max(depths))
+    loaded = 4 * shape.backbone(max(depths)) / _GB
+    # MLflow has a copy of a registered model only where it is asked for one.
+    copies = 2 if run.mlflow_models == "copy" else 1
+    others = f", and {', '.join(reward.baselines)}" if reward.baselines else ""
+    return StageCost(
+        "train_sarm",
+        _TRAINING_SECONDS * len(depths) + seconds,
+        gpu_hours,
+        _PROCESS_GB + (loaded if known.machine.num_gpus else memory),
+        memory,
+        (4 * copies * weights + states) / _GB,
+        f"SARM{others}: {reward.epochs} epoch{'s' * (reward.epochs > 1)} of {count(pairs.train)} pairs, {flops:.2e} FLOPs, ZeRO {reward.zero_stage}",
+    )
+
+
+def _evaluate(known: _Known) -> StageCost:
+    model, reward, run, shape, pairs = known.model, known.config.reward, known.run, known.shape, known.sizes.pairs
+    if shape is None or pairs is None:
+        return _unknown("evaluate")
+    depths = reward_depths(model, reward, shape)
+    tokens = pairs.heldout * pairs.tokens_a_pair
+    flops = sum(2.0 * shape.weights_a_block * depth * tokens for depth in depths)
+    seconds, gpu_hours = known.time(flops, run.num_actors, model.dtype)
+    batch = known.config.extraction.batch_tokens if getattr(known.config, "extraction", None) else 2048
+    memory = forward_gb(shape, max(depths), "float32", batch)
+    return StageCost(
+        "evaluate",
+        5 * len(depths) + seconds,
+        gpu_hours,
+        _PROCESS_GB + memory,
+        memory,
+        2 * pairs.heldout * 100 / _GB,
+        f"{count(pairs.heldout)} held-out pairs with {len(depths)} model{'s' * (len(depths) > 1)}",
+    )
+
+
+def _contexts(known: _Known) -> StageCost:
+    contexts: ContextsSettings = known.config.contexts
+    run, model, shape, texts, pairs = known.run, known.model, known.shape, known.sizes.texts, known.sizes.pairs
+    if shape is None or pairs is None or (contexts.corpus and texts is None):
+        return _unknown("collect_contexts")
+    split = {"heldout": pairs.heldout, "train": pairs.train, "none": 0.0}
+    read = split.get(contexts.split, pairs.train + pairs.heldout)
+    tokens = read * pairs.tokens_a_pair
+    if contexts.corpus and texts is not None:
+        share = min(1.0, contexts.max_texts / max(1.0, texts.rows)) if contexts.max_texts else 1.0
+        tokens += texts.tokens * share
+    # A part left out is a forward pass over one answer and its prompt; a pair's tokens are the upper bound.
+    answers = min(contexts.span_answers, 2 * read) if contexts.span_contexts else 0
+    tokens += answers * contexts.span_pieces * pairs.tokens_a_pair
+    flops = 2.0 * shape.weights_a_block * model.layer * tokens
+    seconds, gpu_hours = known.time(flops, run.num_actors, model.dtype)
+    memory = forward_gb(shape, model.layer, "float32", contexts.batch_tokens)
+    sae = getattr(known.config, "sae", None)
+    kept = (sae.d_sae if sae else 0) * (contexts.top + 10 * contexts.per_decile) * 400 / _GB
+    return StageCost(
+        "collect_contexts",
+        10 + seconds,
+        gpu_hours,
+        _PROCESS_GB + (0.5 if known.machine.num_gpus else memory),
+        memory,
+        min(kept, tokens * 10 / _GB),
+        f"{count(tokens)} tokens",
+    )

@@ -1,0 +1,92 @@
+"""FLOPs, bytes of memory and bytes on disk of the stages, from the sizes of the sources and the model's dimensions.
+
+FLOPs are those of matrix products. B weights of the blocks that are kept, T tokens, N rows, D d_in, S d_sae: a forward pass 2 B T,
+reward training 6 B T an epoch (8 with gradient checkpointing), an SAE at most 6 N D S an epoch, and 6 N D A more with A latents of AuxK.
+Attention scores come on top and are left out: 2 % at 1,000 tokens. A trained weight takes 16 bytes: itself, its gradient, two moments.
+"""
+
+from typing import NamedTuple
+
+from sarm.data.formats.model_shapes import Shape
+from sarm.settings.model import ModelSettings
+from sarm.settings.reward import RewardSettings
+from sarm.settings.sae import SaeSettings
+from sarm.stages.dry_run.source_sizes import Pairs, Texts
+
+_GB = 1e9
+_KEY_BYTES = 60
+
+
+class Extracted(NamedTuple):
+    """Rows and FLOPs of an extraction, and its bytes on disk."""
+
+    rows: dict[str, float]
+    layers: int
+    flops: float
+    disk_bytes: float
+
+
+def extracted(
+    shape: Shape, texts: Texts | None, pairs: Pairs | None, units: tuple[str, ...], layers: set[int]
+) -> Extracted:
+    """All units of the texts, and both chat ends of each pair, at all layers of one forward pass."""
+    rows: dict[str, float] = {}
+    flops_a_token = 2.0 * shape.weights_a_block * max(layers)
+    flops = 0.0
+    if texts is not None:
+        by_unit = {"token": texts.tokens, "chat": texts.rows}
+        rows |= {unit: by_unit.get(unit, texts.sentences) for unit in units}
+        # Sentences alone are another pass than documents, and conversations a third.
+        passes = len({unit if unit in ("sentence", "chat") else "whole" for unit in units})
+        flops += flops_a_token * texts.tokens * passes
+    if pairs is not None:
+        both = pairs.train + pairs.heldout
+        rows["chat end"] = 2 * both
+        flops += flops_a_token * both * pairs.tokens_a_pair
+    disk = sum(rows.values()) * len(layers) * (2 * shape.d_in + _KEY_BYTES)
+    return Extracted(rows, len(layers), flops, disk)
+
+
+def forward_gb(shape: Shape, depth: int, dtype: str, batch_tokens: int) -> float:
+    """Weights of the blocks and the embedding, and what one batch holds inside a block."""
+    wide = 4 if dtype == "float32" else 2
+    return (shape.backbone(depth) + batch_tokens * (8 * shape.d_in + 3 * shape.d_ff)) * wide / _GB
+
+
+def sae_flops(d_in: int, sae: SaeSettings, text_rows: float, chat_rows: float, width: int | None = None) -> float:
+    """Of all epochs over the rows of both phases; `width` latents, if not the settings' own."""
+    rows = sae.text_epochs * text_rows + sae.chat_epochs * chat_rows
+    return 6.0 * rows * d_in * ((width or sae.d_sae) + sae.aux_k)
+
+
+def reward_depths(model: ModelSettings, reward: RewardSettings, shape: Shape) -> list[int]:
+    """Blocks of each reward model that the settings train: the SARM and its baselines."""
+    return [model.layer, *(shape.num_blocks if name == "scalar_full" else model.layer for name in reward.baselines)]
+
+
+def reward_flops(shape: Shape, depth: int, reward: RewardSettings, tokens: float) -> float:
+    """Of all epochs over the training pairs."""
+    trains_blocks = reward.train_backbone and reward.lr > 0
+    # Frozen blocks have no backward pass; adapters need the gradients of activations and not those of weights.
+    passes = 2 if not trains_blocks else 4 if reward.lora_rank else 6
+    passes += 2 if reward.gradient_checkpointing and trains_blocks else 0
+    return float(passes) * shape.weights_a_block * depth * tokens * reward.epochs
+
+
+def reward_gb(shape: Shape, depth: int, reward: RewardSettings, workers: int) -> float:
+    """Weights, gradients, AdamW's moments and activations of one worker; ZeRO shares out what its stage says."""
+    weights = shape.backbone(depth)
+    trained = weights if reward.train_backbone and reward.lr > 0 and not reward.lora_rank else 0
+    # Stages 1 and 2 keep another copy of their share of the weights, which AdamW works on.
+    bytes_a_weight = {
+        0: 16.0,
+        1: 8 + 12 / workers,
+        2: 4 + 16 / workers,
+        3: 16 / workers,
+    }[reward.zero_stage]
+    held = trained * bytes_a_weight if trained else 4.0 * weights
+    wide = 4 if reward.precision == "float32" else 2
+    inside_a_block = reward.batch_tokens * (14 * shape.d_in + 4 * shape.d_ff) * wide
+    blocks = depth * reward.batch_tokens * shape.d_in * wide + inside_a_block
+    activations = blocks if reward.gradient_checkpointing or not trained else depth * inside_a_block
+    return (held + activations) / _GB

@@ -1,0 +1,50 @@
+"""What a dry run can find wrong with sources, model and layer, without loading the model."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from sarm.data.formats.model_shapes import KNOWN_SHAPES, shape_of
+from sarm.settings.checks import UserError
+from sarm.settings.data import DataSettings
+from sarm.settings.model import ModelSettings
+
+_BUILT_IN_TEXTS = ("demo:openwebtext", "demo:wikipedia", "tiny:texts")
+_BUILT_IN_PAIRS = ("demo:harm", "tiny:pairs")
+
+
+def check_sources(data: DataSettings) -> None:
+    """Raise UserError unless every source can be opened; built-in ones need no look, and no seconds of imports."""
+    texts = [spec for spec in data.texts if spec not in _BUILT_IN_TEXTS]
+    pairs = [spec for spec in data.pairs if spec not in _BUILT_IN_PAIRS]
+    if texts or pairs:
+        from sarm.data.sources import pairs as pair_sources
+        from sarm.data.sources import texts as text_sources
+
+        for spec in texts:
+            text_sources.check_source(spec, data.text_field)
+        for spec in pairs:
+            pair_sources.check_source(spec)
+    if not data.pairs:
+        raise UserError(
+            "there are no preference pairs. Pass --data.pairs with files, hf:NAME, or a preset that names them."
+        )
+
+
+def check_layers(model: ModelSettings, layers: Collection[int], flag: str = "--model.layer") -> None:
+    """Raise UserError for a model that cannot be used, and for a layer beyond its blocks, as far as its files are here.
+
+    A model of the Hugging Face hub that is not in the cache is not asked for: a dry run needs no network.
+    """
+    if model.name not in KNOWN_SHAPES and _is_local(model.name):
+        # Seconds of imports; who brings a model wants to know whether it will do.
+        from sarm.data.formats.models import check_model
+
+        check_model(model)
+    shape = shape_of(model)
+    deepest = max(layers)
+    if shape is not None and deepest > shape.num_blocks:
+        raise UserError(f"layer {deepest} is beyond {model.name}, which has {shape.num_blocks} blocks. Pass {flag}.")
+
+
+def _is_local(name: str) -> bool:
+    return ":" in name or Path(name).expanduser().exists() or name.startswith((".", "~", "/")) or name.count("/") > 1

@@ -1,0 +1,212 @@
+"""The evaluation stage: score held-out pairs on the cluster, then measure, attribute and collect contexts in this process."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from sarm.contracts.folders import SARM_FOLDER
+from sarm.contracts.ids import stable_int
+from sarm.contracts.manifest import read_manifest
+from sarm.contracts.tables import PAIR_SCORES_TABLE
+from sarm.contracts.untrusted import read_json
+from sarm.data.formats.models import model_folder
+from sarm.data.formats.sae_folder import load_sae
+from sarm.data.formats.sarm_folder import load_sarm
+from sarm.data.sources.prepare import NEAR_DUPLICATES
+from sarm.data.store.activations import ActivationStore
+from sarm.data.store.blocks import plan_blocks
+from sarm.data.store.parts import part_files, read_counts
+from sarm.engine.mlflow.tracking import StageRun
+from sarm.engine.ray.block_actor import Output
+from sarm.engine.ray.passes import Pass, run_over
+from sarm.engine.session import Session
+from sarm.engine.terminal import say
+from sarm.evaluate import pairs as measures
+from sarm.evaluate.probe import fit_probe
+from sarm.evaluate.sae_quality import measure
+from sarm.interpret.attribution import check_completeness, feature_table
+from sarm.interpret.contexts import strongest_texts
+from sarm.nn.protocol import PROTOCOL_VERSION
+from sarm.nn.sae import standardise
+from sarm.passes.pair_scores import PairScores
+from sarm.settings.evaluation import EvaluationSettings
+from sarm.settings.extraction import ExtractionSettings
+from sarm.settings.model import ModelSettings
+from sarm.stages.plan import BASELINES
+from sarm.stages.train_reward_worker import load_pairs
+
+
+def evaluate(
+    session: Session, extraction: ExtractionSettings, evaluation: EvaluationSettings, folder: Path, child: StageRun
+) -> Mapping[str, Any]:
+    """Write scores, `metrics.json`, features and contexts into `folder`; returns the stage's counts."""
+    scores = {"sarm": score_heldout(session, extraction, "sarm", folder)}
+    contents = _contents(folder / "sarm_scores")
+    for name in BASELINES:
+        if (session.folders.out / name).exists():
+            scores[name] = score_heldout(session, extraction, name, folder)
+    say("evaluate: fitting the logistic probe on frozen activations")
+    scores["probe"] = probe_scores(session, scores["sarm"])
+    metrics: dict[str, Any] = {name: measures.measure_pairs(table) for name, table in scores.items()}
+    metrics |= {f"{name}_answer": value for name, value in measures.length_baseline(scores["sarm"]).items()}
+    metrics["random"] = measures.random_baseline(scores["sarm"], session.run.seed)
+    metrics["sarm_minus"] = {
+        name: measures.accuracy_difference(scores["sarm"], table) for name, table in scores.items() if name != "sarm"
+    }
+
+    metrics["near_duplicates"] = without_near_duplicates(scores, session.folders.pairs)
+
+    weight = load_sarm(session.folders.sarm).score.weight.detach().squeeze(0).numpy()
+    sae, _ = load_sae(session.folders.sae)
+    quality = measure(sae, ActivationStore(session.folders.heldout_activations).read_sides()[1])
+    metrics["sae_on_heldout"] = {
+        "fvu": quality.fvu,
+        "alive_share": quality.counts.alive_share(),
+        "l0": quality.counts.l0(),
+    }
+    metrics["protocol_version"] = PROTOCOL_VERSION
+    metrics["contents"] = contents
+    metrics["completeness"] = check_completeness(scores["sarm"], weight)
+    features = feature_table(scores["sarm"], weight)
+    contexts = strongest_texts(_answers(session, scores["sarm"]), evaluation.contexts_per_feature)
+    pq.write_table(features, folder / "features.parquet", write_page_checksum=True)
+    pq.write_table(contexts, folder / "contexts.parquet", write_page_checksum=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    child.log_artifact(folder / "metrics.json")
+    child.log_artifact(folder / "features.parquet")
+    child.log_table(
+        features.sort_by([("mean_margin_contribution", "descending")]).slice(0, 200).to_pylist(), "features.json"
+    )
+    figures = {
+        "heldout_accuracy": metrics["sarm"].get("accuracy"),
+        "length_baseline_accuracy": metrics["shorter_answer"].get("accuracy"),
+        "accuracy_without_near_duplicates": (metrics["near_duplicates"] or {})
+        .get("without", {})
+        .get("sarm", {})
+        .get("accuracy"),
+        "probe_accuracy": metrics["probe"].get("accuracy"),
+        "scalar_head_accuracy": metrics.get("scalar_head", {}).get("accuracy"),
+        "fvu_heldout": quality.fvu,
+        "num_features": features.num_rows,
+        "completeness": metrics["completeness"],
+        "contents_with_control_tokens": contents["contents_with_control_tokens"],
+        "rejected": sum(contents["rejected"].values()),
+    }
+    return {"figures": figures, "rows": scores["sarm"].num_rows, **contents}
+
+
+def without_near_duplicates(scores: Mapping[str, pa.Table], pairs: Path) -> dict[str, Any] | None:
+    """How many held-out prompts and pairs are nearly a training prompt's, and every model's accuracy without them.
+
+    None if the pairs do not say.
+    """
+    if not (pairs / NEAR_DUPLICATES).exists():
+        return None
+    found = read_json(pairs / NEAR_DUPLICATES)
+    near, prompts = pa.array(list(found["prompts"]), pa.string()), scores["sarm"]["prompt_id"]
+    is_near = pc.is_in(prompts, value_set=near)
+    measured = {
+        name: measures.measure_pairs(table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=near))))
+        for name, table in scores.items()
+    }
+    kept = ("accuracy", "accuracy_ci95", "num_pairs", "num_prompts")
+    return {
+        "similarity": found["similarity"],
+        "prompts": pc.count_distinct(prompts.filter(is_near)).as_py(),
+        "of_prompts": pc.count_distinct(prompts).as_py(),
+        "pairs": pc.sum(is_near).as_py() or 0,
+        "of_pairs": len(prompts),
+        "without": {name: {key: one.get(key) for key in kept} for name, one in measured.items()},
+    }
+
+
+def probe_scores(session: Session, like: pa.Table) -> pa.Table:
+    """The held-out pairs of `like` with the rewards of a logistic probe on the frozen activations of the training pairs."""
+    train, x_ND = ActivationStore(session.folders.chat_activations).read_sides()
+    heldout, y_MD = ActivationStore(session.folders.heldout_activations).read_sides()
+    pairs = load_pairs(session.folders.pairs, "train").select(["pair_id", "prompt_id"]).to_pylist()
+    keys = [stable_int(pair["pair_id"]) for pair in pairs]
+    usable = [i for i, key in enumerate(keys) if (key, "chosen") in train and (key, "rejected") in train]
+    x = standardise(x_ND).numpy()
+    chosen, rejected = (x[[train[keys[i], side] for i in usable]] for side in ("chosen", "rejected"))
+    probe = fit_probe(chosen, rejected, np.array([pairs[i]["prompt_id"] for i in usable]), session.run.seed)
+    rewards = np.append(probe.rewards(standardise(y_MD).numpy()), np.nan)
+    for side in ("chosen", "rejected"):
+        # A response without a stored activation takes the NaN at the end, which the measures count.
+        places = [heldout.get((stable_int(pair_id), side), -1) for pair_id in like.column("pair_id").to_pylist()]
+        index = like.schema.get_field_index(f"{side}_reward")
+        like = like.set_column(index, like.schema.field(index), pa.array(rewards[places], pa.float32()))
+    return like
+
+
+def score_heldout(session: Session, extraction: ExtractionSettings, name: str, folder: Path) -> pa.Table:
+    """PAIR_SCORES of the held-out pairs by the reward model `name` of the session, kept in `folder`."""
+    say(f"evaluate: scoring held-out pairs with {name}")
+    reward_model = session.folders.out / name
+    config = read_manifest(reward_model, SARM_FOLDER).config
+    model = ModelSettings(
+        **{
+            key: config[key]
+            for key in ("name", "revision", "gguf_file", "layer", "dtype", "max_length", "system_prompt")
+        }
+    )
+    target = folder / f"{name}_scores"
+    files = sorted(session.folders.pairs.glob("*.parquet"))
+    work = Pass(
+        name=f"score with {name}",
+        blocks=plan_blocks(files, extraction.block_kilobytes, together="prompt_id"),
+        columns=("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset"),
+        keep=_heldout,
+        actor=PairScores,
+        arguments={
+            "model": model,
+            "folder": model_folder(model),
+            "reward_model": reward_model,
+            "extraction": extraction,
+        },
+        outputs={"scores": Output(target, PAIR_SCORES_TABLE)},
+        id_columns=("pair_id", "split"),
+        input_ids=_pair_ids,
+        output_id="pair_id",
+    )
+    run_over(work, session.run, session.cluster)
+    return ds.dataset([str(path) for path in part_files(target)]).to_table().replace_schema_metadata(None)
+
+
+def _contents(scores: Path) -> dict[str, Any]:
+    """What of the held-out pairs could not be encoded, by reason, and how many contents spell control tokens or turns."""
+    counts = read_counts(scores)
+    names = ("contents_with_control_tokens", "contents_already_templated")
+    return {"rejected": counts["rejected"], **{name: counts.get(name, 0) for name in names}}
+
+
+def _heldout(table: pa.Table) -> pa.Table:
+    return table.filter(pc.equal(table.column("split"), "heldout"))
+
+
+def _pair_ids(table: pa.Table) -> list[str]:
+    return table.column("pair_id").to_pylist()
+
+
+def _answers(session: Session, scores: pa.Table) -> pa.Table:
+    pairs = load_pairs(session.folders.pairs, "heldout")
+    place = pc.index_in(scores["pair_id"], value_set=pairs["pair_id"].combine_chunks())
+    return pa.concat_tables(
+        pa.table(
+            {
+                "doc_id": scores["pair_id"],
+                "side": pa.array([side] * len(scores)),
+                "text": pairs[side].take(place),
+                "latents": scores[f"{side}_latents"],
+                "values": scores[f"{side}_values"],
+            }
+        )
+        for side in ("chosen", "rejected")
+    )

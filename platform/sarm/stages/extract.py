@@ -1,0 +1,214 @@
+"""The stages that extract: corpus/v1 and pairs/v1 to activations/v1, all layers and units of a pass at once."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sarm.contracts.folders import ACTIVATIONS_FOLDER, CORPUS_FOLDER, PAIRS_FOLDER
+from sarm.contracts.ids import stable_int
+from sarm.contracts.manifest import StageFolder
+from sarm.contracts.tables import activations_table
+from sarm.data.formats.models import check_model, model_folder
+from sarm.data.store.blocks import plan_blocks
+from sarm.data.tokens.chat import ChatTokenizer
+from sarm.engine.mlflow.tracking import StageRun
+from sarm.engine.session import Session
+from sarm.engine.terminal import say
+from sarm.nn.protocol import PROTOCOL_VERSION
+from sarm.settings.checks import UserError
+from sarm.settings.extraction import ExtractionSettings
+from sarm.settings.model import ModelSettings
+from sarm.stages import plan
+
+_NAMES = {"all": "extract sentence ends", "train": "extract chat ends", "heldout": "extract held-out chat ends"}
+_NAMES_OF_UNIT = {"token": "extract tokens", "chat": "extract conversation ends"}
+_TEXT_COLUMNS = ("row_id", "text")
+_PAIR_COLUMNS = ("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset")
+
+Key = tuple[str, str, int]
+
+
+def extract(session: Session, model: ModelSettings, extraction: ExtractionSettings) -> None:
+    """corpus/v1 and pairs/v1 -> activations/v1 of the texts, of the training responses' ends, and of the held-out ones'."""
+    chat = check_model(model)
+    for layer in extraction.layers:
+        _check_layer(model, layer)
+    folders = session.folders
+    targets = plan.activation_folders(folders, model, extraction)
+    for split, name in _NAMES.items():
+        source, source_schema = (folders.corpus, CORPUS_FOLDER) if split == "all" else (folders.pairs, PAIRS_FOLDER)
+        if split == "all" and not source.exists():
+            continue
+        own = {
+            key: StageFolder(
+                path,
+                ACTIVATIONS_FOLDER,
+                plan.activation_settings(model, extraction, *key),
+                {source_schema: (source, source_schema)},
+            )
+            for key, path in targets.items()
+            if key[0] == split
+        }
+        if split == "all":
+            name = _NAMES_OF_UNIT.get("".join(extraction.units), name)
+            _check_units(source, extraction.units)
+        session.stages(name, own, _Extraction(session, model, extraction, chat, name, source, targets), resume=True)
+
+
+class _Extraction:
+    """The body of one split's stages."""
+
+    def __init__(
+        self,
+        session: Session,
+        model: ModelSettings,
+        extraction: ExtractionSettings,
+        chat: ChatTokenizer,
+        name: str,
+        source: Path,
+        targets: Mapping[Key, Path],
+    ):
+        self._session, self._model, self._extraction, self._chat = session, model, extraction, chat
+        self._name, self._source, self._targets = name, source, targets
+
+    def __call__(self, child: StageRun, keys: Sequence[Key]) -> dict[Key, dict[str, Any]]:
+        from sarm.contracts.passes import Target
+        from sarm.data.store.activations import statistics_of
+        from sarm.engine.ray.block_actor import Output
+        from sarm.engine.ray.passes import Pass, run_over
+        from sarm.nn.backbone import read_config
+        from sarm.passes.activations import ChatActivations, TextActivations
+
+        split, is_text = keys[0][0], keys[0][0] == "all"
+        model, extraction = self._model, self._extraction
+        folder = model_folder(model)
+        d_in = read_config(folder, model.layer, revision=model.revision, gguf_file=model.gguf_file).hidden_size
+        about = {Target(unit, layer): self._about(d_in, layer) for _, unit, layer in keys}
+        outputs = {
+            Target(unit, layer): Output(
+                self._targets[split, unit, layer], activations_table(d_in, about[Target(unit, layer)])
+            )
+            for _, unit, layer in keys
+        }
+        files = sorted(self._source.glob("*.parquet"))
+        blocks = plan_blocks(
+            files,
+            extraction.block_kilobytes,
+            together=None if is_text else "prompt_id",
+            limit_rows=self._limit(files) if is_text else None,
+        )
+        work = Pass(
+            name=self._name,
+            blocks=blocks,
+            columns=_text_columns(keys) if is_text else _PAIR_COLUMNS,
+            keep=None if is_text else functools.partial(_of_split, split=split),
+            actor=TextActivations if is_text else ChatActivations,
+            arguments={
+                "model": model,
+                "folder": folder,
+                "extraction": extraction,
+                "schemas": {target: output.table_schema for target, output in outputs.items()},
+            },
+            outputs=outputs,
+            id_columns=("row_id",) if is_text else ("pair_id", "split"),
+            input_ids=_text_ids if is_text else _pair_ids,
+            output_id="row_id",
+        )
+        found = run_over(work, self._session.run, self._session.cluster, child.log_metrics)
+        counts = {}
+        for key in keys:
+            target = Target(key[1], key[2])
+            own = found[target]
+            statistics = statistics_of(own.pop("moments"))
+            (outputs[target].folder / "statistics.json").write_text(json.dumps(statistics))
+            if own["rejected"]:
+                rows = [{"reason": reason, "rows": rows} for reason, rows in own["rejected"].items()]
+                child.log_table(rows, "rejected.json")
+            if num := own.get("contents_with_control_tokens"):
+                say(f"{self._name}: {num:,} contents spell control tokens, which are encoded as text")
+            figures = plan.with_figures(
+                own, "rows", "truncated", "contents_with_control_tokens", "tokens_per_second", "padding_share"
+            )
+            counts[key] = {**figures, "activations": about[target]}
+        return counts
+
+    def _about(self, d_in: int, layer: int) -> dict[str, Any]:
+        return {
+            "d_in": d_in,
+            "dtype": self._extraction.dtype,
+            "layer": layer,
+            "model": self._model.name,
+            "revision": self._model.revision,
+            "tokenizer": self._chat.tokenizer_hash,
+            "template": self._chat.template_hash,
+            "protocol_version": PROTOCOL_VERSION,
+        }
+
+    def _limit(self, files: Sequence[Path]) -> int | None:
+        limits = [self._extraction.limit_rows]
+        if self._extraction.limit_tokens is not None:
+            limits.append(rows_within(files, self._chat, self._extraction.limit_tokens))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+
+def rows_within(files: Sequence[Path], chat: ChatTokenizer, limit_tokens: int) -> int:
+    """How many of the first texts have at most `limit_tokens` tokens together.
+
+    Raises UserError if the first text alone has more.
+    """
+    from sarm.data.tokens.windows import num_tokens
+
+    rows = tokens = 0
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256, columns=["text"]):
+                for count in num_tokens(batch.column("text").to_pylist(), chat):
+                    if tokens + count > limit_tokens:
+                        if rows == 0:
+                            raise UserError(
+                                f"the first text has {count:,} tokens, more than --limit-tokens {limit_tokens:,}. Pass more."
+                            )
+                        say(f"{rows:,} texts of {tokens:,} tokens are within --limit-tokens {limit_tokens:,}")
+                        return rows
+                    rows, tokens = rows + 1, tokens + count
+    return rows
+
+
+def _check_layer(model: ModelSettings, layer: int) -> None:
+    from sarm.nn.backbone import read_config
+
+    try:
+        read_config(model_folder(model), layer, revision=model.revision, gguf_file=model.gguf_file)
+    except ValueError as error:
+        raise UserError(f"--layers: {error}") from error
+
+
+def _check_units(corpus: Path, units: Sequence[str]) -> None:
+    files = sorted(corpus.glob("*.parquet"))
+    if "chat" in units and files and "messages" not in pq.read_schema(files[0]).names:
+        raise UserError(
+            f"--units chat takes the final token of conversations, and {corpus} holds plain texts. Prepare conversations "
+            "(--data.text-field messages), or pass other --units; the ends of preference pairs are extracted in any case."
+        )
+
+
+def _text_columns(keys: Sequence[Key]) -> tuple[str, ...]:
+    return (*_TEXT_COLUMNS, "messages") if any(unit == "chat" for _, unit, _ in keys) else _TEXT_COLUMNS
+
+
+def _of_split(table: pa.Table, split: str) -> pa.Table:
+    return table.filter(pc.equal(table.column("split"), split))
+
+
+def _text_ids(table: pa.Table) -> list[int]:
+    return table.column("row_id").to_pylist()
+
+
+def _pair_ids(table: pa.Table) -> list[int]:
+    return [stable_int(pair_id) for pair_id in table.column("pair_id").to_pylist()]

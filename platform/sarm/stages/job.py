@@ -1,0 +1,218 @@
+"""The command line that all jobs share: `python jobs/X.py PRESET [--flag value]`.
+
+Nothing heavy is imported here: `--help`, `--dry-run` and wrong flags answer before torch and ray load.
+"""
+
+import contextlib
+import difflib
+import functools
+import io
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tyro
+
+from sarm.contracts.untrusted import holds_a_secret
+from sarm.engine.results import kept
+from sarm.engine.stopping import Listener, command_line
+from sarm.engine.supervisor import is_supervised, supervise_this
+from sarm.settings.checks import StoppedError, UserError
+from sarm.settings.jobs import Pipeline
+from sarm.settings.presets import PRESETS
+from sarm.stages.config_file import as_file, config_flags
+from sarm.stages.dry_run.describing import describe
+from sarm.stages.preset_command import Made, in_order, names_a_preset, split, with_defaults
+
+DEFAULT_PRESET = "demo"
+
+
+def run_job(
+    config_type: type,
+    job: Callable[[Any], None],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    presets: Mapping[str, tuple[str, Pipeline]] = PRESETS,
+    explain: Callable[[Any], str] | None = None,
+) -> None:
+    """Parse the command line into `config_type`, starting from the preset it names (`demo` if none), and run `job` on it.
+
+    `explain` is what `--dry-run` prints, `describe` if there is none.
+
+    Exits with status 2 and one line for a user's mistake, 75 (try again) after SIGTERM, once what it was training is saved, and for
+    failures of machines and networks, 130 for an interrupt, and leaves other errors to Python.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _guarded(lambda: parse(config_type, description, arguments, presets), job, arguments, explain or describe)
+
+
+def run_command(
+    config_type: type,
+    job: Callable[[Any], None],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    made: Made | None = None,
+    *,
+    is_server: bool = False,
+) -> None:
+    """`run_job` for a job whose settings are all flags.
+
+    Where it reads what the chain `made`, its first argument may be a preset: the stages before it are run first, or found done.
+    `is_server` says that the job has nothing to go on with, and answers Ctrl-C and SIGTERM itself, which are how it ends.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    script = f"python {os.path.relpath(sys.argv[0])}"
+    if made is None or not names_a_preset(arguments):
+        of_flags = functools.partial(_parse_flags, config_type, arguments, script, _shown(description))
+        _guarded(of_flags, job, arguments, describe, is_server=is_server)
+        return
+    chain: list[Any] = []
+
+    def parsed() -> Any:
+        of_chain, own = split(arguments)
+        chain.append(parse(made.job, description, of_chain))
+        return _parse_flags(config_type, with_defaults(own, made, chain[0].run.out), script, _shown(description))
+
+    _guarded(
+        parsed,
+        lambda config: in_order(chain[0], job, made)(config),
+        arguments,
+        lambda config: f"{describe(chain[0])}\n\n{describe(config)}",
+        chain,
+    )
+
+
+def _guarded(
+    parsed: Callable[[], Any],
+    job: Callable[[Any], None],
+    arguments: Sequence[str],
+    explain: Callable[[Any], str],
+    before: Sequence[Any] = (),
+    *,
+    is_server: bool = False,
+) -> None:
+    debug = "--debug" in arguments
+    try:
+        _refuse_arguments(arguments)
+        # A server is ended by its signals, and says so itself.
+        with contextlib.nullcontext() if is_server else Listener(command_line(arguments), is_loud=debug):
+            config = parsed()
+            run = getattr(config, "run", None)
+            if run is not None and run.dry_run:
+                print(as_file(config) if run.json else explain(config))
+                return
+            if run is not None and run.submit:
+                from sarm.engine.submission import submit
+
+                submit(sys.argv[0], arguments, config)
+                return
+            if run is None or not is_supervised(run):
+                with kept(config, *before):
+                    job(config)
+                return
+        # A supervisor passes signals on, and the job answers them.
+        sys.exit(supervise_this(arguments, config))
+    except StoppedError as stopped:
+        print(f"{stopped}; the same command goes on with the unfinished stage", file=sys.stderr)
+        sys.exit(75)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the unfinished stage", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        from sarm.engine.failures import status_of
+
+        # What nobody expected keeps its traceback.
+        if debug or (status := status_of(error)) is None:
+            raise
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        print(
+            f"error: {type(error).__name__}: {reason}; the same command goes on with the unfinished stage",
+            file=sys.stderr,
+        )
+        sys.exit(status)
+
+
+def _refuse_arguments(arguments: Sequence[str]) -> None:
+    """Raise UserError for a key among the arguments, which would end in process lists, logs and MLflow, and for a flag that stands there twice."""
+    flag = ""
+    for argument in arguments:
+        flag = argument.partition("=")[0] if argument.startswith("--") else flag
+        if holds_a_secret(argument):
+            # Not shown: that would be one more log that has it.
+            raise UserError(
+                f"{flag or 'an argument'} seems to hold a key or a password. Set it in the environment or a file: OPENAI_API_KEY, HF_TOKEN, MLFLOW_TRACKING_PASSWORD, --judging.keys HOST=file:PATH."
+            )
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    if repeated := [flag for flag in flags if flags.count(flag) > 1]:
+        raise UserError(f"{repeated[0]} is given twice, and only one could count. Pass it once.")
+
+
+def parse(
+    config_type: type,
+    description: str,
+    arguments: Sequence[str],
+    presets: Mapping[str, tuple[str, Pipeline]] = PRESETS,
+) -> Any:
+    """The config that the preset and flags on the command line make.
+
+    Raises UserError for an unknown preset, flag or value; exits with status 0 after printing help.
+    """
+    name, *flags = arguments or [""]
+    script = f"python {os.path.relpath(sys.argv[0])}" if sys.argv[0] else "job"
+    if name in ("-h", "--help"):
+        print(f"{_shown(description)}\n\nusage: {script} [PRESET] [--config FILE] [--flag value ...]\n\npresets:")
+        print("\n".join(f"  {key:<10}{summary}" for key, (summary, _) in presets.items()))
+        print(f"\nwithout a preset: {DEFAULT_PRESET}")
+        print(f"all flags with their help and defaults: {script} {DEFAULT_PRESET} --help")
+        sys.exit(0)
+    if not name or name.startswith("-"):
+        name, flags = DEFAULT_PRESET, list(arguments)
+        print(f"no preset is named, so this is {name}: {presets[name][0]}", file=sys.stderr)
+    if name not in presets:
+        guess = difflib.get_close_matches(name, presets, 1)
+        hint = f", did you mean {guess[0]}?" if guess else "."
+        raise UserError(
+            f"the first argument is a preset ({', '.join(presets)}) or a flag, got {name}{hint} Try {script} --help."
+        )
+    summary, preset = presets[name]
+    about = f"{description.strip().splitlines()[0]} Preset {name}: {summary}."
+    return _parse_flags(config_type, flags, f"{script} {name}", about, default=preset.part(config_type))
+
+
+def _shown(description: str) -> str:
+    """A job's docstring as help shows it: commands indented, so that each keeps its line."""
+    return re.sub(r"^(?=(python|ray job) )", "    ", description.strip(), flags=re.M)
+
+
+def _parse_flags(config_type: type, flags: Sequence[str], prog: str, description: str, **default: Any) -> Any:
+    said = io.StringIO()
+    # Later flags count: those of the command line go over those of the file.
+    flags = [*config_flags(flags, config_type), *flags]
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config_type, args=flags, prog=prog, description=description, **default)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(said.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """What a framed parser error says, on one line: its message, and the flags that may have been meant."""
+    lines = [line.strip("│ \n") for line in box.splitlines()]
+    parts = "\n".join(line for line in lines if not line.startswith(("╭", "╰"))).split("─" * 10)
+    message = " ".join(parts[0].split())
+    message = re.sub(r"^Error parsing (?!--)\S+: ", "", message)
+    meant = re.findall(
+        r"^(--\S+)", box.partition("Perhaps you meant")[2].replace("│", "").replace("    ", ""), flags=re.M
+    )
+    meant = meant or re.findall(r"(--[\w.-]+) [A-Z]", box.partition("Perhaps you meant")[2])
+    return message + (f". Did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else "")

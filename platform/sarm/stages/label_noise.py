@@ -1,0 +1,57 @@
+"""Label noise that is put in at random and found again, by features and by controls that know the noisy labels alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sarm.audit.contrast import contrast, off_target_firing
+from sarm.audit.relabelling import changed_pairs, feature_scores, flipped, precision_recall, rankings
+from sarm.audit.retraining import CachedHead, Repetition, cross_fitted
+from sarm.audit.selection import select
+from sarm.contracts.manifest import read_manifest
+from sarm.settings.audit import Relabel
+from sarm.stages.audit_folder import FEATURES as FEATURES_SCHEMA
+from sarm.stages.audit_folder import Audited
+
+_PERMUTATIONS = 1000
+
+
+def label_noise(
+    found: Audited, head: CachedHead, residual_ND: NDArray[np.float32], seeds: list[Repetition], settings: Relabel, seed: int, out: Path
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Flip labels at random, choose features, penalty and controls on the noisy labels alone, and drop what they suspect."""
+    train = found.codes.role("train")
+    asked = read_manifest(out / "features", FEATURES_SCHEMA).config
+    off_S = off_target_firing(found.codes)
+    sums: dict[tuple[float, str], list[dict[str, float]]] = {}
+    for s, one in enumerate(seeds):
+        rng = np.random.default_rng((seed, s, 1))
+        noisy_N = np.zeros(train.num_pairs, dtype=bool)
+        noisy_N[rng.choice(one.rows, int(len(one.rows) * settings.noise), replace=False)] = True
+        sign_N = np.where(noisy_N, -1.0, 1.0)
+        noisy = flipped(train, noisy_N)
+        penalty = head.penalty_for(one.rows, sign_N)
+        # The pairs that this seed leaves out have clean labels: nothing may be fitted on them.
+        margin_N, probe_N = np.full(train.num_pairs, np.nan), np.full(train.num_pairs, np.nan)
+        margin_N[one.rows] = head.cross_fitted(one.rows, sign_N, penalty)
+        probe_N[one.rows] = cross_fitted(residual_ND[one.rows], train.prompts[one.rows], sign_N[one.rows], seed)
+        weight_S = np.zeros_like(found.codes.weight)
+        weight_S[head.alive] = head.fit(one.rows, sign_N, penalty) / head.scale
+        is_used = np.zeros(train.num_pairs, dtype=bool)
+        is_used[one.rows] = train.roles[one.rows] == "select"
+        contrasted = contrast(noisy.keep(is_used), asked["site"], _PERMUTATIONS, seed)
+        picked = select(contrasted, off_S, weight_S, asked["fdr"], asked["max_off_target"], asked["max_features"], asked["rank"])  # fmt: skip
+        ranked = rankings(feature_scores(noisy, picked), margin_N, probe_N, noisy.log_length, rng)
+        for share in settings.denoise:
+            for method, suspicion_N in ranked.items():
+                dropped = one.rows[changed_pairs(suspicion_N[one.rows], share, "drop", train.pair_ids[one.rows])]
+                credit = head.credits(head.fit(np.setdiff1d(one.rows, dropped), sign_N, penalty))
+                figures_of = precision_recall(dropped, noisy_N) | {"target": float(credit["target"].mean())}
+                sums.setdefault((share, method), []).append(figures_of)
+    return [
+        {"share": share, "method": method, **{name: float(np.mean([f[name] for f in found_])) for name in found_[0]},
+         "precision_min": float(min(f["precision"] for f in found_)), "precision_max": float(max(f["precision"] for f in found_))}
+        for (share, method), found_ in sums.items()
+    ]  # fmt: skip

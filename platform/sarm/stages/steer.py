@@ -1,0 +1,245 @@
+"""`jobs/steer.py`: edit head weights of an audited SARM, measure the edit on cached codes, save it as a SARM folder; and take it back."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from sarm.audit.codes import AuditCodes, check_latents
+from sarm.audit.goals import certificate, edit_for
+from sarm.audit.pairs import chooses
+from sarm.audit.selection import matched_sets
+from sarm.audit.steering import (
+    Edit,
+    Sweep,
+    against_controls,
+    by_subset,
+    make_edit,
+    measure_edit,
+    specificity,
+    steered_rewards,
+)
+from sarm.contracts.folders import SARM_FOLDER
+from sarm.contracts.manifest import StageFolder, finite_or_null, read_manifest, write_atomically
+from sarm.data.formats.sarm_folder import load_sarm, save_sarm
+from sarm.data.tokens.chat import load_chat_tokenizer
+from sarm.engine.mlflow.tracking import StageRun
+from sarm.engine.session import Session
+from sarm.engine.terminal import say
+from sarm.evaluate.intervals import mean_interval
+from sarm.passes.models import hash_of_folder, sarm_settings
+from sarm.report import audit_figures as figures
+from sarm.report.audit_page import write_audit_page
+from sarm.report.figures import as_svg
+from sarm.settings.audit import Steer
+from sarm.settings.checks import UserError
+from sarm.settings.identity import identity
+from sarm.settings.model import ModelSettings
+from sarm.stages.audit_folder import Audited, read_audit
+
+EDIT, STEERING = "edit.json", "steering.json"
+
+
+def steer(session: Session, settings: Steer) -> Path:
+    """Measure, save and log one edit; returns its folder. A finished folder of the same edit is left alone.
+
+    Raises UserError for unknown, silent or no features, and for a goal that cannot be reached, before anything is written.
+    """
+    out = session.run.out
+    found = read_audit(out)
+    if settings.undo is not None:
+        return _undo(session, settings, found)
+    edit, goal = (
+        _goal_edit(found, settings, session.run.seed)
+        if settings.edit == "goal"
+        else (_plain_edit(found, settings), None)
+    )
+    asked = {
+        name: value
+        for name, value in identity(settings, seed=session.run.seed).items()
+        if name not in ("run", "undo", "name")
+    }
+    folder = _sarm_folder(out / "steer" / settings.name, found.sarm, {"asked": asked, "edit": edit.as_json()})
+
+    def body(child: StageRun) -> Mapping[str, Any]:
+        content = _measure(found, edit, settings, session.run.seed, folder.folder)
+        if goal is not None:
+            content["certificate"] = goal
+        write_atomically(folder.folder / STEERING, json.dumps(finite_or_null(content), indent=2, allow_nan=False))
+        _save(found.sarm, edit, folder.folder)
+        for name in (STEERING, EDIT):
+            child.log_artifact(folder.folder / name)
+        for path in folder.folder.glob("*.svg"):
+            child.log_artifact(path)
+        if content["sweep"]:
+            child.log_table([{k: v for k, v in row.items() if k != "control"} | {"control_median": row["control"]["control_median"]} for row in content["sweep"]], "sweep.json")  # fmt: skip
+        target = content["target"]
+        shown = {f"target_{name}": target[name]["value"] for name in ("margin_shift", "accuracy_change", "flips")}
+        return {"figures": {**shown, "off_accuracy_change": content["off_target"]["accuracy_change"]["value"], "weights_changed": len(edit.latent)}}  # fmt: skip
+
+    session.stage(f"steer {settings.name}", folder, body)
+    page = write_audit_page(out)
+    session.tracker.parent.log_artifact(page)
+    say(f"model: {folder.folder}   report: {page}")
+    return folder.folder
+
+
+def _plain_edit(found: Audited, settings: Steer) -> Edit:
+    latents = check_latents(found.codes, settings.features or found.selection.latent.tolist())
+    return make_edit(settings.edit, settings.strength, latents, found.codes.weight)
+
+
+def _goal_edit(found: Audited, settings: Steer, seed: int) -> tuple[Edit, dict[str, Any]]:
+    """The smallest edit that reaches the goal on half of the prompts, and what it does on the other half."""
+    assert settings.goal is not None
+    target, off = found.codes.role("target"), {half: found.codes.role(half) for half in ("off_select", "off_target")}
+    is_seen = np.array([chooses(prompt) for prompt in target.prompts])
+    if is_seen.all() or not is_seen.any():
+        raise UserError("the target has too few prompts to solve on half of them. Audit with more --target pairs.")
+    bound = settings.max_change * float(np.abs(found.codes.weight).max())
+    solved = edit_for(target.keep(is_seen), _subsets(off["off_select"]), settings.goal, settings.tolerance, bound)
+    latent = np.flatnonzero(solved.delta)
+    weight = found.codes.weight[latent]
+    edit = Edit(latent, weight, (weight + solved.delta[latent]).astype(np.float32).astype(np.float64))
+    delta_S = np.zeros_like(found.codes.weight)
+    delta_S[latent] = edit.after - edit.before
+    solved_on = {"target_shift": solved.target_shift, "largest_other_shift": solved.largest_other_shift}
+    others = _subsets(off["off_target"])
+    unseen = target.keep(~is_seen)
+    return edit, {"solved_on": solved_on, **certificate(delta_S, unseen, others, settings.goal, settings.tolerance)}
+
+
+def _subsets(codes: AuditCodes) -> dict[str, AuditCodes]:
+    return {name: codes.keep(codes.subsets == name) for name in sorted(set(codes.subsets.tolist()))}
+
+
+def _measure(found: Audited, edit: Edit, settings: Steer, seed: int, folder: Path) -> dict[str, Any]:
+    target, off = found.codes.role("target"), found.codes.role("off_target")
+    after_R = steered_rewards(found.codes, edit)
+    parts = {
+        "target": measure_edit(target, after_R),
+        "target_subsets": by_subset(target, after_R),
+        "off_target": measure_edit(off, after_R),
+        "off_subsets": by_subset(off, after_R),
+    }
+    subsets = {**parts["target_subsets"], **parts["off_subsets"]}
+    histogram = figures.reward_shift(
+        {"target": target.reward[target.chosen], "off target": off.reward[off.chosen]},
+        {"target": after_R[target.chosen], "off target": after_R[off.chosen]},
+    )
+    (folder / "rewards_before_and_after.svg").write_text(as_svg(histogram))
+    content: dict[str, Any] = {
+        "edit": {
+            "kind": settings.edit,
+            "strength": settings.strength,
+            "goal": settings.goal,
+            "tolerance": settings.tolerance,
+            "weights": edit.as_json(),
+        },
+        **parts,
+        "over_refusal": {name: subsets[name] for name in settings.over_refusal if name in subsets},
+        "specificity": {
+            name: specificity(
+                parts["target"][figure]["value"], [one[figure]["value"] for one in parts["off_subsets"].values()]
+            )
+            for name, figure in (("margin", "margin_shift"), ("accuracy", "accuracy_change"))
+        },
+        "sweep": [],
+    }
+    if settings.edit in ("scale", "add", "set"):
+        content |= _sweep(found, target, off, edit.latent, settings, seed, folder)
+    return content
+
+
+def _sweep(
+    found: Audited, target: AuditCodes, off: AuditCodes, latents: NDArray[np.int64], settings: Steer, seed: int, folder: Path
+) -> dict[str, Any]:  # fmt: skip
+    """Every strength, of the features and of matched sets, in closed form."""
+    sets_GE = np.vstack([latents[None], matched_sets(latents, found.codes.density, found.codes.weight, settings.controls, seed)])  # fmt: skip
+    swept = {
+        name: Sweep(codes, settings.edit, settings.strengths, sets_GE)
+        for name, codes in (("target", target), ("off", off))
+    }
+    found_AG = {name: sweep.summary() for name, sweep in swept.items()}
+    before = {name: float((sweep.codes.margins > 0).mean()) for name, sweep in swept.items()}
+    off_change_AG = _worst_change(off, settings, sets_GE)
+    rows = []
+    for a, strength in enumerate(settings.strengths):
+        control = against_controls(float(found_AG["target"]["margin"][a, 0]), found_AG["target"]["margin"][a, 1:])
+        rows.append(
+            {
+                "strength": strength,
+                **{
+                    f"{name}_{figure}": float(found_AG[name][figure][a, 0])
+                    for name in swept
+                    for figure in ("margin", "chosen", "affected", "flips", "accuracy")
+                },
+                "control": control | {"ratio": control["ratio"] if np.isfinite(control["ratio"]) else None},
+            }
+        )
+    slope_N = swept["target"].pair_slopes()
+    low, high = mean_interval(slope_N, target.prompts)
+    own = {f"{name}_{figure}": found_AG[name][figure][:, 0] for name in swept for figure in ("margin", "accuracy")}
+    controls = {f"target_{figure}": found_AG["target"][figure][:, 1:] for figure in ("margin", "accuracy")}
+    dose = figures.dose_response(settings.strengths, own, controls, settings.edit)
+    (folder / "dose_and_response.svg").write_text(as_svg(dose))
+    change_AG = found_AG["target"]["accuracy"] - before["target"]
+    points = [
+        {"strength": s, "target": float(change_AG[a, 0]), "off": float(off_change_AG[a, 0])}
+        for a, s in enumerate(settings.strengths)
+    ]
+    front = figures.pareto(points, change_AG[:, 1:], off_change_AG[:, 1:])
+    (folder / "pareto.svg").write_text(as_svg(front))
+    rank = stats.spearmanr(settings.strengths, own["target_accuracy"]).statistic if len(set(own["target_accuracy"])) > 1 else np.nan  # fmt: skip
+    return {
+        "sweep": rows,
+        "slope": {"value": float(slope_N.mean()), "ci95": [low, high]},
+        "monotonic": float(rank) if np.isfinite(rank) else None,
+        "num_controls": settings.controls,
+    }
+
+
+def _worst_change(off: AuditCodes, settings: Steer, sets_GE: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Largest change of accuracy of any off-target subset, by strength and set."""
+    changes = []
+    for codes in _subsets(off).values():
+        after_AG = Sweep(codes, settings.edit, settings.strengths, sets_GE).summary()["accuracy"]
+        changes.append(np.abs(after_AG - (codes.margins > 0).mean()))
+    return np.max(changes, axis=0)
+
+
+def _sarm_folder(folder: Path, source: Path, steering: Mapping[str, Any]) -> StageFolder:
+    """A SARM stage whose settings are those of the model that was edited, and the edit."""
+    trained = dict(read_manifest(source, SARM_FOLDER).config)
+    return StageFolder(folder, SARM_FOLDER, {**trained, "steering": {**steering, "source": hash_of_folder(source)}})
+
+
+def _save(source: Path, edit: Edit, folder: Path) -> None:
+    """The model with the edited head as a normal SARM folder, and the edit beside it."""
+    model = load_sarm(source)
+    weight_S = model.score.weight.detach().squeeze(0).numpy()
+    with torch.no_grad():
+        model.score.weight[0] = torch.from_numpy(edit.applied(weight_S))
+    settings: ModelSettings = sarm_settings(source)
+    save_sarm(model, load_chat_tokenizer(settings, source), folder)
+    write_atomically(folder / EDIT, json.dumps({"source": str(source), "weights": edit.as_json()}, indent=2))
+
+
+def _undo(session: Session, settings: Steer, found: Audited) -> Path:
+    edited = session.run.out / "steer" / str(settings.undo)
+    read_manifest(edited, SARM_FOLDER)
+    edit = Edit.from_json(json.loads((edited / EDIT).read_text())["weights"]).undone()
+    folder = _sarm_folder(session.run.out / "steer" / settings.name, edited, {"undoes": settings.undo})
+
+    def body(child: StageRun) -> Mapping[str, Any]:
+        _save(edited, edit, folder.folder)
+        child.log_artifact(folder.folder / EDIT)
+        return {"figures": {"weights_changed": len(edit.latent)}}
+
+    session.stage(f"undo {settings.undo}", folder, body)
+    return folder.folder

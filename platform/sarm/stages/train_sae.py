@@ -1,0 +1,150 @@
+"""SAE stages: those that are not finished yet learn together, from one read, each into a folder and an MLflow run of its own.
+
+What needs torch or Ray is imported inside, so that a finished stage is a no-op that starts nothing.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sarm.contracts.folders import ACTIVATIONS_FOLDER, SAE_FOLDER
+from sarm.contracts.manifest import StageFolder
+from sarm.data.store.checkpoints import Checkpoints
+from sarm.engine.mlflow.tracking import StageRun
+from sarm.engine.session import Session
+from sarm.settings.checks import UserError
+from sarm.settings.sae import SaeSettings
+from sarm.stages import plan
+
+if TYPE_CHECKING:
+    from sarm.data.store.activations import ActivationStore
+
+
+class SaeStage(NamedTuple):
+    """One SAE to train: what the stage is called, where it goes, its settings, the seed of its first weights."""
+
+    name: str
+    folder: Path
+    sae: SaeSettings
+    init_seed: int
+
+
+def train_saes(
+    session: Session, wanted: Sequence[SaeStage], activations: Mapping[str, Path], corpus: Path, in_training: Path
+) -> None:
+    """activations/v1 of the phases `text` and `chat` -> the wanted SAEs; what is finished is left as it is.
+
+    All must agree on epochs and batches. Raises UserError if they do not, or if a folder holds something else.
+    """
+    first = wanted[0].sae
+    epochs = {"text": first.text_epochs, "chat": first.chat_epochs}
+    used = {name: activations[name] for name in activations if epochs[name] > 0}
+    inputs = {f"activations/{name}": (path, ACTIVATIONS_FOLDER) for name, path in used.items()}
+    todo: list[tuple[SaeStage, StageFolder]] = []
+    for one in wanted:
+        settings = plan.sae_settings(one.sae, session.run.seed, one.init_seed)
+        folder = StageFolder(one.folder, SAE_FOLDER, settings, inputs)
+        if folder.finished() is None:
+            todo.append((one, folder))
+        else:
+            session.stage(one.name, folder, lambda _: {})
+    if not todo:
+        return
+    from sarm.data.store.activations import ActivationStore
+
+    check_activations(first, {name: ActivationStore(path) for name, path in used.items()})
+    states = Checkpoints(in_training, _identity([folder for _, folder in todo]))
+    children: list[StageRun] = []
+    results: list[dict[str, Any]] = []
+
+    def train() -> list[dict[str, Any]]:
+        from sarm.stages import train_sae_worker as sae_training
+
+        members = [
+            sae_training.SaeMember(one.sae, one.init_seed, one.folder, child, one.folder.name)
+            for (one, _), child in zip(todo, children, strict=True)
+        ]
+        own = members[0]
+        task = sae_training.SaeTask(
+            session.run,
+            own.sae,
+            used.get("text"),
+            used.get("chat"),
+            own.folder,
+            own.tracking,
+            states,
+            corpus if "text" in used else None,
+            also=tuple(members[1:]),
+            init_seed=own.seed,
+        )
+        result = sae_training.train_on_cluster(task, session.cluster)
+        return [{**one, "rejected": result["rejected"]} for one in (result, *result["also"])]
+
+    def claim(number: int) -> None:
+        """Claim the folders one inside the other, train once all are, and finish them on the way back."""
+        one, folder = todo[number]
+
+        def body(child: StageRun) -> Mapping[str, Any]:
+            children.append(child)
+            if number + 1 < len(todo):
+                claim(number + 1)
+            else:
+                results.extend(train())
+            return {**_written(one.folder, results[number], child), "one_read": [other.name for other, _ in todo]}
+
+        session.stage(one.name, folder, body)
+
+    claim(0)
+    finish_training(states)
+
+
+def check_activations(sae: SaeSettings, stores: dict[str, "ActivationStore"]) -> None:
+    """Raise UserError unless the folders hold activations of one model and layer, with enough rows to train and measure on and something to tell them apart."""
+    kinds = {name: {k: v for k, v in store.metadata.items() if k != "dtype"} for name, store in stores.items()}
+    first, *others = kinds.items()
+    for name, kind in others:
+        if kind != first[1]:
+            raise UserError(
+                f"{name} activations are of {kind}, {first[0]} activations of {first[1]}. Extract both with one --model."
+            )
+    for name, store in stores.items():
+        needed = max(32, sae.batch_size)
+        if store.num_rows < needed:
+            raise UserError(
+                f"the {name} phase has {store.num_rows} activations, at least {needed} are needed (one batch). Add sources, or pass a smaller --sae.batch-size or --sae.{name}-epochs 0."
+            )
+        if not any(0 < value < math.inf for value in store.spread()):
+            raise UserError(
+                f"the activations in {store.folder} are all alike (every standard deviation is 0 or not finite), so there is nothing to learn from. Look at their model and texts."
+            )
+
+
+def finish_training(states: Checkpoints) -> None:
+    """Remove a finished training's states, and the folder that was made for them if they were the last."""
+    states.delete()
+    with contextlib.suppress(OSError):
+        states.folder.parent.rmdir()
+
+
+def _identity(folders: Sequence[StageFolder]) -> dict[str, Any]:
+    own: dict[str, Any] = {"config": folders[0].config, "inputs": folders[0].inputs}
+    return own if len(folders) == 1 else {**own, "also": [folder.config for folder in folders[1:]]}
+
+
+def _written(folder: Path, result: Mapping[str, Any], child: StageRun) -> dict[str, Any]:
+    """History, pictures and rejected rows beside the SAE that the worker wrote; returns the stage's counts."""
+    from sarm.report.figures import density_histograms, sae_curves
+
+    (folder / "history.json").write_text(json.dumps(result["history"]))
+    child.log_figure(sae_curves(result["history"]), "sae_curves.png")
+    child.log_figure(density_histograms(json.loads((folder / "density.json").read_text())), "density.png")
+    child.log_artifact(folder / "cfg.json")
+    rejected: Mapping[str, Mapping[str, Any]] = result["rejected"]
+    if rejected:
+        (folder / "rejected_rows.json").write_text(json.dumps(rejected))
+        child.log_artifact(folder / "rejected_rows.json")
+    counts = {name: {reason: len(ids) for reason, ids in kinds.items()} for name, kinds in rejected.items()}
+    return {"figures": result["figures"], "rejected": counts}

@@ -1,0 +1,66 @@
+"""Which reward models a training job makes: the SARM and its baselines, each with its folder and settings.
+
+Loads no torch, so that a job can be refused by its settings at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from sarm.settings.checks import UserError
+from sarm.settings.model import ModelSettings
+from sarm.settings.reward import RANDOM_ENCODERS, RewardSettings
+
+NO_PEFT = "--reward.lora-rank needs the package peft. Run pip install 'sarm[lora]'."
+
+
+class Variant(NamedTuple):
+    """One training of the job: its stage, the folder under `--out` that it writes, its SAE (None for a scalar head) and settings."""
+
+    stage: str
+    folder: str
+    sae: Path | None
+    model: ModelSettings
+    reward: RewardSettings
+
+
+def full_depth(model: ModelSettings) -> int:
+    """The number of blocks of the whole model; loads its config, and so torch."""
+    from sarm.data.formats.models import model_folder
+    from sarm.nn.backbone import read_depth
+
+    return read_depth(model_folder(model), revision=model.revision, gguf_file=model.gguf_file)
+
+
+def variants(
+    model: ModelSettings, reward: RewardSettings, sae: Path, depth_of: Callable[[ModelSettings], int] = full_depth
+) -> list[Variant]:
+    """The SARM and the baselines that the settings ask for; `depth_of` says where the whole backbone ends.
+
+    Raises UserError if they ask for adapters and `peft` is not installed.
+    """
+    if reward.lora_rank and find_spec("peft") is None:
+        raise UserError(NO_PEFT)
+    found = [Variant("train SARM", "sarm", sae, model, reward)]
+    for name in reward.baselines:
+        if name == "scalar":
+            found.append(Variant("train scalar head", "scalar_head", None, model, reward))
+        elif name == "scalar_full":
+            whole = replace(model, layer=depth_of(model))
+            found.append(Variant("train scalar head, full depth", "scalar_head_full", None, whole, reward))
+        elif name == "token_sae":
+            assert reward.token_sae is not None
+            found.append(Variant("train SARM on token SAE", "sarm_token_sae", reward.token_sae, model, reward))
+        elif name == "random_encoder":
+            random = replace(reward, encoder=RANDOM_ENCODERS[name])
+            found.append(Variant("train SARM, random encoder", "sarm_random_encoder", sae, model, random))
+        elif name == "random_directions":
+            random = replace(reward, encoder=RANDOM_ENCODERS[name])
+            found.append(Variant("train SARM, random directions", "sarm_random_directions", sae, model, random))
+        else:
+            # The papers' code trains this encoder, which nothing made worth keeping.
+            linear = replace(reward, encoder=RANDOM_ENCODERS[name], train_sae=True, sae_lr=reward.lr or reward.sae_lr)
+            found.append(Variant("train SARM, random linear map", "sarm_random_linear", sae, model, linear))
+    return found

@@ -1,0 +1,281 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from sarm.data.formats.sae_folder import load_sae, save_sae
+from sarm.data.formats.sarm_folder import load_sarm, save_sarm
+from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.nn.architectures import build_sae, options_of
+from sarm.nn.backbone import load_backbone
+from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.sae import TopKSae
+from sarm.settings.checks import UserError
+from sarm.settings.model import ModelSettings
+
+D_IN, D_SAE, K = 8, 20, 3
+
+
+@pytest.fixture
+def sae() -> TopKSae:
+    sae = TopKSae(D_IN, D_SAE, K)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return sae
+
+
+@pytest.fixture
+def sae_folder(sae, tmp_path) -> Path:
+    save_sae(sae, tmp_path, {"activations": {"layer": 1}})
+    return tmp_path
+
+
+def test_an_sae_comes_back_bit_for_bit(sae, sae_folder):
+    found, metadata = load_sae(sae_folder)
+    assert (found.d_in, found.d_sae, found.k) == (D_IN, D_SAE, K)
+    for name, parameter in sae.named_parameters():
+        assert torch.equal(found.get_parameter(name), parameter), name
+    assert metadata["activations"] == {"layer": 1}
+    x = torch.randn(5, D_IN)
+    assert torch.equal(found(x).indices, sae(x).indices)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("topk", {"signed": True}),
+        ("batch_topk", {}),
+        ("matryoshka", {"prefixes": (6, 12)}),
+        ("jumprelu", {"bandwidth": 0.3}),
+    ],
+)
+def test_every_architecture_comes_back_with_its_options_and_thresholds(architecture, options, tmp_path):
+    sae = build_sae(architecture, D_IN, D_SAE, K, **options)
+    sample = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(1))
+    sae.initialise_(sample, torch.Generator().manual_seed(2))
+    save_sae(sae, tmp_path, {})
+    found, _ = load_sae(tmp_path)
+    assert type(found) is type(sae)
+    assert options_of(found) == options_of(sae)
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+    x = sample * 1.7
+    assert torch.equal(found.decode(found(x)), sae.decode(sae(x)))
+    # Readers of SAELens' layout know those with thresholds as jumprelu: pre * (pre > threshold).
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["architecture"] == ("topk" if architecture == "topk" else "jumprelu")
+    if architecture != "topk":
+        w = load_file(tmp_path / "sae_weights.safetensors")
+        pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+        z = pre * (pre > w["threshold"])
+        torch.testing.assert_close(z @ w["W_dec"] + w["b_dec"], sae.decode(sae(x)).detach(), rtol=0, atol=1e-5)
+
+
+def test_the_weights_are_named_and_shaped_as_documented(sae_folder):
+    weights = load_file(sae_folder / "sae_weights.safetensors")
+    assert {name: (tuple(w.shape), w.dtype) for name, w in weights.items()} == {
+        "W_enc": ((D_IN, D_SAE), torch.float32),
+        "b_enc": ((D_SAE,), torch.float32),
+        "W_dec": ((D_SAE, D_IN), torch.float32),
+        "b_dec": ((D_IN,), torch.float32),
+    }
+
+
+def test_dense_algebra_on_the_files_alone_gives_the_same_codes(sae, sae_folder):
+    """As a reader with another library would do it."""
+    w = load_file(sae_folder / "sae_weights.safetensors")
+    k = json.loads((sae_folder / "cfg.json").read_text())["k"]
+    x = torch.randn(4, D_IN, generator=torch.Generator().manual_seed(0))
+    top = torch.relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).topk(k)
+    torch.testing.assert_close(sae(x).values, top.values, rtol=0, atol=1e-5)
+
+
+def test_the_config_says_topk_in_saelens_layout(sae_folder):
+    config = json.loads((sae_folder / "cfg.json").read_text())
+    assert (config["architecture"], config["d_in"], config["d_sae"], config["k"]) == ("topk", D_IN, D_SAE, K)
+    assert (config["apply_b_dec_to_input"], config["normalize_activations"]) == (True, "none")
+    # Its reader drops the metadata of files of a layout before 6.
+    assert int(config["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+
+
+def test_an_encoder_in_either_memory_layout_is_saved_alike(sae, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    save_sae(sae, tmp_path / "a", {})
+    sae.W_enc.data = sae.W_enc.data.contiguous()
+    save_sae(sae, tmp_path / "b", {})
+    name = "sae_weights.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_a_missing_file_is_refused(sae_folder, name):
+    (sae_folder / name).unlink()
+    with pytest.raises(UserError, match="is not a readable SAE"):
+        load_sae(sae_folder)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_file_that_breaks_off_is_refused(sae_folder, name, share):
+    content = (sae_folder / name).read_bytes()
+    (sae_folder / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="is not a readable SAE"):
+        load_sae(sae_folder)
+
+
+@pytest.mark.parametrize("change", [{"d_sae": 21}, {"d_in": 9}])
+def test_weights_of_another_shape_than_the_config_says_are_refused(sae_folder, change):
+    config = json.loads((sae_folder / "cfg.json").read_text())
+    (sae_folder / "cfg.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=rf"holds shapes .*cfg\.json says .*{next(iter(change.values()))}"):
+        load_sae(sae_folder)
+
+
+def test_missing_and_surplus_weights_are_refused(sae_folder):
+    path = sae_folder / "sae_weights.safetensors"
+    weights = load_file(path)
+    for wrong in ({**weights, "threshold": torch.zeros(D_SAE)}, {k: w for k, w in weights.items() if k != "b_enc"}):
+        save_file(wrong, path)
+        with pytest.raises(UserError, match="holds shapes"):
+            load_sae(sae_folder)
+
+
+def test_an_sae_of_another_architecture_is_refused(sae_folder):
+    config = json.loads((sae_folder / "cfg.json").read_text())
+    (sae_folder / "cfg.json").write_text(json.dumps({**config, "architecture": "gated", "metadata": {}}))
+    with pytest.raises(UserError, match="holds a gated SAE, expected one of topk, batch_topk, matryoshka, jumprelu"):
+        load_sae(sae_folder)
+
+
+@pytest.mark.parametrize("content", ['{"architecture": "topk", "d_in": 8, "d_sae": 20}', "[]", '{"architecture": "topk", "d_in": 8, "d_sae": 20, "k": 21}'])  # fmt: skip
+def test_a_config_that_describes_no_sae_is_refused(sae_folder, content):
+    (sae_folder / "cfg.json").write_text(content)
+    with pytest.raises(UserError):
+        load_sae(sae_folder)
+
+
+def build(tiny_folder: Path, head: str = "sae", architecture: str = "topk") -> SarmForSequenceClassification:
+    backbone = load_backbone(str(tiny_folder), 1)
+    generator = torch.Generator().manual_seed(3)
+    sae = build_sae(architecture, 64, D_SAE, K) if head == "sae" else None
+    if sae:
+        sae.initialise_(torch.randn(50, 64, generator=generator), generator)
+    config = SarmConfig(
+        backbone=backbone.config.to_dict(),
+        layer=1,
+        d_sae=D_SAE if sae else 0,
+        k=K if sae else 0,
+        sae={"architecture": sae.architecture, **options_of(sae)} if sae else None,
+        head=head,
+        end_of_turn_id=1,
+        provenance={"model": "tiny:llama"},
+    )
+    model = SarmForSequenceClassification(config, backbone, sae).eval()
+    with torch.no_grad():
+        model.score.weight.copy_(torch.randn(model.score.weight.shape, generator=generator))
+    return model
+
+
+def fresh_chat(tiny_folder: Path) -> ChatTokenizer:
+    return load_chat_tokenizer(ModelSettings(name="tiny:llama", layer=1, max_length=40), tiny_folder)
+
+
+@pytest.fixture
+def sarm_folder(tiny_folder, tmp_path) -> Path:
+    save_sarm(build(tiny_folder), fresh_chat(tiny_folder), tmp_path)
+    return tmp_path
+
+
+IDS = torch.tensor([[5, 9, 300, 2, 1], [7, 7, 12, 40, 1]])
+
+
+@pytest.mark.parametrize(
+    ("head", "architecture"),
+    [("sae", "topk"), ("sae", "batch_topk"), ("sae", "matryoshka"), ("sae", "jumprelu"), ("scalar", "topk")],
+)
+def test_a_reward_model_comes_back_bit_for_bit(tiny_folder, tmp_path, head, architecture):
+    model = build(tiny_folder, head, architecture)
+    save_sarm(model, fresh_chat(tiny_folder), tmp_path)
+    found = load_sarm(tmp_path)
+    assert not found.training
+    assert found.state_dict().keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
+    with torch.no_grad():
+        torch.testing.assert_close(found(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=1e-6)
+    assert found.config.provenance == {"model": "tiny:llama"}
+
+
+def test_loading_in_bfloat16_casts_the_backbone_alone(sarm_folder):
+    found = load_sarm(sarm_folder, torch.bfloat16)
+    dtypes = {name.split(".")[0]: p.dtype for name, p in found.named_parameters()}
+    assert dtypes == {"model": torch.bfloat16, "sae": torch.float32, "score": torch.float32}
+
+
+def test_the_folder_has_its_own_tokenizer_that_truncates_at_the_beginning(tiny_folder, sarm_folder):
+    found = AutoTokenizer.from_pretrained(sarm_folder)
+    chat = fresh_chat(tiny_folder)
+    assert found.chat_template == chat.template
+    assert found.truncation_side == "left"
+    assert found.model_max_length == 40
+    assert ChatTokenizer(found, max_length=40).template_hash == chat.template_hash
+    assert ChatTokenizer(found, max_length=40).tokenizer_hash == chat.tokenizer_hash
+
+
+def test_the_folder_carries_the_code_that_it_needs_and_says_so(sarm_folder):
+    assert {path.name for path in sarm_folder.glob("*.py")} == {
+        "modeling_sarm.py", "backbone.py", "architectures.py", "sae.py", "losses.py", "protocol.py", "answer_places.py"
+    }  # fmt: skip
+    assert json.loads((sarm_folder / "config.json").read_text())["auto_map"].keys() == {
+        "AutoConfig",
+        "AutoModelForSequenceClassification",
+    }
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="holds no reward model"):
+            load_sarm(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_torn_file_is_refused(sarm_folder, name, share):
+    content = (sarm_folder / name).read_bytes()
+    (sarm_folder / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="is not a readable reward model"):
+        load_sarm(sarm_folder)
+
+
+def test_missing_weights_file_is_refused(sarm_folder):
+    (sarm_folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="is not a readable reward model"):
+        load_sarm(sarm_folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda w: w | {"sae.extra": torch.zeros(2)}, "sae.extra"),
+        (lambda w: {k: v for k, v in w.items() if k != "score.weight"}, "score.weight"),
+        (lambda w: w | {"score.weight": torch.zeros(1, D_SAE + 1)}, "score.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused_by_name(sarm_folder, change, name):
+    path = sarm_folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"1 weights differ, first {name}"):
+        load_sarm(sarm_folder)
+
+
+def test_a_plain_language_model_is_not_a_reward_model(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "llama")
+    with pytest.raises(UserError, match="not a readable reward model: its model type is llama"):
+        load_sarm(tmp_path / "llama")

@@ -1,0 +1,110 @@
+"""SAEs and activations at the edge, without a cluster: the job that converts SAEs, and what SAE training refuses to start on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.data.store.activation_stores import numbered, table_of, write_store
+
+from sarm.contracts.folders import SAE_FOLDER
+from sarm.contracts.manifest import StageFolder, read_manifest
+from sarm.data.formats.sae_folder import load_sae, save_sae
+from sarm.data.store.activations import ActivationStore
+from sarm.nn.architectures import build_sae
+from sarm.settings.checks import UserError
+from sarm.settings.conversion import ConvertSae
+from sarm.settings.model import ModelSettings
+from sarm.settings.sae import SaeSettings
+from sarm.stages.convert_sae import convert_sae
+from sarm.stages.job import run_command
+from sarm.stages.reward_models import check_sae
+from sarm.stages.train_sae import check_activations
+
+
+@pytest.fixture
+def sae_stage(tmp_path) -> Path:
+    """A finished SAE stage."""
+    sae = build_sae("topk", 6, 24, 4)
+    sae.initialise_(torch.randn(50, 6), torch.Generator().manual_seed(0))
+    folder = StageFolder(tmp_path / "sae", SAE_FOLDER, {})
+    folder.claim()
+    save_sae(sae, folder.folder, {"activations": {"d_in": 6, "layer": 2, "model": "tiny:llama"}})
+    folder.finish({"figures": {}})
+    return folder.folder
+
+
+def convert(*arguments: object) -> None:
+    run_command(ConvertSae, convert_sae, "Convert an SAE.", [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "pt"])
+def test_an_sae_goes_out_and_comes_back_as_a_stage_that_the_next_job_takes(sae_stage, tmp_path, capsys, format):
+    convert(sae_stage, tmp_path / "out", "--format", format)
+    assert "6 x 24, k 4; takes standardised rows" in capsys.readouterr().out
+    convert(tmp_path / "out", tmp_path / "back", "--format", "sarm")
+    read_manifest(tmp_path / "back", SAE_FOLDER)
+    check_sae(tmp_path / "back", ModelSettings(name="tiny:llama", layer=2))
+    before, after = load_sae(sae_stage)[0], load_sae(tmp_path / "back")[0]
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor), name
+
+
+def refused(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        convert(*arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1, said
+    return said
+
+
+def test_a_foreign_sae_must_be_said_to_take_standardised_rows_and_whose_they_are(sae_stage, tmp_path, capsys):
+    convert(sae_stage, tmp_path / "out", "--format", "sparsify")
+    (tmp_path / "out" / "origin.json").unlink()
+    back = (tmp_path / "out", tmp_path / "back", "--format", "sarm")
+    assert "Pass --standardised" in refused(capsys, *back)
+    assert "Pass --model and --layer" in refused(capsys, *back, "--standardised")
+    assert not (tmp_path / "back").exists(), "nothing half-written"
+    convert(*back, "--standardised", "--model", "tiny:llama", "--layer", 2)
+    check_sae(tmp_path / "back", ModelSettings(name="tiny:llama", layer=2))
+    with pytest.raises(UserError, match="was trained on layer 2, asked for 1"):
+        check_sae(tmp_path / "back", ModelSettings(name="tiny:llama", layer=1))
+
+
+def test_mistakes_are_one_line_and_status_2(sae_stage, tmp_path, capsys):
+    assert "there is no SAE at" in refused(capsys, tmp_path / "nothing", tmp_path / "out")
+    assert "is not empty" in refused(capsys, sae_stage, sae_stage)
+    assert "OUT" in refused(capsys, sae_stage)
+    assert "--formt" in refused(capsys, sae_stage, tmp_path / "out", "--formt", "pt")
+    assert "k must be at least 1, got 0" in refused(capsys, sae_stage, tmp_path / "out", "--k", 0)
+    (sae_stage / "sae_weights.safetensors").write_bytes((sae_stage / "sae_weights.safetensors").read_bytes()[:-8])
+    assert "has changed" in refused(capsys, sae_stage, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_exported_config_is_valid_json_for_strict_readers(sae_stage, tmp_path):
+    convert(sae_stage, tmp_path / "out")
+    json.loads((tmp_path / "out" / "cfg.json").read_text(), parse_constant=pytest.fail)
+
+
+def stores(tmp_path: Path, **chat: object) -> dict[str, ActivationStore]:
+    return {
+        "text": ActivationStore(write_store(tmp_path / "text", [table_of(numbered(0, 40))])),
+        "chat": ActivationStore(write_store(tmp_path / "chat", [table_of(numbered(0, 40), **chat)])),
+    }
+
+
+@pytest.mark.parametrize("chat", [{"layer": 2}, {"model": "another"}])
+def test_activations_of_another_layer_or_model_are_refused(tmp_path, chat):
+    with pytest.raises(
+        UserError, match=r"chat activations are of .*, text activations of .*Extract both with one --model"
+    ):
+        check_activations(SaeSettings(batch_size=16), stores(tmp_path, **chat))
+
+
+def test_fewer_rows_than_a_batch_are_refused(tmp_path):
+    check_activations(SaeSettings(batch_size=40), stores(tmp_path))
+    with pytest.raises(UserError, match=r"text phase has 40 activations, at least 41 are needed \(one batch\)"):
+        check_activations(SaeSettings(batch_size=41), {"text": ActivationStore(tmp_path / "text")})
