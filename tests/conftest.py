@@ -154,11 +154,12 @@ def extracted(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None, prese
 
     from sarm.engine.session import open_session
     from sarm.settings.run import RunSettings
-    from sarm.stages import pipeline as stages
+    from sarm.stages.extract import extract
+    from sarm.stages.prepare import prepare
 
     run = RunSettings(out=tmp_path_factory.mktemp("run") / "tiny", cpus_per_worker=1)
     shutil.copy(mlflow_db, run.out.parent / "mlflow.db")
     with open_session(dataclasses.replace(preset, run=run)) as session:
-        stages.prepare(session, preset.data)
-        stages.extract(session, preset.model, preset.extraction)
+        prepare(session, preset.data)
+        extract(session, preset.model, preset.extraction)
     return run.out

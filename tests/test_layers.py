@@ -131,7 +131,7 @@ def test_the_walk_sees_the_project():
         ("sarm.evaluate.pairs", "from ..report import report"),
         ("sarm.interpret.sampling", "from sarm.report.report import write_report"),
         ("sarm.report.report", "from sarm.engine.terminal import say"),
-        ("sarm.engine.session", "from sarm.stages.plan import stage_folders"),
+        ("sarm.engine.session", "from sarm.stages.stage import STAGES"),
         ("sarm.stages.audit", "import ray.data"),
         ("sarm.passes.activations", "import ray"),
         ("sarm.train.reward", "import deepspeed.comm"),
@@ -154,7 +154,7 @@ def test_a_bad_import_is_noticed(module, source):
         ("sarm.data.tokens.groups", "from sarm.data.tokens.packing import Row\nfrom sarm.nn.sae import dense\nfrom sarm.contracts import ids"),
         ("sarm.train.sae", "from sarm.evaluate.statistics import calibration\nimport numpy"),
         ("sarm.engine.deepspeed.zero", "import deepspeed\nfrom sarm.train import reward"),
-        ("jobs.evaluate", "from sarm.settings.jobs import Evaluate\nfrom sarm.stages import pipeline"),
+        ("jobs.evaluate", "from sarm.settings.jobs import Evaluate\nfrom sarm.stages import chain"),
     ],
 )  # fmt: skip
 def test_a_good_import_is_let_through(module, source):
@@ -207,7 +207,9 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_stages_and_their_session_load_nothing_that_takes_seconds():
     """Who is refused before a stage begins waits for none of it."""
     slow = HEAVY - {"pyarrow"}
-    run_python(f"import sarm.engine.session, sarm.stages.pipeline, sys; assert not {slow!r} & set(sys.modules)")
+    run_python(
+        f"import sarm.engine.session, sarm.stages.stage, sarm.stages.chain, sys; assert not {slow!r} & set(sys.modules)"
+    )
 
 
 RUN_AND_LIST = f"""

@@ -37,8 +37,9 @@ from sarm.evaluate.statistics import pair_credit
 from sarm.settings.audit import Relabel
 from sarm.settings.presets import PRESETS
 from sarm.settings.run import RunSettings
-from sarm.stages import pipeline as stages
+from sarm.stages.extract import extract
 from sarm.stages.relabel import relabel, relabelled
+from sarm.stages.train_sarm import train_sarm
 
 OUT = Path("outputs/bench/retraining").absolute()
 # SAFER's score (and the better site of the features in the head-only study), the best control there, and the one that knows nothing.
@@ -94,8 +95,8 @@ def train(method: str, seed: int, cpus: int) -> Path:
         demo, run=RunSettings(out=out, seed=seed, cpus_per_worker=cpus), reward=replace(demo.reward, baselines=())
     )
     with open_session(config) as session:
-        stages.extract(session, config.model, config.extraction)
-        stages.train_sarm(session, config.model, config.reward)
+        extract(session, config.model, config.extraction)
+        train_sarm(session, config.model, config.reward)
     return out / "sarm"
 
 

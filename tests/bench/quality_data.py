@@ -13,8 +13,10 @@ from sarm.settings.data import DataSettings
 from sarm.settings.jobs import Pipeline
 from sarm.settings.presets import PRESETS
 from sarm.settings.run import RunSettings
-from sarm.stages import pipeline as stages
+from sarm.stages.extract import extract
+from sarm.stages.prepare import prepare as prepare_sources
 from sarm.stages.train_reward_worker import load_pairs
+from sarm.stages.train_sae import train_sae
 
 # A pair's tokens at most, prompt counted once: what fits a study of twelve trainings on two cores.
 MAX_TOKENS = 192
@@ -80,7 +82,7 @@ def prepare(root: Path, source: Path) -> None:
             # Only the heads' start needs activations of the whole model.
             config = replace(config, data=replace(config.data, texts=()))
         with open_session(config) as session:
-            stages.prepare(session, config.data)
-            stages.extract(session, config.model, config.extraction)
+            prepare_sources(session, config.data)
+            extract(session, config.model, config.extraction)
             if depth is None:
-                stages.train_sae(session, config.sae)
+                train_sae(session, config.sae)

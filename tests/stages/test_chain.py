@@ -1,7 +1,6 @@
 """What a job would run, reuse and refuse, told from the folders that are there. The folders are real, their content is made up."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,9 @@ from typing import Any
 import pytest
 
 from sarm.contracts.folders import (
-    ACTIVATIONS_FOLDER,
-    CONTEXTS_FOLDER,
-    CORPUS_FOLDER,
-    EVALUATION_FOLDER,
-    PAIRS_FOLDER,
-    SAE_FOLDER,
-    SARM_FOLDER,
     Folders,
 )
-from sarm.contracts.manifest import MANIFEST, StageFolder
+from sarm.contracts.manifest import MANIFEST
 from sarm.engine.stopping import JOB_TOKEN
 from sarm.settings.checks import UserError
 from sarm.settings.jobs import (
@@ -32,9 +24,11 @@ from sarm.settings.jobs import (
     TrainSarm,
 )
 from sarm.settings.presets import PRESETS
-from sarm.stages.chain_state import STAGES, move, move_aside, scope_of, state_of
-from sarm.stages.plan import stage_folders
+from sarm.settings.run import STAGES as NAMES
+from sarm.stages.chain_state import move, move_aside, scope_of, state_of
+from sarm.stages.stage import STAGES
 
+ORDER = tuple(STAGES)
 JOBS = [PrepareData, ExtractActivations, TrainSae, TrainSarm, Evaluate, CollectContexts, FeaturePages]
 
 
@@ -46,36 +40,12 @@ def config_of(out: Path, job: type = Pipeline, **sections: Any) -> Any:
     return replace(preset, run=run, **changed).part(job)
 
 
-def inputs_of(stage: str, folder: Path, folders: Folders) -> Mapping[str, tuple[Path, str]]:
-    pairs, sae, sarm = (folders.pairs, PAIRS_FOLDER), (folders.sae, SAE_FOLDER), (folders.sarm, SARM_FOLDER)
-    ends = {"activations/chat": (folders.chat_activations, ACTIVATIONS_FOLDER)}
-    if stage == "extract_activations":
-        return {CORPUS_FOLDER: (folders.corpus, CORPUS_FOLDER)} if folder.name == "text" else {PAIRS_FOLDER: pairs}
-    if stage == "train_sae":
-        return ends | {"activations/text": (folders.text_activations, ACTIVATIONS_FOLDER)}
-    if stage == "train_sarm":
-        return {PAIRS_FOLDER: pairs} | ({SAE_FOLDER: sae} if folder.name != "scalar_head" else {})
-    if stage == "evaluate":
-        held = {"activations/heldout": (folders.heldout_activations, ACTIVATIONS_FOLDER)}
-        return (
-            {SARM_FOLDER: sarm, SAE_FOLDER: sae, PAIRS_FOLDER: pairs, "scalar_head": (folders.scalar_head, SARM_FOLDER)}
-            | ends
-            | held
-        )
-    if stage == "collect_contexts":
-        return {SARM_FOLDER: sarm, PAIRS_FOLDER: pairs}
-    if stage == "feature_pages":
-        return {CONTEXTS_FOLDER: (folders.contexts, CONTEXTS_FOLDER), SARM_FOLDER: sarm, EVALUATION_FOLDER: (folders.evaluation, EVALUATION_FOLDER), PAIRS_FOLDER: pairs}  # fmt: skip
-    return {}
-
-
 def do(config: Any, *stages: str, finish: bool = True) -> None:
     """Leave what the stages leave, as far as manifests go."""
     folders = Folders(config.run.out)
     for stage in stages:
-        for plan in stage_folders(stage, config, folders):  # type: ignore[arg-type]
-            assert plan.settings is not None
-            folder = StageFolder(plan.folder, plan.schema, plan.settings, inputs_of(stage, plan.folder, folders))
+        for plan in STAGES[stage].folders(config, folders):  # type: ignore[index]
+            folder = plan.open()
             folder.claim()
             if finish:
                 (plan.folder / "content.json").write_text(json.dumps(plan.folder.name))
@@ -89,7 +59,7 @@ def states(config: Any) -> dict[str, str]:
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_in_an_empty_folder_begins_at_the_first_stage_and_ends_with_its_own(job: type, tmp_path: Path) -> None:
     found = states(config_of(tmp_path / "out", job))
-    assert list(found) == [stage for stage in STAGES if stage in found]
+    assert list(found) == [stage for stage in ORDER if stage in found]
     assert next(iter(found)) == "prepare_data"
     assert list(found)[-1] == job.stage
     assert set(found.values()) == {"to do"}
@@ -100,8 +70,8 @@ def test_a_job_in_an_empty_folder_begins_at_the_first_stage_and_ends_with_its_ow
 def test_contexts_need_no_evaluation_and_pages_need_all() -> None:
     preset = PRESETS["tiny"][1]
     assert "evaluate" not in scope_of(preset.part(CollectContexts))
-    assert scope_of(preset.part(FeaturePages)) == STAGES
-    assert scope_of(preset) == STAGES
+    assert scope_of(preset.part(FeaturePages)) == ORDER
+    assert scope_of(preset) == ORDER
     assert scope_of(replace(preset, pages=replace(preset.pages, in_pipeline=False)))[-1] == "evaluate"
 
 
@@ -214,20 +184,20 @@ def test_redo_moves_a_stage_and_all_later_ones_aside_and_nothing_else(stage: Any
     planned = states(asked)
     # Contexts are of a model, whether it was evaluated or not.
     kept = ["collect_contexts"] if stage == "evaluate" else []
-    before = [*STAGES[: STAGES.index(stage)], *kept]
-    assert planned == {name: "done" if name in before else "to do" for name in STAGES}
+    before = [*ORDER[: ORDER.index(stage)], *kept]
+    assert planned == {name: "done" if name in before else "to do" for name in ORDER}
     assert state_of(config).is_done
     aside = move_aside(asked)
     assert aside is not None
     assert states(config) == planned
     folders = Folders(tmp_path / "out")
-    for name in STAGES:
-        for plan in stage_folders(name, config, folders):
+    for name in ORDER:
+        for plan in STAGES[name].folders(config, folders):
             place = plan.folder if name in before else aside / plan.folder.relative_to(tmp_path / "out")
             assert (place / MANIFEST).exists()
     assert (aside / "run.json").exists()
-    assert (aside / "report.html").exists() == (STAGES.index(stage) <= STAGES.index("evaluate"))
-    assert move_aside(asked) is None or stage != STAGES[-1]
+    assert (aside / "report.html").exists() == (ORDER.index(stage) <= ORDER.index("evaluate"))
+    assert move_aside(asked) is None or stage != ORDER[-1]
 
 
 def test_a_redo_with_other_settings_runs_them(tmp_path: Path) -> None:
@@ -311,3 +281,10 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "out" / "pairs" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="claimed"):
         state_of(config_of(tmp_path / "out"))
+
+
+def test_stages_are_those_that_a_flag_can_name_and_the_readme_lists_each_as_it_is_declared() -> None:
+    assert ORDER == NAMES
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for name, stage in STAGES.items():
+        assert f"| `jobs/{name}.py` | {stage.reads} | {stage.writes} |" in readme

@@ -15,7 +15,7 @@ from sarm.settings.checks import UserError
 from sarm.settings.jobs import Pipeline
 from sarm.settings.run import RunSettings
 from sarm.settings.sae import AlsoSaes, SaeSettings
-from sarm.stages import pipeline as stages
+from sarm.stages.train_sae import train_sae
 
 
 def test_also_is_every_other_combination():
@@ -41,7 +41,7 @@ def test_saes_of_one_job_are_stages_of_their_own(extracted: Path, preset: Pipeli
 
     def train(also: AlsoSaes) -> dict[Path, int]:
         with open_session(config) as session:
-            stages.train_sae(session, sae, also)
+            train_sae(session, sae, also)
         return {path: path.stat().st_mtime_ns for path in out.glob("sae*/**/manifest.json")}
 
     alone = train(AlsoSaes())

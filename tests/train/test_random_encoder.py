@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.data.store.activation_stores import table_of, write_store
 
+from sarm.contracts.folders import BASELINES
 from sarm.data.formats.sae_folder import save_sae
 from sarm.data.store.activations import ActivationStore
 from sarm.nn.architectures import build_sae
@@ -14,7 +15,7 @@ from sarm.nn.sae import Sae, dense, standardise
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RANDOM_ENCODERS, RewardSettings
-from sarm.stages.plan import BASELINES, reward_settings
+from sarm.stages.plan import reward_settings
 from sarm.stages.reward_models import build_model
 from sarm.stages.variants import variants
 from sarm.train.phase_shift import absorb_phase_shift_

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from tests.stages.random_sarm import random_sarm
 
-from sarm.contracts.folders import ACTIVATIONS_FOLDER, SAE_FOLDER, SARM_FOLDER
+from sarm.contracts.folders import ACTIVATIONS_FOLDER, CORPUS_FOLDER, PAIRS_FOLDER, SAE_FOLDER, SARM_FOLDER, Folders
 from sarm.contracts.manifest import StageFolder
 from sarm.contracts.tables import activations_table
 from sarm.data.formats.sae_folder import save_sae
@@ -59,16 +59,16 @@ def activation_folder(
 def write_run(out: Path, tiny_folder: Path, chat: ChatTokenizer) -> Path:
     """corpus, pairs, activations, SAE, SARM and two training states of the tiny preset; nothing in it was trained."""
     data = dataclasses.replace(TINY.data, max_texts=30, max_pairs=60)
-    for name, kind, settings, prepare in (
-        ("corpus", plan.CORPUS, plan.corpus_settings(TINY.data), prepare_corpus),
-        ("pairs", plan.PAIRS, plan.pairs_settings(TINY.data), prepare_pairs),
+    for planned, prepare in (
+        (plan.corpus, prepare_corpus),
+        (plan.pairs, prepare_pairs),
     ):
-        stage = StageFolder(out / name, kind, settings)
+        stage = planned(Folders(out), TINY.data).open()
         stage.claim()
-        stage.finish(prepare(data, out / name))
+        stage.finish(prepare(data, stage.folder))
     x_ND = torch.randn(ROWS, D_IN, generator=torch.Generator().manual_seed(0))
-    activation_folder(out / "activations" / "text", ("all", "document", 1), x_ND, (plan.CORPUS, out / "corpus"))
-    activation_folder(out / "activations" / "chat", ("train", "chat", 1), x_ND + 1, (plan.PAIRS, out / "pairs"))
+    activation_folder(out / "activations" / "text", ("all", "document", 1), x_ND, (CORPUS_FOLDER, out / "corpus"))
+    activation_folder(out / "activations" / "chat", ("train", "chat", 1), x_ND + 1, (PAIRS_FOLDER, out / "pairs"))
     write_sae(out / "sae", out, {"model": "tiny:llama", "layer": 1, "d_in": D_IN})
     sarm = StageFolder(out / "sarm", SARM_FOLDER, {})
     sarm.claim()

@@ -16,6 +16,16 @@ CONTEXTS_FOLDER = "contexts/v1"
 EXPLANATIONS_FOLDER = "explanations/v1"
 PAGES_FOLDER = "feature_pages/v1"
 
+BASELINES = {
+    "scalar_head": "scalar head, same backbone",
+    "scalar_head_full": "scalar head, whole backbone",
+    "sarm_random_encoder": "SARM, random encoder",
+    "sarm_random_directions": "SARM, random directions alone",
+    "sarm_random_linear": "SARM, random linear map",
+    "sarm_token_sae": "SARM, token-level SAE",
+}
+"""Where the baselines of reward training go, and what a report calls them."""
+
 
 @dataclass(frozen=True)
 class Folders:
@@ -35,6 +45,28 @@ class Folders:
     contexts = property(lambda self: self.out / "contexts")
     explanations = property(lambda self: self.out / "explanations")
     pages = property(lambda self: self.out / "features")
+
+    @property
+    def phases(self) -> dict[str, Path]:
+        """The activations that an SAE learns from, by phase."""
+        return {"text": self.text_activations, "chat": self.chat_activations}
+
+    def inputs(self, *names: str) -> dict[str, tuple[Path, str]]:
+        """Path and schema of the folders that a stage reads, by the names that manifests give them: their schema, or their place."""
+        known = {
+            CORPUS_FOLDER: (self.corpus, CORPUS_FOLDER),
+            PAIRS_FOLDER: (self.pairs, PAIRS_FOLDER),
+            "activations/text": (self.text_activations, ACTIVATIONS_FOLDER),
+            "activations/chat": (self.chat_activations, ACTIVATIONS_FOLDER),
+            "activations/heldout": (self.heldout_activations, ACTIVATIONS_FOLDER),
+            SAE_FOLDER: (self.sae, SAE_FOLDER),
+            SARM_FOLDER: (self.sarm, SARM_FOLDER),
+            EVALUATION_FOLDER: (self.evaluation, EVALUATION_FOLDER),
+            CONTEXTS_FOLDER: (self.contexts, CONTEXTS_FOLDER),
+            EXPLANATIONS_FOLDER: (self.explanations, EXPLANATIONS_FOLDER),
+            **{name: (self.out / name, SARM_FOLDER) for name in BASELINES},
+        }
+        return {name: known[name] for name in names if name in known}
 
     def states(self, name: str) -> Path:
         """Where the training of the folder of this name keeps its states."""

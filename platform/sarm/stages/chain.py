@@ -6,16 +6,15 @@ from typing import Any
 
 from sarm.contracts.folders import Folders
 from sarm.engine.ray.machine import this_machine
-from sarm.engine.session import Session, open_session
+from sarm.engine.session import open_session
 from sarm.engine.terminal import say
 from sarm.settings.jobs import FeaturePages
 from sarm.settings.run import StageName
-from sarm.settings.sae import AlsoSaes
-from sarm.stages import pipeline as stages
 from sarm.stages.chain_state import ChainState, StageState, move_aside, state_of, was_moved
 from sarm.stages.dry_run.inputs import check_layers
 from sarm.stages.dry_run.plan_text import plan_text
-from sarm.stages.plan import stage_folders
+from sarm.stages.prepare import check_sources
+from sarm.stages.stage import STAGES
 
 
 def run_chain(config: Any) -> dict[StageName, Any]:
@@ -34,7 +33,11 @@ def run_chain(config: Any) -> dict[StageName, Any]:
         config = replace(config, run=replace(config.run, redo_from=None))
     _announce(config, state)
     with open_session(config) as session:
-        return {stage.name: _run(session, config, stage) for stage in state.stages if not _is_settled(config, stage)}
+        return {
+            stage.name: STAGES[stage.name].run(session, config)
+            for stage in state.stages
+            if not _is_settled(config, stage)
+        }
 
 
 def _check(config: Any, state: ChainState) -> None:
@@ -42,7 +45,7 @@ def _check(config: Any, state: ChainState) -> None:
     from sarm.data.formats.models import check_model
 
     if state.is_todo("prepare_data"):
-        stages.check_sources(config.data)
+        check_sources(config.data)
     if state.is_todo("extract_activations") or state.is_todo("train_sarm"):
         # First what needs no library that takes seconds to load.
         check_layers(config.model, {config.model.layer})
@@ -68,34 +71,6 @@ def _is_settled(config: Any, stage: StageState) -> bool:
     """Whether there is nothing to do; a report is written anew whenever it is asked for."""
     if stage.state != "done" or (stage.name == "evaluate" and not isinstance(config, FeaturePages)):
         return False
-    for plan in stage_folders(stage.name, config, Folders(config.run.out)):
+    for plan in STAGES[stage.name].folders(config, Folders(config.run.out)):
         say(f"{stage.name}: already done, {plan.folder}")
     return True
-
-
-def _run(session: Session, config: Any, stage: StageState) -> Any:
-    match stage.name:
-        case "prepare_data":
-            return stages.prepare(session, config.data)
-        case "extract_activations":
-            return stages.extract(session, config.model, config.extraction)
-        case "train_sae":
-            return stages.train_sae(session, config.sae, getattr(config, "also", AlsoSaes()))
-        case "train_sarm":
-            return stages.train_sarm(session, config.model, config.reward)
-        case "evaluate":
-            stages.evaluate(session, config.extraction, config.evaluation)
-            # Seconds of imports, that who is refused at the first stage need not wait for.
-            from sarm.stages.report import report
-
-            return report(session, config.run.out.name, config.evaluation)
-        case "collect_contexts":
-            return _reading().collect(session, config.contexts)
-        case "feature_pages":
-            return _reading().write_pages(session, config.pages)
-
-
-def _reading() -> Any:
-    from sarm.stages import contexts as reading
-
-    return reading

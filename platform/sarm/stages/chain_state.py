@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sarm.contracts.folders import (
-    ACTIVATIONS_FOLDER,
-    CONTEXTS_FOLDER,
-    CORPUS_FOLDER,
-    EVALUATION_FOLDER,
-    EXPLANATIONS_FOLDER,
-    PAGES_FOLDER,
-    PAIRS_FOLDER,
     SAE_FOLDER,
-    SARM_FOLDER,
     Folders,
 )
 from sarm.contracts.manifest import MANIFEST, difference_of, record_of, sha256_of, write_atomically
@@ -27,15 +19,16 @@ from sarm.engine.stopping import JOB_TOKEN, SUPERVISED
 from sarm.engine.writer_lock import WriterLock
 from sarm.settings.checks import UserError
 from sarm.settings.jobs import FeaturePages, Pipeline
-from sarm.settings.run import STAGES, ChainSettings, StageName
-from sarm.stages.plan import BASELINES, FolderPlan, stage_folders
+from sarm.settings.run import ChainSettings, StageName
+from sarm.stages.plan import FolderPlan
+from sarm.stages.stage import STAGES, existing
 
-# What is written beside the folders of stages, and goes with the stage that writes it.
-_FILES_OF: Mapping[str, tuple[str, ...]] = {"evaluate": ("report.html", "report.md", "report.json")}
 # The run in MLflow: its parameters cannot change, so that other settings get a new one.
 _RUN_FILE = "run.json"
 # Which supervised job moved a folder's content aside.
 _MOVED_BY = "moved-by"
+
+_ORDER = tuple(STAGES)
 
 State = Literal["done", "goes on", "to do", "refused"]
 
@@ -84,10 +77,10 @@ def scope_of(config: Any) -> tuple[StageName, ...]:
     if isinstance(config, Pipeline) and not isinstance(config, FeaturePages):
         if config.run.only:
             raise UserError("the pipeline is all stages, so that --only has no meaning. Pass it to the job of one stage.")  # fmt: skip
-        return STAGES if config.pages.in_pipeline else STAGES[: STAGES.index("evaluate") + 1]
+        return _ORDER if config.pages.in_pipeline else _ORDER[: _ORDER.index("evaluate") + 1]
     if config.run.only:
         return (target,)
-    upto = STAGES[: STAGES.index(target) + 1]
+    upto = _ORDER[: _ORDER.index(target) + 1]
     # Contexts are of a model's training, whether it was evaluated or not.
     return tuple(stage for stage in upto if target != "collect_contexts" or stage != "evaluate")
 
@@ -105,7 +98,7 @@ def state_of(config: Any) -> ChainState:
     remade: set[Path] = set()
     stages, stale = [], []
     for stage in STAGES:
-        plans = stage_folders(stage, config, folders) if stage in scope else []
+        plans = STAGES[stage].folders(config, folders) if stage in scope else []
         if plans:
             stages.append(_state(stage, plans, folders, gone, remade))
         if not remade:
@@ -122,17 +115,17 @@ def state_of(config: Any) -> ChainState:
 def folders_from(stage: StageName, out: Path) -> list[Path]:
     """What a stage and all that read what it makes have written under a run's folder, and their training states."""
     folders, found = Folders(out), []
-    for name in STAGES[STAGES.index(stage) :]:
+    for name in _ORDER[_ORDER.index(stage) :]:
         if stage == "evaluate" and name == "collect_contexts":
             # Contexts, and what judges were paid to say of them, are of a model, whether it was evaluated or not.
             continue
-        own = [folder for folder, _ in _existing(name, folders, set())]
+        own = [folder for folder, _ in existing(name, folders)]
         found += [
             *own,
             *(folders.states(folder.name) for folder in own),
-            *(out / file for file in _FILES_OF.get(name, ())),
+            *(out / file for file in STAGES[name].files),
         ]
-        found += sorted((out / "training").glob("*")) if name == "train_sae" else []
+        found += sorted((out / "training").glob(pattern)) if (pattern := STAGES[name].states) else []
     return [path for path in dict.fromkeys(found) if path.exists()]
 
 
@@ -212,7 +205,7 @@ def _state(
 
 def _changed(plan: FolderPlan, record: Mapping[str, Any], folders: Folders, remade: Collection[Path]) -> list[str]:
     """Names of the inputs that are not, or will no longer be, what the folder was made from."""
-    changed = set() if plan.inputs is None else plan.inputs ^ record["inputs"].keys()
+    changed = set((plan.inputs.keys() ^ record["inputs"].keys()) - plan.may_lack)
     for path, name in _inputs(plan.folder, record, folders):
         manifest = path / MANIFEST
         if path in remade or not manifest.exists() or sha256_of(manifest) != record["inputs"][name]:
@@ -222,40 +215,10 @@ def _changed(plan: FolderPlan, record: Mapping[str, Any], folders: Folders, rema
 
 def _inputs(folder: Path, record: Mapping[str, Any], folders: Folders) -> Iterable[tuple[Path, str]]:
     """The folders of this run that a recorded folder was made from, with the names that its record gives them."""
-    known = {
-        CORPUS_FOLDER: folders.corpus,
-        PAIRS_FOLDER: folders.pairs,
-        "activations/text": folders.text_activations,
-        "activations/chat": folders.chat_activations,
-        "activations/heldout": folders.heldout_activations,
-        SARM_FOLDER: folders.sarm,
-        EVALUATION_FOLDER: folders.evaluation,
-        CONTEXTS_FOLDER: folders.contexts,
-        **{name: folders.out / name for name in BASELINES},
-    }
-    if folder.name != "sarm_token_sae":
-        # That one's SAE is another run's.
-        known[SAE_FOLDER] = folders.sae
-    return [(known[name], name) for name in record["inputs"] if name in known]
+    # That one's SAE is another run's.
+    names = [name for name in record["inputs"] if not (folder.name == "sarm_token_sae" and name == SAE_FOLDER)]
+    return [(path, name) for name, (path, _) in folders.inputs(*names).items()]
 
 
 def _existing(stage: StageName, folders: Folders, gone: Collection[Path]) -> list[tuple[Path, str]]:
-    """The folders of a stage that are there, whatever their settings, with the schema that they should have."""
-    out = folders.out
-    found: list[tuple[Path, str]]
-    if stage == "prepare_data":
-        found = [(folders.corpus, CORPUS_FOLDER), (folders.pairs, PAIRS_FOLDER)]
-    elif stage == "extract_activations":
-        places = sorted((out / "activations").rglob(MANIFEST)) + sorted((out / "activations").rglob("stage.json"))
-        found = [(path.parent, ACTIVATIONS_FOLDER) for path in places]
-    elif stage == "train_sae":
-        found = [(folders.sae, SAE_FOLDER), *((path, SAE_FOLDER) for path in sorted((out / "saes").glob("*")))]
-    elif stage == "train_sarm":
-        found = [(folders.sarm, SARM_FOLDER), *((out / name, SARM_FOLDER) for name in BASELINES)]
-    elif stage == "evaluate":
-        found = [(folders.evaluation, EVALUATION_FOLDER)]
-    elif stage == "collect_contexts":
-        found = [(folders.contexts, CONTEXTS_FOLDER), (folders.explanations, EXPLANATIONS_FOLDER)]
-    else:
-        found = [(folders.pages, PAGES_FOLDER)]
-    return [(path, schema) for path, schema in dict.fromkeys(found) if path.exists() and path not in gone]
+    return [(path, schema) for path, schema in existing(stage, folders) if path not in gone]

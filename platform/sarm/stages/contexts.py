@@ -9,15 +9,12 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from sarm.contracts.folders import (
-    CONTEXTS_FOLDER,
-    CORPUS_FOLDER,
     EVALUATION_FOLDER,
     EXPLANATIONS_FOLDER,
-    PAGES_FOLDER,
     PAIRS_FOLDER,
     SARM_FOLDER,
 )
-from sarm.contracts.manifest import Manifest, StageFolder, read_manifest
+from sarm.contracts.manifest import Manifest, read_manifest
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.interpret.context_store import load_contexts
@@ -36,17 +33,13 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
     from sarm.stages.context_collection import collect_contexts, on_cluster
 
     folders = session.folders
-    inputs = {SARM_FOLDER: (folders.sarm, SARM_FOLDER)}
     if contexts.split != "none":
-        inputs[PAIRS_FOLDER] = (folders.pairs, PAIRS_FOLDER)
         splits = read_manifest(folders.pairs, PAIRS_FOLDER).counts["splits"]
         if not contexts.corpus and not (
             sum(splits.values()) if contexts.split == "all" else splits.get(contexts.split)
         ):
             raise UserError(f"{folders.pairs} has no {contexts.split} pairs. Pass another --contexts.split, or --contexts.corpus.")  # fmt: skip
-    if contexts.corpus:
-        inputs[CORPUS_FOLDER] = (folders.corpus, CORPUS_FOLDER)
-    folder = StageFolder(folders.contexts, CONTEXTS_FOLDER, plan.contexts_settings(contexts), inputs)
+    folder = plan.contexts(folders, contexts).open()
     # What training kept of the model's settings; a SARM from elsewhere is read in float32.
     dtype = read_manifest(folders.sarm, SARM_FOLDER).config.get("dtype", "float32")
     reader = reader_of(folders.sarm, contexts, dtype)
@@ -71,17 +64,8 @@ def write_pages(session: Session, pages: PagesSettings) -> Manifest:
     from sarm.report.saedashboard import dashboard
 
     folders = session.folders
-    inputs = {CONTEXTS_FOLDER: (folders.contexts, CONTEXTS_FOLDER), SARM_FOLDER: (folders.sarm, SARM_FOLDER)}
-    explanations = Path(pages.explanations).expanduser().absolute() if pages.explanations else folders.explanations
-    if pages.explanations or explanations.is_dir():
-        inputs[EXPLANATIONS_FOLDER] = (explanations, EXPLANATIONS_FOLDER)
-    scores = folders.evaluation / "sarm_scores"
-    if pages.pairs and scores.is_dir():
-        inputs |= {
-            EVALUATION_FOLDER: (folders.evaluation, EVALUATION_FOLDER),
-            PAIRS_FOLDER: (folders.pairs, PAIRS_FOLDER),
-        }
-    folder = StageFolder(folders.pages, PAGES_FOLDER, plan.pages_settings(pages), inputs)
+    planned = plan.pages(folders, pages)
+    inputs, folder = planned.inputs, planned.open()
     store = load_contexts(folders.contexts, hash_of_folder(folders.sarm))
 
     def body(child: StageRun) -> Mapping[str, Any]:
@@ -94,9 +78,9 @@ def write_pages(session: Session, pages: PagesSettings) -> Manifest:
         )
         shown = features(store, W_dec_SD, weight_S, pages)
         if EVALUATION_FOLDER in inputs:
-            add_pairs(shown, _table(scores), _table(folders.pairs), weight_S, pages.pairs)
+            add_pairs(shown, _table(folders.evaluation / "sarm_scores"), _table(folders.pairs), weight_S, pages.pairs)
         if EXPLANATIONS_FOLDER in inputs:
-            add_explanations(shown, explanations)
+            add_explanations(shown, inputs[EXPLANATIONS_FOLDER][0])
         fired = len(set(store.latents["latent"].to_pylist()))
         facts = {
             "model": config["provenance"].get("model", folders.sarm.name),

@@ -1,5 +1,6 @@
 """The evaluation stage: score held-out pairs on the cluster, then measure, attribute and collect contexts in this process."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from sarm.contracts.folders import SARM_FOLDER
+from sarm.contracts.folders import BASELINES, SARM_FOLDER
 from sarm.contracts.ids import stable_int
-from sarm.contracts.manifest import read_manifest
+from sarm.contracts.manifest import Manifest, read_manifest
 from sarm.contracts.tables import PAIR_SCORES_TABLE
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.models import model_folder
@@ -39,11 +40,21 @@ from sarm.passes.pair_scores import PairScores
 from sarm.settings.evaluation import EvaluationSettings
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
-from sarm.stages.plan import BASELINES
+from sarm.stages import plan
 from sarm.stages.train_reward_worker import load_pairs
 
 
-def evaluate(
+def evaluate(session: Session, extraction: ExtractionSettings, evaluation: EvaluationSettings) -> Manifest:
+    """pairs/v1, activations and models -> held-out scores, baselines, attributions and contexts."""
+    folders = session.folders
+    there = [name for name in BASELINES if (folders.out / name).exists()]
+    folder = plan.evaluation(folders, evaluation, session.run.seed, there).open()
+    return session.stage(
+        "evaluate", folder, functools.partial(_measure, session, extraction, evaluation, folder.folder)
+    )
+
+
+def _measure(
     session: Session, extraction: ExtractionSettings, evaluation: EvaluationSettings, folder: Path, child: StageRun
 ) -> Mapping[str, Any]:
     """Write scores, `metrics.json`, features and contexts into `folder`; returns the stage's counts."""

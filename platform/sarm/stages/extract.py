@@ -10,9 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sarm.contracts.folders import ACTIVATIONS_FOLDER, CORPUS_FOLDER, PAIRS_FOLDER
 from sarm.contracts.ids import stable_int
-from sarm.contracts.manifest import StageFolder
 from sarm.contracts.tables import activations_table
 from sarm.data.formats.models import check_model, model_folder
 from sarm.data.store.blocks import plan_blocks
@@ -25,13 +23,12 @@ from sarm.settings.checks import UserError
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.stages import plan
+from sarm.stages.plan import Key
 
 _NAMES = {"all": "extract sentence ends", "train": "extract chat ends", "heldout": "extract held-out chat ends"}
 _NAMES_OF_UNIT = {"token": "extract tokens", "chat": "extract conversation ends"}
 _TEXT_COLUMNS = ("row_id", "text")
 _PAIR_COLUMNS = ("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset")
-
-Key = tuple[str, str, int]
 
 
 def extract(session: Session, model: ModelSettings, extraction: ExtractionSettings) -> None:
@@ -39,26 +36,17 @@ def extract(session: Session, model: ModelSettings, extraction: ExtractionSettin
     chat = check_model(model)
     for layer in extraction.layers:
         _check_layer(model, layer)
-    folders = session.folders
-    targets = plan.activation_folders(folders, model, extraction)
+    planned = plan.activations(session.folders, model, extraction)
     for split, name in _NAMES.items():
-        source, source_schema = (folders.corpus, CORPUS_FOLDER) if split == "all" else (folders.pairs, PAIRS_FOLDER)
+        source = session.folders.corpus if split == "all" else session.folders.pairs
         if split == "all" and not source.exists():
             continue
-        own = {
-            key: StageFolder(
-                path,
-                ACTIVATIONS_FOLDER,
-                plan.activation_settings(model, extraction, *key),
-                {source_schema: (source, source_schema)},
-            )
-            for key, path in targets.items()
-            if key[0] == split
-        }
+        folders = {key: folder.open() for key, folder in planned.items() if key[0] == split}
         if split == "all":
             name = _NAMES_OF_UNIT.get("".join(extraction.units), name)
             _check_units(source, extraction.units)
-        session.stages(name, own, _Extraction(session, model, extraction, chat, name, source, targets), resume=True)
+        targets = {key: folder.folder for key, folder in planned.items()}
+        session.stages(name, folders, _Extraction(session, model, extraction, chat, name, source, targets), resume=True)
 
 
 class _Extraction:

@@ -1,23 +1,27 @@
-"""Which folder each stage owns, and the settings that decide what it holds.
+"""Which folders each stage writes: their schema, the settings that decide what they hold, and the folders that they are made from.
 
-Loads nothing heavy: dry runs and refusals come from here.
+Everything that asks for one of these asks here: the stages themselves, refusals before anything is paid for, dry runs.
+Loads nothing heavy.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sarm.contracts.folders import (
     ACTIVATIONS_FOLDER,
+    BASELINES,
     CONTEXTS_FOLDER,
     CORPUS_FOLDER,
     EVALUATION_FOLDER,
+    EXPLANATIONS_FOLDER,
     PAGES_FOLDER,
     PAIRS_FOLDER,
     SAE_FOLDER,
     SARM_FOLDER,
     Folders,
 )
+from sarm.contracts.manifest import StageFolder
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.contexts import ContextsSettings, PagesSettings
 from sarm.settings.data import DataSettings
@@ -26,46 +30,63 @@ from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.identity import identity
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
-from sarm.settings.run import StageName
 from sarm.settings.sae import AlsoSaes, SaeSettings
-from sarm.stages.variants import variants
+from sarm.stages.variants import Variant
 
 _OF_TEXTS = ("texts", "text_field", "max_texts")
 _EXTRACTION_OF_TEXTS = ("sentence_ends", "limit_rows", "limit_tokens")
 
-# Where the baselines of reward training go, and what a report calls them.
-BASELINES = {
-    "scalar_head": "scalar head, same backbone",
-    "scalar_head_full": "scalar head, whole backbone",
-    "sarm_random_encoder": "SARM, random encoder",
-    "sarm_random_directions": "SARM, random directions alone",
-    "sarm_random_linear": "SARM, random linear map",
-    "sarm_token_sae": "SARM, token-level SAE",
-}
-
 Settings = dict[str, Any]
+# (split, unit, layer); the split of texts is `all`, the unit of pairs `chat`.
+Key = tuple[str, str, int]
 
 
-def corpus_settings(data: DataSettings) -> Settings:
-    """What decides corpus/v1."""
-    return {key: value for key, value in identity(data).items() if key in _OF_TEXTS}
+class FolderPlan(NamedTuple):
+    """A folder that a stage writes."""
+
+    folder: Path
+    schema: str
+    settings: Settings | None
+    """What decides the folder's content; None where that takes a look at the model."""
+    inputs: Mapping[str, tuple[Path, str]] = {}
+    """Path and schema of the folders that it is made from, by the names that its manifest gives them."""
+
+    may_lack: frozenset[str] = frozenset()
+    """Inputs that come later: a folder that was made before they were there is still good."""
+
+    def open(self) -> StageFolder:
+        """The folder to be worked on. Raises UserError unless all its inputs are finished."""
+        assert self.settings is not None
+        return StageFolder(self.folder, self.schema, self.settings, self.inputs)
 
 
-def pairs_settings(data: DataSettings) -> Settings:
-    """What decides pairs/v1; `prompts` says what makes two prompts one, which splits and ids go by."""
-    return {key: value for key, value in identity(data).items() if key not in _OF_TEXTS} | {"prompts": "normalised"}
+def corpus(folders: Folders, data: DataSettings) -> FolderPlan:
+    """corpus/v1."""
+    settings = {key: value for key, value in identity(data).items() if key in _OF_TEXTS}
+    return FolderPlan(folders.corpus, CORPUS_FOLDER, settings)
 
 
-def activation_folders(
-    folders: Folders, model: ModelSettings, extraction: ExtractionSettings
-) -> dict[tuple[str, str, int], Path]:
-    """Where (split, unit, layer) goes; the split of texts is `all`, the unit of pairs `chat`."""
-    names: list[tuple[str, str, str]] = [
-        ("all", unit, "text" if place == 0 else f"text-{unit}") for place, unit in enumerate(extraction.units)
-    ]
+def pairs(folders: Folders, data: DataSettings) -> FolderPlan:
+    """pairs/v1; `prompts` says what makes two prompts one, which splits and ids go by."""
+    settings = {key: value for key, value in identity(data).items() if key not in _OF_TEXTS}
+    return FolderPlan(folders.pairs, PAIRS_FOLDER, settings | {"prompts": "normalised"})
+
+
+def activations(folders: Folders, model: ModelSettings, extraction: ExtractionSettings) -> dict[Key, FolderPlan]:
+    """activations/v1 of every split, unit and layer of an extraction."""
+    names = [("all", unit, f"text-{unit}" if place else "text") for place, unit in enumerate(extraction.units)]
     names += [("train", "chat", "chat"), ("heldout", "chat", "heldout")]
     layers = dict.fromkeys((model.layer, *extraction.layers))
-    return {(split, unit, n): folders.activations(name, n, model.layer) for split, unit, name in names for n in layers}
+    return {
+        (split, unit, layer): FolderPlan(
+            folders.activations(name, layer, model.layer),
+            ACTIVATIONS_FOLDER,
+            activation_settings(model, extraction, split, unit, layer),
+            folders.inputs(CORPUS_FOLDER if split == "all" else PAIRS_FOLDER),
+        )
+        for split, unit, name in names
+        for layer in layers
+    }
 
 
 def activation_settings(
@@ -81,63 +102,19 @@ def activation_settings(
     return {**backbone, **stored, **about, **_of_conversations()}
 
 
+def sae(
+    folder: Path, sae: SaeSettings, seed: int, activations: Mapping[str, Path], init_seed: int | None = None
+) -> FolderPlan:
+    """An SAE that learns from the activations of its phases: `seed` decides the order of rows, and the first weights too if `init_seed` does not."""
+    epochs = {"text": sae.text_epochs, "chat": sae.chat_epochs}
+    inputs = {f"activations/{name}": (path, ACTIVATIONS_FOLDER) for name, path in activations.items() if epochs[name]}
+    return FolderPlan(folder, SAE_FOLDER, sae_settings(sae, seed, init_seed), inputs)
+
+
 def sae_settings(sae: SaeSettings, seed: int, init_seed: int | None = None) -> Settings:
-    """What decides the SAE: `seed` the order of rows, and the first weights too if `init_seed` does not."""
+    """What decides an SAE, besides its activations."""
     settings = identity(sae, seed=seed)
     return settings if init_seed in (None, seed) else {**settings, "init_seed": init_seed}
-
-
-def reward_settings(model: ModelSettings, reward: RewardSettings, seed: int) -> Settings:
-    """What decides a reward model."""
-    return {**identity(model), **identity(reward, seed=seed), **_of_conversations()}
-
-
-def evaluation_settings(evaluation: EvaluationSettings, seed: int) -> Settings:
-    """What decides the evaluation."""
-    return {**identity(evaluation, seed=seed), **_of_conversations()}
-
-
-def contexts_settings(contexts: ContextsSettings) -> Settings:
-    """What decides contexts/v1."""
-    return {**identity(contexts), **_of_conversations()}
-
-
-def _of_conversations() -> Settings:
-    """What decides which text and which token every stage reads: folders of other rules are not mixed with those of today."""
-    return {"protocol_version": PROTOCOL_VERSION}
-
-
-def pages_settings(pages: PagesSettings) -> Settings:
-    """What decides the feature pages."""
-    return identity(pages)
-
-
-class FolderPlan(NamedTuple):
-    """A folder that a stage writes. `settings` is what decides it, None where that takes a look at the model."""
-
-    folder: Path
-    schema: str
-    settings: Settings | None
-    inputs: frozenset[str] | None = None
-    """Names of the folders that it is made from, where the settings alone do not say; None: those."""
-
-
-def stage_folders(stage: StageName, config: Any, folders: Folders) -> list[FolderPlan]:
-    """The folders that a stage of this config writes; `config` is that of a job that knows the stage's settings."""
-    return _PLANS[stage](config, folders)
-
-
-def _prepared(config: Any, folders: Folders) -> list[FolderPlan]:
-    corpus = [FolderPlan(folders.corpus, CORPUS_FOLDER, corpus_settings(config.data))] if config.data.texts else []
-    return [*corpus, FolderPlan(folders.pairs, PAIRS_FOLDER, pairs_settings(config.data))]
-
-
-def _extracted(config: Any, folders: Folders) -> list[FolderPlan]:
-    return [
-        FolderPlan(path, ACTIVATIONS_FOLDER, activation_settings(config.model, config.extraction, *key))
-        for key, path in activation_folders(folders, config.model, config.extraction).items()
-        if key[0] != "all" or config.data.texts
-    ]
 
 
 def sae_folders(
@@ -149,43 +126,58 @@ def sae_folders(
     return [("train SAE", folders.sae, sae, seed), *others]
 
 
-def _saes(config: Any, folders: Folders) -> list[FolderPlan]:
-    also, seed = getattr(config, "also", AlsoSaes()), config.run.seed
-    planned = sae_folders(folders, config.sae, also, seed)
-    return [FolderPlan(path, SAE_FOLDER, sae_settings(sae, seed, number)) for _, path, sae, number in planned]
+def reward_model(folders: Folders, variant: Variant, seed: int) -> FolderPlan:
+    """A reward model: the SARM or one of its baselines."""
+    reads_ends = variant.reward.head_init == "probe" or variant.reward.encoder == "random_matched"
+    inputs = folders.inputs(PAIRS_FOLDER, *(["activations/chat"] if reads_ends else []))
+    if variant.sae:
+        inputs[SAE_FOLDER] = (variant.sae, SAE_FOLDER)
+    settings = reward_settings(variant.model, variant.reward, seed)
+    return FolderPlan(folders.out / variant.folder, SARM_FOLDER, settings, inputs)
 
 
-def _reward_models(config: Any, folders: Folders) -> list[FolderPlan]:
-    planned = variants(config.model, config.reward, folders.sae, depth_of=lambda model: model.layer)
-    return [
-        FolderPlan(
-            folders.out / one.folder,
-            SARM_FOLDER,
-            None if one.folder == "scalar_head_full" else reward_settings(one.model, one.reward, config.run.seed),
-        )
-        for one in planned
-    ]
+def reward_settings(model: ModelSettings, reward: RewardSettings, seed: int) -> Settings:
+    """What decides a reward model."""
+    return {**identity(model), **identity(reward, seed=seed), **_of_conversations()}
 
 
-def _evaluation(config: Any, folders: Folders) -> list[FolderPlan]:
-    asked = {plan.folder.name for plan in _reward_models(config, folders)}
-    inputs = {SARM_FOLDER, SAE_FOLDER, PAIRS_FOLDER, "activations/chat", "activations/heldout"}
-    inputs |= {name for name in BASELINES if name in asked or (folders.out / name).exists()}
-    settings = evaluation_settings(config.evaluation, config.run.seed)
-    return [FolderPlan(folders.evaluation, EVALUATION_FOLDER, settings, frozenset(inputs))]
+def evaluation(folders: Folders, evaluation: EvaluationSettings, seed: int, baselines: Iterable[str]) -> FolderPlan:
+    """The evaluation of the SARM beside its baselines."""
+    read = (SARM_FOLDER, SAE_FOLDER, PAIRS_FOLDER, "activations/chat", "activations/heldout")
+    inputs = folders.inputs(*read, *(name for name in BASELINES if name in set(baselines)))
+    return FolderPlan(folders.evaluation, EVALUATION_FOLDER, evaluation_settings(evaluation, seed), inputs)
 
 
-_PLANS: dict[str, Callable[[Any, Folders], list[FolderPlan]]] = {
-    "prepare_data": _prepared,
-    "extract_activations": _extracted,
-    "train_sae": _saes,
-    "train_sarm": _reward_models,
-    "evaluate": _evaluation,
-    "collect_contexts": lambda config, folders: [
-        FolderPlan(folders.contexts, CONTEXTS_FOLDER, contexts_settings(config.contexts))
-    ],
-    "feature_pages": lambda config, folders: [FolderPlan(folders.pages, PAGES_FOLDER, pages_settings(config.pages))],
-}
+def evaluation_settings(evaluation: EvaluationSettings, seed: int) -> Settings:
+    """What decides an evaluation."""
+    return {**identity(evaluation, seed=seed), **_of_conversations()}
+
+
+def contexts(folders: Folders, contexts: ContextsSettings) -> FolderPlan:
+    """contexts/v1 of the SARM."""
+    read = [SARM_FOLDER]
+    read += [PAIRS_FOLDER] if contexts.split != "none" else []
+    read += [CORPUS_FOLDER] if contexts.corpus else []
+    settings = {**identity(contexts), **_of_conversations()}
+    return FolderPlan(folders.contexts, CONTEXTS_FOLDER, settings, folders.inputs(*read))
+
+
+def pages(folders: Folders, pages: PagesSettings) -> FolderPlan:
+    """Feature pages: of the contexts, and of the explanations and held-out scores that are there."""
+    inputs = folders.inputs(CONTEXTS_FOLDER, SARM_FOLDER)
+    if pages.explanations:
+        inputs[EXPLANATIONS_FOLDER] = (Path(pages.explanations).expanduser().absolute(), EXPLANATIONS_FOLDER)
+    elif folders.explanations.is_dir():
+        inputs |= folders.inputs(EXPLANATIONS_FOLDER)
+    if pages.pairs and (folders.evaluation / "sarm_scores").is_dir():
+        inputs |= folders.inputs(EVALUATION_FOLDER, PAIRS_FOLDER)
+    may_lack = frozenset({EXPLANATIONS_FOLDER, EVALUATION_FOLDER, PAIRS_FOLDER})
+    return FolderPlan(folders.pages, PAGES_FOLDER, identity(pages), inputs, may_lack)
+
+
+def _of_conversations() -> Settings:
+    """What decides which text and which token every stage reads: folders of other rules are not mixed with those of today."""
+    return {"protocol_version": PROTOCOL_VERSION}
 
 
 def with_figures(counts: Mapping[str, Any], *names: str) -> dict[str, Any]:

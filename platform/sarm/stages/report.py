@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from sarm.contracts.folders import BASELINES
 from sarm.contracts.manifest import MANIFEST, Manifest, parse_manifest
 from sarm.data.formats.sarm_folder import load_sarm
 from sarm.data.store.parts import part_files
@@ -21,7 +22,6 @@ from sarm.interpret.attribution import pair_explanation, top_features
 from sarm.report import figures
 from sarm.report.report import Report, ReportFiles, as_dict, describe_features, describe_pair, write_report
 from sarm.settings.evaluation import EvaluationSettings
-from sarm.stages.plan import BASELINES
 from sarm.stages.train_reward_worker import load_pairs
 
 _NAMES = {

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sarm.contracts.folders import ACTIVATIONS_FOLDER, SAE_FOLDER
 from sarm.contracts.manifest import StageFolder
 from sarm.data.store.checkpoints import Checkpoints
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.settings.checks import UserError
-from sarm.settings.sae import SaeSettings
+from sarm.settings.sae import AlsoSaes, SaeSettings
 from sarm.stages import plan
+from sarm.stages.plan import sae_folders
 
 if TYPE_CHECKING:
     from sarm.data.store.activations import ActivationStore
@@ -32,6 +32,13 @@ class SaeStage(NamedTuple):
     init_seed: int
 
 
+def train_sae(session: Session, sae: SaeSettings, also: AlsoSaes = AlsoSaes()) -> None:
+    """activations/v1 -> SAE, and `also` others beside it, all from one read."""
+    folders = session.folders
+    wanted = [SaeStage(*member) for member in sae_folders(folders, sae, also, session.run.seed)]
+    train_saes(session, wanted, folders.phases, folders.corpus, folders.states(folders.sae.name))
+
+
 def train_saes(
     session: Session, wanted: Sequence[SaeStage], activations: Mapping[str, Path], corpus: Path, in_training: Path
 ) -> None:
@@ -40,13 +47,10 @@ def train_saes(
     All must agree on epochs and batches. Raises UserError if they do not, or if a folder holds something else.
     """
     first = wanted[0].sae
-    epochs = {"text": first.text_epochs, "chat": first.chat_epochs}
-    used = {name: activations[name] for name in activations if epochs[name] > 0}
-    inputs = {f"activations/{name}": (path, ACTIVATIONS_FOLDER) for name, path in used.items()}
+    planned = [plan.sae(one.folder, one.sae, session.run.seed, activations, one.init_seed) for one in wanted]
+    used = {name.removeprefix("activations/"): path for name, (path, _) in planned[0].inputs.items()}
     todo: list[tuple[SaeStage, StageFolder]] = []
-    for one in wanted:
-        settings = plan.sae_settings(one.sae, session.run.seed, one.init_seed)
-        folder = StageFolder(one.folder, SAE_FOLDER, settings, inputs)
+    for one, folder in zip(wanted, (folder.open() for folder in planned), strict=True):
         if folder.finished() is None:
             todo.append((one, folder))
         else:

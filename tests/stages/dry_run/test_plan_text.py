@@ -75,17 +75,13 @@ def test_what_a_real_run_would_refuse_is_refused_in_one_line(demo):
 
 
 def test_sources_that_were_read_already_may_be_gone(demo):
-    from sarm.contracts.folders import CORPUS_FOLDER, PAIRS_FOLDER
-    from sarm.contracts.manifest import StageFolder
+    from sarm.contracts.folders import Folders
     from sarm.settings.jobs import TrainSarm
     from sarm.stages import plan
 
     data = replace(demo.data, texts=("/gone/*.jsonl",), pairs=("/gone.jsonl",))
-    for name, schema, settings in (
-        ("corpus", CORPUS_FOLDER, plan.corpus_settings(data)),
-        ("pairs", PAIRS_FOLDER, plan.pairs_settings(data)),
-    ):
-        folder = StageFolder(demo.run.out / name, schema, settings)
+    for planned in (plan.corpus(Folders(demo.run.out), data), plan.pairs(Folders(demo.run.out), data)):
+        folder = planned.open()
         folder.claim()
         folder.finish({"rows": 10, "characters": 4400, "splits": {"train": 8, "heldout": 2}})
     said = describe(replace(demo, data=data).part(TrainSarm))

@@ -10,7 +10,7 @@ from sarm.engine.terminal import say
 from sarm.nn.backbone import read_config
 from sarm.settings.checks import UserError
 from sarm.settings.sweep import Ablation
-from sarm.stages import pipeline as stages
+from sarm.stages.prepare import check_sources
 from sarm.stages.sweep.cells import Cell, check_sweep
 from sarm.stages.sweep.cost import sweep_text
 from sarm.stages.sweep.folder import move_sweep_aside, refuse_unshared
@@ -41,7 +41,7 @@ def check_plan(config: Ablation) -> SweepPlan:
     """The plan of a sweep that can be run as far as that is known without a cluster; raises UserError."""
     cells = check_sweep(config)
     check_search(config.sweep)
-    stages.check_sources(config.data)
+    check_sources(config.data)
     plan = sweep_plan(config, cells, _width(config))
     for layer in plan.layers:
         check_model(plan.model(layer))

@@ -16,11 +16,13 @@ from sarm.engine.mlflow.run_card import SOURCE_NAME, parameters
 from sarm.engine.mlflow.tracking import PARENT_RUN, StageRun
 from sarm.engine.session import Reports, Session
 from sarm.settings.identity import as_json
-from sarm.stages import pipeline as stages
 from sarm.stages import plan as plans
+from sarm.stages.extract import extract
+from sarm.stages.prepare import prepare
 from sarm.stages.sweep.cells import Cell, SaeKey, sae_key
 from sarm.stages.sweep.plan import CellFolders, SweepFolders, SweepPlan, digest
 from sarm.stages.train_sae import SaeStage, train_saes
+from sarm.stages.train_sarm import train_reward_model
 
 TOKENS = "text-token"
 _SHARED_SETTINGS = ("model", "lr_sae", "lr_sae_chat", "lr_reward", "lr_head", "reward_epochs", "reward_batch")
@@ -40,16 +42,16 @@ WITH_TRAINED_SAE = ("sarm", "token_sae")
 def share(session: Session, plan: SweepPlan) -> None:
     """Corpus, pairs, activations of all layers from one pass, and every SAE that a cell reads."""
     config = plan.config
-    stages.prepare(session, config.data)
+    prepare(session, config.data)
     first, *others = plan.layers
-    stages.extract(session, plan.model(first), replace(config.extraction, layers=tuple(others)))
+    extract(session, plan.model(first), replace(config.extraction, layers=tuple(others)))
     of_tokens = sorted({key.layer for key in plan.saes if key.unit == "token"})
     if of_tokens:
         # Apart, and of fewer texts: every token of the whole corpus at every layer would fill terabytes.
         first, *others = of_tokens
         few = replace(config.extraction, units=("token",), layers=tuple(others), limit_tokens=config.sweep.token_rows)
         session.own_folders = SweepFolders(config.run.out, TOKENS)
-        stages.extract(session, plan.model(first), few)
+        extract(session, plan.model(first), few)
         session.own_folders = SweepFolders(config.run.out)
     missing = [key for key in plan.saes if not (plan.sae_folder(key) / MANIFEST).exists()]
     for group in _of_one_read(missing, config.sweep.saes_at_once):
@@ -108,7 +110,7 @@ def do_cell(plan: SweepPlan, cell: Cell, reports: Reports) -> Manifest:
     with cell_session(plan, cell, reports) as session:
         *_, variant = variants(model, reward, sae)
         check_model(variant.model)
-        folder = stages.train_reward_model(session, variant)
+        folder = train_reward_model(session, variant)
         found = _evaluate(session, plan, cell, folder)
         figures = result_of(plan, cell, found)
         session.tracker.parent.log_metrics({_IN_MLFLOW.get(name, name): value for name, value in figures.items()})
