@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 
 
+Body = Callable[[Mapping[Any, StageRun]], Mapping[Any, Mapping[str, Any]]]
+
+
 class Reports(NamedTuple):
     """Callbacks of Ray Train's controller that hear of a training every `every_steps` steps; 0 is never."""
 
@@ -103,67 +106,69 @@ class Session:
 
         `body` returns the stage's counts; `figures` among them are logged as metrics.
         """
-        return self.stages(name, {name: folder}, lambda child, _: {name: body(child)})[name]
+        return self.stages({name: name}, {name: folder}, lambda children: {name: body(children[name])})[name]
 
     def stages(
         self,
-        name: str,
+        names: Mapping[Any, str],
         folders: Mapping[Any, StageFolder],
-        body: Callable[[StageRun, Sequence[Any]], Mapping[Any, Mapping[str, Any]]],
+        body: Body,
         *,
         resume: bool = False,
     ) -> dict[Any, Manifest]:
-        """Do those of several stages that are not done, in one go: `body` gets their keys and returns the counts of each.
+        """Do those of several stages that are not done, in one go. Stages of one name share an MLflow child run.
 
-        With `resume`, what an unfinished run left in the folders is kept for `body` to go on with.
+        `body` gets the child run of each, by key, and returns their counts. With `resume`, what an unfinished run left in the folders is
+        kept for it to go on with.
         """
         manifests = {key: folder.finished() for key, folder in folders.items()}
         for key, manifest in manifests.items():
             if manifest is not None:
-                say(f"{name}: already done, {folders[key].folder}")
+                say(f"{names[key]}: already done, {folders[key].folder}")
         todo = [key for key, manifest in manifests.items() if manifest is None]
         if todo:
             with contextlib.ExitStack() as locks:
                 for key in todo:
-                    locks.enter_context(WriterLock(folders[key].folder, name))
+                    locks.enter_context(WriterLock(folders[key].folder, names[key]))
                 # Who wrote until now may have finished.
                 manifests |= {key: folders[key].finished() for key in todo}
                 if todo := [key for key in todo if manifests[key] is None]:
-                    say(f"{name}: started")
-                    manifests |= self._do(name, {key: folders[key] for key in todo}, body, resume=resume)
+                    manifests |= self._do(names, {key: folders[key] for key in todo}, body, resume=resume)
         return {key: manifest for key, manifest in manifests.items() if manifest is not None}
 
     def _do(
-        self,
-        name: str,
-        folders: Mapping[Any, StageFolder],
-        body: Callable[[StageRun, Sequence[Any]], Mapping[Any, Mapping[str, Any]]],
-        *,
-        resume: bool,
+        self, names: Mapping[Any, str], folders: Mapping[Any, StageFolder], body: Body, *, resume: bool
     ) -> dict[Any, Manifest]:
         leave_if_asked()
+        for name in dict.fromkeys(names[key] for key in folders):
+            say(f"{name}: started")
         started = time.monotonic()
         for folder in folders.values():
             folder.verify_inputs(self._verified)
-        notes = [folder.claim(resume=resume) for folder in folders.values()]
-        config = next(iter(folders.values())).config
-        manifests = {}
-        with self.tracker.stage(name, notes[0].get("mlflow_run_id"), run_card.flat_params(config)) as child:
-            for folder in folders.values():
-                folder.note(mlflow_run_id=child.run_id)
+        notes = {key: folder.claim(resume=resume) for key, folder in folders.items()}
+        manifests, children = {}, {}
+        with contextlib.ExitStack() as runs:
+            named: dict[str, StageRun] = {}
+            for key, folder in folders.items():
+                if (name := names[key]) not in named:
+                    known, params = notes[key].get("mlflow_run_id"), run_card.flat_params(folder.config)
+                    named[name] = runs.enter_context(self.tracker.stage(name, known, params))
+                children[key] = named[name]
+                folder.note(mlflow_run_id=children[key].run_id)
             with peak_memory() as memory:
-                found = body(child, list(folders))
+                found = body(children)
             took = {"seconds": round(time.monotonic() - started, 2), "peak_rss_gb": round(memory.peak / 1e9, 3)}
             for key, folder in folders.items():
                 counts = {**found[key], **took}
-                manifests[key] = folder.finish(counts)
+                child, manifests[key] = children[key], folder.finish(counts)
                 self._verified.add(folder.folder)
                 figures = counts.get("figures", {})
                 numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
                 child.log_metrics({**numbers, **took})
                 child.log_artifact(folder.folder / "manifest.json")
                 self._name_inputs(child, [*folder.read_manifests, manifests[key]])
-        say(f"{name}: done in {took['seconds']:.0f} s")
+        for name in named:
+            say(f"{name}: done in {took['seconds']:.0f} s")
         return manifests
 
     def _name_inputs(self, child: StageRun, manifests: Sequence[Manifest]) -> None:

@@ -11,9 +11,8 @@ from sarm.engine.terminal import say
 from sarm.settings.jobs import FeaturePages
 from sarm.settings.run import StageName
 from sarm.stages.chain_state import ChainState, StageState, move_aside, state_of, was_moved
-from sarm.stages.dry_run.inputs import check_layers
 from sarm.stages.dry_run.plan_text import plan_text
-from sarm.stages.prepare import check_sources
+from sarm.stages.inputs import check_inputs
 from sarm.stages.stage import STAGES
 
 
@@ -26,7 +25,12 @@ def run_chain(config: Any) -> dict[StageName, Any]:
         config = replace(config, run=replace(config.run, redo_from=None))
     state = state_of(config)
     state.refuse(config.run.out)
-    _check(config, state)
+    check_inputs(config, state)
+    if state.is_todo("extract_activations") or state.is_todo("train_sarm"):
+        # Last: seconds of imports.
+        from sarm.data.formats.models import check_model
+
+        check_model(config.model)
     # Only now: who is refused keeps what is there.
     if (aside := move_aside(config)) is not None:
         say(f"moved aside what {config.run.redo_from} and the stages after it had made: {aside}")
@@ -38,19 +42,6 @@ def run_chain(config: Any) -> dict[StageName, Any]:
             for stage in state.stages
             if not _is_settled(config, stage)
         }
-
-
-def _check(config: Any, state: ChainState) -> None:
-    """What a later stage would find out after an earlier one was paid for."""
-    from sarm.data.formats.models import check_model
-
-    if state.is_todo("prepare_data"):
-        check_sources(config.data)
-    if state.is_todo("extract_activations") or state.is_todo("train_sarm"):
-        # First what needs no library that takes seconds to load.
-        check_layers(config.model, {config.model.layer})
-        check_layers(config.model, {config.model.layer, *config.extraction.layers}, "--layers")
-        check_model(config.model)
 
 
 def _announce(config: Any, state: ChainState) -> None:

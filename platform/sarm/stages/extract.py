@@ -46,7 +46,10 @@ def extract(session: Session, model: ModelSettings, extraction: ExtractionSettin
             name = _NAMES_OF_UNIT.get("".join(extraction.units), name)
             _check_units(source, extraction.units)
         targets = {key: folder.folder for key, folder in planned.items()}
-        session.stages(name, folders, _Extraction(session, model, extraction, chat, name, source, targets), resume=True)
+        names = dict.fromkeys(folders, name)
+        session.stages(
+            names, folders, _Extraction(session, model, extraction, chat, name, source, targets), resume=True
+        )
 
 
 class _Extraction:
@@ -65,7 +68,7 @@ class _Extraction:
         self._session, self._model, self._extraction, self._chat = session, model, extraction, chat
         self._name, self._source, self._targets = name, source, targets
 
-    def __call__(self, child: StageRun, keys: Sequence[Key]) -> dict[Key, dict[str, Any]]:
+    def __call__(self, children: Mapping[Key, StageRun]) -> dict[Key, dict[str, Any]]:
         from sarm.contracts.passes import Target
         from sarm.data.store.activations import statistics_of
         from sarm.engine.ray.block_actor import Output
@@ -73,7 +76,10 @@ class _Extraction:
         from sarm.nn.backbone import read_config
         from sarm.passes.activations import ChatActivations, TextActivations
 
-        split, is_text = keys[0][0], keys[0][0] == "all"
+        keys = list(children)
+        # Targets of one pass have one run.
+        child, split = children[keys[0]], keys[0][0]
+        is_text = split == "all"
         model, extraction = self._model, self._extraction
         folder = model_folder(model)
         d_in = read_config(folder, model.layer, revision=model.revision, gguf_file=model.gguf_file).hidden_size

@@ -61,47 +61,36 @@ def train_saes(
 
     check_activations(first, {name: ActivationStore(path) for name, path in used.items()})
     states = Checkpoints(in_training, _identity([folder for _, folder in todo]))
-    children: list[StageRun] = []
-    results: list[dict[str, Any]] = []
 
-    def train() -> list[dict[str, Any]]:
-        from sarm.stages import train_sae_worker as sae_training
+    def train(children: Mapping[Any, StageRun]) -> Mapping[Any, Mapping[str, Any]]:
+        from sarm.stages import train_sae_worker as worker
 
         members = [
-            sae_training.SaeMember(one.sae, one.init_seed, one.folder, child, one.folder.name)
-            for (one, _), child in zip(todo, children, strict=True)
+            worker.SaeMember(one.sae, one.init_seed, one.folder, children[one.name], one.folder.name) for one, _ in todo
         ]
-        own = members[0]
-        task = sae_training.SaeTask(
+        first, *others = members
+        task = worker.SaeTask(
             session.run,
-            own.sae,
+            first.sae,
             used.get("text"),
             used.get("chat"),
-            own.folder,
-            own.tracking,
+            first.folder,
+            first.tracking,
             states,
             corpus if "text" in used else None,
-            also=tuple(members[1:]),
-            init_seed=own.seed,
+            also=tuple(others),
+            init_seed=first.seed,
         )
-        result = sae_training.train_on_cluster(task, session.cluster)
-        return [{**one, "rejected": result["rejected"]} for one in (result, *result["also"])]
+        result = worker.train_on_cluster(task, session.cluster)
+        results = [{**one, "rejected": result["rejected"]} for one in (result, *result["also"])]
+        together = {"one_read": [one.name for one, _ in todo]}
+        return {
+            one.name: _written(one.folder, own, children[one.name]) | together
+            for (one, _), own in zip(todo, results, strict=True)
+        }
 
-    def claim(number: int) -> None:
-        """Claim the folders one inside the other, train once all are, and finish them on the way back."""
-        one, folder = todo[number]
-
-        def body(child: StageRun) -> Mapping[str, Any]:
-            children.append(child)
-            if number + 1 < len(todo):
-                claim(number + 1)
-            else:
-                results.extend(train())
-            return {**_written(one.folder, results[number], child), "one_read": [other.name for other, _ in todo]}
-
-        session.stage(one.name, folder, body)
-
-    claim(0)
+    names = {one.name: one.name for one, _ in todo}
+    session.stages(names, {one.name: folder for one, folder in todo}, train)
     finish_training(states)
 
 

@@ -10,10 +10,10 @@ from sarm.data.formats.model_shapes import Shape, shape_of
 from sarm.engine.ray.machine import PEAK_SHARE, Machine
 from sarm.settings.sweep import Ablation
 from sarm.stages.dry_run.formulas import extracted, reward_flops, sae_flops
-from sarm.stages.dry_run.inputs import check_layers, check_sources
 from sarm.stages.dry_run.plan_text import WIDTH, entry, planned_machine
 from sarm.stages.dry_run.rounding import about, count, duration, rounded, size
 from sarm.stages.dry_run.source_sizes import Pairs, Sizes, Texts, sizes_of
+from sarm.stages.inputs import check_layers, check_sources
 from sarm.stages.sweep.cells import Cell, check_sweep, layers_of, saes_of
 
 # Starting the workers of a trial, loading its model, and reading it back to score; before that Ray, the passes of extraction, and

@@ -10,7 +10,7 @@ from sarm.engine.terminal import say
 from sarm.nn.backbone import read_config
 from sarm.settings.checks import UserError
 from sarm.settings.sweep import Ablation
-from sarm.stages.prepare import check_sources
+from sarm.stages.inputs import check_sources
 from sarm.stages.sweep.cells import Cell, check_sweep
 from sarm.stages.sweep.cost import sweep_text
 from sarm.stages.sweep.folder import move_sweep_aside, refuse_unshared

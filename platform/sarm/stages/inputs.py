@@ -1,15 +1,28 @@
-"""What a dry run can find wrong with sources, model and layer, without loading the model."""
+"""What can be found wrong with sources, model and layer before anything is paid for, without loading the model."""
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from sarm.data.formats.model_shapes import KNOWN_SHAPES, shape_of
 from sarm.settings.checks import UserError
 from sarm.settings.data import DataSettings
 from sarm.settings.model import ModelSettings
+from sarm.stages.chain_state import ChainState
 
 _BUILT_IN_TEXTS = ("demo:openwebtext", "demo:wikipedia", "tiny:texts")
 _BUILT_IN_PAIRS = ("demo:harm", "tiny:pairs")
+
+
+def check_inputs(config: Any, state: ChainState) -> None:
+    """Raise UserError for what a stage that is to do would find out after an earlier one was paid for."""
+    if state.is_todo("prepare_data"):
+        check_sources(config.data)
+    if state.is_todo("extract_activations"):
+        check_layers(config.model, {config.model.layer})
+        check_layers(config.model, {config.model.layer, *config.extraction.layers}, "--layers")
+    elif state.is_todo("train_sarm"):
+        check_layers(config.model, {config.model.layer})
 
 
 def check_sources(data: DataSettings) -> None:
