@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import sarm
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "platform" / "sarm"
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
@@ -202,6 +204,14 @@ def test_the_source_root_does_not_shadow_the_standard_librarys_platform():
 
 def test_importing_the_package_loads_nothing_heavy():
     run_python(f"import sarm, sys; assert not {HEAVY!r} & set(sys.modules)")
+
+
+def test_the_packages_public_names_are_there_and_come_when_they_are_asked_for():
+    names = sarm.__all__
+    assert set(names) == set(sarm._HOMES)
+    assert all(getattr(sarm, name).__name__ == name for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sarm.nothing
 
 
 def test_stages_and_their_session_load_nothing_that_takes_seconds():

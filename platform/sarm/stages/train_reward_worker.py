@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -108,6 +108,15 @@ def split_off_validation(pairs: pa.Table, share: float) -> tuple[pa.Table, pa.Ta
     return training, validation
 
 
+class _Data(NamedTuple):
+    """What a training reads: its pairs, the same as prompts with tokens, those that it is measured on, and why pairs are left out."""
+
+    pairs: pa.Table
+    groups: list[PromptGroup]
+    validation: list[PromptGroup]
+    refused: dict[str, str]
+
+
 def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     """One Ray Train worker: build, train, gather, and on rank 0 write the folder and return the figures."""
     device, rank = worker_device(), dist.get_rank()
@@ -122,21 +131,14 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     )
     found = states.latest()
     chat = load_chat_tokenizer(task.model, task.model_folder)
-    pairs, validation_pairs = split_off_validation(load_pairs(task.pairs, "train"), task.reward.validation_share)
-    refused: dict[str, str] = {}
-    groups = list(prompt_groups(pairs, chat, refused=refused))
-    validation = list(prompt_groups(validation_pairs, chat, refused=refused))
-    if not groups or (validation_pairs.num_rows and not validation):
-        raise UserError(
-            f"no pair can be encoded: {dict(Counter(refused.values()))} of {len(refused):,}. Pass pairs whose roles the template of {task.model.name} takes."
-        )
+    data = _read(task, chat)
     model = _build(task, chat)
     to_train = parameter_groups(model, task.reward)
     # DeepSpeed hands rank 0's weights to the others.
     if rank == 0 and found is not None:
         load_weights_(model, found, "shards")
     elif rank == 0 and task.head_start is not None:
-        start_head_(model, task.head_start, pairs, task.run.seed, groups, task.reward.encoder)
+        start_head_(model, task.head_start, data.pairs, task.run.seed, data.groups, task.reward.encoder)
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -145,12 +147,12 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     best: Shards = {}
     training = RewardTraining(
         engine,
-        groups,
+        data.groups,
         task.reward,
         task.run.seed,
         task.model.max_length,
         chat.pad_id,
-        validation,
+        data.validation,
         on_best=lambda: best.update(weights(engine)),
     )
     progress = Progress(
@@ -161,7 +163,7 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         training.load_state_dict(saved["training"])
         progress.history = saved["history"]
         load_moments_(engine, found, "shards", training.num_steps)
-        if validation:
+        if data.validation:
             best.update(reshard(engine, found, "best"))
         states.restore_random(found)
         if rank == 0:
@@ -180,47 +182,71 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
             lambda step, metrics: progress(step, {**metrics, "seconds_checkpoints": states.seconds}),
             after_step,
         )
-    if validation:
+    if data.validation:
         # The best weights are gathered as a state is read: from the disk.
         states.save(training.num_steps, state)
     states.finish()
     whole = engine.whole_state()
     if rank != 0:
         return None
+    moments = _write_model(task, chat, data, whole, device)
+    return {"figures": {**moments, **_figures(data, training, progress.history)}, "history": progress.history}
+
+
+def _read(task: RewardTask, chat: ChatTokenizer) -> _Data:
+    pairs, validation_pairs = split_off_validation(load_pairs(task.pairs, "train"), task.reward.validation_share)
+    refused: dict[str, str] = {}
+    groups = list(prompt_groups(pairs, chat, refused=refused))
+    validation = list(prompt_groups(validation_pairs, chat, refused=refused))
+    if not groups or (validation_pairs.num_rows and not validation):
+        raise UserError(
+            f"no pair can be encoded: {dict(Counter(refused.values()))} of {len(refused):,}. Pass pairs whose roles the template of {task.model.name} takes."
+        )
+    return _Data(pairs, groups, validation, refused)
+
+
+def _write_model(
+    task: RewardTask, chat: ChatTokenizer, data: _Data, whole: dict[str, Any], device: torch.device
+) -> dict[str, float]:
+    """Write the folder of the trained weights, the best ones where there is a validation; returns the moments of the reward."""
     trained = _build(task, chat)
     # Buffers (thresholds) are as they were built.
     trained.load_state_dict({**trained.state_dict(), **whole})
-    if validation:
+    if data.validation:
         parameter_groups(trained, task.reward)
         last = task.states.latest()
         assert last is not None
         load_weights_(trained, last, "best")
     merge_adapters_(trained)
     trained.to(device).eval()  # type: ignore[arg-type]
-    mean, std = reward_moments(trained, groups, task.reward.batch_tokens, task.model.max_length, chat.pad_id, device)
+    mean, std = reward_moments(
+        trained, data.groups, task.reward.batch_tokens, task.model.max_length, chat.pad_id, device
+    )
     trained.config.reward_mean, trained.config.reward_std = mean, std
     save_sarm(trained.cpu(), chat, task.folder)
+    return {"reward_mean": mean, "reward_std": std}
+
+
+def _figures(data: _Data, training: RewardTraining, history: list[dict[str, Any]]) -> dict[str, Any]:
     figures = {
-        "reward_mean": mean,
-        "reward_std": std,
-        "train_accuracy_last_epoch": last_epoch_accuracy(progress.history),
-        "epochs_trained": progress.history[-1]["epoch"] if progress.history else 0.0,
-        "truncated_responses": sum(tokens.num_truncated > 0 for group in groups for tokens in group.tokens),
-        "num_pairs": sum(len(group.pairs) for group in groups),
-        "num_prompts": len(groups),
-        "num_steps": len(progress.history),
+        "train_accuracy_last_epoch": last_epoch_accuracy(history),
+        "epochs_trained": history[-1]["epoch"] if history else 0.0,
+        "truncated_responses": sum(tokens.num_truncated > 0 for group in data.groups for tokens in group.tokens),
+        "num_pairs": sum(len(group.pairs) for group in data.groups),
+        "num_prompts": len(data.groups),
+        "num_steps": len(history),
         "protocol_version": PROTOCOL_VERSION,
-        "rejected_pairs": len(refused),
-        **{f"rejected_{reason}": count for reason, count in sorted(Counter(refused.values()).items())},
-        **_contents(groups + validation),
+        "rejected_pairs": len(data.refused),
+        **{f"rejected_{reason}": count for reason, count in sorted(Counter(data.refused.values()).items())},
+        **_contents(data.groups + data.validation),
     }
-    if validation:
+    if data.validation:
         figures |= {
             "best_step": training.validation.best_step,
             "validation_loss": training.validation.best_loss,
-            "validation_prompts": len(validation),
+            "validation_prompts": len(data.validation),
         }
-    return {"figures": figures, "history": progress.history}
+    return figures
 
 
 def _build(task: RewardTask, chat: ChatTokenizer) -> SarmForSequenceClassification:
