@@ -37,7 +37,7 @@ COMMANDS = [
     "jobs/feature_pages.py tiny --out $OUT/tiny --redo-from feature_pages",
     "jobs/audit_features.py --sarm $OUT/tiny/sarm --select $OUT/tiny/pairs --target $OUT/tiny/pairs --off-target rm_bench=$OUT/chat.jsonl --out $OUT/audit",
     "jobs/steer.py --out $OUT/audit --name doubled --edit scale --strength 2",
-    "jobs/relabel.py --out $OUT/audit --seeds 2",
+    "jobs/relabel.py --out $OUT/audit --poison 0.05 --denoise 0.05 --seeds 2",
     "jobs/evaluate.py --model $OUT/tiny/sarm --benchmarks rm_bench=$OUT/chat.jsonl reward_bench_2=$OUT/safety.jsonl --out $OUT/benchmarks",
     "jobs/evaluate.py --model $OUT/tiny/scalar_head --benchmarks rm_bench=$OUT/chat.jsonl reward_bench_2=$OUT/safety.jsonl --out $OUT/benchmarks-b",
     "jobs/compare.py $OUT/benchmarks $OUT/benchmarks-b --out $OUT/compared",
