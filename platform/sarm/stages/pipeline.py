@@ -131,7 +131,10 @@ def evaluate(session: Session, extraction: ExtractionSettings, evaluation: Evalu
         folders.evaluation, EVALUATION_FOLDER, plan.evaluation_settings(evaluation, session.run.seed), inputs
     )
     return session.stage(
-        "evaluate", folder, functools.partial(work.evaluate, session, extraction, evaluation, folder.folder)
+        "evaluate",
+        folder,
+        functools.partial(work.evaluate, session, extraction, evaluation, folder.folder),
+        resume=True,
     )
 
 
