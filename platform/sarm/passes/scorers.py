@@ -6,6 +6,7 @@ official   the template's text tokenised again with special tokens (often two BO
 """
 
 import math
+import time
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +14,18 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sarm.contracts.passes import Cost
 from sarm.data.formats.sarm_folder import load_sarm
 from sarm.data.sources.conversations import ConversationError, check_messages
-from sarm.data.tokens.chat import ChatTokenizer
+from sarm.data.tokens.chat import ChatTokenizer, Tokens
 from sarm.data.tokens.control_tokens import ControlTokens
-from sarm.data.tokens.packing import Row, TokenBatch, answer_rows, text_row, token_batches
+from sarm.data.tokens.packing import Row, TokenBatch, answer_row, answer_rows, token_batches
 from sarm.data.tokens.spelling import NotEncodableError
 from sarm.passes.models import ModelSpec, load_function, sarm_tokenizer
+from sarm.passes.reader import Reader, Reading
+from sarm.passes.usage import device_of_worker
 from sarm.settings.checks import UserError
+from sarm.settings.model import ModelSettings
 
 Message = dict[str, str]
 
@@ -46,9 +51,9 @@ class Scored(NamedTuple):
 
 
 class Scorer(Protocol):
-    """Scores of every completion of every request, and how many tokens went through the model."""
+    """Scores of every completion of every request, and what the forward passes took."""
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], int]: ...
+    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], Cost]: ...
 
 
 class _Sequence(NamedTuple):
@@ -58,20 +63,66 @@ class _Sequence(NamedTuple):
     reason: str | None = None
 
 
+class SarmScorer:
+    """A reward model of this project under the exact protocol: completions of one prompt read it once."""
+
+    def __init__(self, spec: ModelSpec, batch_tokens: int):
+        folder = Path(spec.place)
+        settings = ModelSettings(name=spec.place, max_length=spec.max_length, system_prompt=spec.system_prompt)
+        self._reader = Reader(folder, settings, spec.dtype, batch_tokens).ready(torch.get_num_threads())
+
+    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], Cost]:
+        encoded = [self._encode(request) for request in requests]
+        rows: list[Row] = []
+        cost = Cost()
+        readings: dict[Hashable, Reading] = {}
+        for r, (request, tokens) in enumerate(zip(requests, encoded, strict=True)):
+            answers = [((r, i), one.ids) for i, one in enumerate(tokens) if isinstance(one, Tokens)]
+            if request.alone:
+                for key, ids in answers:
+                    readings |= self._reader.read([answer_row(key, ids)], cost)
+            else:
+                rows += answer_rows(answers, self._reader.row_tokens)
+        readings |= self._reader.read(rows, cost)
+        scored = [
+            [
+                Scored(readings[r, i].reward, len(one.ids), one.num_truncated > 0)
+                if isinstance(one, Tokens)
+                else Scored(math.nan, 0, False, one)
+                for i, one in enumerate(tokens)
+            ]
+            for r, tokens in enumerate(encoded)
+        ]
+        return scored, cost
+
+    def _encode(self, request: Request) -> list[Tokens | str]:
+        """The tokens of each completion, or why it has none."""
+        try:
+            return list(self._reader.chat.encode_responses(request.prompt, request.completions))
+        except ConversationError:
+            return [self._encode_one(request.prompt, text) for text in request.completions]
+
+    def _encode_one(self, prompt: list[Message], completion: str) -> Tokens | str:
+        try:
+            return self._reader.chat.encode_responses(prompt, [completion])[0]
+        except ConversationError as error:
+            return error.reason
+
+
 class TorchScorer:
-    """A SARM or a `transformers` sequence classifier with one label.
+    """A `transformers` sequence classifier with one label, or a SARM under the official protocol: each completion has a row of its own.
 
     Raises UserError if the model has another number of outputs.
     """
 
-    def __init__(self, spec: ModelSpec, batch_tokens: int, device: torch.device):
-        self._spec, self._batch_tokens, self._device = spec, batch_tokens, device
+    def __init__(self, spec: ModelSpec, batch_tokens: int):
+        self._spec, self._batch_tokens, self._device = spec, batch_tokens, device_of_worker()
         dtype = getattr(torch, spec.dtype)
         self._chat: ChatTokenizer | None = None
         if spec.kind == "sarm":
             chat = sarm_tokenizer(spec)
             self._chat, self._tokenizer = chat, chat.tokenizer
-            self._model: Any = load_sarm(Path(spec.place), dtype).to(device)  # type: ignore[arg-type]
+            self._model: Any = load_sarm(Path(spec.place), dtype).to(self._device)  # type: ignore[arg-type]
         else:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -79,19 +130,21 @@ class TorchScorer:
             model = AutoModelForSequenceClassification.from_pretrained(
                 spec.place, dtype=dtype, trust_remote_code=False, use_safetensors=True
             )
-            self._model = model.to(device).eval()
+            self._model = model.to(self._device).eval()
             _float32_head(self._model, dtype)
-        self._shares_prompts = spec.kind == "sarm" and spec.protocol == "exact"
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], int]:
-        sequences = [self._encode(request) for request in requests]
+    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], Cost]:
+        sequences = [[self._encode(request.prompt, text) for text in request.completions] for request in requests]
         found: dict[Hashable, float] = {}
-        num_tokens = 0
+        cost = Cost()
         for batch in self._batches(requests, sequences):
+            started = time.perf_counter()
             with torch.inference_mode():
                 logits = self._model(**self._inputs(batch, sequences)).logits
             found.update(zip(batch.keys, logits.float().reshape(-1).cpu().tolist(), strict=True))
-            num_tokens += int((batch.segment_ids >= 0).sum())
+            cost.tokens += int((batch.segment_ids >= 0).sum())
+            cost.padded_tokens += batch.input_ids.numel()
+            cost.forward_seconds += time.perf_counter() - started
         scored = [
             [
                 Scored(found.get((r, i), math.nan), len(one.ids) - one.masked, one.truncated, one.reason)
@@ -99,25 +152,18 @@ class TorchScorer:
             ]
             for r, own in enumerate(sequences)
         ]
-        return scored, num_tokens
+        return scored, cost
 
     def _batches(self, requests: Sequence[Request], sequences: list[list[_Sequence]]) -> list[TokenBatch]:
         together: list[Row] = []
         alone: list[Row] = []
         for r, (request, encoded) in enumerate(zip(requests, sequences, strict=True)):
-            own = {i: one for i, one in enumerate(encoded) if one.reason is None}
-            if self._shares_prompts and not request.alone:
-                answers = [((r, i), one.ids) for i, one in own.items()]
-                together += answer_rows(answers, max(self._spec.max_length, self._batch_tokens // 2))
-            else:
-                for i, one in own.items():
-                    (alone if request.alone else together).append(_single((r, i), one.ids))
-        batches = token_batches(together, self._batch_tokens, self._pad_id(together), join=self._shares_prompts)
-        return batches + [batch for row in alone for batch in token_batches([row], 1, self._pad_id([row]))]
+            rows = [answer_row((r, i), one.ids) for i, one in enumerate(encoded) if one.reason is None]
+            (alone if request.alone else together).extend(rows)
+        batches = token_batches(together, self._batch_tokens, self._pad_id(together), join=False)
+        return batches + [batch for row in alone for batch in token_batches([row], 1, self._pad_id([row]), join=False)]
 
     def _inputs(self, batch: TokenBatch, sequences: list[list[_Sequence]]) -> dict[str, torch.Tensor]:
-        if self._shares_prompts:
-            return batch.model_inputs(self._device)
         mask = (batch.segment_ids >= 0).long()
         for line, key in enumerate(batch.keys):
             assert isinstance(key, tuple)
@@ -136,23 +182,9 @@ class TorchScorer:
             self._model.config.pad_token_id = known
         return int(known)
 
-    def _encode(self, request: Request) -> list[_Sequence]:
-        if self._chat is not None and self._spec.protocol == "exact":
-            try:
-                found = self._chat.encode_responses(request.prompt, request.completions)
-                return [_Sequence(tokens.ids, 0, tokens.num_truncated > 0) for tokens in found]
-            except ConversationError:
-                pass  # one of them: each by itself
-        return [self._encode_one(request.prompt, text) for text in request.completions]
-
-    def _encode_one(self, prompt: list[Message], completion: str) -> _Sequence:
+    def _encode(self, prompt: list[Message], completion: str) -> _Sequence:
         try:
-            if self._spec.protocol == "official":
-                return self._official(prompt, completion)
-            if self._chat is not None:
-                (tokens,) = self._chat.encode_responses(prompt, [completion])
-                return _Sequence(tokens.ids, 0, tokens.num_truncated > 0)
-            return self._exact(prompt, completion)
+            return (self._official if self._spec.protocol == "official" else self._exact)(prompt, completion)
         except ConversationError as error:
             return _Sequence([], 0, False, error.reason)
 
@@ -206,7 +238,7 @@ class CallableScorer:
         self._function = load_function(spec.place)
         self._place = spec.place
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], int]:
+    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], Cost]:
         scored: list[list[Scored]] = []
         for request in requests:
             conversations = [[*request.prompt, {"role": "assistant", "content": c}] for c in request.completions]
@@ -217,16 +249,14 @@ class CallableScorer:
                     f"{self._place} gave {len(values)} scores for {len(conversations)} conversations. Return one a conversation."
                 )
             scored.append([Scored(value, None, False) for value in values])
-        return scored, 0
+        return scored, Cost()
 
 
-def load_scorer(spec: ModelSpec, batch_tokens: int, device: torch.device) -> Scorer:
+def load_scorer(spec: ModelSpec, batch_tokens: int) -> Scorer:
     """The scorer of a model."""
-    return CallableScorer(spec) if spec.kind == "callable" else TorchScorer(spec, batch_tokens, device)
-
-
-def _single(key: Hashable, ids: Sequence[int]) -> Row:
-    return text_row(None, ids, ())._replace(taken=[(key, len(ids) - 1)])
+    if spec.kind == "callable":
+        return CallableScorer(spec)
+    return (SarmScorer if (spec.kind, spec.protocol) == ("sarm", "exact") else TorchScorer)(spec, batch_tokens)
 
 
 def _float32_head(model: Any, dtype: torch.dtype) -> None:
