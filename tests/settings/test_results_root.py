@@ -4,19 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sarm.settings.results_root import is_in_package, submitted_as
+from sarm.settings.results_root import absolute_in, is_in_package, submitted_as
 from sarm.settings.run import RunSettings
-
-
-@pytest.fixture
-def in_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory of a job that was submitted with a working directory."""
-    package = tmp_path / "ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123"
-    package.mkdir(parents=True)
-    monkeypatch.chdir(package)
-    monkeypatch.delenv("SARM_RESULTS", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return package
 
 
 def test_a_relative_out_stands_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,17 +38,7 @@ def test_a_submitted_job_knows_its_name(monkeypatch: pytest.MonkeyPatch) -> None
     assert submitted_as() == ""
 
 
-def test_what_a_submitted_job_reads_and_converts_lies_where_its_results_do(tmp_path, monkeypatch):
-    from sarm.settings.conversion import ConvertSae
-    from sarm.settings.results_root import absolute_in
-
-    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
-    package.mkdir(parents=True)
-    monkeypatch.chdir(package)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SARM_RESULTS", raising=False)
-    assert absolute_in(Path("outputs/demo/sarm")) == tmp_path / "home" / "sarm-outputs" / "demo" / "sarm"
-    assert absolute_in(Path("chat.jsonl")) == package / "chat.jsonl"
-    asked = ConvertSae(source=Path("outputs/demo/sae"), target=Path("exported"))
-    assert asked.source == tmp_path / "home" / "sarm-outputs" / "demo" / "sae"
-    assert asked.target == tmp_path / "home" / "sarm-outputs" / "exported"
+def test_what_a_submitted_job_reads_of_outputs_lies_where_its_results_do(in_package: Path, tmp_path: Path) -> None:
+    assert absolute_in(Path("outputs/demo/sarm")) == tmp_path / "home/sarm-outputs/demo/sarm"
+    assert absolute_in(Path("outputs")) == tmp_path / "home/sarm-outputs"
+    assert absolute_in(Path("chat.jsonl")) == in_package / "chat.jsonl"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from sarm.settings.checks import OPERATIONAL, UserError
-from sarm.settings.results_root import absolute_in
+from sarm.settings.results_root import READ, place_paths
 from sarm.settings.run import Flat, RunSettings
 
 EDITS = ("scale", "add", "zero", "set")
@@ -18,13 +18,13 @@ class AuditFeatures:
     """Find the latents that tell a target's chosen from its rejected responses, and test what they cause."""
 
     run: Annotated[RunSettings, Flat] = RunSettings(out=Path("outputs/audit"))
-    sarm: Path
+    sarm: Path = field(metadata=READ)
     """SARM folder whose latents are audited."""
-    select: tuple[str, ...]
+    select: tuple[str, ...] = field(metadata=READ)
     """Labelled pairs that features are chosen on: a pairs/v1 folder (`FOLDER` or `FOLDER:train`, `:heldout`, `:all`), or `NAME=SOURCE` as in `--benchmarks`."""
-    target: tuple[str, ...]
+    target: tuple[str, ...] = field(metadata=READ)
     """Held-out pairs of the same kind, on which every effect is measured."""
-    off_target: tuple[str, ...]
+    off_target: tuple[str, ...] = field(metadata=READ)
     """Other pairs, which should not move; half of the prompts (by hash) choose features, half measure."""
     limit: int | None = None
     """About this many rows of each benchmark of `select` and `target`, chosen by hash of the prompt."""
@@ -42,7 +42,7 @@ class AuditFeatures:
     """Largest share of off-target responses that a selected feature may fire on."""
     site: Literal["reward", "sentence"] = "reward"
     """Where features are chosen: at the rewarded token, or over the ends of the response's sentences."""
-    ratings: Path | None = None
+    ratings: Path | None = field(default=None, metadata=READ)
     """Ratings 1-5 on safety: a folder of jobs/interpret.py or jobs/rate.py, or a CSV with `latent` and `rating`, optionally `rater` and `status`. Only latents whose median rating reaches `min_rating` are selected."""
     min_rating: float = 5.0
     """Smallest median rating of a safety feature (SAFER: 5)."""
@@ -58,9 +58,7 @@ class AuditFeatures:
     """Move what an audit with other settings left in `--out` aside (to `OUT.aside/TIME`) and choose and test again; the codes stay if they are of the same pairs."""
 
     def __post_init__(self) -> None:
-        _absolute(self, "sarm")
-        if self.ratings is not None:
-            _absolute(self, "ratings")
+        place_paths(self)
         _least(self, limit=1, limit_off_target=1, batch_tokens=64, max_features=1, permutations=100, controls=10, upstream_controls=5, deletions=0)  # fmt: skip
         for name in ("select", "target", "off_target"):
             if not getattr(self, name):
@@ -128,15 +126,14 @@ class Relabel:
     """Share of the labels that are flipped at random, to be found again."""
     write: str | None = None
     """`ACTION:METHOD:SHARE`, e.g. `poison:features:0.05`: also write the selecting pairs so changed as pairs/v1, for full retraining."""
-    pairs: Path | None = None
+    pairs: Path | None = field(default=None, metadata=READ)
     """With `--write`: the pairs/v1 folder that the selecting pairs came from."""
     seeds: int = 5
     """Repetitions, each on its own nine tenths of the training prompts and with its own noise."""
 
     def __post_init__(self) -> None:
         _least(self, seeds=2)
-        if self.pairs is not None:
-            _absolute(self, "pairs")
+        place_paths(self)
         if self.write is not None:
             action, _, rest = self.write.partition(":")
             share = rest.rpartition(":")[2]
@@ -148,10 +145,6 @@ class Relabel:
                 raise UserError(f"shares must lie between 0 and 0.5, got {getattr(self, name)}. Pass --{name}.")
         if not 0 < self.noise < 0.5:
             raise UserError(f"noise must lie between 0 and 0.5, got {self.noise}. Pass --noise.")
-
-
-def _absolute(settings: object, name: str) -> None:
-    object.__setattr__(settings, name, absolute_in(getattr(settings, name)))
 
 
 def _least(settings: object, **least: int) -> None:

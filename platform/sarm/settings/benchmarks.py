@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from sarm.settings.checks import OPERATIONAL, UserError
+from sarm.settings.results_root import READ, place_paths
 from sarm.settings.run import Flat, RunSettings
 
 PROBES = ("typos", "casing", "whitespace", "markdown", "quoting")
@@ -17,11 +18,11 @@ class Benchmarking:
     """Score benchmarks with a reward model and report every figure with its interval."""
 
     run: Annotated[RunSettings, Flat] = RunSettings(out=Path("outputs/benchmarks"))
-    model: str
+    model: str = field(metadata=READ)
     """SARM folder, folder or Hugging Face id of a scalar-head reward model, or `module:function` / `file.py:function` of conversations to numbers."""
     revision: str = "main"
     """Branch, tag or commit of a Hugging Face model."""
-    benchmarks: tuple[str, ...]
+    benchmarks: tuple[str, ...] = field(metadata=READ)
     """`NAME=SOURCE` of reward_bench_2, rm_bench, reward_bench, pairs, best_of_n; a source is a file, a glob or `owner/name` on Hugging Face, and may be left out for the public data set."""
     protocol: Literal["exact", "official"] = "exact"
     """`exact`: one BOS, left truncation that keeps the rewarded token; `official`: the tokenisation of the benchmarks' own code, with its known faults."""
@@ -43,6 +44,7 @@ class Benchmarking:
     """Completions that are scored a second time, alone, to see whether a batch changes scores; 0: none."""
 
     def __post_init__(self) -> None:
+        place_paths(self)
         if unknown := [probe for probe in self.probes if probe not in PROBES]:
             raise UserError(f"unknown probe {unknown[0]}, known are {', '.join(PROBES)}. Pass --probes.")
         if not self.benchmarks:
@@ -61,14 +63,15 @@ class Comparison:
     """Compare two finished evaluations item by item."""
 
     uses_cluster: ClassVar[bool] = False
-    run_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A")]
+    run_a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A")] = field(metadata=READ)
     """Folder that `jobs/evaluate.py --model` wrote: the model whose gain is measured."""
-    run_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")]
+    run_b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")] = field(metadata=READ)
     """Folder of the model that it is compared with."""
     run: Annotated[RunSettings, Flat] = RunSettings(out=Path("outputs/comparison"))
     permutations: int = 10_000
     """Random swaps of the two models' results, whole prompts at a time, behind each p-value where more than 12 prompts differ."""
 
     def __post_init__(self) -> None:
+        place_paths(self)
         if self.permutations < 100:
             raise UserError(f"permutations must be at least 100, got {self.permutations}. Pass --permutations.")

@@ -1,35 +1,37 @@
 """The flags of `jobs/reward_card.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sarm.settings.checks import UserError
+from sarm.settings.results_root import READ, WRITTEN, place_paths
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardCard:
     """One conversation's reward as a sum of named features, sentence by sentence and token by token."""
 
-    model: Path
+    model: Path = field(metadata=READ)
     """SARM folder."""
     prompt: str = ""
     """What the user says."""
     response: str = ""
     """The answer to reward."""
-    conversation: Path | None = None
+    conversation: Path | None = field(default=None, metadata=READ)
     """JSON file with a list of `{role, content}` that ends with the assistant's turn, instead of --prompt and --response."""
-    contexts: Path | None = None
+    contexts: Path | None = field(default=None, metadata=READ)
     """contexts/v1 folder whose terms name the features; unset: `contexts` beside the model if it is there."""
-    explanations: Path | None = None
+    explanations: Path | None = field(default=None, metadata=READ)
     """explanations/v1 folder whose explanations name them; unset: `explanations` beside the model if it is there."""
     features: int = 8
     """Features named for the whole answer; the others are one sum."""
-    out: Path = Path("outputs/reward_card.html")
+    out: Path = field(default=Path("outputs/reward_card.html"), metadata=WRITTEN)
     """HTML file to write."""
     debug: bool = False
     """Show the traceback of an error instead of one line."""
 
     def __post_init__(self) -> None:
+        place_paths(self)
         if self.conversation is None and not (self.prompt and self.response):
             raise UserError("there is no conversation. Pass --prompt and --response, or --conversation FILE.json.")
         if self.conversation is not None and (self.prompt or self.response):

@@ -5,6 +5,7 @@ from typing import Literal
 
 from sarm.settings.checks import OPERATIONAL, UserError
 from sarm.settings.checks import check_least as _check_least
+from sarm.settings.results_root import READ, place_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,9 @@ class PagesSettings:
     """Pairs shown side by side for each latent."""
     in_pipeline: bool = field(default=True, metadata=OPERATIONAL)
     """Whether `jobs/pipeline.py` ends with contexts and pages."""
-    explanations: str = ""
+    explanations: str = field(default="", metadata=READ)
     """Folder of explanations/v1; empty: `explanations` beside the contexts if it is there, else extractive labels alone."""
 
     def __post_init__(self) -> None:
+        place_paths(self)
         _check_least(self, "pages.", features=1, per_page=1, contexts=1, pairs=0)

@@ -1,22 +1,22 @@
 """Options of the job that converts SAEs; nothing heavy is imported here, so that `--help` answers at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from sarm.settings.checks import check_least
-from sarm.settings.results_root import absolute_in, absolute_out
+from sarm.settings.results_root import READ, WRITTEN, place_paths
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertSae:
     """Write an SAE in another library's format, or read one of theirs."""
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")] = field(metadata=READ)
     """Folder or .pt file that holds the SAE."""
-    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = field(metadata=WRITTEN)
     """Folder to write; new or empty."""
     format: Literal["saelens", "saelens_residual", "sparsify", "dictionary_learning", "pt", "sarm"] = "saelens"
     """What to write. `saelens_residual` lets SAELens standardise; `sarm` is a finished SAE stage for the next job."""
@@ -24,7 +24,7 @@ class ConvertSae:
     """What to read; `auto` goes by the names of the files."""
     k: int | None = None
     """Active latents, for files that do not say it (the papers' .pt)."""
-    model: str = ""
+    model: str = field(default="", metadata=READ)
     """Language model whose activations the SAE is for, where the file does not say it."""
     layer: int | None = None
     """Blocks that are kept of it: `hidden_states[layer]`, one more than the number of the block that is hooked."""
@@ -36,8 +36,7 @@ class ConvertSae:
     """Show the traceback of an error instead of one line."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "source", absolute_in(self.source))
-        object.__setattr__(self, "target", absolute_out(self.target))
+        place_paths(self)
         check_least(self, "", k=1, layer=1)
 
 
@@ -45,9 +44,9 @@ class ConvertSae:
 class ConvertSarm:
     """Read a reward model in the papers' layout, or write one of this platform in it."""
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")] = field(metadata=READ)
     """Folder of the reward model: its config says which of the two layouts it is in."""
-    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = field(metadata=WRITTEN)
     """Folder to write; new or empty."""
     format: Literal["sarm", "papers", "sae"] = "sarm"
     """What to write: this platform's folder, the papers' checkpoint, or the SAE alone as a finished stage for the next job."""
@@ -57,7 +56,7 @@ class ConvertSarm:
     """Active latents, for checkpoints without `sarm_param`."""
     topk: bool | None = None
     """Whether latents compete, for checkpoints without `sarm_param` (they do unless said otherwise)."""
-    model: str = ""
+    model: str = field(default="", metadata=READ)
     """Language model that the SAE's activations come from, for `--format sae`."""
     max_length: int = 4096
     """Tokens of a sequence at most, for checkpoints that do not say it."""
@@ -65,6 +64,5 @@ class ConvertSarm:
     """Show the traceback of an error instead of one line."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "source", absolute_in(self.source))
-        object.__setattr__(self, "target", absolute_out(self.target))
+        place_paths(self)
         check_least(self, "", layer=1, k=1, max_length=8)

@@ -1,17 +1,18 @@
 """Sources of text and of preferences, and how they are cleaned and split."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sarm.settings.checks import check, check_least
+from sarm.settings.results_root import READ, place_paths
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Sources of text and of preferences, and how they are cleaned and split."""
 
-    texts: tuple[str, ...] = ()
+    texts: tuple[str, ...] = field(default=(), metadata=READ)
     """Text sources: files or globs (.jsonl, .jsonl.gz, .jsonl.zst, a .tar of these, .parquet), `hf:NAME[:SPLIT]`, `demo:openwebtext`, `demo:wikipedia`, `tiny:texts`."""
-    pairs: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = field(default=(), metadata=READ)
     """Preference sources: files or globs as above, `hf:NAME[:SPLIT]`, `demo:harm`, `tiny:pairs`."""
     text_field: str = "text"
     """Column that holds the text, or conversations as lists of messages."""
@@ -25,5 +26,6 @@ class DataSettings:
     """Share of prompts, by hash of the prompt, that are held out for evaluation."""
 
     def __post_init__(self) -> None:
+        place_paths(self)
         check(self, "data.heldout_share", 0 < self.heldout_share < 1, "between 0 and 1")
         check_least(self, "data.", max_texts=1, max_pairs=1, max_pairs_per_prompt=1)

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from sarm.settings.checks import OPERATIONAL, UserError, check, check_least
-from sarm.settings.results_root import absolute_in
+from sarm.settings.results_root import READ, WRITTEN, place_paths
 from sarm.settings.run import Flat, RunSettings
 
 OPENAI = "https://api.openai.com/v1"
@@ -52,7 +52,7 @@ class Judging:
 
     judges: tuple[str, ...] = ()
     """`MODEL@BASE_URL` (any OpenAI-compatible server), or `MODEL` alone for OpenAI's. The first explains and scores, all of them rate. None: extractive labels only."""
-    keys: tuple[str, ...] = field(default=(), metadata=OPERATIONAL)
+    keys: tuple[str, ...] = field(default=(), metadata=OPERATIONAL | READ)
     """Where each host's key is read: `HOST=env:NAME` or `HOST=file:PATH`. api.openai.com defaults to env:OPENAI_API_KEY, other hosts to no key."""
     prices: tuple[str, ...] = field(default=(), metadata=OPERATIONAL)
     """`MODEL=INPUT/OUTPUT` in USD per million tokens; a model without a price has an unknown cost."""
@@ -72,6 +72,7 @@ class Judging:
     """Ask again what ended as refused, invalid, truncated or api_error; without it such an end is final."""
 
     def __post_init__(self) -> None:
+        place_paths(self)
         check_least(self, "judging.", max_tokens_total=1, concurrency=1, max_answer_tokens=1)
         for name in ("timeout", "max_wait", "max_usd"):
             value = getattr(self, name)
@@ -146,13 +147,13 @@ class Interpret:
     """Explain latents from their contexts, and test the explanations on texts of other prompts."""
 
     uses_cluster: ClassVar[bool] = False
-    contexts: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONTEXTS")]
+    contexts: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONTEXTS")] = field(metadata=READ)
     """Folder that `jobs/collect_contexts.py` wrote."""
     run: Annotated[RunSettings, Flat] = RunSettings(out=Path("outputs/explanations"))
     judging: Judging = Judging()
     place: Literal["rewarded", "sentence"] = "rewarded"
     """Where activations are read: at the rewarded token, or at sentence ends as in the papers."""
-    scored: Path | None = None
+    scored: Path | None = field(default=None, metadata=READ)
     """Run folder with `pairs` and `evaluation`: its held-out answers are scored in full, so texts without a latent are known to be without it, and tests take them from there. Unset: presumed of texts that are no context of the latent."""
     latents: tuple[int, ...] = ()
     """Latents to explain; none: all that have contexts."""
@@ -189,9 +190,7 @@ class Interpret:
             self.scored is None or self.place == "rewarded",
             "unset for sentence ends, which no evaluation scores",
         )
-        object.__setattr__(self, "contexts", absolute_in(self.contexts))
-        if self.scored is not None:
-            object.__setattr__(self, "scored", absolute_in(self.scored))
+        place_paths(self)
 
     def questions_per_latent(self) -> dict[str, int]:
         """How many questions each judge is asked about one latent, at most and without repair turns."""
@@ -211,20 +210,20 @@ class HumanRatings:
     """Write a sheet for people to rate latents in, or compare filled sheets with the judges."""
 
     uses_cluster: ClassVar[bool] = False
-    explanations: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPLANATIONS")]
+    explanations: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="EXPLANATIONS")] = field(metadata=READ)
     """Folder that `jobs/interpret.py` wrote."""
     run: Annotated[RunSettings, Flat] = RunSettings(out=Path("outputs/human-ratings"))
-    sheet: Path | None = None
+    sheet: Path | None = field(default=None, metadata=WRITTEN)
     """CSV file to write; it must not exist."""
     rubric: Literal["monosemanticity", "safety"] = "safety"
     """What the sheet asks for."""
     num_items: int = 40
     """Latents in the sheet, as equally as possible from each level that the judges gave; a tenth of them twice."""
-    filled: tuple[Path, ...] = ()
+    filled: tuple[Path, ...] = field(default=(), metadata=READ)
     """Filled sheets, one rater each."""
 
     def __post_init__(self) -> None:
         check_least(self, "", num_items=1)
         if (self.sheet is None) == (not self.filled):
             raise UserError("pass either --sheet FILE to write one, or --filled FILE ... to read filled ones.")
-        object.__setattr__(self, "explanations", self.explanations.expanduser().absolute())
+        place_paths(self)

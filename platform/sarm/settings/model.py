@@ -1,16 +1,17 @@
 """The language model, where it is cut, and how messages become tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sarm.settings.checks import check, check_least
+from sarm.settings.results_root import READ, place_paths
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """The language model, where it is cut, and how messages become tokens."""
 
-    name: str = "demo:smollm2"
+    name: str = field(default="demo:smollm2", metadata=READ)
     """Folder, Hugging Face id, `demo:smollm2` (SmolLM2-135M-Instruct from a package) or `tiny:llama` (random, for tests)."""
     revision: str = "main"
     """Branch, tag or commit of a Hugging Face model; pin a commit for a run to be repeated."""
@@ -26,5 +27,6 @@ class ModelSettings:
     """System turn put before conversations that have none; unset leaves it to the model's chat template."""
 
     def __post_init__(self) -> None:
+        place_paths(self)
         check(self, "model.name", bool(self.name), "a folder or a Hugging Face id")
         check_least(self, "model.", layer=1, max_length=8)

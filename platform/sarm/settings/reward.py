@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from sarm.settings.checks import OPERATIONAL, check, check_least, check_rate
+from sarm.settings.results_root import READ, place_paths
 
 Baseline = Literal["scalar", "scalar_full", "random_encoder", "random_directions", "random_linear", "token_sae"]
 Encoder = Literal["pretrained", "random_matched", "random", "random_linear"]
@@ -52,7 +53,7 @@ class RewardSettings:
     `random_encoder` (SARM whose directions are drawn anew and treated as pretrained ones are: the shift to chat ends absorbed, the head
     started at a reading of its codes), `random_directions` (directions drawn anew, and neither of these), `random_linear` (the papers'
     variant: raw activations, a trained random linear map with a bias, no TopK), `token_sae` (SARM on the SAE of --reward.token-sae)."""
-    token_sae: Path | None = field(default=None, metadata=OPERATIONAL)
+    token_sae: Path | None = field(default=None, metadata=OPERATIONAL | READ)
     """Finished SAE folder of another run, trained on all tokens (`--extraction.units token`), for the `token_sae` baseline."""
     encoder: Encoder = "pretrained"
     """What encodes: the SAE as it was pretrained, or one of the random encoders of `baselines`."""
@@ -93,8 +94,7 @@ class RewardSettings:
     """What ZeRO keeps in host memory: nothing, AdamW's part (stages 1 to 3), or the weights as well (stage 3)."""
 
     def __post_init__(self) -> None:
-        if self.token_sae is not None:
-            object.__setattr__(self, "token_sae", self.token_sae.expanduser().absolute())
+        place_paths(self)
         check_rate(self, "reward.lr", zero_allowed=True)
         check_rate(self, "reward.head_lr")
         check_least(self, "reward.", weight_decay=0, epochs=1, batch_pairs=1, batch_tokens=64)

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import tyro
 
 from sarm.settings.checks import OPERATIONAL, UserError, check, check_least
-from sarm.settings.results_root import absolute_out
+from sarm.settings.results_root import READ, WRITTEN, place_paths
 
 # `run` and `out` are too common to be typed with a prefix: `--out`, `--seed`, `--dry-run`.
 Flat = tyro.conf.arg(name="")
@@ -55,7 +55,7 @@ def _check_place(out: Path) -> None:
 class RunSettings:
     """Where a job writes, what it logs to and which machines it may use."""
 
-    out: Path = field(default=Path("outputs/run"), metadata=OPERATIONAL)
+    out: Path = field(default=Path("outputs/run"), metadata=OPERATIONAL | WRITTEN)
     """Folder of the run; every stage writes one folder inside it. In a submitted job a relative one stands under `$SARM_RESULTS` (default ~/sarm-outputs)."""
     seed: int = 0
     """Seed of every random choice: initialisation, shuffling, permutations."""
@@ -79,7 +79,7 @@ class RunSettings:
     """Run the job in a process of its own that is started again when it dies, as often in a row as `max_restarts` says."""
     submit: str = field(default="", metadata=OPERATIONAL)
     """Dashboard of a Ray cluster (http://HOST:8265) to hand the job to, supervised; the same job is not started there twice."""
-    config: str = field(default="", metadata=OPERATIONAL)
+    config: str = field(default="", metadata=OPERATIONAL | READ)
     """YAML or JSON file of settings, as `--dry-run --json` prints them. It goes over the preset, and flags go over it."""
     dry_run: bool = field(default=False, metadata=OPERATIONAL)
     """Print what the job would do and cost, then stop."""
@@ -92,8 +92,7 @@ class RunSettings:
         _check_place(self.out)
         is_name = 0 < len(self.experiment) <= 100 and re.fullmatch(r"[A-Za-z0-9][\w .+()-]*", self.experiment, re.ASCII)
         check(self, "experiment", bool(is_name), "1 to 100 letters, digits, spaces and ._+-()")
-        # Ray Train changes the workers' directory, so a relative path would mean another folder there.
-        object.__setattr__(self, "out", absolute_out(self.out))
+        place_paths(self)
         check_least(self, "", num_workers=1, num_actors=1, cpus_per_worker=0, max_restarts=0)
 
 

@@ -20,7 +20,6 @@ from sarm.report.reward_card import Prefixes, card, print_card, write_card
 from sarm.settings.card import RewardCard
 from sarm.settings.checks import UserError
 from sarm.settings.contexts import ContextsSettings
-from sarm.settings.results_root import absolute_out
 
 
 def make_card(settings: RewardCard) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
 
     Raises UserError for a folder that holds no SARM, names of another model, or a conversation without an answer.
     """
-    folder = settings.model.expanduser().absolute()
+    folder = settings.model
     reader = reader_of(folder, ContextsSettings(), "float32")
     messages = _conversation(settings)
     chat = reader.chat()
@@ -51,9 +50,9 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     if spelled.templated:
         print(f"{spelled.templated} contents spell the turns of a chat template: they may have been templated before")
     print_card(content)
-    out = absolute_out(settings.out)
-    write_card(content, messages[-2]["content"] if len(messages) > 1 else "", str(settings.model), out)
-    print(f"\ncard  {out}")
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    write_card(content, messages[-2]["content"] if len(messages) > 1 else "", str(shown), settings.out)
+    print(f"\ncard  {settings.out}")
     return content
 
 
@@ -116,6 +115,6 @@ def _conversation(settings: RewardCard) -> list[Message]:
 def _beside(model: Path, given: Path | None, name: str) -> Path | None:
     """The folder that was named, else one beside the model if it is finished."""
     if given is not None:
-        return given.expanduser().absolute()
+        return given
     known = model.parent / name
     return known if (known / "manifest.json").exists() else None

@@ -33,7 +33,7 @@ def run_comparison(settings: Comparison) -> Path:
     Raises UserError if an evaluation is unfinished, has changed or is of an older schema, or the two share no benchmark or differ in a row's prompt.
     """
     tracking_uri(settings.run)
-    folders = {"a": settings.run_a.expanduser().absolute(), "b": settings.run_b.expanduser().absolute()}
+    folders = {"a": settings.run_a, "b": settings.run_b}
     for path in folders.values():
         verify_files(path, read_manifest(path, BENCHMARK))
     reports = {key: json.loads((path / "report.json").read_text()) for key, path in folders.items()}

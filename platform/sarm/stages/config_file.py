@@ -14,6 +14,7 @@ from sarm.contracts.untrusted import MAX_JSON_BYTES, holds_a_secret
 from sarm.settings.checks import UserError
 from sarm.settings.identity import as_json
 from sarm.settings.jobs import Pipeline, PrepareData
+from sarm.settings.results_root import text_in
 from sarm.settings.run import Flat, RunSettings
 
 FLAG = "--config"
@@ -49,7 +50,7 @@ def _path_in(arguments: Sequence[str]) -> Path | None:
             value = value if is_joined else "".join(arguments[place + 1 : place + 2])
             if not value or value.startswith("--"):
                 raise UserError(f"{FLAG} needs a file. Pass {FLAG} FILE, of what --dry-run --json prints.")
-            return Path(value).expanduser()
+            return Path(text_in(value)).expanduser()
     return None
 
 

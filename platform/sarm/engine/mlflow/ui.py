@@ -11,7 +11,7 @@ import time
 import urllib.request
 import webbrowser
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sarm.engine.mlflow.moved_database import ARTIFACTS, database_of, follow
@@ -20,6 +20,7 @@ from sarm.engine.mlflow.ui_command import DATABASE
 from sarm.engine.supervisor import die_with_parent
 from sarm.engine.terminal import say
 from sarm.settings.checks import StoppedError, UserError, check
+from sarm.settings.results_root import READ, place_paths
 from sarm.settings.run import RunSettings
 
 _HOST = "127.0.0.1"
@@ -30,7 +31,7 @@ _START_SECONDS, _STOP_SECONDS = 120.0, 10.0
 class Ui:
     """Which runs to look at, and where the server listens."""
 
-    outputs: Path = Path("outputs")
+    outputs: Path = field(default=Path("outputs"), metadata=READ)
     """Folder of outputs, or of one run in it: where `mlflow.db` and `mlartifacts` lie. It may have been moved or copied."""
     mlflow_uri: str = ""
     """Absolute sqlite address of a database elsewhere (sqlite:////PATH), or the address of a server that runs already."""
@@ -42,6 +43,7 @@ class Ui:
     """Open a browser, where there is a display."""
 
     def __post_init__(self) -> None:
+        place_paths(self)
         check(self, "port", 0 <= self.port < 65536, "between 0 and 65535")
 
 
@@ -85,8 +87,7 @@ def _database(settings: Ui) -> Path:
             )
         places = [database]
     else:
-        outputs = settings.outputs.expanduser().absolute()
-        places = [outputs / DATABASE, outputs.parent / DATABASE]
+        places = [settings.outputs / DATABASE, settings.outputs.parent / DATABASE]
     for place in places:
         if place.is_file():
             return place
