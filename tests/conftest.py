@@ -31,13 +31,13 @@ settings.load_profile("tests")
 
 
 # Files whose tests share a finished run, and fixtures that share a cluster: each of the two stays in one process.
-_CHAIN = {"test_jobs", "test_submit", "test_stopping", "test_secrets", "test_documented_commands"}
+_CHAIN = {"test_jobs", "test_stopping", "test_secrets", "test_documented_commands"}
 _OF_A_CLUSTER = ("ray_cluster", "extracted")
 
 
 @functools.cache
 def _group(path: Path) -> str:
-    if path.stem in _CHAIN or path.parent.name == "chaos":
+    if path.stem in _CHAIN or path.parent.name in ("chaos", "submit"):
         return "chain"
     text = (Path(__file__).parents[1] / path).read_text()
     return "cluster" if any(name in text for name in _OF_A_CLUSTER) else str(path)

@@ -12,51 +12,76 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+class Head(NamedTuple):
+    """A running cluster."""
+
+    address: str
+    """Of its jobs server."""
+    token: str
+    """Made for this cluster: what travels to it must not hold it."""
+    temporary: Path
+    """Ray's temporary folder."""
+    environment: dict[str, str]
+    """Of whoever submits jobs to it."""
+
+    def run(self, line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A line as its user types it, in a shell of theirs that knows the cluster."""
+        return subprocess.run(line, shell=True, cwd=folder, capture_output=True, text=True, env=self.environment | environment, timeout=900, check=False)  # fmt: skip
 
 
 @contextlib.contextmanager
-def running_head(folder: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Start a head in `folder`; yields the environment of whoever submits jobs to it, and ends it by its process group."""
+def running_head(folder: Path, environment: dict[str, str], started_in: Path | None = None) -> Iterator[Head]:
+    """Start a head, whose log and token are in `folder`, and end it by its process group."""
     token = os.urandom(16).hex()
     (folder / "token").write_text(token)
     (folder / "token").chmod(0o600)
-    asked = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    gcs, dashboard, agent, grpc_agent, client = _free_ports(5)
+    environment = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    gcs, dashboard, agent, grpc_agent, client = free_ports(5)
     with tempfile.TemporaryDirectory(prefix="sarm-ray-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         command = [
-            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4", f"--port={gcs}",
+            RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4", f"--port={gcs}",
             f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc_agent}",
             f"--ray-client-server-port={client}", "--object-store-memory=200000000", f"--temp-dir={temporary}",
         ]  # fmt: skip
         with (folder / "head.log").open("w") as log:
-            head = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment | asked, cwd=folder, start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=started_in or folder, start_new_session=True)  # fmt: skip
         address = f"http://127.0.0.1:{dashboard}"
         try:
             deadline = time.monotonic() + 90
-            while not _answers(address, token):
-                assert head.poll() is None, (folder / "head.log").read_text()[-2000:]
+            while asked("GET", f"{address}/api/jobs/", token) != 200:
+                assert process.poll() is None, (folder / "head.log").read_text()[-2000:]
                 assert time.monotonic() < deadline, (folder / "head.log").read_text()[-2000:]
                 time.sleep(0.5)
-            yield {**asked, "RAY_API_SERVER_ADDRESS": address}
+            yield Head(address, token, Path(temporary), environment | {"RAY_API_SERVER_ADDRESS": address})
         finally:
-            os.killpg(head.pid, signal.SIGTERM)
-            head.wait(timeout=60)
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=60)
 
 
-def _answers(address: str, token: str) -> bool:
-    request = urllib.request.Request(f"{address}/api/jobs/", headers={"authorization": f"Bearer {token}"})
+def asked(method: str, url: str, token: str | None) -> int:
+    """Status of a request, 0 where nobody answers."""
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {})
+    data = b"{}" if method in ("POST", "PUT") else None
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=20) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, outside the range that Ray gives to its workers."""
     sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
     return ports

@@ -19,7 +19,7 @@ import jsonschema
 import pytest
 import ray
 import yaml
-from tests.test_submit import free_ports
+from tests.ray_head import free_ports
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"

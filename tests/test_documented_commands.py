@@ -145,8 +145,8 @@ def head(world: Callable[[], World]) -> Iterator[dict[str, str]]:
     from tests.ray_head import running_head
 
     here = world()
-    with running_head(here.folder, here.environment) as environment:
-        yield environment
+    with running_head(here.folder, here.environment) as running:
+        yield running.environment
 
 
 def test_every_entry_of_the_lists_is_of_a_documented_command() -> None:

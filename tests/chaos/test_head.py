@@ -4,15 +4,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from tests.chaos.trainings import copy_up_to_training, is_same_model, states, train_sarm
-from tests.test_submit import free_ports
+from tests.ray_head import RAY, free_ports
 
-RAY = str(Path(sys.executable).parent / "ray")
 _SECONDS = 400
 
 

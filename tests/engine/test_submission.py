@@ -1,4 +1,4 @@
-"""How a job is handed to a cluster, as far as it takes no cluster to see; tests/test_submit.py has one."""
+"""How a job is handed to a cluster, as far as it takes no cluster to see; tests/submit has one."""
 
 from dataclasses import dataclass
 
