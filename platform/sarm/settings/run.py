@@ -56,7 +56,7 @@ class RunSettings:
     """Where a job writes, what it logs to and which machines it may use."""
 
     out: Path = field(default=Path("outputs/run"), metadata=OPERATIONAL)
-    """Folder of the run; every stage writes one folder inside it. In a submitted job a relative one stands under `$SARM_RESULTS` (default ~/sarm-outputs)."""
+    """Folder of the run; every stage writes one folder inside it. In a submitted job a relative path is placed under `$SARM_RESULTS` (default ~/sarm-outputs)."""
     seed: int = 0
     """Seed of every random choice: initialisation, shuffling, permutations."""
     mlflow_uri: str = field(default="", metadata=OPERATIONAL)
@@ -72,15 +72,15 @@ class RunSettings:
     num_actors: int = field(default=1, metadata=OPERATIONAL)
     """Ray Data actors of extraction and scoring; one GPU each where the cluster has GPUs."""
     max_restarts: int = field(default=3, metadata=OPERATIONAL)
-    """Times in a row that workers are started again after one of them died, without a newer training state in between."""
+    """How often in a row workers are started again after one of them died. A newer training state in between starts the count anew."""
     cpus_per_worker: int = field(default=0, metadata=OPERATIONAL)
-    """CPU cores (and torch threads) of each worker and actor; 0 shares out the cluster's."""
+    """CPU cores (and torch threads) of each worker and actor; 0 divides the cluster's cores among them."""
     supervise: bool = field(default=False, metadata=OPERATIONAL)
-    """Run the job in a process of its own that is started again when it dies, as often in a row as `max_restarts` says."""
+    """Run the job in a process of its own. If it dies, it is started again, as often in a row as `max_restarts` says."""
     submit: str = field(default="", metadata=OPERATIONAL)
-    """Dashboard of a Ray cluster (http://HOST:8265) to hand the job to, supervised; the same job is not started there twice."""
+    """Submit the job, supervised, to the Ray cluster with this dashboard (http://HOST:8265); the same job is not started there twice."""
     config: str = field(default="", metadata=OPERATIONAL)
-    """YAML or JSON file of settings, as `--dry-run --json` prints them. It goes over the preset, and flags go over it."""
+    """YAML or JSON file of settings, as `--dry-run --json` prints them. Its values override the preset, and flags override its values."""
     dry_run: bool = field(default=False, metadata=OPERATIONAL)
     """Print what the job would do and cost, then stop."""
     json: bool = field(default=False, metadata=OPERATIONAL)
@@ -102,6 +102,6 @@ class ChainSettings(RunSettings):
     """Where a job of the chain of stages writes, and which stages it runs."""
 
     only: bool = field(default=False, metadata=OPERATIONAL)
-    """Run this job's own stage alone, on the finished folders that are there; without it the job first makes what is missing."""
+    """Run this job's own stage alone; the folders that it reads must be finished. Without this flag the job first makes what is missing."""
     redo_from: StageName | None = field(default=None, metadata=OPERATIONAL)
     """Move the folders of this stage and of all later ones aside (to `OUT.aside/TIME`), then make them again."""
