@@ -153,7 +153,7 @@ class Interpret:
     place: Literal["rewarded", "sentence"] = "rewarded"
     """Where activations are read: at the rewarded token, or at sentence ends as in the papers."""
     scored: Path | None = None
-    """Run folder with `pairs` and `evaluation`. All latents of its held-out answers are known, so tests take texts in which a latent does not fire from there. Unset: a text that is no context of a latent is presumed not to fire it."""
+    """Run folder with `pairs` and `evaluation`: its held-out answers are scored in full, so texts without a latent are known to be without it, and tests take them from there. Unset: presumed of texts that are no context of the latent."""
     latents: tuple[int, ...] = ()
     """Latents to explain; none: all that have contexts."""
     max_latents: int | None = None

@@ -56,7 +56,7 @@ class RunSettings:
     """Where a job writes, what it logs to and which machines it may use."""
 
     out: Path = field(default=Path("outputs/run"), metadata=OPERATIONAL)
-    """Folder of the run; every stage writes one folder inside it. In a submitted job a relative path is placed under `$SARM_RESULTS` (default ~/sarm-outputs)."""
+    """Folder of the run; every stage writes one folder inside it. In a submitted job a relative one stands under `$SARM_RESULTS` (default ~/sarm-outputs)."""
     seed: int = 0
     """Seed of every random choice: initialisation, shuffling, permutations."""
     mlflow_uri: str = field(default="", metadata=OPERATIONAL)
@@ -78,9 +78,9 @@ class RunSettings:
     supervise: bool = field(default=False, metadata=OPERATIONAL)
     """Run the job in a process of its own. If it dies, it is started again, as often in a row as `max_restarts` says."""
     submit: str = field(default="", metadata=OPERATIONAL)
-    """Submit the job, supervised, to the Ray cluster with this dashboard (http://HOST:8265); the same job is not started there twice."""
+    """Dashboard of a Ray cluster (http://HOST:8265) to hand the job to, supervised; the same job is not started there twice."""
     config: str = field(default="", metadata=OPERATIONAL)
-    """YAML or JSON file of settings, as `--dry-run --json` prints them. Its values override the preset, and flags override its values."""
+    """YAML or JSON file of settings, as `--dry-run --json` prints them. It goes over the preset, and flags go over it."""
     dry_run: bool = field(default=False, metadata=OPERATIONAL)
     """Print what the job would do and cost, then stop."""
     json: bool = field(default=False, metadata=OPERATIONAL)
