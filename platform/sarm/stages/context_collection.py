@@ -32,8 +32,8 @@ from sarm.settings.contexts import ContextsSettings
 from sarm.settings.run import RunSettings
 
 Stream = Callable[[Source, Sequence[dict[str, Any]], pa.Schema, type, dict[str, Any]], Iterator[pa.Table]]
-"""Runs an actor class over items. It takes the source (for its progress), the items, their schema, the class and its arguments, and yields the class's tables."""
-# Rows of one slice, enough for batches of similar length. Pairs of one prompt stay together up to four times as many.
+"""What runs an actor class over items of a schema: a source for its progress, items, schema, class and arguments in, its tables out."""
+# Rows of one slice: enough for batches of like length; a prompt's pairs stay together up to four times as many.
 _SLICE_ROWS = 64
 _MAX_BLOCKS = 4096
 # Places whose latents are tallied at once.
@@ -146,7 +146,7 @@ def on_cluster(run: RunSettings, cluster: Cluster) -> Stream:
         source: Source, items: Sequence[dict[str, Any]], columns: pa.Schema, actor: type, arguments: dict[str, Any]
     ) -> Iterator[pa.Table]:
         size = -(-len(items) // _MAX_BLOCKS)
-        # Blocks have few items, so that a free actor finds work.
+        # Blocks of few items, so that an actor that is free finds work.
         blocks = [pa.Table.from_pylist(list(items[i : i + size]), schema=columns) for i in range(0, len(items), size)]
         yield from mapped(blocks, 1, actor, {**arguments, "source": source}, run, cluster)
 
