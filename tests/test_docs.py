@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLATFORM = ROOT / "platform"
 # What the paths of scripts are given from.
 ROOTS = [ROOT, ROOT / "tests", PLATFORM, PLATFORM / "sarm"]

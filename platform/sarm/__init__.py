@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sarm.nn.sae import Sae as Sae
     from sarm.settings.checks import UserError as UserError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Sae": "sarm.nn.sae",

@@ -1,10 +1,10 @@
-"""What an error asks for: something of the user's to mend, another try, or a look at the program. And the exit statuses that say so."""
+"""What to do about an error: the user changes something, the command is run again, or the program has a bug; and the exit status of each."""
 
 import errno
 from collections.abc import Iterator
 
 DONE, USER, AGAIN = 0, 2, 75
-# Library and name of errors, in any of an error's causes: most failures need none of the libraries.
+# Libraries and names of errors, looked for among an error's causes. Names are compared, so that no library is imported for a comparison.
 _TRANSIENT = {
     "builtins.ConnectionError", "builtins.TimeoutError", "ray.ActorDiedError", "ray.ActorUnavailableError", "ray.NodeDiedError",
     "ray.WorkerCrashedError", "ray.ObjectLostError", "ray.OutOfMemoryError", "ray.RaySystemError", "ray.LocalRayletDiedError",
@@ -14,12 +14,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def status_of(error: BaseException) -> int | None:
-    """The exit status that says what to do about an error: 2 for a full disk, 75 for what another try may find gone, None for a bug."""
+    """The exit status that says what to do about an error: 2 for a full disk, 75 if another try may succeed, None for a bug."""
     for cause in causes_of(error):
         if is_full_disk(cause):
             return USER
         kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(cause).__mro__}
-        # Whoever read the output has gone: no other try brings them back.
+        # The reader of the output has gone, and another try does not bring it back.
         if _TRANSIENT & kinds and not isinstance(cause, BrokenPipeError):
             return AGAIN
     return None

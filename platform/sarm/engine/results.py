@@ -1,4 +1,4 @@
-"""What is settled about a job's results before anything is paid for: that they are kept, seen by all who write them, and have room."""
+"""Checks of a job's output folder before any work is done: it is kept, all nodes that write see it, and it has room."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from sarm.settings.run import RunSettings
 
 RESULTS, MLFLOW = "results  ", "mlflow   "
 """How the lines begin that say where they go."""
-# What every job may write: logs, manifests, MLflow's database, a report.
+# Bytes that every job may write: logs, manifests, MLflow's database, a report.
 _LEAST = 100_000_000
 # Weights, gradients' moments and the copy that is being written beside the one before, in bytes a parameter; and the finished file.
 _STATES, _WEIGHTS = 2 * 12, 4
@@ -26,7 +26,7 @@ _STATES, _WEIGHTS = 2 * 12, 4
 
 @contextlib.contextmanager
 def kept(config: Any, *before: Any) -> Iterator[None]:
-    """The job's work, between two notes where its results are, if it was submitted.
+    """Run the job's work. A submitted job prints before and after it where its results are.
 
     A cluster that the job, or one of the jobs `before` it, may use and joins is joined here. Raises UserError if the output folder cannot be written, has too little room, lies
     where Ray deletes it, or is not the same folder on the nodes that do the work, before any of the work is done.

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM of a job: one line at once, which names the command that goes on, and then nothing more on the screen.
+"""Answers Ctrl-C and SIGTERM: one line at once, with the command that continues the job, and then nothing more on the screen.
 
-Python runs its handlers between two instructions of the main thread, which may be far away in a library. The line is therefore printed
-by a thread that hears of the signal through a pipe (`signal.set_wakeup_fd`). Ray, Ray Train and Ray Tune put handlers of their own in
+Python runs its handlers between two instructions of the main thread, which may be inside a long call of a library. So the line is printed
+by a thread that learns of the signal through a pipe (`signal.set_wakeup_fd`). Ray, Ray Train and Ray Tune put handlers of their own in
 the place of these: `ray_starting` keeps them out while Ray starts, and the trainer and the sweep keep theirs out.
 """
 
@@ -25,14 +25,14 @@ from sarm.settings.results_root import VARIABLE, is_in_package, submitted_as
 INTERRUPTED = 130
 # In the environment of a job: the name that a supervisor gives to all its starts of it, that one started it, and to which dashboard `--submit` handed it.
 JOB_TOKEN = "SARM_JOB_TOKEN"
-# In the environment of a job that ran before.
+# In the environment of a job that has been started before.
 STARTED_AGAIN = "SARM_STARTED_AGAIN"
 SUPERVISED, SUBMITTED_TO = "SARM_SUPERVISED", "SARM_SUBMITTED_TO"
 ASKED_FOR, BY_DEFAULT = "1", "submitted"
 """Values of `SUPERVISED`: `--supervise` asked for it, or every submitted job has it."""
 _STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: AGAIN}
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
-# What is not finished then is given up: a stage is as safe after a kill as after an orderly end.
+# After this time the process ends, whatever is unfinished. That is safe: a stage survives a kill as well as an orderly end.
 _SECONDS_TO_LEAVE = 15.0
 # A terminal's interrupt reaches a job and its supervisor, which passes it on. Within this time they count as one.
 _SECONDS_OF_ONE = 1.0
@@ -40,10 +40,10 @@ _active: "Listener | None" = None
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command that goes on with what this one does, as its user types it: what has been made anew is not moved aside again."""
+    """The command that continues this one, as its user types it. It does not move aside again what this one has made anew."""
     arguments = without_flag(arguments, "--redo-from", has_value=True)
     script = ["python", os.path.relpath(sys.argv[0]), *arguments]
-    # Where results go may have been said for this job alone.
+    # The results root may have been set for this job alone.
     place = ["env", f"{VARIABLE}={os.environ[VARIABLE]}"] if os.environ.get(VARIABLE) else []
     if address := os.environ.get(SUBMITTED_TO):
         return shlex.join([*place, *script, "--submit", address])
@@ -72,7 +72,7 @@ class Listener:
     """While its context lasts, the first SIGINT or SIGTERM is answered with one line and ends the work in it.
 
     The context then exits with status 130 for SIGINT and 75 for SIGTERM, whatever Ray made of the exception on its way, and the
-    process no longer heeds these signals, but for an interrupt after the first second. Outside the main thread it does nothing. With `is_loud` (`--debug`) the screen stays open, and the exception is what is raised.
+    process then ignores these signals, except for an interrupt after the first second. Outside the main thread it does nothing. With `is_loud` (`--debug`) the screen stays open, and the exception is what is raised.
     """
 
     def __init__(self, command: str, *, is_loud: bool = False):
@@ -82,7 +82,7 @@ class Listener:
         self._asked_at = 0.0
         self._save: tuple[Callable[[], None], str] | None = None
         self._is_answered = self._is_leaving = False
-        # The handler runs in the main thread, which may hold the lock for the signal before.
+        # The handler runs in the main thread, which may still hold the lock for an earlier signal.
         self._lock = threading.RLock()
 
     def __enter__(self) -> Self:
@@ -95,10 +95,10 @@ class Listener:
             os.set_blocking(self._pipe[1], False)
             threading.Thread(target=self._listen, name="signals", daemon=True).start()
             self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            # Who starts a job in the background of a shell has told it to ignore Ctrl-C.
+            # A shell makes jobs in its background ignore Ctrl-C; that is respected.
             wanted = [number for number in _STATUS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in wanted}
-            # Python gives handlers back while it ends, but leaves alone what is ignored.
+            # While Python ends it restores handlers, but it does not touch signals that are ignored.
             atexit.register(self._ignore)
         return self
 
@@ -107,7 +107,7 @@ class Listener:
         if not self._is_on:
             return
         for number, handler in self._before.items():
-            # Who was asked once ends with the status of that, whatever is sent until the process has gone.
+            # The first signal decides the exit status, whatever is sent until the process has ended.
             signal.signal(number, handler if self.asked is None else self._handle_late)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._pipe[1])
@@ -136,7 +136,7 @@ class Listener:
             self._save = None
 
     def leave_if_asked(self) -> None:
-        """Raise StoppedError if a signal came that the work has not ended for; between two pieces of work."""
+        """Raise StoppedError if a signal came that has not ended the work yet; called between two pieces of work."""
         if self.asked is not None:
             self._leave(signal.Signals(self.asked))
 
@@ -153,7 +153,7 @@ class Listener:
             self._leave(signal.Signals(number))
 
     def _handle_late(self, number: int, _: FrameType | None) -> None:
-        """The work has ended, and the process is about to: only a second interrupt makes a difference."""
+        """The work has ended and the process is about to end. Only a second interrupt still has an effect."""
         assert self.asked is not None
         if number == signal.SIGINT and time.monotonic() - self._asked_at > _SECONDS_OF_ONE:
             os._exit(_STATUS[signal.Signals(self.asked)])
@@ -174,17 +174,17 @@ class Listener:
             threading.Thread(target=self._give_up, name="leaving", daemon=True).start()
 
     def _give_up(self) -> None:
-        """End the process if something on the way out waits, or took the exception for its own."""
+        """End the process if something on the way out hangs, or swallowed the exception."""
         time.sleep(_SECONDS_TO_LEAVE)
         assert self.asked is not None
         os._exit(_STATUS[signal.Signals(self.asked)])
 
     def _last_words(self, error: BaseException) -> str:
-        """What is still to be said: that a state is saved, or that it could not be."""
+        """The message that is still due: that a state was saved, or that it could not be."""
         for cause in causes_of(error):
             if isinstance(cause, StoppedError | KeyboardInterrupt):
                 return "" if str(cause) in ("", *_WORDS.values()) else str(cause)
-        # Whatever else comes while the work is being ended is Ray's word for that.
+        # Other errors while the work is being ended are Ray's reaction to the signal.
         return f"error: {error}" if isinstance(error, UserError) or not self._is_leaving else ""
 
     def _listen(self) -> None:
@@ -210,7 +210,7 @@ class Listener:
                 f"{_WORDS[signal.Signals(number)]}{waits}; finished stages are kept, and this command goes on: {self._command}"
             )
             if self._save is None:
-                # The main thread may be far away in compiled code.
+                # The main thread may be inside a long call of compiled code.
                 self._leave_in_time()
             if not self._is_loud:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -254,7 +254,7 @@ def saving(save: Callable[[], None], what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ray_starting() -> Iterator[None]:
-    """While the body starts or joins Ray, the handlers of this process stay: Ray's would end it with status 15 and without a word."""
+    """Keep the handlers of this process while the body starts or joins Ray. Ray's handlers would end the process with status 15 and no message."""
     from ray._private import utils
 
     if threading.current_thread() is not threading.main_thread():
@@ -266,7 +266,7 @@ def ray_starting() -> Iterator[None]:
         yield
     finally:
         utils.set_sigterm_handler = theirs
-        # Its compiled part has handlers as well, of which Python does not know.
+        # Ray's compiled part sets handlers too, which Python does not know of.
         if (active := listener()) is not None:
             active.restore()
         else:

@@ -31,7 +31,7 @@ def submission_id(script: str, config: Any) -> str:
     """A name that depends on the job, its settings and what they point to: the second submit of the same work has the same."""
     name = Path(script).stem.replace("_", "-")
     settings = dataclasses.asdict(config)
-    # Where it runs and who is told does not make it another job; where it writes does.
+    # Two starts that differ only in where they run, or in who is told, are the same job. Another output folder makes another job.
     settings["run"] = {"out": config.run.out, "seed": config.run.seed}
     digest = hashlib.sha256(f"{name}\x1f{json.dumps(settings, default=str, sort_keys=True)}".encode())
     for text in _texts(settings):
@@ -58,12 +58,12 @@ def submit(script: str, arguments: Sequence[str], config: Any) -> None:
     runtime_env = parse_runtime_env_args(runtime_env=str(root / "cluster" / "runtime_env.yaml"), working_dir=str(root))
     place = {VARIABLE: os.environ[VARIABLE]} if VARIABLE in os.environ else {}
     runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **place, SUBMITTED_TO: address}
-    # What it packs and what it leaves out, on four lines.
+    # Ray prints four lines about what it packs and what it leaves out.
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(address)
         known = {job.submission_id or "": job.status for job in client.list_jobs()}
-        # Ray gives a name once; what ended, well or not, may be asked for again.
+        # Ray accepts a name once. A job that has ended, well or not, may be submitted again.
         tries = [name for name in known if re.fullmatch(rf"{own_id}(-\d+)?", name)]
         running = [name for name in tries if known[name] in (JobStatus.PENDING, JobStatus.RUNNING)]
         name = running[0] if running else f"{own_id}-{len(tries) + 1}" if tries else own_id
@@ -131,7 +131,7 @@ def follow(client: Any, name: str, seconds: float = _SECONDS_FOR_A_START) -> Non
         is_over = client.get_job_status(name).is_terminal()
         log = client.get_job_logs(name).splitlines()
         if any(line.startswith(RESULTS) for line in log):
-            # Every start says it, and the end.
+            # Every start of the job prints this line, and its end.
             print("\n".join(dict.fromkeys(line for line in log if line.startswith((RESULTS, MLFLOW)))), flush=True)
             return
         if is_over:
@@ -148,7 +148,7 @@ def follow(client: Any, name: str, seconds: float = _SECONDS_FOR_A_START) -> Non
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            # Where results go is a setting, not an input.
+            # The output folder is a setting and not an input.
             if key != "out":
                 yield from _texts(item)
     elif isinstance(value, list | tuple):

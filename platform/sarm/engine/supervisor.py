@@ -1,7 +1,7 @@
-"""Around a job: one run of a configuration at a time, started again where that helps, and an exit status that says what to do.
+"""Supervises a job: it runs a configuration once at a time, starts it again where that helps, and ends with a status that says what to do.
 
-0 done; 2 the user's to mend; 75 stopped, and the same command goes on; any other is the job's own. Nodes, workers and scale are Ray's
-and the scheduler's: what is watched here is the one process that drives the job.
+0: done. 2: the user has to change something. 75: stopped, and the same command continues it. Any other status is the job's own. Ray and
+the scheduler look after nodes, workers and scale; this module watches the one process that drives the job.
 """
 
 import collections
@@ -33,7 +33,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class _Failure(NamedTuple):
-    """How a process ended badly: a name by which the same failure is known again, and whether a signal ended it."""
+    """How a process failed: a text by which the same failure is recognised again, and whether a signal ended it."""
 
     name: str
     by_signal: bool
@@ -85,13 +85,13 @@ class _Runs:
         self._is_asked_for = is_asked_for
         self._command, self._out, self._max_restarts, self._backoff = command, out, max_restarts, backoff
         self._process: subprocess.Popen[bytes] | None = None
-        # By the token, a job knows what an earlier start of it has done.
+        # The token tells a job what an earlier start of it has done.
         self._environment = {
             SUPERVISED: ASKED_FOR if is_asked_for else BY_DEFAULT,
             JOB_TOKEN: os.environ.get(JOB_TOKEN) or uuid.uuid4().hex,
         }
         self._stop = threading.Event()
-        # Beside the folder, so that it outlives this process: whoever queues the job again must not try the same for ever.
+        # The file lies beside the folder and outlives this process, so that a queue which starts the job again does not try the same for ever.
         self._notes = out.with_name(f".{out.name}.failure.json")
 
     def until_done(self) -> int:
@@ -100,7 +100,7 @@ class _Runs:
             return self._loop()
         finally:
             for number, handler in before.items():
-                # Who was told to stop ends with the job's status, whatever is sent until the process has gone.
+                # After a signal to stop, the supervisor ends with the job's status, whatever is sent until the process has ended.
                 signal.signal(number, signal.SIG_IGN if self._stop.is_set() else handler)
 
     def _loop(self) -> int:
@@ -118,7 +118,7 @@ class _Runs:
             now = {"failure": failure.name, "progress": self._progress()}
             has_moved = last.get("progress") != now["progress"]
             in_a_row = 1 if has_moved else in_a_row + 1
-            # A signal comes from outside; an error that comes again will come a third time.
+            # A signal comes from outside. An error that has come twice will come a third time.
             is_same = not has_moved and not failure.by_signal and last.get("failure") == failure.name
             self._notes.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._notes, json.dumps(now))
@@ -145,13 +145,13 @@ class _Runs:
         reader = threading.Thread(target=_copy, args=(process.stderr, tail), daemon=True)
         reader.start()
         code = process.wait()
-        # Orphans of a killed process may keep the pipe open.
+        # Children of a killed process may keep the pipe open.
         reader.join(timeout=5)
         return code, _failure(code, list(tail))
 
     def _pass_on(self, number: int, _: Any) -> None:
         self._stop.set()
-        # A terminal has sent its interrupt to both, and the job takes the two for one.
+        # A terminal sends its interrupt to both processes, and the job counts the two as one.
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
@@ -176,7 +176,7 @@ def _failure(code: int, lines: Sequence[str]) -> _Failure:
     if code < 0:
         return _Failure(f"killed by {signal.Signals(-code).name}", True)
     said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    # Numbers and addresses differ from one time to the next where the error does not.
+    # The same error may come with other numbers and addresses.
     name = re.sub(r"0x[0-9a-f]+|\d+", "N", said)[:300]
     return _Failure(f"status {code}: {name}", False)
 
@@ -189,6 +189,6 @@ def _copy(source: IO[bytes], tail: collections.deque[str]) -> None:
 
 
 def die_with_parent() -> None:
-    """In a new process: get SIGTERM when the one that started it is killed, so that nobody's work goes on; only Linux can say so."""
+    """In a new process: ask Linux for SIGTERM when the parent is killed, so that the job does not run on without its supervisor."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,7 +1,7 @@
-"""One writer a folder: a file beside it says who writes, and stays recognisable when its owner is gone.
+"""One writer for each folder: a file beside the folder says who writes. Others can tell when that writer is gone.
 
-On one machine the owner's process is looked for. Elsewhere the file is watched: its owner counts up in it, and one that has not for
-three beats is gone. No clock is compared with another machine's.
+On the owner's machine, its process is looked for. On another machine, the file is watched: the owner increases a counter in it, and an owner
+that has not done so for three beats is gone. No clock is compared with another machine's.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _BEATS_MISSED = 3
 
 
 class HeldError(UserError):
-    """Somebody else writes; `owner` is what they call themselves."""
+    """Another process writes to the folder; `owner` is its name for itself."""
 
     def __init__(self, message: str, owner: str):
         super().__init__(message)
@@ -35,7 +35,7 @@ class HeldError(UserError):
 class WriterLock:
     """Held while the body of `with` runs. Raises HeldError if another process that is alive holds it.
 
-    `owner` is for whoever meets the lock: the submission id of a job, or the name of a stage.
+    `owner` is shown to others that find the lock: the submission id of a job, or the name of a stage.
     """
 
     def __init__(self, folder: Path, owner: str, beat_seconds: float = BEAT_SECONDS):
@@ -70,7 +70,7 @@ class WriterLock:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        """A link appears with its content or not at all, and only if there is none; mounted buckets have no links, and nearly so."""
+        """A link appears with its content or not at all, and only if the name is free. Mounted buckets have no links; there the file is written, which is nearly as safe."""
         temporary = self.path.with_name(f"{self.path.name}.{self._mine['id']}")
         temporary.write_text(json.dumps(self._mine))
         try:
@@ -92,7 +92,7 @@ class WriterLock:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
-            # Only a crash of the machine tears it, and that ended its owner.
+            # Only a crash of the machine can tear the file, and that ended its owner.
             return {}
 
     def _take_away(self, gone: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class WriterLock:
             self.path.rename(aside)
             try:
                 if aside.read_text() != json.dumps(gone) and gone:
-                    # Somebody was quicker, and what was moved is theirs.
+                    # Another process was quicker, and the file that was moved is its lock.
                     with contextlib.suppress(FileExistsError):
                         os.link(aside, self.path)
             finally:
@@ -110,14 +110,14 @@ class WriterLock:
     def _beat(self) -> None:
         while not self._stop.wait(self._beat_seconds):
             if (self._held() or {}).get("id") != self._mine["id"]:
-                # Taken away while this process was frozen: another one writes now.
+                # The lock was taken away while this process was frozen; another process writes now.
                 return
             self._mine["beat"] += 1
             write_atomically(self.path, json.dumps(self._mine), sync=False)
 
 
 def _this_process() -> dict[str, Any]:
-    # A process number means something within one start of one machine, and within one container.
+    # A process number is valid within one boot of one machine, and within one container.
     place = [socket.gethostname()]
     for source in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with contextlib.suppress(OSError):
@@ -131,7 +131,7 @@ def _is_gone(held: dict[str, Any], look: Any) -> bool:
         return True
     if held.get("place") == _this_process()["place"]:
         try:
-            # The number may have been given to another process since.
+            # The number may belong to another process by now.
             return abs(psutil.Process(held["pid"]).create_time() - held["started"]) > 1.0
         except psutil.NoSuchProcess:
             return True

@@ -47,7 +47,7 @@ class AuditFeatures:
     min_rating: float = 5.0
     """Smallest median rating of a safety feature (SAFER: 5)."""
     permutations: int = 10_000
-    """Sampled sign changes behind a p-value, where there are too many to try all."""
+    """Number of random sign changes for a p-value, where there are too many to try all."""
     controls: int = 100
     """Random sets of latents, matched on density and weight, that every effect is compared with."""
     upstream_controls: int = 20
@@ -55,7 +55,7 @@ class AuditFeatures:
     deletions: int = 40
     """Target responses of which sentences are deleted; 0: none."""
     redo: bool = field(default=False, metadata=OPERATIONAL)
-    """Move what an audit with other settings left in `--out` aside (to `OUT.aside/TIME`) and choose and test again; the codes stay if they are of the same pairs."""
+    """Move the results of an audit with other settings aside (from `--out` to `OUT.aside/TIME`), then choose and test again; the codes stay if they are of the same pairs."""
 
     def __post_init__(self) -> None:
         place_paths(self)

@@ -23,15 +23,15 @@ class ContextsSettings:
     per_decile: int = 2
     """Texts drawn by hash from each tenth of a latent's activations."""
     sampled: int = 128
-    """Activations, drawn by hash of the text, behind a latent's quantiles and tenths."""
+    """Activations, drawn by hash of the text, from which a latent's quantiles and tenths are computed."""
     text_chars: int = 2000
-    """Characters of a text at most; a longer one keeps its end."""
+    """Largest number of characters of a text; a longer text keeps its end."""
     span_contexts: int = 3
-    """Strongest texts of a latent at the rewarded token of which the driving sentence is looked for, by leaving each out in turn; 0: none."""
+    """How many of a latent's strongest texts at the rewarded token get their driving sentence marked, by leaving out each sentence in turn; 0: none."""
     span_answers: int = 100
-    """Answers that are read so at most, those of the latents that add most to rewards; each costs a forward pass a part."""
+    """Largest number of answers whose driving sentence is looked for, those of the latents that add most to rewards; each part of an answer costs a forward pass."""
     span_pieces: int = 8
-    """Parts of an answer that are left out in turn at most; more sentences than that are joined."""
+    """Largest number of parts of an answer that are left out in turn; further sentences are joined."""
     batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
     """Tokens of one forward pass, padding included."""
 
@@ -46,7 +46,7 @@ class PagesSettings:
     """What the feature pages show."""
 
     features: int = 1000
-    """Latents shown at most, by the size of what they add to rewards."""
+    """Largest number of latents shown, those that add most to rewards, upwards or downwards."""
     per_page: int = 50
     """Latents of one page; the index is a page of its own."""
     contexts: int = 10

@@ -27,14 +27,14 @@ class ExtractionSettings:
     sentence_ends: Literal["rules", "punctuation"] = "rules"
     """How sentences are found: by our rules, or behind every run of `. , ? ! ;` and newline, as in SAFER's code."""
     limit_rows: Annotated[int | None, tyro.conf.arg(aliases=["--limit-rows"])] = None
-    """Only the first texts of the corpus, this many."""
+    """Read only this many texts, from the beginning of the corpus."""
     limit_tokens: Annotated[int | None, tyro.conf.arg(aliases=["--limit-tokens"])] = None
-    """Only the first texts of the corpus, as many as together have at most this many tokens."""
+    """Read only the first texts of the corpus that have at most this many tokens together."""
     block_kilobytes: int = 1024
-    """Text of a block, which is written whole or not at all; smaller where the corpus is small."""
+    """Size of a block, which is written whole or not at all; a small corpus has smaller blocks."""
 
     calibrate: Annotated[bool, tyro.conf.arg(aliases=["--calibrate"])] = field(default=False, metadata=OPERATIONAL)
-    """With `--dry-run`: load the model, run it for seconds on this machine, and plan with its rate instead of an assumed one."""
+    """With `--dry-run`: run the model for some seconds on this machine, and plan with the measured rate instead of an assumed one."""
 
     def __post_init__(self) -> None:
         _check_least(self, "extraction.", batch_tokens=64, limit_rows=1, limit_tokens=1, block_kilobytes=1)

@@ -69,7 +69,7 @@ class Judging:
     max_wait: float = field(default=600.0, metadata=OPERATIONAL)
     """Longest `Retry-After`, in seconds, that is waited out; a longer one stops the run, which goes on when asked again."""
     retry_failed: bool = field(default=False, metadata=OPERATIONAL)
-    """Ask again what ended as refused, invalid, truncated or api_error; without it such an end is final."""
+    """Ask questions again that ended as refused, invalid, truncated or api_error; without this flag such an end is final."""
 
     def __post_init__(self) -> None:
         place_paths(self)
@@ -162,9 +162,9 @@ class Interpret:
     num_explain: int = 16
     """Texts that an explanation is written from: the strongest, and some of each decile."""
     num_test: int = 20
-    """Texts where the latent fires that an explanation is tested on, at most."""
+    """Largest number of texts in which the latent fires that an explanation is tested on."""
     num_negatives: int = 5
-    """Texts of each of the four kinds where it is silent, at most."""
+    """Largest number of texts, of each of the four kinds, in which the latent does not fire."""
     texts_per_question: int = 5
     """Texts of one scoring request."""
     candidates: int = 2

@@ -39,9 +39,9 @@ class RewardSettings:
     batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
     """Tokens of one forward and backward pass of one worker, padding included."""
     warmup_share: float = 0.1
-    """Share of the pairs over which the rates rise from 0; they fall to 0 by a cosine afterwards."""
+    """Share of the pairs over which the learning rates rise from 0; afterwards they fall to 0 by a cosine."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; that of a step of n pairs to n / batch_pairs times it where pairs weigh alike."""
+    """Gradients are scaled down to this norm. Where pairs weigh alike, the limit of a step of n pairs is n / batch_pairs times this norm."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -60,7 +60,7 @@ class RewardSettings:
     label_smoothing: float = 0.0
     """Share of pairs taken to be labelled the wrong way round."""
     use_margin: bool = True
-    """Take the pairs' `margin` off the difference of rewards, where they have one."""
+    """Subtract the pairs' annotated `margin` from the difference of rewards, where there is one."""
     centre_weight: float = 0.0
     """Weight of (chosen + rejected)^2, which keeps rewards centred; 0.01 is usual."""
     topk: bool = True
@@ -76,18 +76,18 @@ class RewardSettings:
     recon_detached: bool = True
     """The reconstruction loss trains the SAE alone, not the blocks beneath it."""
     lora_rank: int = 0
-    """Train low-rank adapters of the blocks instead of their weights (needs `pip install peft`), merged when training ends; 0 does not."""
+    """Train low-rank adapters of the blocks instead of their weights (needs `pip install peft`), merged when training ends; 0: train the weights."""
 
     checkpoint_every_seconds: float = field(default=300.0, metadata=OPERATIONAL)
     """Time between two training states on disk; a stopped job that is run again goes on from the last one."""
     checkpoint_every_steps: int = field(default=0, metadata=OPERATIONAL)
     """Steps between two training states instead; 0: by time."""
     validation_share: float = 0.0
-    """Share of the training prompts, by hash, that are measured during training and never trained on; 0: none."""
+    """Share of the training prompts, chosen by hash, that are kept out of training and measured during it; 0: none."""
     validate_every: int = 50
-    """Steps between two measurements; the model kept is that of the lowest loss on them."""
+    """Steps between two measurements of the validation prompts; the model with the lowest loss on them is kept."""
     patience: int = 0
-    """Measurements without a lower loss after which training stops; 0: never before the end."""
+    """Measurements without a lower loss after which training stops early; 0: never."""
     max_loss_rise: float = 10.0
     """Stop before a step whose loss exceeds this times the mean of the last 32 (or that of chance, ln 2, if that is higher)."""
     offload: Literal["none", "optimizer", "all"] = field(default="none", metadata=OPERATIONAL)

@@ -72,11 +72,11 @@ class RunSettings:
     num_actors: int = field(default=1, metadata=OPERATIONAL)
     """Ray Data actors of extraction and scoring; one GPU each where the cluster has GPUs."""
     max_restarts: int = field(default=3, metadata=OPERATIONAL)
-    """Times in a row that workers are started again after one of them died, without a newer training state in between."""
+    """How often in a row workers are started again after one of them died. A newer training state in between starts the count anew."""
     cpus_per_worker: int = field(default=0, metadata=OPERATIONAL)
-    """CPU cores (and torch threads) of each worker and actor; 0 shares out the cluster's."""
+    """CPU cores (and torch threads) of each worker and actor; 0 divides the cluster's cores among them."""
     supervise: bool = field(default=False, metadata=OPERATIONAL)
-    """Run the job in a process of its own that is started again when it dies, as often in a row as `max_restarts` says."""
+    """Run the job in a process of its own. If it dies, it is started again, as often in a row as `max_restarts` says."""
     submit: str = field(default="", metadata=OPERATIONAL)
     """Dashboard of a Ray cluster (http://HOST:8265) to hand the job to, supervised; the same job is not started there twice."""
     config: str = field(default="", metadata=OPERATIONAL | READ)
@@ -101,6 +101,6 @@ class ChainSettings(RunSettings):
     """Where a job of the chain of stages writes, and which stages it runs."""
 
     only: bool = field(default=False, metadata=OPERATIONAL)
-    """Run this job's own stage alone, on the finished folders that are there; without it the job first makes what is missing."""
+    """Run this job's own stage alone; the folders that it reads must be finished. Without this flag the job first makes what is missing."""
     redo_from: StageName | None = field(default=None, metadata=OPERATIONAL)
     """Move the folders of this stage and of all later ones aside (to `OUT.aside/TIME`), then make them again."""

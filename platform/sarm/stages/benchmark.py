@@ -25,7 +25,7 @@ from sarm.settings.identity import as_json, identity
 from sarm.stages.benchmark_overlap import TrainingPrompts, overlap, training_prompts
 from sarm.stages.benchmark_scoring import Scores, all_cached, items_table, make_items, reasons_of, score_all
 
-# v2: rows of one prompt are told by its normalised text.
+# v2: rows belong to one prompt if its normalised text is the same.
 BENCHMARK = "benchmarks/v2"
 
 

@@ -14,7 +14,7 @@ from sarm.settings.conversion import ConvertSae
 def convert_sae(config: ConvertSae) -> None:
     """Read the SAE at `config.source` and write it to `config.target`.
 
-    Raises UserError if it cannot be read, the format has no words for it, or the target is in use.
+    Raises UserError if it cannot be read, the format cannot hold it, or the target is in use.
     """
     if (config.source / MANIFEST).exists():
         verify_files(config.source, read_manifest(config.source, SAE_FOLDER))

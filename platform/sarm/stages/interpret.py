@@ -98,7 +98,7 @@ async def _run(
             took = round(time.monotonic() - started, 2)
             folder.finish({"latents": len(found), "failed": failed, "model": store.facts.get("model"), "seconds": took})
     finally:
-        # All of them first: while one is waited for, no other may be asked.
+        # All judges are halted before the first one is closed, so that none is asked while another is waited for.
         for judge in judges:
             judge.halt(JudgeStoppedError("the run is ending"))
         for judge in judges:
@@ -149,7 +149,7 @@ async def _interpret(
         return draw_samples(latent, rows, largest.get(latent, 0.0), pool, **sizes)
 
     def label_of(samples: Samples) -> str:
-        # Of the explaining texts only: it is tested on the others, as any explanation is.
+        # The label is made from the explaining texts only, because it is tested on the others, as any explanation is.
         return label(background.characteristic([one.text for sample in samples.explain for one in sample]))
 
     if not judges:

@@ -18,16 +18,16 @@ class Made(NamedTuple):
     flags: Callable[[Path], dict[str, str]]
     """From the run's folder to the command's own flags; a name without dashes is a positional argument."""
     check: Callable[[Any], None] = lambda _: None
-    """Raises UserError for what the command reads besides and cannot, before the chain is paid for."""
+    """Checks the command's other inputs; raises UserError for one that cannot be read, before the chain is paid for."""
 
 
 def names_a_preset(arguments: Sequence[str]) -> bool:
-    """Whether a command line begins with a preset, and not with a folder that happens to be called like one."""
+    """Whether a command line begins with a preset, and not with a folder of the same name."""
     return bool(arguments) and arguments[0] in PRESETS and not Path(arguments[0]).exists()
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments of the chain (its preset first) and those of the command; where and how things run is said to both.
+    """The arguments of the chain (its preset first) and those of the command. Flags of where and how things run go to both.
 
     `--out` is the run's folder, so that it goes to the chain alone.
     """

@@ -115,7 +115,7 @@ def _write_pairs(session: Session, found: Audited, settings: Relabel) -> None:
     def body(child: StageRun) -> Mapping[str, Any]:
         pq.write_table(changed_table, place / "part-00000.parquet", write_page_checksum=True)
         if (source / NEAR_DUPLICATES).exists():
-            # Of prompts, which no change of labels touches.
+            # These are about prompts, which no change of labels affects.
             shutil.copy(source / NEAR_DUPLICATES, place)
         # Beside the folder: readers take every Parquet file in it for pairs.
         pq.write_table(changes, place.parent / "changes.parquet", write_page_checksum=True)
@@ -131,7 +131,7 @@ def _write_pairs(session: Session, found: Audited, settings: Relabel) -> None:
 def _experiments(found: Audited, settings: Relabel, seed: int, folder: Path, out: Path) -> dict[str, Any]:
     train = found.codes.role("train")
     heldout = {"target": found.codes.role("target"), "off": found.codes.role("off_target")}
-    # A model that was not trained here is taken to have had the default objective.
+    # A model that was not trained here is assumed to have had the default objective.
     trained = identity(RewardSettings()) | (
         read_manifest(found.sarm, SARM_FOLDER).config if (found.sarm / MANIFEST).exists() else {}
     )
@@ -219,7 +219,7 @@ def _verdicts(
     settings: Relabel,
     seed: int,
 ) -> dict[str, Any]:
-    """What was hoped for, against what came out: the strongest poison beside its best control, and noise found again."""
+    """Goals and results: the strongest poison beside its best control, and the share of noise that was found."""
     share = max(settings.poison)
     strongest = {row["method"]: row for row in rows if row["action"] == "poison" and row["share"] == share}
     own = {name: strongest[name] for name in FEATURES}

@@ -58,5 +58,5 @@ def _is_of_people(folder: Path) -> bool:
     try:
         return bool(json.loads((folder / MANIFEST).read_text())["schema"] == HUMAN_RATINGS)
     except (OSError, ValueError, KeyError):
-        # What is wrong with it is said by who reads it whole.
+        # The reader of the whole file reports what is wrong with it.
         return False

@@ -60,7 +60,7 @@ def variants(
             random = replace(reward, encoder=RANDOM_ENCODERS[name])
             found.append(Variant("train SARM, random directions", "sarm_random_directions", sae, model, random))
         else:
-            # The papers' code trains this encoder, which nothing made worth keeping.
+            # The papers' code trains this encoder, since its random weights are not worth keeping.
             linear = replace(reward, encoder=RANDOM_ENCODERS[name], train_sae=True, sae_lr=reward.lr or reward.sae_lr)
             found.append(Variant("train SARM, random linear map", "sarm_random_linear", sae, model, linear))
     return found

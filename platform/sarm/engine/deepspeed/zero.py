@@ -19,7 +19,7 @@ class _NotFiniteError(Exception):
 class ZeroEngine:
     """A DeepSpeed engine whose accumulation boundary and rates are set by the loop, step by step.
 
-    DeepSpeed hands the first rank's weights to the others. `beat` is called whenever the loop asks for something.
+    DeepSpeed copies the first rank's weights to the other ranks. `beat` is called at every call of the loop.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class ZeroEngine:
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
-        # A C++ all-reduce for inference that DeepSpeed would compile here, on machines that may have no compiler.
+        # DeepSpeed would compile its C++ all-reduce for inference here, and a machine may have no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.device, self.model, self.stage = device, model, config.zero_stage
         self._beat = beat
@@ -48,7 +48,7 @@ class ZeroEngine:
             config=deepspeed_config(config),
             dist_init_required=False,
         )
-        # Stage 0 neither tells its norm nor looks at it before the step; the other stages do both.
+        # Stage 0 neither reports the gradient's norm nor checks it before the step; the other stages do both.
         self.deepspeed.clip_fp32_gradients = self._clip
 
     def __call__(self, **inputs: Tensor) -> Any:

@@ -18,7 +18,7 @@ class Budget:
     async def reserve(self, spec: JudgeSpec, prompt_tokens: int, completion_tokens: int) -> int:
         """Set tokens aside for a request, once others have given back enough; returns a ticket.
 
-        Raises JudgeStoppedError if so much is not left even when nothing is under way.
+        Raises JudgeStoppedError if the budget would not suffice even with no other request under way.
         """
         tokens, usd = prompt_tokens + completion_tokens, spec.usd(prompt_tokens, completion_tokens) or 0.0
         while problem := self._problem(tokens, usd):

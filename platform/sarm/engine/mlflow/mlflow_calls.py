@@ -1,6 +1,6 @@
-"""What is asked of MLflow's client: one call for a record of an outbox, whether an error is an outage, and a question that can wait.
+"""Calls of MLflow's client: sending the records of an outbox, telling an outage from a refusal, and asking until there is an answer.
 
-A record is a dictionary that JSON takes, with its `kind` and what that needs.
+A record is a dictionary that can be written as JSON. It has a `kind` and the fields of that kind.
 """
 
 import shutil
@@ -25,7 +25,7 @@ WAITS = (1.0, 2.0, 5.0, 10.0, 30.0)
 # A new run needs an id from the server.
 PATIENCE_SECONDS = 600.0
 _AWAY = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-# All else that its client raises has one code, INTERNAL_ERROR, be it that a path is wrong or that there is no server.
+# The client gives every other error one code, INTERNAL_ERROR: a wrong path as well as a missing server.
 _AWAY_MESSAGES = ("API request to", "OperationalError", "database is locked")
 
 
@@ -93,7 +93,7 @@ def _send_file(client: MlflowClient, run_id: str, path: Path, folder: str | None
 
 
 def _register(client: MlflowClient, run_id: str, folder: Path, name: str, place: str, *, copied: bool) -> None:
-    # Seconds of imports, that runs without models need not wait for.
+    # These imports take seconds, and runs without models do not need them.
     from sarm.engine.mlflow.registered_model import WEIGHTS, describe
 
     if not folder.is_dir():
@@ -123,7 +123,7 @@ def is_away(error: Exception) -> bool:
 
 
 def patiently(uri: str, ask: Callable[[], Answer]) -> Answer:
-    """What MLflow answers to a question that cannot wait in an outbox; asked again while it is away, for `PATIENCE_SECONDS`."""
+    """MLflow's answer to a question that needs one now; while MLflow is away, it is asked again for `PATIENCE_SECONDS`."""
     deadline, num_failures = time.monotonic() + PATIENCE_SECONDS, 0
     while True:
         try:

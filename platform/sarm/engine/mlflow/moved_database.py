@@ -1,4 +1,4 @@
-"""A folder of outputs that was moved or copied: its sqlite database is told where it lies now.
+"""Rewrites the addresses in a sqlite database whose folder of outputs was moved or copied.
 
 MLflow writes absolute addresses of artifacts into its database, so that a copied database would write into the place it was copied from.
 An experiment made here has its artifacts beside the database, in `mlartifacts`, and a tag with the database's folder. Where that tag names
@@ -34,7 +34,7 @@ def database_of(uri: str) -> Path | None:
 
 
 def artifacts_of(uri: str) -> str | None:
-    """Where the artifacts of a sqlite database go: beside it. None for a server, which knows itself."""
+    """Where the artifacts of a sqlite database go: beside it. None for a server, which decides that itself."""
     database = database_of(uri)
     return None if database is None else (database.parent / ARTIFACTS).as_uri()
 
@@ -95,7 +95,7 @@ def _rewrite(store: sqlite3.Connection, old: Path, here: Path) -> None:
     before, after = (old / ARTIFACTS).as_uri(), (here / ARTIFACTS).as_uri()
     for table, column in _COLUMNS:
         if column in _columns(store, table):
-            # Only the folder itself and what lies in it: `mlartifacts-old` is another one.
+            # Only the folder itself and its contents: `mlartifacts-old` is another folder.
             store.execute(
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?",
                 (after, len(before) + 1, before, len(before) + 1, f"{before}/"),
@@ -104,7 +104,7 @@ def _rewrite(store: sqlite3.Connection, old: Path, here: Path) -> None:
 
 
 def _rewrite_references(here: Path, old: Path) -> None:
-    """What was registered by reference to a folder that was moved along points at where it is now."""
+    """Let models that were registered by reference point at the new place of a folder that was moved along."""
     from mlflow.models import Model
 
     for path in (here / ARTIFACTS).glob("*/artifacts/**/MLmodel"):

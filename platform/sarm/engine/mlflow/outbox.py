@@ -1,7 +1,7 @@
-"""What is said to MLflow, in order, by a thread of its own: training never waits for a server, and an outage loses nothing.
+"""A thread of its own sends MLflow its records, in order: training never waits for a server, and an outage loses nothing.
 
-Every record is in a file before it is in memory. The file is emptied once MLflow has all of it; what a process leaves when it is killed, or
-when it ends while MLflow is away, the next one on the same outputs sends.
+Every record is in a file before it is in memory. The file is emptied once MLflow has all of it. If a process is killed, or
+ends while MLflow is away, the next process on the same outputs sends what it left.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from sarm.engine.mlflow.mlflow_calls import MAX_METRICS, WAITS, Record, is_away,
 from sarm.engine.mlflow.moved_database import database_of
 from sarm.engine.terminal import say
 
-# What the end of a process still waits for a server that does not answer.
+# How long the end of a process waits for a server that does not answer.
 LAST_SECONDS = 15.0
 _SUFFIX = ".jsonl"
 
@@ -95,14 +95,14 @@ class Outbox:
                     return
                 records = _together(self._queue)
             try:
-                # First, or steps that a killed process left would seem to be there already.
+                # Left records go first. Otherwise the steps of a killed process would count as logged already, and be left out.
                 if not self._has_sent_left and not send_left(self._path.parent, self._run_id):
                     self._wait("what an ended process left could not be sent")
                     continue
                 self._has_sent_left = True
                 send(self._uri, self._run_id, records, self._last_steps)
             except Exception as error:
-                # Whatever it is: without this thread, everyone who flushes would wait for ever.
+                # Any error at all: if this thread ended, every flush would wait for ever.
                 if is_away(error):
                     self._wait(str(error))
                     continue
@@ -166,7 +166,7 @@ def _refusal(error: Exception) -> MlflowException:
     if isinstance(error, MlflowException):
         return error
     refusal = MlflowException(str(error))
-    # A full disk has to be known as one by whoever hears of it.
+    # The caller must be able to recognise a full disk.
     refusal.__cause__ = error
     return refusal
 
@@ -189,7 +189,7 @@ def close_all() -> None:
     seconds = LAST_SECONDS
     for folder, box in boxes:
         if not box.close(seconds):
-            # Others would only wait for the same server.
+            # The other outboxes would only wait for the same server.
             seconds = 0.0
             say(f"MLflow has not got everything: the rest is in {folder}, and the next job on these outputs sends it")
     for folder in {folder for folder, _ in boxes}:
@@ -207,7 +207,7 @@ def send_left(folder: Path, run_id: str = "*") -> bool:
                 header, *records = _whole_lines(file)
                 if records and (moved := _moved(header, folder)) is not None:
                     if moved.uri is None and (moved.old / path.name).exists():
-                        # A copy of what its own folder sends to the same server.
+                        # A copy: the original folder sends these records to the same server.
                         path.unlink(missing_ok=True)
                         continue
                     header["uri"] = moved.uri or header["uri"]
@@ -220,7 +220,7 @@ def send_left(folder: Path, run_id: str = "*") -> bool:
                     except Exception as error:
                         if is_away(error):
                             return False
-                        # It alone is lost, not what was said after it.
+                        # This record alone is lost, and not those after it.
                         say(f"MLflow refused a record of {path}: {str(error)[:200]}")
                     del records[: len(together)]
                 path.unlink(missing_ok=True)
@@ -265,10 +265,10 @@ def _locked(path: Path, *, create: bool) -> IO[str] | None:
     descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
     file = os.fdopen(descriptor, "r+")
     try:
-        # A new file can be held only by somebody who looks whether it is an old one.
+        # Another process can hold a new file only for the moment in which it checks whether the file was left behind.
         fcntl.flock(file, fcntl.LOCK_EX | (0 if create else fcntl.LOCK_NB))
     except OSError as error:
-        # A file system without locks cannot say whether the writer lives: what it left is for someone to send by hand.
+        # Without locks in the file system nobody can tell whether the writer is alive: somebody has to send such a file by hand.
         if isinstance(error, BlockingIOError) or not create:
             file.close()
             return None

@@ -1,6 +1,6 @@
 """The parent run of an output folder in MLflow and a child for each of its stages, continued under the same ids after a restart.
 
-Apart from `tracking`, since MLflow takes a second to import, which what is refused before its first run need not wait for.
+A file of its own, because importing MLflow takes a second and refusals should not wait for it.
 """
 
 import fcntl
@@ -33,7 +33,7 @@ _ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# Of a parent: the folder that it is the run of.
+# Tag of a parent run: the folder that it belongs to.
 OUT_TAG = "sarm.out"
 _LIST_TAGS = {run_list.KIND_TAG: run_list.KIND, run_list.VIEW_TAG: run_list.view()}
 
@@ -89,7 +89,7 @@ class Tracker:
     def _run(
         self, name: str, run_id: str | None, tags: dict[str, str], params: Mapping[str, str] | None = None
     ) -> StageRun:
-        """The run, or a new one where there is none of this id, or where it has other values of `params`, which MLflow cannot change."""
+        """The run of this id. A new run if there is none, or if it has other values of `params`, which MLflow cannot change."""
         if run_id is not None:
             try:
                 found = self._client.get_run(run_id)
@@ -108,7 +108,7 @@ class Tracker:
         return StageRun(self.uri, created.info.run_id, self._outbox)
 
     def _name_of(self, out: Path) -> str:
-        """A folder as the tag names it: beside the database, so that a moved one still knows it, or where it is."""
+        """The name of a folder in the tag: relative to the database if it lies beside it, so that a moved database still knows it; else its path."""
         database = database_of(self.uri)
         inside = database is not None and out.is_relative_to(database.parent)
         return str(out.relative_to(database.parent) if database is not None and inside else out)
@@ -131,7 +131,7 @@ class Tracker:
                 place = {PLACE_TAG: str(Path(self.uri.removeprefix("sqlite:///")).parent)} if location else {}
                 return self._client.create_experiment(run.experiment, location, {**_LIST_TAGS, **place})
             except MlflowException:
-                # Another job of these may have been faster.
+                # Another job may have made it in the meantime.
                 if (found := self._client.get_experiment_by_name(run.experiment)) is None:
                     raise
         _tag_list(self._client, found)
@@ -174,14 +174,14 @@ def _prepare() -> None:
 
 @contextmanager
 def alone_with(uri: str) -> Iterator[None]:
-    """While the body makes a sqlite database, or brings it up to date, no other process here does: MLflow's migrations break on each other."""
+    """Keep other processes of this machine waiting while the body makes or migrates a sqlite database: MLflow's migrations break each other."""
     folder = Path(uri.removeprefix("sqlite:///")).parent
     if not uri.startswith("sqlite:") or not folder.is_dir():
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        # Without the lock where the file system has none.
+        # A file system without locks goes without this one.
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,7 @@
 """What stages and their workers log to an MLflow run, and where MLflow is.
 
 Workers get a `StageRun`, which holds an absolute URI and a run id and nothing that cannot be pickled. Runs are made by `tracker`.
-MLflow takes a second to import, so that it is not before something is logged.
+MLflow takes a second to import, so it is imported when something is logged.
 """
 
 import json

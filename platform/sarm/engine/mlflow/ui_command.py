@@ -14,7 +14,7 @@ def ui_command(uri: str, experiment_id: str = "") -> str:
     database = database_of(uri)
     if database is None:
         return address(uri, experiment_id) if experiment_id else uri
-    # make would read these in a value, or the shell in its recipe.
+    # make would interpret these in a value, or the shell in make's recipe.
     if database.name != DATABASE or set(str(database.parent)) & set('$"`\\#'):
         return f"python jobs/ui.py --mlflow-uri {shlex.quote(uri)}"
     usual = database.parent == Path.cwd() / "outputs"

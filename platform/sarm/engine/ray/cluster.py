@@ -1,6 +1,6 @@
 """Joining or starting a Ray cluster, and what fits on it.
 
-Ray is imported by what needs it: a job can be refused before.
+Functions that need Ray import it themselves, so that a refusal does not wait for the import.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def connect(run: RunSettings) -> Iterator[Cluster]:
                 object_store_memory=_LOCAL_OBJECT_STORE,
                 include_dashboard=False,
                 runtime_env={"worker_process_setup_hook": prepare_worker},
-                # Ray's own default, 15, lets whatever else runs here come first, and a torch operation wait for its slowest thread.
+                # Ray's default of 15 would let every other process here come first, and a torch operation waits for its slowest thread.
                 _system_config={"worker_niceness": 0},
                 logging_level=logging.WARNING,
             )
@@ -108,13 +108,13 @@ def _join(address: str) -> None:
         )
     import ray
 
-    # A supervised job that is started again had a cluster there: one whose head was lost comes back.
+    # A supervised job that is started again has had a cluster at this address. A head that was lost may come back.
     last = time.monotonic() + (NO_PROGRESS_SECONDS if os.environ.get(STARTED_AGAIN) else 0.0)
     while True:
         try:
             check_listening(address)
             with _compiled_part_silent():
-                # Ray Train's clean-up asks this cluster by this name: of several on a machine it would not know which.
+                # Ray Train's clean-up finds the cluster by this name. Without it, it could not choose between several clusters on one machine.
                 named = {"env_vars": {"RAY_ADDRESS": address}} if ":" in address else None
                 ray.init(address=address, runtime_env=named, logging_level=logging.WARNING)
             return
@@ -135,7 +135,7 @@ def _join(address: str) -> None:
 
 @contextmanager
 def _compiled_part_silent() -> Iterator[None]:
-    """While the body runs, nothing goes to the process's stderr: of a cluster that refuses, Ray prints lines before it raises."""
+    """While the body runs, nothing goes to the process's stderr. Ray prints lines there before it raises the error of a cluster that refuses."""
     screen, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -158,7 +158,7 @@ def check_listening(address: str) -> None:
 
 
 def why_refused(error: BaseException) -> str:
-    """What a cluster that is there has against this process, and what to do; '' if the error says neither."""
+    """Why a cluster that answers refuses this process, and what to do; '' if the error does not say."""
     said = str(error)
     if type(error).__name__ == "AuthenticationError" or "AuthenticationError" in said:
         return "does not accept the token of this process. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
@@ -196,7 +196,7 @@ def nodes_without(folder: Path) -> list[str]:
     finally:
         probe.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            # What was made for the look alone.
+            # A folder that was made for this check alone.
             for there in made:
                 there.rmdir()
 

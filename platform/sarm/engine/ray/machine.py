@@ -1,4 +1,4 @@
-"""What a run would run on: this machine, or the cluster that it names, and how fast that is taken to be."""
+"""What a run would run on, this machine or the cluster that it names, and the speed that its plan assumes."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
 
-# The share of a GPU's dense peak that matrix products of this kind are taken to reach.
+# The share of a GPU's dense peak that matrix products of this kind are assumed to reach.
 PEAK_SHARE = 0.4
 # bfloat16 on tensor cores, and float32, in FLOP/s; the makers' figures without sparsity.
 PEAKS = {
@@ -50,11 +50,11 @@ class Machine(NamedTuple):
         return self.gpu or REFERENCE_GPU
 
     def gpu_rate(self, dtype: str) -> float:
-        """FLOP/s that one GPU is taken to reach in `bfloat16` or `float32`."""
+        """FLOP/s that one GPU is assumed to reach in `bfloat16` or `float32`."""
         return PEAKS[self.planned_gpu][dtype != "bfloat16"] * PEAK_SHARE
 
     def core_rate(self, *, training: bool) -> float:
-        """FLOP/s that one core is taken to reach."""
+        """FLOP/s that one core is assumed to reach."""
         return CORE_TRAINING if training else CORE_FORWARD
 
     def rate(self, run: RunSettings, count: int, dtype: str, *, training: bool) -> float:
@@ -115,7 +115,7 @@ def cluster_machine(resources: Mapping[str, float], where: str) -> Machine:
         if name.startswith("accelerator_type:")
     ]
     known = [kind for kind in kinds if kind in PEAKS]
-    # Of several kinds the slowest: the others would wait for it.
+    # Of several kinds of GPUs the slowest counts, because the others would wait for it.
     gpu = min(known, key=lambda kind: PEAKS[kind][0], default="")
     return Machine(int(resources.get("CPU", 1)), int(resources.get("GPU", 0)), gpu, where, is_joined=True)
 
@@ -125,7 +125,7 @@ def this_machine() -> Machine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     names = _gpus()
     kinds = [kind for kind in PEAKS if any(kind in name for name in names)]
-    # `L4` is also in `L40S`: the longest name that fits.
+    # The longest name that fits is taken, since `L4` is also in `L40S`.
     return Machine(cores, len(names), max(kinds, key=len, default=""))
 
 

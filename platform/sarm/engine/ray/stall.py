@@ -1,4 +1,4 @@
-"""Workers that stand still are ended with their stacks written down, so that training can go on from its last state on new ones."""
+"""Ends workers that hang, after writing down their stacks, so that training can continue from its last state on new workers."""
 
 import faulthandler
 import os
@@ -11,21 +11,21 @@ from typing import Self, TextIO
 
 from sarm.settings.checks import NO_PROGRESS_SECONDS
 
-# A machine may be slow, but a pause of this many times the longest so far is no slowness.
+# A slow machine has long pauses. A pause of this many times the longest one so far is a hang.
 _PATIENCE = 10
-# Setting the clock starts a thread.
+# Setting the clock starts a thread, so it is not set at every beat.
 _SECONDS_BETWEEN_SETTINGS = 1.0
-# With the first worker's end Ray Train ends the others too: all write their stacks before that, however far apart their clocks are.
+# Ray Train ends all workers when the first one ends. So all write their stacks well before, however far apart their clocks are.
 _WRITES_AT = 0.8
 _WAITS_FOR_OTHERS = "distributed_c10d.py"
 _PLACE = re.compile(r'File "(.+?)", line (\d+) in (\S+)')
 
 
 class StallGuard:
-    """Ends this worker's process when nothing has beaten for long, and leaves the stacks of its threads in a file.
+    """Ends this worker's process if `beat` has not been called for long, and leaves the stacks of its threads in a file.
 
-    A worker that waits in a collective for one that stands still elsewhere stands still too: both end, and `who_stood_still`
-    says which was which. The first beat starts the clock, leaving the context stops it.
+    A worker that waits in a collective for a hanging worker hangs too. Both end, and `who_stood_still`
+    says which one caused it. The first beat starts the clock, and leaving the context stops it.
     """
 
     def __init__(self, folder: Path, rank: int):
@@ -48,7 +48,7 @@ class StallGuard:
         self._path.unlink(missing_ok=True)
 
     def beat(self) -> None:
-        """Something was done; outside the context nobody asks."""
+        """The worker has done something. Outside the context this has no effect."""
         if self._file is None:
             return
         now = time.monotonic()
@@ -58,27 +58,27 @@ class StallGuard:
         if now - self._set >= min(_SECONDS_BETWEEN_SETTINGS, self._seconds / 10):
             self._set = now
             limit = max(self._seconds, _PATIENCE * self._longest)
-            # Neither needs Python's lock, so that a call that never returns from C does not stop them: a thread writes the stacks,
-            # and the kernel ends the process, whose SIGALRM nobody handles.
+            # Neither of these needs Python's lock, so they work while a call hangs in C. A thread writes the stacks, and the
+            # kernel ends the process, because nobody handles its SIGALRM.
             faulthandler.dump_traceback_later(_WRITES_AT * limit, file=self._file)
             signal.setitimer(signal.ITIMER_REAL, limit)
             if os.fstat(self._file.fileno()).st_size:
-                # It stood long, but went on.
+                # The pause was long enough for stacks to be written, but the worker went on.
                 os.ftruncate(self._file.fileno(), 0)
                 os.lseek(self._file.fileno(), 0, os.SEEK_SET)
 
 
 def who_stood_still(folder: Path) -> str:
-    """Which workers stood still of themselves, and where, by the stacks that guards left in `folder`; '' if none did."""
+    """Which workers caused a hang, and where, according to the stacks that guards left in `folder`; '' if there are none."""
     stacks = {path.stem.rpartition("-")[2]: path.read_text() for path in sorted(folder.glob("stack-*.txt"))}
     stopped = {rank: stack for rank, stack in stacks.items() if stack}
-    # Of those that wait for others nothing is to be learnt, unless no other was able to say anything.
+    # Workers that wait for others are not the cause. They are named only if no other worker left a stack.
     own = {rank: stack for rank, stack in stopped.items() if _WAITS_FOR_OTHERS not in stack} or stopped
     return ", ".join(f"worker {rank} stood still {_place(stack)}" for rank, stack in own.items())
 
 
 def _place(stack: str) -> str:
-    """Where the thread stood that trains."""
+    """Where the training thread was."""
     threads = stack.split("\n\n")
     training = next((thread for thread in threads if " in _call" in thread), threads[-1])
     found = _PLACE.search(training)

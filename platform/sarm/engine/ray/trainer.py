@@ -84,10 +84,10 @@ def run_workers(
     """
     # Ray Train would log every printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # The notice that a node will be taken away comes from a process of its own, which a single machine can do without.
+    # A process of its own watches for the notice that a node will be taken away. A single machine does not need it.
     os.environ.setdefault(_WATCHER, str(int(cluster.num_nodes > 1)))
     if run.num_workers <= _FEW_WORKERS:
-        # How often the controller looks after its workers: their death, and their end, is seen that much sooner.
+        # How often the controller checks its workers. Few workers can be checked often, so that a death or an end is seen sooner.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     restarts, newest = 0, -1
     while True:
@@ -95,7 +95,7 @@ def run_workers(
             with _saving_when_asked(states):
                 result = _fit(name, worker, task, run, folder, cluster, threads, callbacks)
         except _WorkersFailed as failed:
-            # Whoever is asked to stop starts nobody again.
+            # A job that was asked to stop does not start workers again.
             leave_if_asked()
             has_died = _has_died(failed.cause)
             is_stalled = has_died and bool(failed.stood_still)
@@ -144,7 +144,7 @@ def _fit(
             name=f"{name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(storage),
             callbacks=list(callbacks),
-            # A cluster that has become too small would be waited for without end.
+            # Without a limit, Ray Train would wait for ever for a cluster that has become too small.
             failure_config=ray.train.FailureConfig(controller_failure_limit=_STARTS - 1),  # type: ignore[call-arg]  # V2 has it
         ),
     )
@@ -209,7 +209,7 @@ def _saving_when_asked(states: Checkpoints | None) -> Iterator[None]:
 
 
 def _cause(error: ray.train.WorkerGroupError) -> Exception:
-    """What one worker raised; the others' broken connections are said only if there is nothing else."""
+    """The error that one worker raised. Broken connections of the other workers count only if there is no other error."""
     failures = list(error.worker_failures.values())
     return next((failure for failure in failures if not _has_died(failure)), failures[0])
 
@@ -228,12 +228,12 @@ def worker_device() -> torch.device:
 
 
 def worker_storage() -> Path:
-    """Where this worker leaves what only the process that started it reads; gone when all have ended."""
+    """A folder for what only the process that started this worker reads; it is removed when all workers have ended."""
     return _here.get().storage
 
 
 def preemption_notice() -> str:
-    """Why these workers shall end soon: machines of theirs are being taken away. '' if none is; all workers call it together."""
+    """Why these workers must end soon, namely that some of their machines are being taken away; '' if none is. All workers call it together."""
     info = ray.train.get_preemption_info() if _here.get().is_watched else None
     if info is None:
         return ""

@@ -15,7 +15,7 @@ from sarm.data.store.checkpoints import Checkpoint, Checkpoints, Written, alone,
 from sarm.data.store.state_tree import random_state, restore_random_state
 from sarm.settings.checks import StoppedError, UserError
 
-# A worker that is alone looks at the shared folder this often.
+# How often, in seconds, a single worker looks at the shared folder.
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_POLLS = 0.05
 
@@ -23,7 +23,7 @@ _SECONDS_BETWEEN_POLLS = 0.05
 class WorkerStates:
     """One worker's side of its training's checkpoints: due every `every_steps` steps, or, where that is 0, `every_seconds`.
 
-    Several workers agree by a message from the first, every `steps_between_looks` steps. `notice` says why they shall end soon ('' as
+    Several workers agree by a message from the first, every `steps_between_looks` steps. `notice` says why they must end soon ('' as
     long as they need not); all workers call it together. `beat` is called while a state is waited for.
     """
 
@@ -107,7 +107,7 @@ class WorkerStates:
         if self._pending is None:
             return
         while not all(self._everyone(self._is_written())):
-            # A large state on a slow disk is no standstill.
+            # Writing a large state to a slow disk is not a hang.
             self._beat()
             time.sleep(_SECONDS_BETWEEN_POLLS)
         self._commit()

@@ -1,4 +1,4 @@
-"""Ray Tune over trials: the trial's function, its parameters and whoever watches come from outside."""
+"""Runs trials through Ray Tune. The caller provides the trial's function, its parameters and an object that watches."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from sarm.settings.checks import StoppedError
 from sarm.settings.sweep import SweepSettings
 
-# A trial waits for its workers; room for it must not be taken from them.
+# A trial only waits for its workers, so it must not take cores from them.
 _TRIAL_CPUS = 0.01
 TIME, LOSS, ACCURACY = "percent", "loss", "heldout_accuracy"
 """What trials report: how much of their training is done, its loss, and at the end the held-out accuracy."""
@@ -22,7 +22,7 @@ Trial = Callable[..., dict[str, Any]]
 
 
 class Watch(Protocol):
-    """Hears in the driver what becomes of each trial, which its parameters name."""
+    """Is told, in the driver, what happens to each trial. The parameters identify the trial."""
 
     def started(self, parameters: Mapping[str, Any]) -> None:
         """The trial begins."""
@@ -55,7 +55,7 @@ def run_trials(
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     # Ray Tune would answer Ctrl-C itself, and go on with what comes after the trials.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    # Its tables count trials by id; the watch's lines name the cells.
+    # Ray Tune's tables name trials by ids; the watch's lines name the cells.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, **arguments), {"CPU": _TRIAL_CPUS}),
@@ -112,7 +112,7 @@ def scheduler_of(sweep: SweepSettings) -> Any:
         max_t=100,
         grace_period=sweep.grace_percent,
         reduction_factor=sweep.reduction_factor,
-        # A trial that has trained to the end is still to be evaluated.
+        # A trial that has trained to the end must still be evaluated.
         stop_last_trials=False,
     )
 

@@ -21,7 +21,7 @@ _GB = 1e9
 _PROCESS_GB = 0.6
 # Starting Ray, the processes of a pass, the workers of a training.
 _RAY_SECONDS, _PASS_SECONDS, _TRAINING_SECONDS = 10.0, 8.0, 15.0
-# One process cleans and hashes so much text a second, and keeps so much a text to know it again.
+# Bytes of text that one process cleans and hashes a second, and bytes that it keeps of each text to recognise duplicates.
 _PREPARED_BYTES_A_SECOND, _SEEN_BYTES = 10e6, 200
 # Two training states of weights and both moments lie beside what is trained.
 _STATE_BYTES = 2 * 12
@@ -99,7 +99,7 @@ def _costs(known: _Known) -> Iterator[StageCost]:
     if has("contexts") and in_pipeline:
         yield _contexts(known) if has("model") else _unknown("collect_contexts")
     if has("pages") and in_pipeline:
-        # As many as there are latents at most.
+        # At most as many as there are latents.
         pages = min(config.pages.features, config.sae.d_sae if has("sae") else config.pages.features)
         yield StageCost("feature_pages", 2 + 0.005 * pages, 0.0, _PROCESS_GB, None, 2e-5 * pages, f"{pages:,} features")
 
@@ -138,7 +138,7 @@ def _extract(known: _Known) -> StageCost:
     said = f"{' and '.join(tokens)}, {work.flops:.2e} FLOPs; {rows}" + (
         f", each at {len(layers)} layers" if len(layers) > 1 else ""
     )
-    # Where either is missing, the figures would be of the other alone.
+    # If texts or pairs are unknown, the figures would count only the other.
     if texts is None and known.sizes.unknown:
         return _unknown("extract_activations")
     return StageCost(

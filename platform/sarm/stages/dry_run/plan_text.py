@@ -66,7 +66,7 @@ def planned_machine(config: Any) -> Machine:
     from sarm.stages.extract_calibration import tokens_per_second
 
     tokens = tokens_per_second(model, extraction)
-    # Asked only now: the model's config is in the cache by now.
+    # Asked this late because the model's config is in the cache by now.
     if (shape := shape_of(model)) is None:
         return machine._replace(
             note=f"Measured {tokens:,.0f} tokens a second, but the dimensions of {model.name} are not known."
