@@ -5,7 +5,8 @@ from typing import Any
 
 from sarm.evaluate.benchmarks.benchmark import Benchmark
 from sarm.evaluate.benchmarks.registry import BENCHMARKS
-from sarm.report.pages import Dots, Page, Section, share, span
+from sarm.report.numbers import share, span
+from sarm.report.pages import Dots, Page, Section
 
 _BAD_ROWS_SHOWN = 50
 

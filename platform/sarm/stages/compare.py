@@ -16,7 +16,8 @@ from sarm.evaluate.benchmarks.paired import compare
 from sarm.evaluate.benchmarks.registry import BENCHMARKS
 from sarm.evaluate.benchmarks.suite import metric_name
 from sarm.report.figures import as_svg, difference_bars, save_figure
-from sarm.report.pages import Dots, Page, Section, share, span, write_page
+from sarm.report.numbers import share, span
+from sarm.report.pages import Dots, Page, Section, write_page
 from sarm.settings.benchmarks import Comparison
 from sarm.settings.checks import UserError
 from sarm.stages.benchmark import BENCHMARK
