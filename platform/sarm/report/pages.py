@@ -71,30 +71,38 @@ def write_page(page: Page, folder: Path) -> tuple[Path, Path]:
 
 def to_html(page: Page) -> str:
     """One self-contained page."""
-    return html(
-        "page",
-        title=shown(page.title, _LIMIT),
-        facts={name: shown(value, _LIMIT) for name, value in page.facts.items()},
-        notes=[shown(note, _LIMIT) for note in page.notes],
-        sections=[
-            replace(
-                section,
-                title=shown(section.title, _LIMIT),
-                text=shown(section.text, _LIMIT),
-                rows=[[shown(value, _LIMIT) for value in row] for row in section.rows],
-            )
-            for section in page.sections
-        ],
-        pictures=[picture(caption, svg) for caption, svg in page.pictures.items()],
-    )
+    cut = _cut(page)
+    pictures = [picture(caption, svg) for caption, svg in cut.pictures.items()]
+    return html("page", title=cut.title, facts=cut.facts, notes=cut.notes, sections=cut.sections, pictures=pictures)
 
 
 def to_markdown(page: Page) -> str:
     """The same without the plots."""
+    cut = _cut(page)
     parts: list[str] = []
-    for section in page.sections:
-        parts += [f"## {cell(section.title, _LIMIT)}", cell(section.text, _LIMIT)]
+    for section in cut.sections:
+        parts += [f"## {cell(section.title)}", cell(section.text)]
         if section.rows:
-            parts.append(table(section.columns, ([cell(value, _LIMIT) for value in row] for row in section.rows)))
-    facts = {shown(name, _LIMIT): shown(value, _LIMIT) for name, value in page.facts.items()}
-    return markdown(shown(page.title, _LIMIT), facts, [shown(note, _LIMIT) for note in page.notes], parts)
+            parts.append(table(section.columns, ([cell(value) for value in row] for row in section.rows)))
+    return markdown(cut.title, cut.facts, cut.notes, parts)
+
+
+def _cut(page: Page) -> Page:
+    """The page as texts of bounded length."""
+
+    def text(value: Any) -> str:
+        return shown(value, _LIMIT)
+
+    sections = [
+        replace(
+            section,
+            title=text(section.title),
+            text=text(section.text),
+            rows=[[text(value) for value in row] for row in section.rows],
+        )
+        for section in page.sections
+    ]
+    facts = {text(name): text(value) for name, value in page.facts.items()}
+    return replace(
+        page, title=text(page.title), facts=facts, notes=[text(note) for note in page.notes], sections=sections
+    )

@@ -68,9 +68,9 @@ def shown(value: Any, limit: int | None = None) -> str:
     return clean_text(number(value), limit)
 
 
-def cell(value: Any, limit: int | None = None) -> str:
-    """The same on one line, with nothing left that Markdown or HTML would act on."""
-    return escape_markdown(shown(value, limit))
+def cell(value: Any) -> str:
+    """A value as one line of text with nothing left that Markdown or HTML would act on."""
+    return escape_markdown(shown(value))
 
 
 def markdown(title: str, facts: Mapping[str, Any], notes: Sequence[str], parts: Iterable[str]) -> str:
