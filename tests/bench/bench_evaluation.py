@@ -24,7 +24,6 @@ import torch
 from sarm.data.formats.sarm_folder import load_sarm
 from sarm.data.tokens.packing import answer_rows, token_batches
 from sarm.evaluate.benchmarks.paired import compare
-from sarm.evaluate.benchmarks.reading import FORMATS
 from sarm.evaluate.benchmarks.reward_bench_2 import REWARD_BENCH_2
 from sarm.evaluate.benchmarks.rows import ScoredRow
 from sarm.evaluate.benchmarks.sources import load_benchmark, parse_source
@@ -80,7 +79,7 @@ def job(model: Path, benchmarks: list[str], limit: int, out: Path, cache: Path) 
 def whole_reward_bench_2(seed: int = 0) -> list[ScoredRow]:
     """Random scores of the published size."""
     rng, rows = np.random.default_rng(seed), []
-    for subset, size in (FORMATS["reward_bench_2"].subsets or {}).items():
+    for subset, size in (REWARD_BENCH_2.subsets or {}).items():
         for i in range(size):
             kind, number = ("ref", "tied")[i % 2], i // 2
             correct = 5 if subset == "Ties" and kind == "tied" else 1

@@ -18,6 +18,7 @@ import pytest
 from tests.engine.judge_server import FAULTS, JudgeServer, dealt, independent
 
 from sarm.contracts.judging import Odd, Question, Rating, Reply
+from sarm.engine.llm.dialect import FORMATS, PARAMETERS, Dialect
 from sarm.engine.llm.endpoint import JudgeStoppedError
 from sarm.engine.llm.judge import Judge, open_judges
 from sarm.settings.checks import UserError
@@ -361,6 +362,25 @@ def test_answers_can_be_kept_shorter_than_questions_allow(serve):
     ask_all(server, [question(1)], max_answer_tokens=7)
     ask_all(server, [question(1)], max_answer_tokens=70)
     assert [body["max_tokens"] for body in server.requests if "question" in body["messages"][-1]["content"]] == [7, 50]
+
+
+def test_a_parameter_that_servers_refuse_is_one_entry_and_is_changed_once(monkeypatch):
+    monkeypatch.setitem(PARAMETERS, "seed", "random_seed")
+    dialect = Dialect()
+    assert not dialect.adapt("the model is busy")
+    assert dialect.adapt("unknown parameter seed, use random_seed")
+    assert dialect.adapt("temperature must be 1")
+    assert not dialect.adapt("temperature must be 1, and random_seed above 0")
+    assert dialect.spoken({"seed": 3, "temperature": 0, "stop": None, "n": 1}) == {"random_seed": 3, "n": 1}
+    dialect.try_again("temperature")
+    assert dialect.takes("temperature")
+
+
+def test_every_format_of_answers_is_asked_for_by_the_name_that_is_logged(serve):
+    for mode in FORMATS:
+        server = serve(mode=mode)
+        ask_all(server, [question(1)])
+        assert server.requests[-1]["response_format"]["type"] == mode
 
 
 def test_two_line_ratings_need_no_repair_and_no_enforced_json(serve):

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sarm.evaluate.benchmarks.best_of_n import BEST_OF_N, PAIRS, best_of
+from sarm.evaluate.benchmarks.best_of_n import BEST_OF_N, best_of
+from sarm.evaluate.benchmarks.pairs import PAIRS
 from sarm.evaluate.benchmarks.reward_bench import REWARD_BENCH, SECTIONS
 from sarm.evaluate.benchmarks.reward_bench_2 import REWARD_BENCH_2, best_of_n_credit, ties_score_0_1_4
 from sarm.evaluate.benchmarks.rm_bench import RM_BENCH

@@ -4,8 +4,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from sarm.contracts.tables import ITEMS_TABLE
-from sarm.evaluate.benchmarks.best_of_n import PAIRS
 from sarm.evaluate.benchmarks.controls import calibrated, drift, fit_temperature, length_and_style, rulers
+from sarm.evaluate.benchmarks.pairs import PAIRS
 from sarm.evaluate.benchmarks.probes import PROBES, edit_conversation, flips, markup_count
 from sarm.evaluate.benchmarks.rows import ScoredRow
 from sarm.evaluate.benchmarks.suite import measure, metrics

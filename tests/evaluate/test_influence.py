@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sarm.evaluate.benchmarks.best_of_n import PAIRS
+from sarm.evaluate.benchmarks.pairs import PAIRS
 from sarm.evaluate.benchmarks.reward_bench import REWARD_BENCH, SECTIONS
 from sarm.evaluate.benchmarks.reward_bench_2 import REWARD_BENCH_2
 from sarm.evaluate.benchmarks.rm_bench import RM_BENCH

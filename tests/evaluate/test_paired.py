@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from sarm.evaluate.benchmarks.best_of_n import PAIRS
-from sarm.evaluate.benchmarks.paired import compare, holm, is_right
+from sarm.evaluate.benchmarks.paired import compare, holm
+from sarm.evaluate.benchmarks.pairs import PAIRS
 from sarm.evaluate.benchmarks.reward_bench import REWARD_BENCH, SECTIONS
 from sarm.evaluate.benchmarks.reward_bench_2 import REWARD_BENCH_2
+from sarm.evaluate.benchmarks.rm_bench import RM_BENCH
 from sarm.evaluate.benchmarks.rows import ScoredRow
 from sarm.evaluate.intervals import wilson_interval
 from sarm.settings.checks import UserError
@@ -133,7 +134,7 @@ def test_rows_whose_prompts_have_other_ids_in_the_other_run_are_refused():
 
 
 def test_a_row_of_three_styles_is_right_if_most_comparisons_are_won():
-    assert is_right(row("chat", 0, [4, 5, 6, 1, 2, 4.5], 3))
-    assert not is_right(row("chat", 0, [1, 2, 3, 1, 2, 3], 3))
-    assert not is_right(row("Ties", "tied:0", [3, 1, 2], 2))
-    assert not is_right(row("Math", 0, [1, 1, 0, 0]))
+    assert RM_BENCH.is_right(row("chat", 0, [4, 5, 6, 1, 2, 4.5], 3))
+    assert not RM_BENCH.is_right(row("chat", 0, [1, 2, 3, 1, 2, 3], 3))
+    assert not REWARD_BENCH_2.is_right(row("Ties", "tied:0", [3, 1, 2], 2))
+    assert not REWARD_BENCH_2.is_right(row("Math", 0, [1, 1, 0, 0]))

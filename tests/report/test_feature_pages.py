@@ -96,7 +96,7 @@ def test_no_text_becomes_a_tag_an_attribute_or_an_address(files):
     for path in files[:-1]:
         page = Page(path.read_text())
         assert page.tags <= {
-            "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "a", "b", "ul", "ol", "li", "div", "span", "details",
+            "html", "head", "meta", "title", "style", "body", "header", "main", "h1", "h2", "p", "a", "b", "ul", "ol", "li", "div", "span", "details",
             "summary", "section", "dl", "dt", "dd", "svg", "rect", "line", "text", "mark", "i", "br", "table", "colgroup", "col",
             "thead", "tbody", "tr", "th", "td", "button", "input", "select", "option", "output", "script",
         }  # fmt: skip
@@ -121,7 +121,7 @@ def test_the_summary_is_inert_markdown(files):
     text = files[-1].read_text()
     assert "<script" not in text
     assert "<img" not in text
-    assert text.count("\n| ") == 1 + min(50, NUM_LATENTS)
+    assert len(re.findall(r"^\| \d+ \|", text, re.MULTILINE)) == min(50, NUM_LATENTS)
 
 
 @pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())

@@ -13,14 +13,12 @@ from rich.console import Console
 from sarm.contracts.tables import CONTEXTS_TABLE, FEATURES_TABLE
 from sarm.data.sources.shown_text import clean_text, escape_markdown
 from sarm.interpret.attribution import LatentShare, PairExplanation
+from sarm.report.numbers import number, seconds, share, signed, span
 from sarm.report.report import (
     Report,
     as_dict,
     describe_features,
     describe_pair,
-    number,
-    seconds,
-    signed,
     to_html,
     to_json,
     to_markdown,
@@ -214,6 +212,9 @@ def test_features_are_described_with_their_own_strongest_contexts():
         (seconds(8.44), "8.4 s"),
         (seconds(187), "3 min 07 s"),
         (seconds(7500), "2 h 05 min"),
+        (share(-0.123), "−12.3 %"),
+        (share(None), "n/a"),
+        (span((0.5, 0.625)), "50.0 % to 62.5 %"),
     ],
 )
 def test_numbers_are_written_for_people(shown, expected):

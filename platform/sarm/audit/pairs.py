@@ -14,7 +14,7 @@ from sarm.contracts.folders import PAIRS_FOLDER
 from sarm.contracts.ids import hash_share, stable_id
 from sarm.contracts.manifest import read_manifest
 from sarm.contracts.tables import PAIRS_TABLE
-from sarm.evaluate.benchmarks.reading import BenchmarkRow
+from sarm.evaluate.benchmarks.benchmark import BenchmarkRow
 from sarm.evaluate.benchmarks.sources import load_benchmark, parse_source
 from sarm.settings.checks import UserError
 

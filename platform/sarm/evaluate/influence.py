@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sarm.evaluate.benchmarks.rows import Benchmark, Observations, ScoredRow
+from sarm.evaluate.benchmarks.benchmark import Benchmark
+from sarm.evaluate.benchmarks.rows import Observations, ScoredRow
 from sarm.evaluate.intervals import Interval, effective_wilson, share_interval
 
 Floats = NDArray[np.float64]

@@ -12,7 +12,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,12 +21,26 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Families whose block forward was checked against `hidden_states[layer]`; gemma3 with vision keeps its text part elsewhere.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+
+class Family(NamedTuple):
+    """What the backbone has to know of a family of models."""
+
+    mask_per_layer_kind: bool = False
+    """Whether its blocks take a mask for each kind of layer (full, sliding) instead of one for all."""
+
+
+# By `model_type`: those whose block forward was checked against `hidden_states[layer]`; gemma3 with vision keeps its text part elsewhere.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(mask_per_layer_kind=True),
+    "qwen3": Family(mask_per_layer_kind=True),
+    "gemma": Family(),
+    "gemma2": Family(mask_per_layer_kind=True),
+    "gemma3_text": Family(mask_per_layer_kind=True),
+}
 # More answers to one prompt than that do not fit a row.
 SEGMENTS_PER_BLOCK = 1 << 16
-# These take one mask per kind of layer; the others take one mask.
-_MASK_PER_LAYER_KIND = ("qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 def read_config(name: str, layer: int, *, revision: str = "main", gguf_file: str = "") -> "PretrainedConfig":
@@ -180,7 +194,7 @@ def residuals_at(
 def _masks(config: "PretrainedConfig", positions: Tensor, segments: Tensor, dtype: torch.dtype) -> Any:
     full = _additive(_visible(positions, segments, None), dtype)
     window = getattr(config, "sliding_window", None)
-    if config.model_type in _MASK_PER_LAYER_KIND:
+    if FAMILIES[config.model_type].mask_per_layer_kind:
         kinds = set(config.layer_types)
         sliding = _additive(_visible(positions, segments, window), dtype) if "sliding_attention" in kinds else full
         return {"full_attention": full, "sliding_attention": sliding}

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from sarm.contracts.manifest import MANIFEST, write_atomically
 from sarm.report.audit_sections import relabelling_sections, signed, signed_span, steering_sections
 from sarm.report.judges_page import agreement_section
-from sarm.report.pages import Page, Section, share, to_html, to_markdown
+from sarm.report.numbers import share
+from sarm.report.pages import Page, Section, to_html, to_markdown
 
 _SHOWN = 32
 

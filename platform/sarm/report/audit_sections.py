@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sarm.report.pages import Section, share
+from sarm.report.numbers import share
+from sarm.report.pages import Section
 
 
 def signed(value: float | None, digits: int = 3) -> str:

@@ -3,15 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sarm.report.pages import Dots, Page, Section, share, span
+from sarm.evaluate.benchmarks.benchmark import Benchmark
+from sarm.evaluate.benchmarks.registry import BENCHMARKS
+from sarm.report.numbers import share, span
+from sarm.report.pages import Dots, Page, Section
 
-TITLES = {
-    "reward_bench_2": "RewardBench 2",
-    "rm_bench": "RM-Bench",
-    "reward_bench": "RewardBench",
-    "pairs": "Own pairs",
-    "best_of_n": "Best of n",
-}
 _BAD_ROWS_SHOWN = 50
 
 
@@ -20,7 +16,7 @@ def build_page(content: Mapping[str, Any]) -> Page:
     sections: list[Section] = []
     notes = list(content["notes"])
     for name, one in content["benchmarks"].items():
-        sections += _benchmark(TITLES.get(name, name), one)
+        sections += _benchmark(BENCHMARKS[name], one)
     bad = [row for one in content["benchmarks"].values() for row in (*one["left_out"], *one["unscored"])]
     if bad:
         shown = bad[:_BAD_ROWS_SHOWN]
@@ -30,7 +26,8 @@ def build_page(content: Mapping[str, Any]) -> Page:
     return Page(title=content["title"], facts=content["facts"], notes=notes, sections=sections)
 
 
-def _benchmark(title: str, one: Mapping[str, Any]) -> list[Section]:
+def _benchmark(benchmark: Benchmark, one: Mapping[str, Any]) -> list[Section]:
+    title = benchmark.title
     if not one["figures"]:
         return [Section(title=title, text=one["note"])]
     main = {name: row for name, row in one["figures"].items() if "/" not in name}
@@ -54,7 +51,9 @@ def _benchmark(title: str, one: Mapping[str, Any]) -> list[Section]:
     ]
     sections = [Section(title=title, text=text, dots=dots, columns=columns, rows=rows)]
     sections.append(
-        Section(title=f"{title}: controls", text=_CONTROLS, columns=("measure", "value"), rows=_controls(one))
+        Section(
+            title=f"{title}: controls", text=_CONTROLS, columns=("measure", "value"), rows=_controls(benchmark, one)
+        )
     )
     if one["probes"]:
         sections.append(
@@ -79,13 +78,13 @@ _LABELS = {
     "accuracy": "pairwise accuracy",
     "length_controlled_accuracy": "accuracy at equal length",
     "length_and_style_controlled_accuracy": "accuracy at equal length and markup",
-    "easy_minus_hard": "easy minus hard (style gap)",
 }
 
 
-def _controls(one: Mapping[str, Any]) -> Sequence[tuple[str, Any]]:
+def _controls(benchmark: Benchmark, one: Mapping[str, Any]) -> Sequence[tuple[str, Any]]:
     controls = one["controls"]
-    rows: list[tuple[str, Any]] = [(label, share(controls[key])) for key, label in _LABELS.items() if key in controls]
+    labels = _LABELS | {own.key: own.label for own in benchmark.controls}
+    rows: list[tuple[str, Any]] = [(label, share(controls[key])) for key, label in labels.items() if key in controls]
     if controls["mean_spearman_reward_length"] is not None:
         rows.append(
             ("mean Spearman of reward and length within a prompt", f"{controls['mean_spearman_reward_length']:.3f}")
@@ -99,6 +98,4 @@ def _controls(one: Mapping[str, Any]) -> Sequence[tuple[str, Any]]:
             for key in ("nll", "brier", "ece")
         ]
         rows.append(("fitted temperature", f"{cal['temperature']:.3g}"))
-    if (old := one.get("ties_by_package_0_1_4")) is not None:
-        rows.append(("Ties by the rules of rewardbench 0.1.4", share(old)))
-    return rows  # fmt: skip
+    return [*rows, *((own.label, share(one[own.key])) for own in benchmark.measures if own.key in one)]  # fmt: skip

@@ -1,24 +1,19 @@
 """Feature pages: `features.html` (index: sort, filter, search), pages of some features each, and `features.md`.
 
-Texts come from the web: cleaned, escaped by the template engine, folded behind a notice. Every page is one file that asks the
-network for nothing; the policy of the index lets its own script run and no other, that of the others none.
+Texts come from the web: they are folded behind a notice. The index has the one script of all pages.
 """
 
-import base64
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from sarm.contracts.manifest import write_atomically
 from sarm.contracts.tables import ACTIVATION_EDGES
-from sarm.data.sources.shown_text import clean_text, escape_markdown
 from sarm.interpret.feature_data import SCORES
 from sarm.interpret.labels import Term, label
-from sarm.report.report import HARM_NOTICE, escaping_templates, number, percent, signed
+from sarm.report.numbers import share, signed, span
+from sarm.report.render import HARM_NOTICE, TEMPLATES, cell, html, markdown, shown, table
 
 COLUMNS = (
     ("latent", "latent"),
@@ -29,60 +24,49 @@ COLUMNS = (
     ("density", "fires at rewards"),
 )
 _SNIPPET_CHARS = 160
+# Of a title or a fact.
+_HEAD_CHARS = 200
 _ROWS_OF_SUMMARY = 50
 _SVG_WIDTH, _SVG_HEIGHT, _SVG_BASE = 420.0, 132.0, 66.0
 
 
 def write_feature_pages(
-    shown: Sequence[dict[str, Any]], title: str, facts: Mapping[str, Any], notes: Sequence[str], folder: Path
+    features: Sequence[Mapping[str, Any]], title: str, facts: Mapping[str, Any], notes: Sequence[str], folder: Path
 ) -> list[Path]:
     """Write the index, the pages and the summary into an existing folder; returns the files, the index first."""
-    environment = escaping_templates(Path(__file__).parent)
-    environment.filters.update(number=number, share=percent, signed=signed, file=page_file, scores=_scores)
-    values = {name: clean_text(number(value), 200) for name, value in facts.items()}
-    notes = [
-        *notes,
-        f"Labels and texts are quoted from the data, which {HARM_NOTICE}; texts are folded. Terms are counted words, not explanations. "
-        "Where a viewer shows one file at a time, open the page that is named under a latent.",
-    ]
-    features = [described(one) for one in shown]
-    by_latent = {one["latent"]: one for one in features}
-    for one in features:
+    head: dict[str, Any] = {
+        "title": shown(title, _HEAD_CHARS),
+        "facts": {name: shown(value, _HEAD_CHARS) for name, value in facts.items()},
+        "notes": [
+            *notes,
+            f"Labels and texts are quoted from the data, which {HARM_NOTICE}; texts are folded. Terms are counted words, not explanations. "
+            "Where a viewer shows one file at a time, open the page that is named under a latent.",
+        ],
+    }
+    full = [described(one) for one in features]
+    by_latent = {one["latent"]: one for one in full}
+    for one in full:
         one["nearest"] = [
             {**other, "page": known["page"] if known else None, "label": known["label"] if known else ""}
             for other in one["nearest"]
             for known in [by_latent.get(other["latent"])]
         ]
-    script = (Path(__file__).parent / "feature_index.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    rows = [_row(one) for one in features]
-    index = environment.get_template("feature_index.html.j2").render(
-        title=clean_text(title, 200),
-        facts=values,
-        notes=notes,
-        # Without any score its column would be empty.
-        columns=[
-            column
-            for column in COLUMNS
-            if column[0] != "detection" or any(row["detection"] is not None for row in rows)
-        ],
-        rows=rows,
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
-        harm_notice=HARM_NOTICE,
-    )
+    rows = [_row(one) for one in full]
+    # Without any score its column would be empty.
+    has_scores = any(row["detection"] is not None for row in rows)
+    columns = [column for column in COLUMNS if column[0] != "detection" or has_scores]
+    script = (TEMPLATES / "feature_index.js").read_text(encoding="utf-8")
     files = [folder / "features.html"]
-    write_atomically(files[0], index)
-    pages = max((one["page"] for one in features), default=0)
-    for page in range(1, pages + 1):
-        own = [one for one in features if one["page"] == page]
-        files.append(folder / page_file(page))
-        text = environment.get_template("feature_shard.html.j2").render(
-            title=clean_text(title, 200), page=page, pages=pages, features=own, harm_notice=HARM_NOTICE
+    write_atomically(files[0], html("feature_index", **head, script=script, columns=columns, rows=rows))
+    names = [page_file(page) for page in range(1, max((one["page"] for one in full), default=0) + 1)]
+    for page, name in enumerate(names, start=1):
+        own = [one for one in full if one["page"] == page]
+        files.append(folder / name)
+        write_atomically(
+            files[-1], html("feature_shard", title=head["title"], facts={}, page=page, files=names, features=own)
         )
-        write_atomically(files[-1], text)
     files.append(folder / "features.md")
-    write_atomically(files[-1], _markdown(title, values, notes, features))
+    write_atomically(files[-1], _markdown(head, rows[:_ROWS_OF_SUMMARY]))
     return files
 
 
@@ -92,13 +76,20 @@ def page_file(page: int) -> str:
 
 
 def described(one: Mapping[str, Any]) -> dict[str, Any]:
-    """A feature with its label, its histogram as bars and the largest activation of its sentences."""
+    """A feature with its label, its scores, its histogram as bars and the largest activation of its sentences."""
     terms = label([Term(**term) for term in one["terms"]])
     contexts = one["contexts"]
     peak = max(
         (row["activation"] for name in ("sentence_top", "sentence_decile") for row in contexts[name]), default=0.0
     )
-    return {**one, "label": clean_text(terms, 200), "svg": histogram(one["histogram"]), "peak": peak}
+    explanations = [{**explanation, "scores": _scores(explanation)} for explanation in one["explanations"]]
+    return {
+        **one,
+        "label": shown(terms, _HEAD_CHARS),
+        "explanations": explanations,
+        "svg": histogram(one["histogram"]),
+        "peak": peak,
+    }
 
 
 def histogram(counts: Mapping[str, Sequence[int] | None]) -> dict[str, Any]:
@@ -140,15 +131,15 @@ def _row(one: Mapping[str, Any]) -> dict[str, Any]:
     contexts = one["contexts"]["rewarded_top"] or one["contexts"]["sentence_top"]
     snippet = ""
     if contexts:
-        before, span, after = contexts[0]["parts"]
-        snippet = span or before + after
+        before, marked, after = contexts[0]["parts"]
+        snippet = marked or before + after
         snippet = "…" + snippet[-_SNIPPET_CHARS:] if len(snippet) > _SNIPPET_CHARS else snippet
     text = best["explanation"] if best else one["label"]
     low, high = ((best or {}).get(f"detection_{end}") for end in ("low", "high"))
     return {
         **{key: one.get(key) for key, _ in COLUMNS if key != "detection"},
         "detection": (best or {}).get("detection"),
-        "interval": f"{percent(low)} to {percent(high)}" if low is not None and high is not None else "",
+        "interval": span((low, high)) if low is not None and high is not None else "",
         "page": one["page"],
         "file": page_file(one["page"]),
         "label": text,
@@ -174,15 +165,16 @@ def _scores(explanation: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _markdown(title: str, facts: Mapping[str, str], notes: Sequence[str], features: Sequence[Mapping[str, Any]]) -> str:
-    parts = [
-        f"# {escape_markdown(clean_text(title))}",
-        " · ".join(f"{escape_markdown(name)} {escape_markdown(value)}" for name, value in facts.items()),
-        *(f"> {escape_markdown(note)}" for note in notes),
+def _markdown(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = ("latent", "what its texts have in common", "detection", "adds to rewards", "adds to margins", "weight", "fires")  # fmt: skip
+    cells = [
+        [
+            cell(row["latent"]),
+            f"{cell(row['label'])} ({cell(row['source'])})",
+            share(row["detection"]),
+            *(signed(row[name]) for name in ("contribution", "margin", "weight")),
+            share(row["density"]),
+        ]
+        for row in rows
     ]
-    lines = ["| latent | what its texts have in common | detection | adds to rewards | adds to margins | weight | fires |", "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in map(_row, features[:_ROWS_OF_SUMMARY]):
-        what = f"{escape_markdown(row['label'])} ({escape_markdown(row['source'])})"
-        figures = (signed(row["contribution"]), signed(row["margin"]), signed(row["weight"]), percent(row["density"]))
-        lines.append(f"| {row['latent']} | {what} | {percent(row['detection'])} | {' | '.join(figures)} |")
-    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+    return markdown(**head, parts=[table(columns, cells)])

@@ -9,7 +9,8 @@ from typing import Any
 
 from sarm.interpret.agreement import agreement
 from sarm.interpret.labels import EXTRACTIVE
-from sarm.report.pages import Dots, Page, Section, share, span
+from sarm.report.numbers import share, span
+from sarm.report.pages import Dots, Page, Section
 
 FIGURES = ("detection", "simulation", "intruder", "baseline_other", "baseline_none", "monosemanticity", "safety")
 _SHOWN = 200

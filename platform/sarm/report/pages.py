@@ -1,17 +1,15 @@
-"""Pages of tables and interval plots, written as Markdown and as one HTML file without scripts that asks the network for nothing.
+"""Pages of tables and interval plots, written as Markdown and as one HTML file."""
 
-Names come from data, so they are escaped by the template engine and by `escape_markdown`.
-"""
-
-import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sarm.contracts.manifest import write_atomically
-from sarm.data.sources.shown_text import clean_text, escape_markdown
-from sarm.report.report import escaping_templates, number
+from sarm.report.render import cell, html, markdown, picture, shown, table
+
+# Characters of a value that a page shows.
+_LIMIT = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,24 +17,21 @@ class Dots:
     """Values with 95 % intervals on one scale, and a line (chance, or no difference) to read them against."""
 
     rows: Sequence[Mapping[str, Any]]
-    """`{name, value, ci95}`, and `line` where the row has one."""
+    """`{name, value, ci95, label}`, `line` where the row has one, and `own` where it is the row that the others stand beside."""
     low: float
     high: float
     zero: float | None = None
     """Where one line goes through all rows."""
 
     def placed(self) -> list[dict[str, Any]]:
-        """The rows with positions in per cent of the width."""
-        return [
-            {
-                **row,
-                "at": self._place(row["value"]),
-                "start": self._place(row["ci95"][0]),
-                "width": self._place(row["ci95"][1]) - self._place(row["ci95"][0]),
-                "line": None if (line := row.get("line", self.zero)) is None else self._place(line),
-            }
-            for row in self.rows
-        ]
+        """The rows with positions in per cent of the width; a row without an interval is a point."""
+        placed = []
+        for row in self.rows:
+            start, end = (self._place(end) for end in row.get("ci95") or (row["value"], row["value"]))
+            line = row.get("line", self.zero)
+            places = {"at": self._place(row["value"]), "start": start, "width": end - start}
+            placed.append({"own": False, **row, **places, "line": None if line is None else self._place(line)})
+        return placed
 
     def _place(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low)
@@ -76,44 +71,38 @@ def write_page(page: Page, folder: Path) -> tuple[Path, Path]:
 
 def to_html(page: Page) -> str:
     """One self-contained page."""
-    environment = escaping_templates(Path(__file__).parent)
-    environment.filters.update(shown=_shown)
-    pictures = {
-        caption: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-        for caption, svg in page.pictures.items()
-    }
-    return environment.get_template("page.html.j2").render(page=page, pictures=pictures)
+    cut = _cut(page)
+    pictures = [picture(caption, svg) for caption, svg in cut.pictures.items()]
+    return html("page", title=cut.title, facts=cut.facts, notes=cut.notes, sections=cut.sections, pictures=pictures)
 
 
 def to_markdown(page: Page) -> str:
     """The same without the plots."""
-    facts = " · ".join(f"{_cell(name)} {_cell(value)}" for name, value in page.facts.items())
-    parts = [f"# {_cell(page.title)}", facts, *(f"> {_cell(note)}" for note in page.notes)]
-    for section in page.sections:
-        parts += [f"## {_cell(section.title)}", _cell(section.text)]
+    cut = _cut(page)
+    parts: list[str] = []
+    for section in cut.sections:
+        parts += [f"## {cell(section.title)}", cell(section.text)]
         if section.rows:
-            lines = [
-                section.columns,
-                ["---"] * len(section.columns),
-                *([_cell(v) for v in row] for row in section.rows),
-            ]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(part for part in parts if part) + "\n"
+            parts.append(table(section.columns, ([cell(value) for value in row] for row in section.rows)))
+    return markdown(cut.title, cut.facts, cut.notes, parts)
 
 
-def share(value: float | None) -> str:
-    """A share or score as a percentage with one decimal."""
-    return "n/a" if value is None else f"{100 * value:.1f} %".replace("-", "−")
+def _cut(page: Page) -> Page:
+    """The page as texts of bounded length."""
 
+    def text(value: Any) -> str:
+        return shown(value, _LIMIT)
 
-def span(ends: Sequence[float]) -> str:
-    """A 95 % interval of shares."""
-    return f"{share(ends[0])} to {share(ends[1])}"
-
-
-def _shown(value: Any) -> str:
-    return clean_text(number(value), 400)
-
-
-def _cell(value: Any) -> str:
-    return escape_markdown(_shown(value))
+    sections = [
+        replace(
+            section,
+            title=text(section.title),
+            text=text(section.text),
+            rows=[[text(value) for value in row] for row in section.rows],
+        )
+        for section in page.sections
+    ]
+    facts = {text(name): text(value) for name, value in page.facts.items()}
+    return replace(
+        page, title=text(page.title), facts=facts, notes=[text(note) for note in page.notes], sections=sections
+    )

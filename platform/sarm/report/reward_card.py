@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sarm.contracts.manifest import write_atomically
-from sarm.data.sources.shown_text import clean_text
+from sarm.data.sources.shown_text import one_line
 from sarm.interpret.context_texts import parts
-from sarm.report.report import HARM_NOTICE, escaping_templates, number, signed
+from sarm.report.numbers import number, signed
+from sarm.report.render import html
 
 _STEP_FEATURES = 3
 _MAX_SENTENCES = 200
@@ -58,7 +59,7 @@ def card(
         change_S = prefixes.contribution[behind] - prefixes.contribution[before]
         sentences.append(
             {
-                "text": clean_text(prefixes.response[start:end]),
+                "text": prefixes.response[start:end],
                 "step": float(rewards[behind] - rewards[before]),
                 "reward": float(rewards[behind]),
                 "features": _strongest(change_S, names, _STEP_FEATURES),
@@ -71,7 +72,7 @@ def card(
         strongest = ", ".join(
             f"{one['latent']} {signed(one['value'])}" for one in _strongest(change_S, names, _STEP_FEATURES)
         )
-        tokens.append({"text": clean_text(prefixes.response[start:end]), "step": float(rewards[token + 1] - rewards[token]), "why": strongest})  # fmt: skip
+        tokens.append({"text": prefixes.response[start:end], "step": float(rewards[token + 1] - rewards[token]), "why": strongest})  # fmt: skip
         start = max(start, end)
     return {
         "reward": float(rewards[-1]),
@@ -90,21 +91,14 @@ def card(
 
 def write_card(content: Mapping[str, Any], prompt: str, model: str, path: Path) -> None:
     """One self-contained page without scripts."""
-    environment = escaping_templates(Path(__file__).parent)
-    environment.filters.update(number=number, signed=signed)
     peak = max((abs(one["value"]) for one in content["features"]), default=0.0)
     loudest = max((abs(one["step"]) for one in content["tokens"]), default=0.0)
     tokens = [
         {**one, "kind": "up" if one["step"] >= 0 else "down", "strength": round(70 * abs(one["step"]) / loudest) if loudest else 0}
         for one in content["tokens"]
     ]  # fmt: skip
-    page = environment.get_template("reward_card.html.j2").render(
-        card=content,
-        tokens=tokens,
-        prompt=clean_text(prompt),
-        model=clean_text(model),
-        peak=peak,
-        harm_notice=HARM_NOTICE,
+    page = html(
+        "reward_card", title="Reward card", facts={}, card=content, tokens=tokens, prompt=prompt, model=model, peak=peak
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page)
@@ -119,7 +113,7 @@ def print_card(content: Mapping[str, Any], console: Console | None = None) -> No
     features.add_column("its texts", overflow="ellipsis", no_wrap=True, ratio=1)
     for one in content["features"]:
         figures = (signed(one["value"]), number(one["activation"]), signed(one["weight"]))
-        features.add_row(str(one["latent"]), *figures, Text(_line(one["name"]), style="dim"))
+        features.add_row(str(one["latent"]), *figures, Text(one_line(one["name"]), style="dim"))
     features.add_row("others", signed(content["rest"]), "", "", Text(f"{content['num_rest']} features", style="dim"))
     features.add_row(Text("reward", style="bold"), Text(signed(content["reward"]), style="bold"), "", "", "")
     console.print(features)
@@ -131,7 +125,7 @@ def print_card(content: Mapping[str, Any], console: Console | None = None) -> No
     steps.add_row("", signed(content["empty"]), Text("(nothing said)", style="dim"), "")
     for one in content["sentences"]:
         moved = ", ".join(f"{f['latent']} {signed(f['value'])}" for f in one["features"])
-        steps.add_row(signed(one["step"]), signed(one["reward"]), Text(_line(one["text"])), Text(moved, style="dim"))
+        steps.add_row(signed(one["step"]), signed(one["reward"]), Text(one_line(one["text"])), Text(moved, style="dim"))
     console.print()
     console.print(steps)
 
@@ -143,7 +137,3 @@ def _sentences(response: str) -> list[tuple[int, int]]:
 def _strongest(change_S: np.ndarray, names: Mapping[int, str], num: int) -> list[dict[str, Any]]:
     order = np.argsort(-np.abs(change_S), kind="stable")[:num]
     return [{"latent": int(i), "name": names.get(int(i), ""), "value": float(change_S[i])} for i in order if change_S[i] != 0]  # fmt: skip
-
-
-def _line(text: str) -> str:
-    return " ".join(clean_text(text).split())

@@ -12,8 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sarm.data.sources.shown_text import clean_text
-from sarm.report.report import percent, seconds, signed
+from sarm.data.sources.shown_text import one_line
+from sarm.report.numbers import seconds, share, signed, span
 
 FEATURES_SHOWN = 5
 # Frame, padding and the three columns of numbers: what is left of a line is for the context.
@@ -32,9 +32,9 @@ def print_summary(report: Mapping[str, Any], html_path: Path, console: Console |
         parts += [_features(report["raising"], report["lowering"], console.width - OTHER_COLUMNS), Text()]
     console.print(Panel(Group(*parts[:-1]), title=_text(report["title"]), border_style="dim", padding=(1, 2)))
     # Outside the frame and never wrapped, so that the path and the command can be copied whole.
-    console.print(Text.assemble(("report   ", "dim"), _one_line(str(html_path))), soft_wrap=True)
+    console.print(Text.assemble(("report   ", "dim"), one_line(str(html_path))), soft_wrap=True)
     if report["ui_command"]:
-        console.print(Text.assemble(("compare  ", "dim"), _one_line(report["ui_command"])), soft_wrap=True)
+        console.print(Text.assemble(("compare  ", "dim"), one_line(report["ui_command"])), soft_wrap=True)
 
 
 def _stages(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -57,10 +57,8 @@ def _accuracies(rows: Sequence[Mapping[str, Any]]) -> Table:
     for position, row in enumerate(rows):
         style = "bold" if position == 0 else ""
         ends = row.get("ci95")
-        interval = f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
-        table.add_row(
-            _text(row["name"], style), Text(percent(row["accuracy"]), style=style), Text(interval, style=style)
-        )
+        interval = span(ends) if ends else ""
+        table.add_row(_text(row["name"], style), Text(share(row["accuracy"]), style=style), Text(interval, style=style))
     return table
 
 
@@ -74,11 +72,11 @@ def _features(raising: Sequence[Mapping[str, Any]], lowering: Sequence[Mapping[s
     for title, rows, style in (("raise the reward", raising, "blue"), ("lower the reward", lowering, "yellow")):
         table.add_row("", "", "", Text(title, style="bold"))
         for row in rows[:FEATURES_SHOWN]:
-            context = _one_line(row["contexts"][0]["text"]) if row["contexts"] else ""
+            context = one_line(row["contexts"][0]["text"]) if row["contexts"] else ""
             table.add_row(
                 str(row["latent"]),
                 Text(signed(row["mean_contribution"]), style=style),
-                percent(row["frequency"]),
+                share(row["frequency"]),
                 Text(context if len(context) <= room else "…" + context[1 - room :].lstrip(), style="dim"),
             )
     return table
@@ -89,8 +87,4 @@ def _table(*, expand: bool = True) -> Table:
 
 
 def _text(text: str, style: str = "") -> Text:
-    return Text(_one_line(text), style=style)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(clean_text(str(text)).split())
+    return Text(one_line(text), style=style)

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from sarm.settings.checks import OPERATIONAL, UserError
+from sarm.settings.registered import listing
 from sarm.settings.results_root import READ, place_paths
 from sarm.settings.run import Flat, RunSettings
 
@@ -22,8 +23,8 @@ class Benchmarking:
     """SARM folder, folder or Hugging Face id of a scalar-head reward model, or `module:function` / `file.py:function` of conversations to numbers."""
     revision: str = "main"
     """Branch, tag or commit of a Hugging Face model."""
-    benchmarks: tuple[str, ...] = field(metadata=READ)
-    """`NAME=SOURCE` of reward_bench_2, rm_bench, reward_bench, pairs, best_of_n; a source is a file, a glob or `owner/name` on Hugging Face, and may be left out for the public data set."""
+    benchmarks: Annotated[tuple[str, ...], listing("known benchmarks")] = field(default=(), metadata=READ)
+    """`NAME=SOURCE` of a known benchmark; a source is a file, a glob or `owner/name` on Hugging Face, and may be left out for the public data set."""
     protocol: Literal["exact", "official"] = "exact"
     """`exact`: one BOS, left truncation that keeps the rewarded token; `official`: the tokenisation of the benchmarks' own code, with its known faults."""
     max_length: int | None = None

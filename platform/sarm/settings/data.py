@@ -1,8 +1,10 @@
 """Sources of text and of preferences, and how they are cleaned and split."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from sarm.settings.checks import check, check_least
+from sarm.settings.registered import listing
 from sarm.settings.results_root import READ, place_paths
 
 
@@ -10,10 +12,10 @@ from sarm.settings.results_root import READ, place_paths
 class DataSettings:
     """Sources of text and of preferences, and how they are cleaned and split."""
 
-    texts: tuple[str, ...] = field(default=(), metadata=READ)
-    """Text sources: files or globs (.jsonl, .jsonl.gz, .jsonl.zst, a .tar of these, .parquet), `hf:NAME[:SPLIT]`, `demo:openwebtext`, `demo:wikipedia`, `tiny:texts`."""
-    pairs: tuple[str, ...] = field(default=(), metadata=READ)
-    """Preference sources: files or globs as above, `hf:NAME[:SPLIT]`, `demo:harm`, `tiny:pairs`."""
+    texts: Annotated[tuple[str, ...], listing("built-in texts")] = field(default=(), metadata=READ)
+    """Text sources: files or globs (.jsonl, .jsonl.gz, .jsonl.zst, a .tar of these, .parquet), `hf:NAME[:SPLIT]`, or built-in ones."""
+    pairs: Annotated[tuple[str, ...], listing("built-in pairs")] = field(default=(), metadata=READ)
+    """Preference sources: files or globs as above, `hf:NAME[:SPLIT]`, or built-in ones."""
     text_field: str = "text"
     """Column that holds the text, or conversations as lists of messages."""
     max_texts: int | None = None

@@ -1,9 +1,10 @@
 """The language model, where it is cut, and how messages become tokens."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from sarm.settings.checks import check, check_least
+from sarm.settings.registered import listing
 from sarm.settings.results_root import READ, place_paths
 
 
@@ -11,8 +12,8 @@ from sarm.settings.results_root import READ, place_paths
 class ModelSettings:
     """The language model, where it is cut, and how messages become tokens."""
 
-    name: str = field(default="demo:smollm2", metadata=READ)
-    """Folder, Hugging Face id, `demo:smollm2` (SmolLM2-135M-Instruct from a package) or `tiny:llama` (random, for tests)."""
+    name: Annotated[str, listing("built-in models")] = field(default="demo:smollm2", metadata=READ)
+    """Folder, Hugging Face id, or a built-in one: `demo:` comes from a package, `tiny:` is random and for tests."""
     revision: str = "main"
     """Branch, tag or commit of a Hugging Face model; pin a commit for a run to be repeated."""
     gguf_file: str = ""

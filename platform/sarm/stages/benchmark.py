@@ -19,7 +19,8 @@ from sarm.evaluate.benchmarks.suite import measure, metrics
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.passes.models import ModelSpec, check_tokenizer, find_model
 from sarm.report.benchmark_page import build_page
-from sarm.report.pages import share, span, write_page
+from sarm.report.numbers import share, span
+from sarm.report.pages import write_page
 from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.identity import as_json, identity
 from sarm.stages.benchmark_overlap import TrainingPrompts, overlap, training_prompts

@@ -19,9 +19,9 @@ from sarm.contracts.ids import hash_share, stable_id
 from sarm.contracts.tables import ITEMS_TABLE
 from sarm.data.sources.cache import cache_root
 from sarm.engine.terminal import say
+from sarm.evaluate.benchmarks.benchmark import BenchmarkRow
 from sarm.evaluate.benchmarks.probes import edit_conversation, markup_count
-from sarm.evaluate.benchmarks.reading import BenchmarkRow
-from sarm.evaluate.benchmarks.sources import Loaded, cluster_of
+from sarm.evaluate.benchmarks.sources import Loaded
 from sarm.passes.models import ALONE, ModelSpec, score_key
 from sarm.settings.run import RunSettings
 
@@ -134,7 +134,7 @@ def _items_of(row: BenchmarkRow, variant: str, texts: dict[str, tuple[str, str]]
                 "variant": variant,
                 "completion": place,
                 "correct": place < row.num_correct,
-                "cluster": cluster_of(row),
+                "cluster": row.cluster,
                 "completion_id": completion_id,
                 "num_chars": len(text),
                 "markup": markup_count(text),

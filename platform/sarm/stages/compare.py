@@ -11,12 +11,13 @@ from sarm.contracts.manifest import MANIFEST, StageFolder, read_manifest, sha256
 from sarm.engine.mlflow.tracking import StageRun, tracking_uri
 from sarm.engine.session import tracked_folder
 from sarm.engine.terminal import say
+from sarm.evaluate.benchmarks.items import scored_rows
 from sarm.evaluate.benchmarks.paired import compare
-from sarm.evaluate.benchmarks.rows import scored_rows
-from sarm.evaluate.benchmarks.suite import BENCHMARKS, metric_name
-from sarm.report.benchmark_page import TITLES
+from sarm.evaluate.benchmarks.registry import BENCHMARKS
+from sarm.evaluate.benchmarks.suite import metric_name
 from sarm.report.figures import as_svg, difference_bars, save_figure
-from sarm.report.pages import Dots, Page, Section, share, span, write_page
+from sarm.report.numbers import share, span
+from sarm.report.pages import Dots, Page, Section, write_page
 from sarm.settings.benchmarks import Comparison
 from sarm.settings.checks import UserError
 from sarm.stages.benchmark import BENCHMARK
@@ -93,7 +94,7 @@ def _facts(reports: Mapping[str, Any], folders: Mapping[str, Path]) -> dict[str,
 def _page(content: Mapping[str, Any], pictures: Mapping[str, str]) -> Page:
     sections: list[Section] = []
     for name, one in content["benchmarks"].items():
-        title = TITLES[name]
+        title = BENCHMARKS[name].title
         if not one["figures"]:
             sections.append(Section(title=title, text=one["note"]))
             continue
@@ -153,7 +154,7 @@ def _pictures(found: Mapping[str, Any], folder: Path) -> dict[str, str]:
         if rows:
             figure = difference_bars(rows)
             save_figure(figure, folder / f"{name}.png")
-            pictures[f"{TITLES[name]}: A minus B with 95 % intervals"] = as_svg(figure)
+            pictures[f"{BENCHMARKS[name].title}: A minus B with 95 % intervals"] = as_svg(figure)
     return pictures
 
 

@@ -4,14 +4,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from sarm.data.formats.model_shapes import KNOWN_SHAPES, shape_of
+from sarm.data.formats.model_shapes import KNOWN_MODELS, shape_of
+from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS
 from sarm.settings.checks import UserError
 from sarm.settings.data import DataSettings
 from sarm.settings.model import ModelSettings
 from sarm.stages.chain_state import ChainState
-
-_BUILT_IN_TEXTS = ("demo:openwebtext", "demo:wikipedia", "tiny:texts")
-_BUILT_IN_PAIRS = ("demo:harm", "tiny:pairs")
 
 
 def check_inputs(config: Any, state: ChainState) -> None:
@@ -27,8 +25,8 @@ def check_inputs(config: Any, state: ChainState) -> None:
 
 def check_sources(data: DataSettings) -> None:
     """Raise UserError unless every source can be opened; built-in ones need no look, and no seconds of imports."""
-    texts = [spec for spec in data.texts if spec not in _BUILT_IN_TEXTS]
-    pairs = [spec for spec in data.pairs if spec not in _BUILT_IN_PAIRS]
+    texts = [spec for spec in data.texts if spec not in BUILT_IN_TEXTS]
+    pairs = [spec for spec in data.pairs if spec not in BUILT_IN_PAIRS]
     if texts or pairs:
         from sarm.data.sources import pairs as pair_sources
         from sarm.data.sources import texts as text_sources
@@ -48,7 +46,7 @@ def check_layers(model: ModelSettings, layers: Collection[int], flag: str = "--m
 
     A model of the Hugging Face hub that is not in the cache is not asked for: a dry run needs no network.
     """
-    if model.name not in KNOWN_SHAPES and _is_local(model.name):
+    if model.name not in KNOWN_MODELS and _is_local(model.name):
         # Seconds of imports; who brings a model wants to know whether it will do.
         from sarm.data.formats.models import check_model
 

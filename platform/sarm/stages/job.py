@@ -11,18 +11,21 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tyro
 
 from sarm.contracts.untrusted import holds_a_secret
+from sarm.data.formats.model_shapes import BUILT_IN_MODELS
+from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS
 from sarm.engine.results import kept
 from sarm.engine.stopping import Listener, command_line
 from sarm.engine.supervisor import is_supervised, supervise_this
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.jobs import Pipeline
 from sarm.settings.presets import PRESETS
+from sarm.settings.registered import REGISTRIES
 from sarm.stages.config_file import as_file, config_flags
 from sarm.stages.dry_run.describing import describe
 from sarm.stages.preset_command import Made, in_order, names_a_preset, split, with_defaults
@@ -192,7 +195,22 @@ def _shown(description: str) -> str:
     return re.sub(r"^(?=(python|ray job) )", "    ", description.strip(), flags=re.M)
 
 
+def _known_benchmarks() -> Iterable[str]:
+    from sarm.evaluate.benchmarks.registry import BENCHMARKS
+
+    return BENCHMARKS
+
+
+_REGISTRIES: dict[str, Callable[[], Iterable[str]]] = {
+    "known benchmarks": _known_benchmarks,
+    "built-in texts": lambda: BUILT_IN_TEXTS,
+    "built-in pairs": lambda: BUILT_IN_PAIRS,
+    "built-in models": lambda: BUILT_IN_MODELS,
+}
+
+
 def _parse_flags(config_type: type, flags: Sequence[str], prog: str, description: str, **default: Any) -> Any:
+    REGISTRIES.update(_REGISTRIES)
     said = io.StringIO()
     # Later flags count: those of the command line go over those of the file.
     flags = [*config_flags(flags, config_type), *flags]

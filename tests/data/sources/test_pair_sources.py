@@ -6,7 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from sarm.contracts.tables import PAIRS_TABLE, pa
-from sarm.data.sources.pairs import RawPair, check_source, open_pairs, parse_pair
+from sarm.data.sources import layouts
+from sarm.data.sources.built_in import BUILT_IN_PAIRS
+from sarm.data.sources.layouts import Answers, Layout, RawPair, parse_pair
+from sarm.data.sources.pairs import check_source, open_pairs
 from sarm.data.sources.rows import Reject
 from sarm.settings.checks import UserError
 
@@ -170,8 +173,36 @@ def test_columns_of_no_layout_are_refused_with_those_that_are_understood(tmp_pat
         check_source(str(tmp_path / "a.parquet"))
 
 
+def test_a_layout_is_one_entry_read_told_apart_by_columns_and_named_in_errors(tmp_path, monkeypatch):
+    ranked = Layout(
+        needs=(("question",), ("answers", "replies")),
+        may_have=(),
+        fits=lambda fields: "answers" in fields,
+        read=lambda fields: Answers([user(fields["question"])], *fields["answers"]),
+    )
+    monkeypatch.setattr(layouts, "LAYOUTS", (*layouts.LAYOUTS, ranked))
+    rows = [{"question": "Hi?", "answers": ["Yes.", "No."], "other": 1}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    spec = str(tmp_path / "a.parquet")
+    assert list(open_pairs(spec)) == [pair()._replace(source=spec)]
+    with pytest.raises(UserError, match=r"it has text, expected chosen .*, or question \+ answers\."):
+        open_pairs(write(tmp_path / "b.jsonl", {"text": "x"}))
+
+
+def test_no_row_fits_two_layouts():
+    rows = [
+        {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."},
+        {"chosen": HH + "Yes.", "rejected": HH + "No."},
+        {"prompt": "Hi?", "chosen": HH + "Yes.", "rejected": HH + "No."},
+        {"chosen": [user("Hi?")], "rejected": []},
+        {"prompt": "Hi?", "response_0": "a", "response_1": "b", "better_response_id": 1},
+        {"prompt": "Hi?", "response_0": "a", "chosen": "b", "rejected": "c"},
+    ]
+    assert [sum(layout.fits(row) for layout in layouts.LAYOUTS) for row in rows] == [1] * len(rows)
+
+
 def test_an_unknown_source_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="demo:harm, tiny:pairs"):
+    with pytest.raises(UserError, match=f"one of {', '.join(BUILT_IN_PAIRS)}"):
         check_source("demo:openwebtext")
 
 

@@ -14,7 +14,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm.data.sources.rows import Reject, _lines
+from sarm.data.sources.built_in import BUILT_IN_TEXTS
+from sarm.data.sources.rows import FORMATS, FileFormat, Reject, Row, _lines
 from sarm.data.sources.texts import TextRecord, check_source, open_texts
 from sarm.settings.checks import UserError
 
@@ -246,6 +247,23 @@ def test_tiny_texts_are_a_source():
     assert len(texts("tiny:texts")) == 200
     assert len(texts("tiny:texts", limit=7)) == 7
     assert next(open_texts("tiny:texts")).source == "tiny:texts"
+
+
+def test_a_source_made_in_code_is_one_entry(monkeypatch):
+    monkeypatch.setitem(BUILT_IN_TEXTS, "own:letters", lambda: iter("ab"))
+    assert list(open_texts("own:letters")) == [TextRecord(letter, "own:letters") for letter in "ab"]
+    with pytest.raises(UserError, match="own:letters"):
+        check_source("own:numbers")
+
+
+def test_a_file_format_is_one_entry(tmp_path, monkeypatch):
+    def rows(path, columns):
+        yield from (Row({columns[0]: line}, str(path)) for line in path.read_text().splitlines())
+
+    monkeypatch.setitem(FORMATS, ".txt", FileFormat(rows, 1.0))
+    monkeypatch.setattr("sarm.data.sources.rows.EXTENSIONS", tuple(FORMATS))
+    (tmp_path / "a.txt").write_text("One.\nTwo.")
+    assert texts(tmp_path / "a.txt") == ["One.", "Two."]
 
 
 def test_a_data_set_is_streamed_with_its_split(monkeypatch):

@@ -1,7 +1,7 @@
 import pytest
 from tests.data.tokens.chat_families import CHATML, FAMILIES, chat_of, tokenizer_of
 
-from sarm.data.sources.pairs import RawPair, parse_pair
+from sarm.data.sources.layouts import RawPair, parse_pair
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.data.tokens.templated_text import control_spelled_in, is_rendered_conversation, template_spelled_in
 from sarm.data.tokens.templates import with_system_prompt, without_system_prompt

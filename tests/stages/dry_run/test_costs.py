@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from sarm.data.formats.model_shapes import KNOWN_SHAPES, shape_of
+from sarm.data.formats.model_shapes import KNOWN_MODELS, shape_of
 from sarm.engine.ray.machine import Machine, cluster_machine
 from sarm.settings.jobs import Pipeline, TrainSae
 from sarm.settings.model import ModelSettings
 from sarm.settings.presets import PRESETS
 from sarm.settings.reward import RewardSettings
+from sarm.settings.run import STAGES
 from sarm.settings.sae import AlsoSaes
-from sarm.stages.dry_run.costs import STAGES, StageCost, stage_costs
+from sarm.stages.dry_run.costs import StageCost, stage_costs
 from sarm.stages.dry_run.formulas import extracted, reward_depths, reward_gb
 from sarm.stages.dry_run.source_sizes import sizes_of
 
@@ -34,7 +35,7 @@ def test_the_weights_that_are_planned_are_the_models(name):
     from sarm.nn.backbone import load_backbone, read_depth
 
     folder = model_folder(ModelSettings(name=name))
-    shape = KNOWN_SHAPES[name]
+    shape = KNOWN_MODELS[name].shape
     assert shape_of(ModelSettings(name=str(folder))) == shape, "read from its config, it is what is known by name"
     assert read_depth(folder) == shape.num_blocks
     backbone = load_backbone(folder, 1)
@@ -45,7 +46,7 @@ def test_the_weights_that_are_planned_are_the_models(name):
 
 
 def test_the_papers_largest_model_costs_what_a_hand_calculation_says(tmp_path):
-    shape = KNOWN_SHAPES["meta-llama/Llama-3.1-8B-Instruct"]
+    shape = KNOWN_MODELS["meta-llama/Llama-3.1-8B-Instruct"].shape
     block = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336
     assert shape.weights_a_block == block == 218_103_808
     sarm_4b = preset("sarm-4b", tmp_path)
@@ -69,7 +70,7 @@ def test_the_papers_largest_model_costs_what_a_hand_calculation_says(tmp_path):
 
 
 def test_reward_training_takes_16_bytes_a_weight_that_zero_shares_out():
-    shape = KNOWN_SHAPES["meta-llama/Llama-3.1-8B-Instruct"]
+    shape = KNOWN_MODELS["meta-llama/Llama-3.1-8B-Instruct"].shape
     weights = 16 * shape.weights_a_block + 128256 * 4096
     reward = PRESETS["sarm-4b"][1].reward
     plain = reward_gb(shape, 16, replace(reward, zero_stage=0), 8)

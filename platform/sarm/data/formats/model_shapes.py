@@ -1,6 +1,7 @@
-"""The dimensions of a language model that decide its cost, without loading it."""
+"""The dimensions of a language model that decide its cost, without loading it; and the models that are known by name, one entry each."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,20 +28,40 @@ class Shape(NamedTuple):
         return depth * self.weights_a_block + self.vocabulary * self.d_in
 
 
-KNOWN_SHAPES = {
-    "tiny:llama": Shape(64, 128, 64, 32, 2, 600),
-    "demo:smollm2": Shape(576, 1536, 576, 192, 30, 49152),
-    "meta-llama/Llama-3.2-1B-Instruct": Shape(2048, 8192, 2048, 512, 16, 128256),
-    "meta-llama/Llama-3.2-3B-Instruct": Shape(3072, 8192, 3072, 1024, 28, 128256),
-    "meta-llama/Llama-3.1-8B-Instruct": Shape(4096, 14336, 4096, 1024, 32, 128256),
+class KnownModel(NamedTuple):
+    """A model whose shape is known by its name, so that a dry run needs no download; `build` makes it where it is built in."""
+
+    shape: Shape
+    build: Callable[[], Path] | None = None
+    """Makes the model once, and returns its cached folder."""
+
+
+def _tiny_llama() -> Path:
+    from sarm.data.sources.tiny import tiny_model
+
+    return tiny_model()
+
+
+def _smollm2() -> Path:
+    from sarm.data.sources.demo import demo_model
+
+    return demo_model()
+
+
+KNOWN_MODELS: dict[str, KnownModel] = {
+    "demo:smollm2": KnownModel(Shape(576, 1536, 576, 192, 30, 49152), _smollm2),
+    "tiny:llama": KnownModel(Shape(64, 128, 64, 32, 2, 600), _tiny_llama),
+    "meta-llama/Llama-3.2-1B-Instruct": KnownModel(Shape(2048, 8192, 2048, 512, 16, 128256)),
+    "meta-llama/Llama-3.2-3B-Instruct": KnownModel(Shape(3072, 8192, 3072, 1024, 28, 128256)),
+    "meta-llama/Llama-3.1-8B-Instruct": KnownModel(Shape(4096, 14336, 4096, 1024, 32, 128256)),
 }
-"""Of the presets' models, so that a dry run needs no download."""
+BUILT_IN_MODELS = {name: known.build for name, known in KNOWN_MODELS.items() if known.build is not None}
 
 
 def shape_of(model: ModelSettings) -> Shape | None:
     """The shape of a known model, of a local folder, or of a model whose config is in the Hugging Face cache; None for others."""
-    if model.name in KNOWN_SHAPES:
-        return KNOWN_SHAPES[model.name]
+    if model.name in KNOWN_MODELS:
+        return KNOWN_MODELS[model.name].shape
     file = _config_file(model)
     if file is None or model.gguf_file:
         return None

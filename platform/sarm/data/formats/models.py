@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sarm.data.formats.model_files import check_model_files
+from sarm.data.formats.model_shapes import BUILT_IN_MODELS
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
@@ -14,16 +15,10 @@ def model_folder(model: ModelSettings) -> str:
 
     Raises UserError for an unknown built-in name.
     """
-    if model.name == "demo:smollm2":
-        from sarm.data.sources.demo import demo_model
-
-        return str(demo_model())
-    if model.name == "tiny:llama":
-        from sarm.data.sources.tiny import tiny_model
-
-        return str(tiny_model())
+    if model.name in BUILT_IN_MODELS:
+        return str(BUILT_IN_MODELS[model.name]())
     if ":" in model.name and not Path(model.name).exists():
-        raise UserError(f"unknown model {model.name}, built in are demo:smollm2 and tiny:llama. Pass --model.name.")
+        raise UserError(f"unknown model {model.name}, built in are {' and '.join(BUILT_IN_MODELS)}. Pass --model.name.")
     return model.name
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sarm.data.sources.rows import fault_of
 from sarm.data.tokens.templated_text import is_rendered_conversation
 from sarm.settings.checks import UserError
 
@@ -22,6 +21,19 @@ class ConversationError(UserError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.reason)
+
+
+def fault_of(text: str) -> str | None:
+    """The reason word of a string that no tokenizer should see (`empty`, `nul_byte`, `lone_surrogate`), or None."""
+    if not text.strip():
+        return "empty"
+    if "\0" in text:
+        return "nul_byte"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "lone_surrogate"
+    return None
 
 
 def read_messages(items: Sequence[Any]) -> list[Message] | str:

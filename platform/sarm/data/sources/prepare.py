@@ -17,6 +17,8 @@ from sarm.contracts.ids import hash_share, prompt_id_of, stable_id, stable_int
 from sarm.contracts.tables import CONVERSATIONS_TABLE, CORPUS_TABLE, PAIRS_TABLE
 from sarm.data.sources import pairs as pair_sources
 from sarm.data.sources import texts as text_sources
+from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS
+from sarm.data.sources.layouts import RawPair
 from sarm.data.sources.near_duplicates import SIMILARITY, Near, near_duplicates, text_of
 from sarm.data.sources.rows import Reject
 from sarm.data.tokens.templated_text import control_spelled_in, template_spelled_in
@@ -40,7 +42,7 @@ def prepare_corpus(data: DataSettings, folder: Path) -> dict[str, Any]:
     """
     if not data.texts:
         raise UserError(
-            "there is no text source. Pass --data.texts with files, a glob, hf:NAME, demo:... or tiny:texts."
+            f"there is no text source. Pass --data.texts with files, a glob, hf:NAME or one of {', '.join(BUILT_IN_TEXTS)}."
         )
     for spec in data.texts:
         text_sources.check_source(spec, data.text_field)
@@ -86,7 +88,7 @@ def prepare_pairs(data: DataSettings, folder: Path) -> dict[str, Any]:
     """
     if not data.pairs:
         raise UserError(
-            "there is no preference source. Pass --data.pairs with files, a glob, hf:NAME, demo:harm or tiny:pairs."
+            f"there is no preference source. Pass --data.pairs with files, a glob, hf:NAME or one of {', '.join(BUILT_IN_PAIRS)}."
         )
     for spec in data.pairs:
         pair_sources.check_source(spec)
@@ -185,7 +187,7 @@ class _Tally:
         return "rejected: " + ("; ".join(reasons) or "nothing")
 
 
-def _pair_row(pair: pair_sources.RawPair, heldout_share: float) -> dict[str, Any]:
+def _pair_row(pair: RawPair, heldout_share: float) -> dict[str, Any]:
     prompt_id = prompt_id_of(pair.prompt)
     return {
         "pair_id": stable_id(prompt_id, pair.chosen, pair.rejected),

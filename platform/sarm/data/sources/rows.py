@@ -3,24 +3,22 @@
 What is wrong with one row is a `Reject`, a value that the reader counts; what is wrong with a source is a UserError.
 """
 
-import base64
 import glob
 import gzip
 import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sarm.data.sources.extension_types import names_extension_type
 from sarm.settings.checks import UserError
 
-_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-EXTENSIONS = (*_LINES, ".parquet", ".tar")
 CHUNK_BYTES = 1 << 16
 BATCH_ROWS = 512
 _DAMAGE = (OSError, EOFError, zlib.error, pa.ArrowException, tarfile.TarError)
@@ -37,6 +35,14 @@ class Reject(NamedTuple):
     where: str
 
 
+class FileFormat(NamedTuple):
+    """How files of one extension are read: `rows` takes the path, and the columns that are wanted where a file has columns."""
+
+    rows: "Callable[[Path, Sequence[str] | None], Iterator[Row | Reject]]"
+    unpacked: float
+    """Bytes of rows that a byte of a file holds, about."""
+
+
 class Row(NamedTuple):
     """A row as read, and where it is."""
 
@@ -44,25 +50,12 @@ class Row(NamedTuple):
     where: str
 
 
-def fault_of(text: str) -> str | None:
-    """The reason word of a string that no tokenizer should see (`empty`, `nul_byte`, `lone_surrogate`), or None."""
-    if not text.strip():
-        return "empty"
-    if "\0" in text:
-        return "nul_byte"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "lone_surrogate"
-    return None
-
-
 def is_data_set(spec: str) -> bool:
     """Whether the source is a Hugging Face data set, `hf:NAME[:SPLIT]`."""
     return spec.startswith("hf:")
 
 
-def source_files(spec: str, made_in_code: Sequence[str]) -> list[Path]:
+def source_files(spec: str, made_in_code: Collection[str]) -> list[Path]:
     """The files of a path or glob, sorted; empty for `hf:` and for the sources in `made_in_code`.
 
     Raises UserError for a missing file, a glob without match, an unknown extension or an unknown scheme.
@@ -109,7 +102,7 @@ def parquet_schema(path: Path) -> pa.Schema:
     Raises UserError if the file is empty, truncated or no Parquet, or has a column of an extension type.
     """
     try:
-        if _names_extension_type(path):
+        if names_extension_type(path):
             raise UserError(
                 f"{path} has a column of an extension type, which may hold code. Write it again with plain columns."
             )
@@ -120,53 +113,20 @@ def parquet_schema(path: Path) -> pa.Schema:
         ) from error
 
 
-def _names_extension_type(path: Path) -> bool:
-    """Whether the file's footer has Arrow's mark of an extension type.
-
-    Looked for in the bytes: what such a column means is decided by whoever registered its name, Ray's own unpickle it, and Arrow asks
-    them as soon as the file is opened.
-    """
-    with path.open("rb") as file:
-        file.seek(-min(8, file.seek(0, 2)), 2)
-        end = file.read()
-        length = min(int.from_bytes(end[:4], "little"), _MAX_FOOTER_BYTES, file.tell() - 8) if len(end) == 8 else 0
-        file.seek(-8 - max(length, 0), 2) if length > 0 else file.seek(0, 2)
-        footer = file.read()
-    return any(mark in footer for mark in _EXTENSION_MARKS)
-
-
-def _in_base64(word: bytes) -> tuple[bytes, ...]:
-    """What every base64 text with this word in it has in it, wherever the word begins."""
-    found = []
-    for before in range(3):
-        encoded = base64.b64encode(bytes(before) + word)
-        # Characters at both ends depend on what stands beside the word.
-        whole = (before + len(word)) // 3 * 4
-        found.append(encoded[(0, 2, 3)[before] : whole])
-    return tuple(found)
-
-
-# Arrow keeps its schema in the footer as base64.
-_EXTENSION_MARKS = (b"ARROW:extension:name", *_in_base64(b"ARROW:extension:name"))
-_MAX_FOOTER_BYTES = 1 << 26
-
-
 def file_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row | Reject]:
     """The rows of one file in order; `columns` limits what is read from Parquet.
 
     Of a file that breaks off or is damaged the rows before are kept, then one reject `corrupt_file` closes the stream.
     """
-    if path.name.endswith(".tar"):
-        yield from _tar_rows(path)
-        return
     try:
-        if path.name.endswith(".parquet"):
-            yield from _parquet_rows(path, columns)
-        else:
-            with path.open("rb") as file:
-                yield from _jsonl_rows(str(path), file)
+        yield from format_of(path).rows(path, columns)
     except _DAMAGE:
         yield Reject("corrupt_file", str(path))
+
+
+def format_of(path: Path) -> FileFormat:
+    """The format of a file whose extension is known."""
+    return next(known for extension, known in FORMATS.items() if path.name.endswith(extension))
 
 
 def data_set_rows(spec: str) -> Iterator[Row | Reject]:
@@ -210,26 +170,29 @@ def _decoded(one_row: pa.RecordBatch) -> dict[str, Any] | None:
         return None
 
 
-def _tar_rows(path: Path) -> Iterator[Row | Reject]:
+def _tar_rows(path: Path, _: Sequence[str] | None) -> Iterator[Row | Reject]:
     """The rows of all files of lines in an archive, as OpenWebText2 ships; a damaged one costs its own rows."""
-    try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                if not (member.isfile() and member.name.endswith(_LINES)):
-                    continue
-                where = f"{path}:{member.name}"
-                try:
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    yield from _jsonl_rows(where, file)
-                except _DAMAGE:
-                    yield Reject("corrupt_file", where)
-    except _DAMAGE:
-        yield Reject("corrupt_file", str(path))
+    with tarfile.open(path, "r:*") as archive:
+        for member in archive:
+            if not (member.isfile() and member.name.endswith(tuple(_CHUNKS))):
+                continue
+            where = f"{path}:{member.name}"
+            try:
+                file = archive.extractfile(member)
+                assert file is not None
+                yield from _jsonl_rows(where, file)
+            except _DAMAGE:
+                yield Reject("corrupt_file", where)
+
+
+def _line_rows(path: Path, _: Sequence[str] | None) -> Iterator[Row | Reject]:
+    with path.open("rb") as file:
+        yield from _jsonl_rows(str(path), file)
 
 
 def _jsonl_rows(name: str, file: IO[bytes]) -> Iterator[Row | Reject]:
-    for number, line in enumerate(_lines(_chunks(name, file)), start=1):
+    chunks = next(chunks for extension, chunks in _CHUNKS.items() if name.endswith(extension))
+    for number, line in enumerate(_lines(chunks(file)), start=1):
         where = f"{name}:{number}"
         if line is None:
             yield Reject("line_too_long", where)
@@ -265,23 +228,18 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes | None]:
         yield b"".join(tail) if size <= MAX_LINE_BYTES else None
 
 
-def _chunks(name: str, file: IO[bytes]) -> Iterator[bytes]:
-    if name.endswith(".zst"):
-        yield from _zstd_chunks(name, file)
-    elif name.endswith(".gz"):
-        with gzip.open(file, "rb") as unpacked:
-            yield from _read_all(unpacked)
-    else:
-        yield from _read_all(file)
-
-
 def _read_all(file: Any) -> Iterator[bytes]:
     # read1 hands over what it has: read would throw it away when the stream breaks off.
     while chunk := file.read1(CHUNK_BYTES):
         yield chunk
 
 
-def _zstd_chunks(name: str, file: IO[bytes]) -> Iterator[bytes]:
+def _gzip_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    with gzip.open(file, "rb") as unpacked:
+        yield from _read_all(unpacked)
+
+
+def _zstd_chunks(file: IO[bytes]) -> Iterator[bytes]:
     """Every frame of a .zst file. Raises EOFError if the last one breaks off, which zstandard's own reader passes over."""
     import zstandard
 
@@ -296,6 +254,21 @@ def _zstd_chunks(name: str, file: IO[bytes]) -> Iterator[bytes]:
                 packed = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
         if frame is not None:
-            raise EOFError(f"{name} breaks off inside a frame")
+            raise EOFError("the file breaks off inside a frame")
     except zstandard.ZstdError as error:
         raise EOFError(str(error)) from error
+
+
+# Files of lines, plain and packed.
+_CHUNKS: dict[str, Callable[[IO[bytes]], Iterator[bytes]]] = {
+    ".jsonl": _read_all,
+    ".jsonl.gz": _gzip_chunks,
+    ".jsonl.zst": _zstd_chunks,
+}
+FORMATS: dict[str, FileFormat] = {
+    **{extension: FileFormat(_line_rows, 1.0 if extension == ".jsonl" else 3.0) for extension in _CHUNKS},
+    ".parquet": FileFormat(_parquet_rows, 1.8),
+    # Of packed files of lines.
+    ".tar": FileFormat(_tar_rows, 3.0),
+}
+EXTENSIONS = tuple(FORMATS)

@@ -3,8 +3,6 @@
 import re
 
 TERMINAL_SEQUENCES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
-
-
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
@@ -16,6 +14,11 @@ def clean_text(text: str, limit: int | None = None) -> str:
     text = TERMINAL_SEQUENCES.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
     text = INVISIBLE.sub("", text)
     return text if limit is None or len(text) <= limit else "…" + text[-limit:].lstrip()
+
+
+def one_line(text: str) -> str:
+    """The same with every run of white space as one space, as terminals print it."""
+    return " ".join(clean_text(text).split())
 
 
 def escape_markdown(text: str) -> str:

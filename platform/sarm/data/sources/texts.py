@@ -5,22 +5,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from sarm.data.sources.conversations import Message, fault_of_messages, read_messages, transcript
-from sarm.data.sources.demo import demo_texts
-from sarm.data.sources.rows import (
-    Reject,
-    Row,
-    data_set_rows,
-    fault_of,
-    file_rows,
-    is_data_set,
-    parquet_schema,
-    source_files,
-)
-from sarm.data.sources.tiny import tiny_texts
+from sarm.data.sources.built_in import BUILT_IN_TEXTS
+from sarm.data.sources.conversations import Message, fault_of, fault_of_messages, read_messages, transcript
+from sarm.data.sources.rows import Reject, Row, data_set_rows, file_rows, is_data_set, parquet_schema, source_files
 from sarm.settings.checks import UserError
-
-MADE_IN_CODE = ("demo:openwebtext", "demo:wikipedia", "tiny:texts")
 
 
 class TextRecord(NamedTuple):
@@ -36,7 +24,7 @@ def check_source(spec: str, text_field: str = "text") -> None:
 
     Raises UserError.
     """
-    for path in source_files(spec, MADE_IN_CODE):
+    for path in source_files(spec, BUILT_IN_TEXTS):
         if path.name.endswith(".parquet"):
             schema = parquet_schema(path)
             if text_field not in schema.names:
@@ -51,8 +39,7 @@ def check_source(spec: str, text_field: str = "text") -> None:
 def open_texts(spec: str, text_field: str = "text", limit: int | None = None) -> Iterator[TextRecord | Reject]:
     """The texts of one source in order, at most `limit` of them, and a `Reject` for each row without a usable text.
 
-    `spec` is a path or glob of .jsonl, .jsonl.gz, .jsonl.zst, .tar (of such files) or .parquet files, `hf:NAME[:SPLIT]`, `demo:openwebtext`,
-    `demo:wikipedia` or `tiny:texts`. Reasons: `bad_json`, `not_an_object`, `missing_text`, `not_a_string`, `empty`,
+    `spec` is a path or glob of files of a known format (`rows.FORMATS`), `hf:NAME[:SPLIT]` or one of BUILT_IN_TEXTS. Reasons: `bad_json`, `not_an_object`, `missing_text`, `not_a_string`, `empty`,
     `invalid_utf8`, `lone_surrogate`, `nul_byte`, `corrupt_file` (the rows before the damage are kept); of conversations also
     `not_text`, `bad_roles`, `too_long`, `already_templated`.
     Raises UserError, before the first text, for a source that does not exist or has no column `text_field`.
@@ -72,9 +59,8 @@ def _texts(spec: str, text_field: str, limit: int | None) -> Iterator[TextRecord
 
 
 def _rows(spec: str, text_field: str) -> Iterator[Row | Reject]:
-    if spec in MADE_IN_CODE:
-        made: Iterable[str] = tiny_texts() if spec == "tiny:texts" else demo_texts(spec.removeprefix("demo:"))  # type: ignore[arg-type]
-        for number, text in enumerate(made):
+    if spec in BUILT_IN_TEXTS:
+        for number, text in enumerate(BUILT_IN_TEXTS[spec]()):
             yield Row({text_field: text}, f"{spec} row {number}")
     elif is_data_set(spec):
         for number, row in enumerate(data_set_rows(spec)):
@@ -82,7 +68,7 @@ def _rows(spec: str, text_field: str) -> Iterator[Row | Reject]:
                 raise _no_column(spec, text_field, row.fields)
             yield row
     else:
-        for path in source_files(spec, MADE_IN_CODE):
+        for path in source_files(spec, BUILT_IN_TEXTS):
             yield from file_rows(path, [text_field])
 
 

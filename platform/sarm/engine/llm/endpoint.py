@@ -15,14 +15,12 @@ from typing import Any
 import httpx2
 import openai
 
+from sarm.engine.llm.dialect import Dialect
 from sarm.settings.checks import UserError
 from sarm.settings.judging import JudgeSpec
 
 Messages = Sequence[Mapping[str, str]]
 _RETRIED = (408, 409, 425, 429)
-# What servers may refuse, and what is done without it.
-_RENAMED = {"max_tokens": "max_completion_tokens"}
-_DROPPED = ("temperature", "response_format")
 _MAX_BODY_BYTES = 256 * 1024
 
 
@@ -88,8 +86,7 @@ class Endpoint:
     spec: JudgeSpec
     key: str = field(repr=False)
     timeout: float
-    token_field: str = "max_tokens"
-    without: frozenset[str] = frozenset()
+    dialect: Dialect = field(default_factory=Dialect)
 
     def __post_init__(self) -> None:
         self._client = openai.AsyncOpenAI(
@@ -109,9 +106,9 @@ class Endpoint:
         Raises TransientError, DeclinedError, or JudgeStoppedError where no request at all can succeed (key, model, quota).
         """
         while True:
-            wanted: dict[str, Any] = {"temperature": 0, "response_format": response_format}
-            extra = {k: v for k, v in wanted.items() if v is not None and k not in self.without}
-            extra[self.token_field] = max_tokens
+            extra = self.dialect.spoken(
+                {"temperature": 0, "response_format": response_format, "max_tokens": max_tokens}
+            )
             try:
                 body: dict[str, Any] = {"model": self.spec.model, "messages": list(messages), "stream": False, **extra}
                 answer = await self._client.chat.completions.create(**body)
@@ -124,7 +121,7 @@ class Endpoint:
                     self._clean(f"no connection ({error.__cause__ or error})"), unreachable=True
                 ) from None
             except openai.APIStatusError as error:
-                if self._adapt(error):
+                if error.status_code in (400, 422) and self.dialect.adapt(error.message):
                     continue
                 raise self._fault(error) from None
             except (openai.APIError, json.JSONDecodeError, UnicodeDecodeError):
@@ -134,20 +131,6 @@ class Endpoint:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
-
-    def _adapt(self, error: openai.APIStatusError) -> bool:
-        if error.status_code not in (400, 422):
-            return False
-        said = error.message
-        for name, other in _RENAMED.items():
-            if self.token_field == name and other in said:
-                self.token_field = other
-                return True
-        for name in _DROPPED:
-            if name in said and name not in self.without:
-                self.without |= {name}
-                return True
-        return False
 
     def _fault(self, error: openai.APIStatusError) -> Exception:
         status, name = error.status_code, f"{self.spec.model} at {self.spec.base_url}"

@@ -8,20 +8,20 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from sarm.contracts.judging import FAILURES, Question, Reply, Status, json_schema, parse
 from sarm.data.sources.cache import cache_root
 from sarm.engine.llm.budget import Budget
+from sarm.engine.llm.dialect import FORMATS, PLAIN, PROBE, format_of, probe_format
 from sarm.engine.llm.endpoint import Completion, DeclinedError, Endpoint, JudgeStoppedError, Messages, TransientError
 from sarm.engine.llm.log import AnswerLog, content_key
 from sarm.engine.llm.pace import Pace
 from sarm.engine.terminal import say
 from sarm.settings.judging import JudgeSpec, Judging
 
-Mode = Literal["json_schema", "json_object", "plain"]
 # Of a request that the server turns away for its own reasons, and of one that fails on the way.
 _MAX_THROTTLED, _MAX_FAILED = 40, 5
 # Of the first question of all: who waits for a mistyped address should not wait long.
@@ -64,7 +64,7 @@ class Judge:
         self.total = Usage()
         self._endpoint = Endpoint(spec, key, judging.timeout)
         self._under_way: dict[str, asyncio.Task[Reply]] = {}
-        self._mode: Mode | None = None
+        self._mode: str | None = None
         self._probing = asyncio.Lock()
         self._stopped: JudgeStoppedError | None = None
         self._unanswered = 0
@@ -93,7 +93,7 @@ class Judge:
             self._under_way[key].add_done_callback(lambda _: self._under_way.pop(key, None))
         return await asyncio.shield(self._under_way[key])
 
-    async def prepare(self) -> Mode:
+    async def prepare(self) -> str:
         """What the server makes of `response_format`, found out by asking for something that only an enforced format answers.
 
         Raises JudgeStoppedError if it cannot be asked.
@@ -152,12 +152,11 @@ class Judge:
         self._met.add(key)
         return reply
 
-    async def _converse(self, question: Question, mode: Mode, usage: Usage) -> Reply:
+    async def _converse(self, question: Question, mode: str, usage: Usage) -> Reply:
         """The first answer, and where it does not fit a second one that is told why."""
         messages = [{"role": "system", "content": question.system}, {"role": "user", "content": question.user}]
-        wanted: Mode = "plain" if question.in_lines else mode
         for turn in (1, 2):
-            done = await self._request(messages, question.max_tokens, _format(question, wanted), usage)
+            done = await self._request(messages, question.max_tokens, format_of(question, mode), usage)
             if done.refusal or done.finish == "content_filter":
                 return self._reply("refused", usage, done.refusal[:200] or "the server's filter", done.text)
             parsed = parse(done.text, question.form)
@@ -241,48 +240,20 @@ class Judge:
     def _reply(self, status: Status, usage: Usage, reason: str, text: str = "", answer: Mapping[str, Any] | None = None) -> Reply:  # fmt: skip
         return Reply(status, answer, reason, text, usage.prompt_tokens, usage.completion_tokens, usage.estimated, usage.requests)  # fmt: skip
 
-    async def _probe(self) -> Mode:
+    async def _probe(self) -> str:
         usage = Usage()
-        messages = [{"role": "user", "content": "Reply with one word, no JSON: what colour is the sky?"}]
-        modes: Sequence[Mode] = ("json_schema", "json_object")
-        for mode in modes:
+        messages = [{"role": "user", "content": PROBE}]
+        for mode in FORMATS:
             try:
-                done = await self._request(messages, 60, _PROBE[mode], usage, _MAX_FAILED_AT_FIRST)
+                done = await self._request(messages, 60, probe_format(mode), usage, _MAX_FAILED_AT_FIRST)
             except DeclinedError:
                 continue
             except TransientError as fault:
                 self._stop(JudgeStoppedError(f"{self.spec.model} at {self.spec.base_url} does not answer: {fault.reason}. Start it, or pass another --judging.judges."))  # fmt: skip
-            if "response_format" not in self._endpoint.without and done.text.strip().startswith("{"):
+            if self._endpoint.dialect.takes("response_format") and done.text.strip().startswith("{"):
                 return mode
-            self._endpoint.without -= {"response_format"}
-        return "plain"
-
-
-_PROBE: dict[Mode, dict[str, Any]] = {
-    "json_schema": {
-        "type": "json_schema",
-        "json_schema": {
-            "name": "probe",
-            "strict": True,
-            "schema": {
-                "type": "object",
-                "properties": {"colour": {"type": "string"}},
-                "required": ["colour"],
-                "additionalProperties": False,
-            },
-        },
-    },
-    "json_object": {"type": "json_object"},
-}
-
-
-def _format(question: Question, mode: Mode) -> Mapping[str, Any] | None:
-    if mode == "plain":
-        return None
-    if mode == "json_object":
-        return _PROBE["json_object"]
-    schema = {"name": question.kind, "strict": True, "schema": json_schema(question.form)}
-    return {"type": "json_schema", "json_schema": schema}
+            self._endpoint.dialect.try_again("response_format")
+        return PLAIN
 
 
 def open_judges(judging: Judging, backoff: float = 0.5) -> list[Judge]:

@@ -1,7 +1,6 @@
-"""Own preferences: pairs, and prompts with n completions of which some are right.
+"""Own preferences: prompts with n completions of which some are right.
 
-Pairs: every (correct, wrong) pair of a row counts 1, 1/2 at an equal score, or 0; a row's pairs are averaged.
-Best of K: chance that the highest-scored of K completions drawn without replacement is correct. With completions ranked
+Pairs of a correct and a wrong completion count as in `pairs`. Best of K: chance that the highest-scored of K completions drawn without replacement is correct. With completions ranked
 from best, the one at rank j of n is the pick of C(n - j, K - 1) of the C(n, K) draws; equal scores share their ranks.
 """
 
@@ -11,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sarm.evaluate.benchmarks.rows import Benchmark, Floats, Observations, ScoredRow, collect, plain_mean
-from sarm.evaluate.statistics import pair_credit
+from sarm.evaluate.benchmarks.benchmark import Benchmark, Parsed
+from sarm.evaluate.benchmarks.fields import prompt_in, texts_in
+from sarm.evaluate.benchmarks.pairs import credits_of
+from sarm.evaluate.benchmarks.rows import Floats, Observations, ScoredRow, collect
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -34,23 +35,16 @@ def best_of(scores: Floats, num_correct: int, k: int) -> float:
     return float((chance * share[group]).sum())
 
 
-def observe_pairs(rows: Sequence[ScoredRow]) -> Observations:
-    """The credit of each row, overall and for its subset."""
-    return collect(_pairs(rows))
+def parse(fields: Mapping[str, Any]) -> Parsed:
+    """prompt, chosen [..], rejected [..], and a subset if there is one."""
+    subset = fields.get("subset")
+    name = subset if isinstance(subset, str) else ""
+    return Parsed(prompt_in(fields), texts_in(fields, "chosen"), texts_in(fields, "rejected"), name)
 
 
-def _pairs(rows: Sequence[ScoredRow]) -> Iterator[tuple[str, ScoredRow, float]]:
-    for row in rows:
-        margins = (row.scores[: row.num_correct, None] - row.scores[None, row.num_correct :]).ravel()
-        credit = float(pair_credit(margins).mean())
-        yield "overall", row, credit
-        if row.subset:
-            yield row.subset, row, credit
-
-
-def observe_best_of_n(rows: Sequence[ScoredRow]) -> Observations:
-    """What `observe_pairs` gives, and the best-of-K curve over the rows that have K completions."""
-    return collect((*_pairs(rows), *_curve(rows)))
+def observe(rows: Sequence[ScoredRow]) -> Observations:
+    """The credit of each row's pairs, and the best-of-K curve over the rows that have K completions."""
+    return collect((*credits_of(rows), *_curve(rows)))
 
 
 def _curve(rows: Sequence[ScoredRow]) -> Iterator[tuple[str, ScoredRow, float]]:
@@ -60,9 +54,4 @@ def _curve(rows: Sequence[ScoredRow]) -> Iterator[tuple[str, ScoredRow, float]]:
                 yield f"best_of_{k}", row, best_of(row.scores, row.num_correct, k)
 
 
-def _as_they_are(means: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(means)
-
-
-PAIRS = Benchmark("pairs", observe_pairs, _as_they_are, plain_mean)
-BEST_OF_N = Benchmark("bon", observe_best_of_n, _as_they_are, plain_mean)
+BEST_OF_N = Benchmark(name="best_of_n", title="Best of n", prefix="bon", parse=parse, observe=observe)

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from scipy import optimize
 
 from sarm.contracts.ids import hash_share
-from sarm.evaluate.benchmarks.rows import Benchmark, Floats, ScoredRow
+from sarm.evaluate.benchmarks.benchmark import Benchmark
+from sarm.evaluate.benchmarks.rows import Floats, ScoredRow
 from sarm.evaluate.statistics import calibration
 
 _RIDGE = 1e-3

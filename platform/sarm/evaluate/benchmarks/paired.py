@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sarm.evaluate.benchmarks.reward_bench_2 import TIES, best_of_n_credit
-from sarm.evaluate.benchmarks.rows import Benchmark, Observations, ScoredRow
+from sarm.evaluate.benchmarks.benchmark import Benchmark
+from sarm.evaluate.benchmarks.rows import Observations, ScoredRow
 from sarm.evaluate.influence import (  # fmt: skip
     Floats,
     Stratum,
@@ -79,7 +79,7 @@ def compare(
             "num_differing_prompts": int((a.sums[:, own] != b.sums[:, own]).any(axis=1).sum()),
             "p_swap": float(p_F[i]),
         }
-    return {**counts, "figures": figures, "subsets": _subsets(pairs, permutations, seed)}
+    return {**counts, "figures": figures, "subsets": _subsets(benchmark, pairs, permutations, seed)}
 
 
 def _interval(
@@ -113,22 +113,12 @@ def _check_prompts(pairs: Sequence[tuple[ScoredRow, ScoredRow]]) -> None:
             raise UserError(f"row {where} is of prompt {a.cluster} in A and of {b.cluster} in B. Evaluate both on the same data again.")  # fmt: skip
 
 
-def is_right(row: ScoredRow) -> bool:
-    """Whether a row counts as right where right and wrong is all there is.
-
-    One correct completion: it alone scores highest. Ties: every correct one scores above every wrong one. Otherwise
-    (RM-Bench): more than half of the comparisons of a correct with a wrong completion are won.
-    """
-    if row.subset != TIES and row.num_correct == 1:
-        return best_of_n_credit(row.scores) == 1.0
-    won = row.scores[: row.num_correct, None] > row.scores[None, row.num_correct :]
-    return bool(won.all() if row.subset == TIES else won.mean() > 0.5)
-
-
-def _subsets(pairs: Sequence[tuple[ScoredRow, ScoredRow]], permutations: int, seed: int) -> dict[str, Any]:
+def _subsets(
+    benchmark: Benchmark, pairs: Sequence[tuple[ScoredRow, ScoredRow]], permutations: int, seed: int
+) -> dict[str, Any]:
     outcomes: dict[str, list[tuple[str, bool, bool]]] = {}
     for a, b in pairs:
-        outcomes.setdefault(a.subset, []).append((a.cluster, is_right(a), is_right(b)))
+        outcomes.setdefault(a.subset, []).append((a.cluster, benchmark.is_right(a), benchmark.is_right(b)))
     found: dict[str, dict[str, Any]] = {}
     p_values: dict[str, float] = {}
     for subset, own in outcomes.items():

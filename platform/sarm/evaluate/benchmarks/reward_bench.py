@@ -7,7 +7,9 @@ much as the six code subsets together. An equal reward is a loss. Overall is the
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sarm.evaluate.benchmarks.rows import Benchmark, Observations, ScoredRow, collect, plain_mean
+from sarm.evaluate.benchmarks.benchmark import Benchmark, Parsed
+from sarm.evaluate.benchmarks.fields import prompt_in, subset_in, texts_in
+from sarm.evaluate.benchmarks.rows import Observations, ScoredRow, collect
 
 _CODE = tuple(f"hep-{language}" for language in ("cpp", "go", "java", "js", "python", "rust"))
 SECTIONS: dict[str, dict[str, int]] = {
@@ -29,6 +31,15 @@ SECTIONS: dict[str, dict[str, int]] = {
     },
     "Reasoning": {"math-prm": 984, **dict.fromkeys(_CODE, 164)},
 }  # fmt: skip
+# The published number of rows; the weights in sections are these but for one subset.
+SUBSETS = {subset: num for sizes in SECTIONS.values() for subset, num in sizes.items()} | {"math-prm": 447}
+
+
+def parse(fields: Mapping[str, Any]) -> Parsed:
+    """id, prompt, chosen, rejected, subset."""
+    prompt = prompt_in(fields)
+    chosen, rejected = texts_in(fields, "chosen", 1), texts_in(fields, "rejected", 1)
+    return Parsed(prompt, chosen, rejected, subset_in(fields, "subset"))
 
 
 def observe(rows: Sequence[ScoredRow]) -> Observations:
@@ -47,4 +58,13 @@ def combine(means: Mapping[str, Any]) -> dict[str, Any]:
     return {**figures, **overall, **means}
 
 
-REWARD_BENCH = Benchmark("rb1", observe, combine, plain_mean)
+REWARD_BENCH = Benchmark(
+    name="reward_bench",
+    title="RewardBench",
+    prefix="rb1",
+    parse=parse,
+    observe=observe,
+    combine=combine,
+    data_set="hf:allenai/reward-bench:filtered",
+    subsets=SUBSETS,
+)

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sarm.evaluate.benchmarks.rows import Benchmark, Floats, Observations, ScoredRow, collect, plain_mean
+from sarm.evaluate.benchmarks.benchmark import Benchmark, Measure, Parsed, Partner, wins_all
+from sarm.evaluate.benchmarks.fields import Fault, prompt_in, subset_in, texts_in
+from sarm.evaluate.benchmarks.rows import Floats, Observations, ScoredRow, collect, plain_mean
 
 TIES = "Ties"
-SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", TIES)
+SUBSETS = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495, TIES: 102}
+_KINDS = {"ref": "tied", "tied": "ref"}
 _TIES_WEIGHTS = {"tied": 0.30, "ref": 0.30, "preferred": 0.20, "preferred_hard": 0.20, "margin": 0.01}
 
 
@@ -26,6 +29,33 @@ class Spread(NamedTuple):
 
     spread: float | None
     gap: float
+
+
+def parse(fields: Mapping[str, Any]) -> Parsed:
+    """id, prompt, chosen [..], rejected [..], subset; Ties rows have ids `ref:n` and `tied:n`."""
+    subset = subset_in(fields, "subset")
+    chosen, rejected = texts_in(fields, "chosen"), texts_in(fields, "rejected")
+    stated = fields.get("num_correct")
+    if stated is not None and int(stated) != len(chosen):
+        raise Fault(f"num_correct is {stated}, chosen has {len(chosen)}")
+    if subset != TIES and len(chosen) != 1:
+        raise Fault(f"chosen has {len(chosen)} completions, expected 1")
+    return Parsed(prompt_in(fields), chosen, rejected, subset)
+
+
+def _fault(parsed: Parsed, row_id: str) -> str | None:
+    if parsed.subset != TIES:
+        return None
+    kind, _, number = row_id.partition(":")
+    if kind not in _KINDS or not number.isdecimal():
+        return "a Ties id is ref:NUMBER or tied:NUMBER"
+    return "a tied row has several correct completions" if kind == "tied" and len(parsed.chosen) < 2 else None
+
+
+def _partner(subset: str, row_id: str) -> Partner | None:
+    """Of a Ties row the other one with its number."""
+    kind, _, number = row_id.partition(":")
+    return Partner(f"{_KINDS[kind]}:{number}", f"{TIES}:{number}") if subset == TIES else None
 
 
 def best_of_n_credit(scores: Floats) -> float:
@@ -85,7 +115,7 @@ def ties_id(row_id: str) -> tuple[str, int]:
     Raises ValueError for any other id.
     """
     kind, _, number = row_id.partition(":")
-    if kind not in ("ref", "tied") or not number.isdecimal():
+    if kind not in _KINDS or not number.isdecimal():
         raise ValueError(f"the id of a Ties row must be ref:NUMBER or tied:NUMBER, got {row_id!r}")
     return kind, int(number)
 
@@ -105,9 +135,6 @@ def combine(means: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mean(part: str, values: Sequence[float]) -> float:
     return float(np.mean(values)) if part.startswith(f"{TIES}/") else plain_mean(part, values)
-
-
-REWARD_BENCH_2 = Benchmark("rb2", observe, combine, _mean)
 
 
 def ties_score_0_1_4(rows: Sequence[ScoredRow]) -> float:
@@ -141,3 +168,24 @@ def ties_score_0_1_4(rows: Sequence[ScoredRow]) -> float:
     terms["margin"] = float(np.mean(margins)) if margins else 0.0
     tied, ref, preferred, hard, margin = (weight * terms[name] for name, weight in _TIES_WEIGHTS.items())
     return tied + ref + preferred + hard + margin
+
+
+def _ties_by_package(rows: Sequence[ScoredRow], figures: Mapping[str, float]) -> float | None:
+    return ties_score_0_1_4([row for row in rows if row.subset == TIES]) if TIES in figures else None
+
+
+REWARD_BENCH_2 = Benchmark(
+    name="reward_bench_2",
+    title="RewardBench 2",
+    prefix="rb2",
+    parse=parse,
+    observe=observe,
+    combine=combine,
+    mean=_mean,
+    data_set="hf:allenai/reward-bench-2:test",
+    subsets=SUBSETS,
+    fault=_fault,
+    partner=_partner,
+    is_right=wins_all,
+    measures=(Measure("ties_by_package_0_1_4", "Ties by the rules of rewardbench 0.1.4", _ties_by_package),),
+)

@@ -9,7 +9,9 @@ since a model that always refuses wins the one and loses the other. Overall and 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sarm.evaluate.benchmarks.rows import Benchmark, Observations, ScoredRow, collect, plain_mean
+from sarm.evaluate.benchmarks.benchmark import Benchmark, Measure, Parsed
+from sarm.evaluate.benchmarks.fields import prompt_in, subset_in, texts_in
+from sarm.evaluate.benchmarks.rows import Observations, ScoredRow, collect
 
 NUM_STYLES = 3
 DOMAINS = ("chat", "math", "code", "safety")
@@ -20,6 +22,13 @@ _LEVELS = {
     "normal": [(i, j) for i, j in _CELLS if i == j],
     "easy": [(i, j) for i, j in _CELLS if i > j],
 }
+
+
+def parse(fields: Mapping[str, Any]) -> Parsed:
+    """id, prompt, chosen [3], rejected [3], domain (or subset); completions are concise, detailed, detailed with markdown."""
+    prompt = prompt_in(fields)
+    chosen, rejected = texts_in(fields, "chosen", NUM_STYLES), texts_in(fields, "rejected", NUM_STYLES)
+    return Parsed(prompt, chosen, rejected, subset_in(fields, "domain", "subset"))
 
 
 def observe(rows: Sequence[ScoredRow]) -> Observations:
@@ -54,4 +63,25 @@ def combine(means: Mapping[str, Any]) -> dict[str, Any]:
     return {"overall": sum(pooled.values()) / len(pooled), **pooled, **figures}
 
 
-RM_BENCH = Benchmark("rmbench", observe, combine, plain_mean)
+def _pooled_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Rows of pooled safety, and of the levels, to which every row counts."""
+    total = sum(sizes.values())
+    return {"safety": sum(sizes.get(half, 0) for half in HALVES), **dict.fromkeys(_LEVELS, total)}
+
+
+RM_BENCH = Benchmark(
+    name="rm_bench",
+    title="RM-Bench",
+    prefix="rmbench",
+    parse=parse,
+    observe=observe,
+    combine=combine,
+    data_set="hf:THU-KEG/RM-Bench:train",
+    subsets={"chat": 129, "math": 529, "code": 228, "safety-refuse": 284, "safety-response": 157},
+    pooled_sizes=_pooled_sizes,
+    controls=(
+        Measure(
+            "easy_minus_hard", "easy minus hard (style gap)", lambda rows, figures: figures["easy"] - figures["hard"]
+        ),
+    ),
+)

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from sarm.contracts.ids import hash_share, prompt_key_of
 from sarm.data.sources.rows import EXTENSIONS, Reject, Row, data_set_rows, file_rows, is_data_set, source_files
-from sarm.evaluate.benchmarks.reading import FORMATS, TIES, BadRow, BenchmarkRow, read_benchmark
+from sarm.evaluate.benchmarks.benchmark import BadRow, BenchmarkRow
+from sarm.evaluate.benchmarks.reading import read_benchmark
+from sarm.evaluate.benchmarks.registry import benchmark_named
 from sarm.settings.checks import UserError
 
 _JSON = (".json", ".json.gz")
@@ -50,13 +52,12 @@ def parse_source(text: str) -> Source:
     Raises UserError for an unknown benchmark or a source that is not there.
     """
     name, _, place = text.partition("=")
-    if name not in FORMATS:
-        raise UserError(f"unknown benchmark {name}. Known are {', '.join(FORMATS)}. Pass --benchmarks NAME=SOURCE.")
-    place = place or FORMATS[name].data_set
+    public = benchmark_named(name).data_set
+    place = place or public
     if not place:
         raise UserError(f"{name} has no public data set. Pass --benchmarks {name}=FILE.")
     if not _is_file(place) and re.fullmatch(r"[\w.-]+/[\w.-]+", place):
-        place = f"hf:{place}:{FORMATS[name].data_set.rpartition(':')[2] or 'test'}"
+        place = f"hf:{place}:{public.rpartition(':')[2] or 'test'}"
     if not is_data_set(place):
         _files(place)
     return Source(name, place)
@@ -86,16 +87,10 @@ def load_benchmark(source: Source, limit: int | None, allow_partial: bool) -> Lo
     return Loaded(source, good, bad, num_read)
 
 
-def cluster_of(row: BenchmarkRow) -> str:
-    """What an interval keeps together: the prompt; a Ties prompt and its partner."""
-    is_ties = row.benchmark == "reward_bench_2" and row.subset == TIES
-    return f"{TIES}:{row.row_id.partition(':')[2]}" if is_ties else row.prompt_id
-
-
 def _sample(rows: Sequence[BenchmarkRow], limit: int) -> list[BenchmarkRow]:
     by_cluster: dict[str, list[BenchmarkRow]] = {}
     for row in rows:
-        by_cluster.setdefault(cluster_of(row), []).append(row)
+        by_cluster.setdefault(row.cluster, []).append(row)
     kept: set[int] = set()
     for cluster in sorted(by_cluster, key=hash_share):
         if len(kept) >= limit:

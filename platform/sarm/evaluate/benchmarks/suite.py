@@ -9,23 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sarm.evaluate.benchmarks.best_of_n import BEST_OF_N, PAIRS
+from sarm.evaluate.benchmarks.benchmark import Benchmark, Measure
 from sarm.evaluate.benchmarks.controls import calibrated, drift, length_and_style, rulers
+from sarm.evaluate.benchmarks.items import scored_rows
 from sarm.evaluate.benchmarks.probes import flips
-from sarm.evaluate.benchmarks.reading import FORMATS
-from sarm.evaluate.benchmarks.reward_bench import REWARD_BENCH
-from sarm.evaluate.benchmarks.reward_bench_2 import REWARD_BENCH_2, TIES, ties_score_0_1_4
-from sarm.evaluate.benchmarks.rm_bench import RM_BENCH
-from sarm.evaluate.benchmarks.rows import Benchmark, ScoredRow, scored_rows
+from sarm.evaluate.benchmarks.registry import BENCHMARKS
+from sarm.evaluate.benchmarks.rows import ScoredRow
 from sarm.evaluate.influence import figure_intervals
-
-BENCHMARKS: dict[str, Benchmark] = {
-    "reward_bench_2": REWARD_BENCH_2,
-    "rm_bench": RM_BENCH,
-    "reward_bench": REWARD_BENCH,
-    "pairs": PAIRS,
-    "best_of_n": BEST_OF_N,
-}
 
 Measures = dict[str, Any]
 _MAX_NAME = 150
@@ -42,10 +32,9 @@ def measure(items: pa.Table, seed: int) -> Measures:
 
 
 def _measure(name: str, items: pa.Table, probes: Sequence[str], seed: int) -> Measures:
-    benchmark, rows = BENCHMARKS[name], scored_rows(items, name)
+    benchmark = BENCHMARKS[name]
+    rows = benchmark.with_partners(scored_rows(items, name))
     plain = items.filter(pc.and_(pc.equal(items["benchmark"], name), pc.equal(items["variant"], "")))
-    if name == "reward_bench_2":
-        rows = _with_partners(rows)
     unscored = _unscored(plain)
     found: Measures = {
         "num_rows": len(rows),
@@ -53,13 +42,13 @@ def _measure(name: str, items: pa.Table, probes: Sequence[str], seed: int) -> Me
         "num_completions": plain.num_rows,
         "num_truncated": int(pc.sum(plain["truncated"]).as_py() or 0),
         "unscored": unscored,
-        "coverage": _coverage(name, rows),
+        "coverage": _coverage(benchmark, rows),
     }
     if not rows:
         return {**found, "figures": {}, "note": "no row has finite scores"}
     values, ends = benchmark.figures(rows), figure_intervals(benchmark, rows)
     by_ruler = rulers(benchmark, rows, seed)
-    sizes = _sizes(name, rows)
+    sizes = _sizes(benchmark, rows)
     found["figures"] = {
         figure: {
             "value": value,
@@ -69,11 +58,8 @@ def _measure(name: str, items: pa.Table, probes: Sequence[str], seed: int) -> Me
         }
         for figure, value in values.items()
     }
-    if name == "reward_bench_2" and TIES in values:
-        found["ties_by_package_0_1_4"] = ties_score_0_1_4([row for row in rows if row.subset == TIES])
-    found["controls"] = length_and_style(rows)
-    if name == "rm_bench":
-        found["controls"]["easy_minus_hard"] = values["easy"] - values["hard"]
+    found |= _own(benchmark.measures, rows, values)
+    found["controls"] = length_and_style(rows) | _own(benchmark.controls, rows, values)
     found["calibration"] = calibrated(rows)
     found["probes"] = {
         probe: flipped for probe in probes if (flipped := flips(rows, scored_rows(items, name, probe))) is not None
@@ -111,10 +97,9 @@ def metric_name(prefix: str, figure: str) -> str:
     return f"{prefix}/{name[:_MAX_NAME] or 'all'}"
 
 
-def _with_partners(rows: list[ScoredRow]) -> list[ScoredRow]:
-    """Without Ties rows whose partner has no score: their terms are undefined."""
-    ties = Counter(row.row_id.partition(":")[2] for row in rows if row.subset == TIES)
-    return [row for row in rows if row.subset != TIES or ties[row.row_id.partition(":")[2]] == 2]
+def _own(measures: Sequence[Measure], rows: Sequence[ScoredRow], figures: Mapping[str, float]) -> dict[str, float]:
+    """Those of a benchmark's own measures that are defined."""
+    return {one.key: value for one in measures if (value := one.of(rows, figures)) is not None}
 
 
 def _unscored(plain: pa.Table) -> list[dict[str, str]]:
@@ -124,17 +109,13 @@ def _unscored(plain: pa.Table) -> list[dict[str, str]]:
     return [{"where": f"{subset}/{row_id}", "reason": "score is not a finite number"} for subset, row_id in seen]
 
 
-def _coverage(name: str, rows: Sequence[ScoredRow]) -> dict[str, str]:
+def _coverage(benchmark: Benchmark, rows: Sequence[ScoredRow]) -> dict[str, str]:
     """Rows scored of the published number, by subset, where a benchmark has one."""
-    published = FORMATS[name].subsets or {}
     have = Counter(row.subset for row in rows)
-    return {subset: f"{have[subset]} of {published[subset]}" for subset in published}
+    return {subset: f"{have[subset]} of {published}" for subset, published in (benchmark.subsets or {}).items()}
 
 
-def _sizes(name: str, rows: Sequence[ScoredRow]) -> dict[str, int]:
-    sizes: Counter[str] = Counter(row.subset for row in rows)
-    sizes["overall"] = len(rows)
-    if name == "rm_bench":
-        sizes["safety"] = sizes["safety-refuse"] + sizes["safety-response"]
-        sizes |= Counter(dict.fromkeys(("hard", "normal", "easy"), len(rows)))
-    return dict(sizes)
+def _sizes(benchmark: Benchmark, rows: Sequence[ScoredRow]) -> dict[str, int]:
+    """Rows behind each figure."""
+    sizes = Counter(row.subset for row in rows)
+    return {**sizes, "overall": len(rows), **benchmark.pooled_sizes(sizes)}

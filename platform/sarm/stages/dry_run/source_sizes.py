@@ -9,13 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sarm.data.sources.built_in import CHARACTERS_A_TOKEN, PAIR_SOURCES, TEXT_SOURCES, TOKENS_A_SENTENCE
 from sarm.settings.data import DataSettings
 from sarm.settings.extraction import ExtractionSettings
 
-CHARACTERS_A_TOKEN = 4.4
-TOKENS_A_SENTENCE = 20
-# Bytes of rows that a byte of a compressed file holds. An archive holds compressed files.
-_UNPACKED = {".jsonl": 1.0, ".gz": 3.0, ".zst": 3.0, ".tar": 3.0, ".parquet": 1.8}
 _SAMPLED_ROWS = 200
 _READ_BYTES = 1 << 26
 # What stands around a row's text in its line: names of columns, quotes, numbers.
@@ -52,24 +49,6 @@ class Sizes(NamedTuple):
     corpus: Texts | None = None
     unknown: tuple[str, ...] = ()
     """Data sets of unknown size."""
-
-
-_KNOWN_TEXTS = {
-    "demo:openwebtext": (1000, 145_000, 4_800),
-    "demo:wikipedia": (1000, 145_000, 4_800),
-    "tiny:texts": (200, 16_000, 1_130),
-    # 65.9 GB in 17,103,059 documents, as its makers count them.
-    "hf:segyges/OpenWebText2": (17_103_059, 65.86e9 / CHARACTERS_A_TOKEN, 65.86e9 / CHARACTERS_A_TOKEN / TOKENS_A_SENTENCE),
-}  # fmt: skip
-"""Texts, tokens and sentences of sources."""
-
-_KNOWN_PAIRS = {
-    "demo:harm": (1715, 51),
-    "tiny:pairs": (120, 105),
-    "hf:Skywork/Skywork-Reward-Preference-80K-v0.2": (77_000, 1000),
-    "hf:PKU-Alignment/PKU-SafeRLHF": (74_000, 300),
-}
-"""Pairs of sources, and tokens of a pair: measured for the built-in ones, assumed for data sets."""
 
 
 def sizes_of(out: Path, data: DataSettings | None, extraction: ExtractionSettings = ExtractionSettings()) -> Sizes:
@@ -112,10 +91,10 @@ def _counted_texts(corpus: Path) -> Texts | None:
         return None
     tokens = counts["characters"] / CHARACTERS_A_TOKEN
     # Where the texts are those of built-in sources alone, their tokens and sentences are known better.
-    known = [_KNOWN_TEXTS.get(source, (0, 0, 0)) for source in counts.get("sources", {})]
+    known = [TEXT_SOURCES.get(source) for source in counts.get("sources", {})]
     sentences = tokens / TOKENS_A_SENTENCE
-    if known and all(rows for rows, _, _ in known):
-        rows, all_tokens, ends = (sum(column) for column in zip(*known, strict=True))
+    if known and all(known):
+        rows, all_tokens, ends = (sum(column) for column in zip(*(one[:3] for one in known if one), strict=True))
         tokens, sentences = counts["rows"] * all_tokens / rows, counts["rows"] * ends / rows
     return Texts(float(counts["rows"]), tokens, sentences, f"counted in {corpus}")
 
@@ -125,7 +104,7 @@ def _counted_pairs(folder: Path, data: DataSettings | None) -> Pairs | None:
     if not splits:
         return None
     sources = _counts(folder).get("sources") or dict.fromkeys(data.pairs if data else ())
-    known = [_KNOWN_PAIRS[source][1] for source in sources if source in _KNOWN_PAIRS]
+    known = [PAIR_SOURCES[source].tokens_a_pair for source in sources if source in PAIR_SOURCES]
     tokens = sum(known) / len(known) if known else 500.0
     return Pairs(float(splits.get("train", 0)), float(splits.get("heldout", 0)), tokens, f"counted in {folder}")
 
@@ -141,8 +120,8 @@ def _texts(data: DataSettings) -> Texts | str | None:
     """The sum over sources; the name of a source whose size is not known."""
     total = Texts(0, 0, 0, "")
     for spec in data.texts:
-        if (known := _KNOWN_TEXTS.get(spec)) is not None:
-            rows, tokens, sentences = map(float, known)
+        if (known := TEXT_SOURCES.get(spec)) is not None:
+            rows, tokens, sentences = map(float, known[:3])
         elif spec.startswith("hf:"):
             if data.max_texts is None:
                 return spec
@@ -160,8 +139,8 @@ def _texts(data: DataSettings) -> Texts | str | None:
 def _pairs(data: DataSettings) -> Pairs | str | None:
     count = tokens = 0.0
     for spec in data.pairs:
-        if (known := _KNOWN_PAIRS.get(spec)) is not None:
-            rows, each = float(known[0]), float(known[1])
+        if (known := PAIR_SOURCES.get(spec)) is not None:
+            rows, each = float(known.rows), float(known.tokens_a_pair)
         elif spec.startswith("hf:"):
             if data.max_pairs is None:
                 return spec
@@ -194,7 +173,8 @@ def _text_files(spec: str, text_field: str) -> tuple[float, float]:
 
 
 def _pair_files(spec: str) -> tuple[float, float]:
-    from sarm.data.sources.pairs import RawPair, open_pairs
+    from sarm.data.sources.layouts import RawPair
+    from sarm.data.sources.pairs import open_pairs
     from sarm.data.sources.rows import source_files
 
     files = source_files(spec, ())
@@ -209,6 +189,8 @@ def _pair_files(spec: str) -> tuple[float, float]:
 
 def _scaled(files: list[Path], lengths: Iterator[int], around: int) -> tuple[float, float]:
     """(rows, characters) of all files, from the characters of the first rows and the bytes of the files."""
+    from sarm.data.sources.rows import format_of
+
     found = list(lengths)
     if not found:
         return 0.0, 0.0
@@ -222,7 +204,7 @@ def _scaled(files: list[Path], lengths: Iterator[int], around: int) -> tuple[flo
     elif all(file.name.endswith(".jsonl") for file in files):
         rows = float(sum(map(_lines, files)))
     else:
-        unpacked = sum(file.stat().st_size * _UNPACKED[file.suffix] for file in files)
+        unpacked = sum(file.stat().st_size * format_of(file).unpacked for file in files)
         rows = unpacked / (mean + around)
     return rows, rows * mean
 
