@@ -7,7 +7,8 @@ from sarm.audit import causal
 from sarm.audit.codes import codes_of
 from sarm.data.tokens.sentences import sentence_ends
 from sarm.evaluate.statistics import pair_credit
-from sarm.nn.sae import TopKSae, dense, standardise
+from sarm.nn.sae import dense, standardise
+from sarm.nn.topk import TopKSae
 
 D, S, K = 8, 32, 4
 

@@ -34,7 +34,7 @@ from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.nn.backbone import load_backbone, without_final_norm
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.protocol import PROTOCOL_VERSION
-from sarm.nn.sae import TopKSae
+from sarm.nn.topk import TopKSae
 from sarm.passes.models import sarm_settings
 
 OUT = Path("outputs/bench/reward_text.json")

@@ -28,7 +28,6 @@ def sarm(folder: Path, batch: int, shared: bool) -> dict[str, Any]:
     from sarm.data.formats.sae_folder import load_sae
     from sarm.data.tokens.chat import Tokens
     from sarm.data.tokens.groups import PairOfGroup, PromptGroup
-    from sarm.nn.architectures import options_of
     from sarm.nn.backbone import load_backbone
     from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
     from sarm.settings.reward import RewardSettings
@@ -46,7 +45,7 @@ def sarm(folder: Path, batch: int, shared: bool) -> dict[str, Any]:
         layer=layer,
         d_sae=sae.d_sae,
         k=sae.k,
-        sae={"architecture": sae.architecture, **options_of(sae)},
+        sae=sae.describe(),
     )
     model = SarmForSequenceClassification(config, backbone, sae).train()
     longest = max(len(ids) for pair in pairs for ids in pair)

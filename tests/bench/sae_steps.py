@@ -35,7 +35,7 @@ def gemm(d: int, m: int, k: int, batch: int) -> Step:
 
 def sarm(d: int, m: int, k: int, batch: int) -> Step:
     """This project's `Learner`."""
-    from sarm.nn.sae import TopKSae
+    from sarm.nn.topk import TopKSae
     from sarm.settings.sae import SaeSettings
     from sarm.train.sae_learner import Learner
 

@@ -6,7 +6,8 @@ import torch
 
 from sarm.data.store.activations import ActivationStore
 from sarm.evaluate.reward_fidelity import chat_reward_fidelity
-from sarm.nn.sae import TopKSae, standardise
+from sarm.nn.sae import standardise
+from sarm.nn.topk import TopKSae
 
 SHARE = 0.2
 

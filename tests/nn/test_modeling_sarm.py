@@ -16,7 +16,8 @@ from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.data.tokens.packing import answer_rows, collate
 from sarm.nn.backbone import FAMILIES, load_backbone, residual_stream
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.sae import Codes, TopKSae, dense, standardise
+from sarm.nn.sae import Codes, dense, standardise
+from sarm.nn.topk import TopKSae
 from sarm.settings.model import ModelSettings
 
 D_SAE, K = 48, 6

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sarm.data.tokens.packing import answer_rows, token_batches
 from sarm.nn.backbone import FAMILIES, load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.sae import TopKSae
+from sarm.nn.topk import TopKSae
 
 D_SAE, K, END = 211, 6, 2
 # In bfloat16 a product's rounding depends on the shape of its matrices: eight bits of mantissa, some ten roundings deep.

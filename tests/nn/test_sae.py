@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sarm.nn.sae import STANDARDISE_EPS, Codes, TopKSae, _Encode, dense, geometric_median, standardise
+from sarm.nn.sae import STANDARDISE_EPS, Codes, _Encode, dense, geometric_median, standardise
+from sarm.nn.topk import TopKSae
 
 B, D, S, K = 7, 6, 24, 4
 

@@ -23,7 +23,8 @@ from sarm.data.formats.sarm_folder import load_sarm, save_sarm
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.engine.session import open_session
 from sarm.interpret.agreement import agreement
-from sarm.nn.sae import TopKSae, standardise
+from sarm.nn.sae import standardise
+from sarm.nn.topk import TopKSae
 from sarm.report.audit_page import write_audit_page
 from sarm.settings.audit import AuditFeatures, Relabel, Steer
 from sarm.settings.checks import UserError

@@ -16,7 +16,7 @@ from sarm.engine.deepspeed.zero import ZeroEngine
 from sarm.nn.backbone import load_backbone
 from sarm.nn.losses import bradley_terry
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.sae import TopKSae
+from sarm.nn.topk import TopKSae
 from sarm.settings.reward import RewardSettings
 from sarm.stages.train_reward_worker import last_epoch_accuracy
 from sarm.train.reward import RewardTraining, cut_into_steps, parameter_groups

@@ -27,7 +27,7 @@ from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.ray import stall, training_states
 from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.trainer import run_workers
-from sarm.nn.sae import TopKSae
+from sarm.nn.topk import TopKSae
 from sarm.settings.checks import StoppedError
 from sarm.settings.jobs import Pipeline
 from sarm.settings.reward import RewardSettings

@@ -12,7 +12,8 @@ from sarm.data.tokens.chat import ChatTokenizer
 from sarm.evaluate.probe import fit_probe
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.sae import TopKSae, standardise
+from sarm.nn.sae import standardise
+from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
 from sarm.stages.train_reward_worker import load_pairs
 from sarm.train.head_start import start_head_

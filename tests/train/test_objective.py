@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sarm.data.tokens.groups import PairOfGroup, PromptGroup
-from sarm.nn.architectures import DenseSae
 from sarm.nn.backbone import load_backbone
+from sarm.nn.dense import DenseSae
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.sae import TopKSae
+from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
 from sarm.settings.reward import RewardSettings
 from sarm.stages.reward_models import encoder_of

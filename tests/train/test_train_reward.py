@@ -20,7 +20,7 @@ from sarm.data.tokens.packing import padded_tokens
 from sarm.nn.backbone import load_backbone
 from sarm.nn.losses import bradley_terry
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.sae import TopKSae
+from sarm.nn.topk import TopKSae
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.reward import RewardSettings
 from sarm.train.objective import Objective

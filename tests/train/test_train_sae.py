@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from sarm.evaluate.sae_quality import LatentCounts, measure, quality_metrics
-from sarm.nn.sae import Codes, TopKSae, standardise
+from sarm.nn.sae import Codes, standardise
+from sarm.nn.topk import TopKSae
 from sarm.settings.sae import SaeSettings
 from sarm.train.sae import Phase, train_sae
 from sarm.train.sae_learner import Learner

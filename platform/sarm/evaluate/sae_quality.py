@@ -38,7 +38,7 @@ class LatentCounts:
         self.num_rows += codes.values.shape[0]
         self.fired.index_add_(0, indices, (values != 0).long())
         self.total.index_add_(0, indices, values.double())
-        self.peak.scatter_reduce_(0, indices, values.float(), "amax")
+        self.peak.scatter_reduce_(0, indices, values.float().abs(), "amax")
 
     def alive_share(self) -> float:
         """Share of latents that fired at least once."""

@@ -24,14 +24,15 @@ from transformers import (
 from transformers.utils import ModelOutput, logging
 
 from .answer_places import Places, closed, find_places, without_padding
-from .architectures import build_sae
+from .architectures import ARCHITECTURE_FILES, build_sae
 from .backbone import residual_stream, without_final_norm
 from .losses import reconstruction_loss
 from .protocol import PROTOCOL_VERSION
 from .sae import Codes, Sae, standardise
 
 # All of them are imported here or by each other: what is not, `trust_remote_code` does not fetch.
-CODE_FILES = ("modeling_sarm.py", "answer_places.py", "backbone.py", "architectures.py", "sae.py", "losses.py", "protocol.py")  # fmt: skip
+_SHARED_FILES = ("modeling_sarm.py", "answer_places.py", "backbone.py", "losses.py", "protocol.py", "architectures.py", "selection.py")  # fmt: skip
+CODE_FILES = (*_SHARED_FILES, *ARCHITECTURE_FILES)
 ON_CUT_OFF = ("close", "refuse", "penalise")
 # A penalised answer gets what one in a few hundred gets, unless the config says what.
 _PENALTY_STDS = 3.0
@@ -75,7 +76,7 @@ class SarmConfig(PretrainedConfig):
         self.backbone, self.layer, self.d_sae, self.k, self.head = backbone or {}, layer, d_sae, k, head
         # Off in one baseline of the papers alone.
         self.standardise = standardise
-        # Architecture and options of the SAE (`architectures.options_of`).
+        # Architecture and options of the SAE (`Sae.describe`).
         self.sae = sae or {"architecture": "topk"}
         self.end_of_turn_id, self.reward_mean, self.reward_std = end_of_turn_id, reward_mean, reward_std
         self.provenance = provenance or {}
@@ -132,8 +133,9 @@ class SarmForSequenceClassification(PreTrainedModel):
         d_in = self.model.config.hidden_size
         if config.head == "sae":
             self.sae = sae if sae is not None else build_sae(d_in=d_in, d_sae=config.d_sae, k=config.k, **config.sae)
-            # DeepSpeed broadcasts parameters as bytes, which a transposed one is not.
-            self.sae.W_enc.data = self.sae.W_enc.data.contiguous()
+            for parameter in self.sae.parameters():
+                # DeepSpeed broadcasts parameters as bytes, which a transposed one is not.
+                parameter.data = parameter.data.contiguous()
             self.score: SparseLinear | nn.Linear = SparseLinear(config.d_sae)
         elif config.head == "scalar":
             self.score = nn.Linear(d_in, 1, bias=False, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""Sparse autoencoders on standardised activations: what all share, and TopK.
+"""Sparse autoencoders on standardised activations: what all architectures share.
 
 B batch, D d_in, S d_sae, K active latents.
-x = (h - mean h) / (std h + 1e-6) per token;  pre = (x - b_dec) W_enc + b_enc;  z = relu(TopK(pre));  x_hat = z W_dec + b_dec.
+x = (h - mean h) / (std h + 1e-6) per token;  pre = (x - b_dec) W_enc + b_enc;  z = the architecture's rule of pre;  x_hat = z W_dec + b_dec.
 The K active latents of a row are kept as `Codes`, never as a B x S tensor, so the backward pass costs 4K/S of a dense one.
 """
 
@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .selection import Reconstruction, Rule, Share, TopKRule
+
 STANDARDISE_EPS = 1e-6
 
 
 class Codes(NamedTuple):
-    """The active latents of each row, by descending value; a latent of value 0 is inactive."""
+    """The active latents of each row, by descending absolute value; a latent of value 0 is inactive."""
 
     values: Float[Tensor, "batch k"]
     indices: Int[Tensor, "batch k"]
@@ -79,7 +81,10 @@ def bag_weight_gradient(
 
 
 class Sae(nn.Module, ABC):
-    """What all architectures share; they differ in `activate`.
+    """What all architectures share, and what each says of itself: a file of its own, and an entry in `architectures`.
+
+    Codes: `activate`, or `encode` where codes are no function of one set of pre-activations. Training: `rule` (or `pursue`), `aux_rule`,
+    `prefixes`, `penalty`, `after_step_`, `absorb_shift_`. Files: `options` and `exported_as`.
 
     Parameters as SAELens names and shapes them: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec; always float32.
     Calling it encodes standardised rows into `Codes`, and decodes `Codes` into rows: where parameters are sharded, they are there
@@ -87,15 +92,26 @@ class Sae(nn.Module, ABC):
     """
 
     architecture: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    """Hyperparameters beside d_sae and k: arguments, attributes, settings, and fields of `cfg.json`."""
+    exported_as: str
+    """The rule by which a reader who knows nothing of training gets the codes; file formats list the rules they can hold."""
+    is_bidirectional: ClassVar[bool] = False
+    """Whether a negative value of a latent has a meaning of its own."""
+    is_tied: ClassVar[bool] = False
+    """Whether the encoder is the decoder's transpose, and neither W_enc nor b_enc a parameter."""
+    prefixes: tuple[int, ...] = ()
+    """Sizes of nested dictionaries before the whole one, each of which has to reconstruct."""
 
     def __init__(self, d_in: int, d_sae: int, k: int):
         super().__init__()
         if not 1 <= k <= d_sae:
             raise ValueError(f"k must be between 1 and d_sae={d_sae}, got k={k}. Pass --sae.k.")
         self.d_in, self.d_sae, self.k = d_in, d_sae, k
-        # Stored latent by latent: a step reads and writes whole rows of the few active latents.
-        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, dtype=torch.float32).T)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=torch.float32))
+        if not self.is_tied:
+            # Stored latent by latent: a step reads and writes whole rows of the few active latents.
+            self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, dtype=torch.float32).T)
+            self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=torch.float32))
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, dtype=torch.float32))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=torch.float32))
 
@@ -106,16 +122,17 @@ class Sae(nn.Module, ABC):
         """Random unit decoder rows, encoder its transpose, b_dec the centre of a sample, so training starts mean-centred.
 
         `b_dec` is "mean" or "geometric_median" (which outlying rows move less).
-
-        The encoder is scaled so that the first reconstructions fit their inputs best in the sense of least squares.
         """
         sample_ND = sample_ND.float()
         self.b_dec.copy_(sample_ND.mean(0) if b_dec == "mean" else geometric_median(sample_ND))
         self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
         self.normalise_decoder_()
+        self.initialise_encoder_(sample_ND[:1024])
+
+    def initialise_encoder_(self, x_ND: Float[Tensor, "rows d_in"]) -> None:
+        """The decoder's transpose, scaled so that reconstructions of these rows are best in the sense of least squares."""
         self.W_enc.copy_(self.W_dec.T)
         self.b_enc.zero_()
-        x_ND = sample_ND[:1024]
         self.calibrate_(x_ND)
         centred, reconstructed = x_ND - self.b_dec, self.decode(self(x_ND)) - self.b_dec
         self.W_enc.mul_((centred * reconstructed).sum() / reconstructed.square().sum().clamp_min(1e-12))
@@ -135,7 +152,32 @@ class Sae(nn.Module, ABC):
 
     @abstractmethod
     def activate(self, pre_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values and indices of each row's active latents, by descending value, and where the gradient passes."""
+        """Values and indices of each row's active latents, by descending absolute value, and where the gradient passes."""
+
+    def rule(self, share: Share) -> Rule | None:
+        """Which latents are active in a training step; None where a step reconstructs by `pursue`."""
+        raise NotImplementedError(f"a {self.architecture} SAE is not trained as a dictionary.")
+
+    def pursue(self, x_BD: Tensor, share: Share) -> tuple[Reconstruction, Tensor]:
+        """A training step's reconstruction without AuxK, and what is left of the rows [B, D], where no rule selects latents at once."""
+        raise NotImplementedError(f"a {self.architecture} SAE selects latents by a rule.")
+
+    def aux_rule(self, aux_k: int, share: Share) -> Rule:
+        """Which dead latents reconstruct the error (AuxK, Gao et al. 2024, appendix A.2): the strongest."""
+        return TopKRule(share.num_rows, aux_k, group=share.latent_group)
+
+    def penalty(self, l0_B: Tensor, share: Share) -> Tensor | None:
+        """What is added to the loss for active latents; None: nothing."""
+        return None
+
+    def after_step_(self, rule: Rule | None) -> None:
+        """What an optimizer step leaves to be done."""
+
+    def describe(self) -> dict[str, Any]:
+        """What `build_sae` needs besides the sizes to make the same SAE again, as JSON values."""
+        values = {name: getattr(self, name) for name in self.options}
+        listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"architecture": self.architecture, **listed}
 
     def calibrate_(self, x_ND: Float[Tensor, "rows d_in"]) -> None:
         """Fit what the architecture has beside the four parameters to a sample, under the initial encoder."""
@@ -152,12 +194,15 @@ class Sae(nn.Module, ABC):
         same few at every chat end: under 1 % of the dictionary is then alive at the rewarded token, as in the published SAE.
         Earlier rows lose one direction of d_in, which the latent gives back.
         """
-        shift_D = rows_ND.to(self.b_dec.dtype).mean(0) - self.b_dec
-        unit_D = shift_D / shift_D.norm().clamp_min(1e-12)
+        unit_D = self._shift_direction(rows_ND)
         self.W_enc.sub_(torch.outer(unit_D, unit_D @ self.W_enc))
         self.W_enc[:, latent] = unit_D
         self.W_dec[latent] = unit_D
         self.b_enc[latent] = 0.0
+
+    def _shift_direction(self, rows_ND: Tensor) -> Tensor:
+        shift_D = rows_ND.to(self.b_dec.dtype).mean(0) - self.b_dec
+        return shift_D / shift_D.norm().clamp_min(1e-12)
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:
@@ -173,23 +218,6 @@ class Sae(nn.Module, ABC):
                 gradient.addcmul_((gradient * rows).sum(dim=1, keepdim=True), rows, value=-1.0)
 
 
-class TopKSae(Sae):
-    """z = relu(TopK(pre)); with `signed`, z = TopK(pre), as in the papers' own code, where negative latents may survive."""
-
-    architecture = "topk"
-
-    def __init__(self, d_in: int, d_sae: int, k: int, signed: bool = False):
-        super().__init__(d_in, d_sae, k)
-        self.signed = signed
-
-    def activate(self, pre_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        top_BK, indices_BK = torch.topk(pre_BS, self.k, dim=-1)
-        if self.signed:
-            return top_BK, indices_BK, torch.ones_like(top_BK, dtype=torch.bool)
-        # Latents of value 0 are off: relu's gradient is 0 there, also when fewer than K pre-activations are positive.
-        return top_BK.relu(), indices_BK, top_BK > 0
-
-
 def geometric_median(x_ND: Float[Tensor, "rows d_in"], steps: int = 32) -> Float[Tensor, " d_in"]:
     """The point with the least sum of distances to the rows, by Weiszfeld's iteration from their mean."""
     x_ND = x_ND.double()
@@ -203,4 +231,4 @@ def geometric_median(x_ND: Float[Tensor, "rows d_in"], steps: int = 32) -> Float
 def dense(codes: Codes, d_sae: int) -> Float[Tensor, "batch d_sae"]:
     """The codes as a B x S tensor, for small batches and tests."""
     full = torch.zeros(codes.values.shape[0], d_sae, dtype=codes.values.dtype, device=codes.values.device)
-    return full.scatter_(1, codes.indices, codes.values)
+    return full.scatter_add_(1, codes.indices, codes.values)

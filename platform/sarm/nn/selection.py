@@ -16,6 +16,33 @@ PreActs = Callable[[Tensor], Tensor]
 BLOCK = 16
 
 
+class Share(NamedTuple):
+    """What one worker sees of a training step: `num_rows` of its `num_all_rows`, or all of them where latents are dealt instead."""
+
+    num_rows: int
+    num_all_rows: int
+    group: dist.ProcessGroup | None = None
+    """All workers; None for a single one."""
+    splits_latents: bool = False
+
+    @property
+    def latent_group(self) -> dist.ProcessGroup | None:
+        """Workers over which the dictionary is split."""
+        return self.group if self.splits_latents else None
+
+    @property
+    def num_row_workers(self) -> int:
+        """Workers over which rows are dealt."""
+        return 1 if self.splits_latents or self.group is None else dist.get_world_size(self.group)
+
+    def over_rows(self, value: Tensor) -> Tensor:
+        """The sum over workers that have different rows."""
+        if self.num_row_workers > 1:
+            value = value.clone()
+            dist.all_reduce(value, group=self.group)
+        return value
+
+
 class Entries(NamedTuple):
     """Active latents, row after row.
 
@@ -32,6 +59,18 @@ class Entries(NamedTuple):
         """The entries at these places, or where this mask is true."""
         edge = None if self.is_edge is None else self.is_edge[places]
         return Entries(self.values[places], self.latents[places], self.rows[places], self.is_on[places], edge)
+
+
+class Reconstruction(NamedTuple):
+    """`x_hat` [G, B, D] of each nested dictionary, the whole one last; `error_hat` [B, D], what AuxK makes of the error, or None.
+
+    `l0` [B] is differentiable with respect to thresholds; `entries` are not.
+    """
+
+    x_hat: Tensor
+    error_hat: Tensor | None
+    l0: Tensor
+    entries: Entries
 
 
 @runtime_checkable
@@ -79,72 +118,6 @@ class TopKRule(LargestRule):
         rows = torch.arange(self._num_rows, device=values.device).repeat_interleave(values.shape[1])
         found = Entries(values.flatten(), latents_BK.flatten(), rows, is_on.flatten())
         return found if is_mine is None else found.at(is_mine.flatten())
-
-
-class BatchTopKRule(LargestRule):
-    """The K * B largest positive of the whole batch (BatchTopK, Bussmann et al. 2024, section 3), exactly.
-
-    `group` is the workers over which the batch's rows or the dictionary's latents are dealt; `num_rows` is the whole batch's.
-    After `entries`, `threshold` is the smallest value that was kept, or None if no latent is positive.
-    """
-
-    def __init__(self, num_rows: int, k: int, group: dist.ProcessGroup | None = None):
-        # Few rows have more than four times the average; those are looked at again.
-        super().__init__(4 * k)
-        self._total, self._group = num_rows * k, group
-        self.threshold: float | None = None
-
-    def entries(self, pre_acts: PreActs) -> Entries:
-        values_BW, latents_BW = (torch.cat(part) for part in zip(*self._seen, strict=True))
-        rows_BW = torch.arange(len(values_BW), device=values_BW.device)[:, None].expand_as(values_BW)
-        lowest = self._lowest_kept(values_BW.flatten())
-        cut_off = (values_BW[:, -1] > lowest) & (values_BW.shape[1] < self._num_latents)
-        rows = cut_off.nonzero().flatten()
-        keep_BW = (values_BW >= lowest) & (values_BW > 0) & ~cut_off[:, None]
-        parts = [(values_BW[keep_BW], latents_BW[keep_BW], rows_BW[keep_BW])]
-        for some in rows.split(64):
-            pre_RS = pre_acts(some)
-            row, latent = ((pre_RS >= lowest) & (pre_RS > 0)).nonzero(as_tuple=True)
-            parts.append((pre_RS[row, latent], latent, some[row]))
-        values, latents, owners = (torch.cat(part) for part in zip(*parts, strict=True))
-        lowest = self._lowest_kept(values)
-        order = torch.argsort(owners, stable=True)
-        order = order[values[order] >= lowest]
-        self.threshold = float(lowest) if lowest > 0 else None
-        values = values[order]
-        return Entries(values, latents[order], owners[order], torch.ones_like(values, dtype=torch.bool))
-
-    def _lowest_kept(self, values_N: Tensor) -> Tensor:
-        """The value of rank `total` among all workers' positive values; the smallest of them if there are fewer."""
-        positive = values_N[values_N > 0]
-        if self._group is not None:
-            positive = all_gather_uneven(positive, self._group)
-        if len(positive) == 0:
-            return values_N.new_zeros(())
-        return positive.kthvalue(max(1, len(positive) - self._total + 1)).values
-
-
-class JumpRule:
-    """Latents above their own threshold, and those within half a `bandwidth` of it, which move the threshold.
-
-    JumpReLU (Rajamanoharan et al. 2024, section 3): z = pre * H(pre - threshold), with straight-through gradients to thresholds.
-    """
-
-    def __init__(self, threshold_S: Tensor, bandwidth: float):
-        self._threshold, self._half = threshold_S, bandwidth / 2
-        self._seen: list[Entries] = []
-        self._num_rows = 0
-
-    def see(self, pre_CS: Tensor) -> None:
-        row, latent = (pre_CS > self._threshold - self._half).nonzero(as_tuple=True)
-        pre, threshold = pre_CS[row, latent], self._threshold[latent]
-        is_on = pre > threshold
-        is_edge = (pre - threshold).abs() < self._half
-        self._seen.append(Entries(pre * is_on, latent, row + self._num_rows, is_on, is_edge))
-        self._num_rows += len(pre_CS)
-
-    def entries(self, pre_acts: PreActs) -> Entries:
-        return Entries(*(torch.cat(part) for part in zip(*self._seen, strict=True)))
 
 
 def largest(pre_CS: Tensor, k: int) -> tuple[Tensor, Tensor]:

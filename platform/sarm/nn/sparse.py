@@ -14,11 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .architectures import JumpReluSae
 from .bags import Bags
 from .sae import Sae, bag_weight_gradient
 from .screening import Screen, is_worth_it
-from .selection import Entries, LargestRule, Rule, TopKRule
+from .selection import Entries, LargestRule, PreActs, Reconstruction, Rule, Share
 
 
 @runtime_checkable
@@ -100,35 +99,25 @@ class Workspace:
 class Plan(NamedTuple):
     """One step's choices."""
 
-    rule: Rule
+    rule: Rule | None
     workspace: Workspace
+    share: Share
     prefixes: tuple[int, ...] = ()
     """Sizes of the nested dictionaries before the whole one (Matryoshka)."""
     first_latent: int = 0
     """Number, in the whole dictionary, of this worker's first latent."""
     dead: Tensor | None = None
     """Numbers of dead latents, for AuxK."""
-    aux_k: int = 0
-    bandwidth: float = 0.0
-    latent_group: dist.ProcessGroup | None = None
-    """Workers over which the dictionary is split; all see the same rows."""
-
-
-class Reconstruction(NamedTuple):
-    """`x_hat` [G, B, D] of each nested dictionary, the whole one last; `error_hat` [B, D], what AuxK makes of the error, or None.
-
-    `l0` [B] is differentiable with respect to thresholds; `entries` are not.
-    """
-
-    x_hat: Tensor
-    error_hat: Tensor | None
-    l0: Tensor
-    entries: Entries
+    aux_rule: Rule | None = None
+    """Which of the dead latents AuxK takes; None: there is no AuxK in this step."""
 
 
 def reconstruct(sae: Sae, x_BD: Tensor, plan: Plan) -> Reconstruction:
     """Encode and decode rows with sparse gradients to all parameters (and to x, if asked for)."""
-    threshold = sae.threshold if isinstance(sae, JumpReluSae) else None
+    if plan.rule is None:
+        return _pursue(sae, x_BD, plan)
+    # A buffer is not learnt by gradients.
+    threshold = dict(sae.named_parameters()).get("threshold")
     seen: list[Entries] = []
     hat_GBD, l0 = _Autoencode.apply(x_BD, sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec, threshold, plan, seen.append)
     num_nested = len(plan.prefixes) + 1
@@ -137,6 +126,18 @@ def reconstruct(sae: Sae, x_BD: Tensor, plan: Plan) -> Reconstruction:
         x_hat_GBD = x_hat_GBD.cumsum(0)
     error_hat = hat_GBD[num_nested] if len(hat_GBD) > num_nested else None
     return Reconstruction(x_hat_GBD + sae.b_dec, error_hat, l0, seen[0])
+
+
+def _pursue(sae: Sae, x_BD: Tensor, plan: Plan) -> Reconstruction:
+    """An encoder that selects latents one after the other; AuxK's project what it has left of the rows."""
+    found, rest_BD = sae.pursue(x_BD, plan.share)
+    if plan.aux_rule is None:
+        return found
+    none_S, none_D = x_BD.new_zeros(sae.d_sae), x_BD.new_zeros(sae.d_in)
+    hat_GBD, _ = _Autoencode.apply(
+        rest_BD.detach(), sae.W_enc.T, none_S, sae.W_dec, none_D, None, plan, lambda entries: None
+    )
+    return found._replace(error_hat=hat_GBD[-1])
 
 
 class _Autoencode(torch.autograd.Function):
@@ -161,9 +162,9 @@ class _Autoencode(torch.autograd.Function):
         entries, bags, num_groups = _bags(active, aux, num_rows, plan)
         hat = plan.workspace.backend.decode(W_dec_SD, entries.values, bags)
         l0 = hat.new_zeros(num_rows).index_add_(0, active.rows, (active.values != 0).to(hat.dtype))
-        if plan.latent_group is not None:
-            dist.all_reduce(hat, group=plan.latent_group)
-            dist.all_reduce(l0, group=plan.latent_group)
+        if plan.share.latent_group is not None:
+            dist.all_reduce(hat, group=plan.share.latent_group)
+            dist.all_reduce(l0, group=plan.share.latent_group)
         ctx.save_for_backward(centred_BD, W_enc_SD, W_dec_SD, threshold_S, *entries, *bags)
         ctx.plan = plan
         return hat.view(num_groups, num_rows, x_BD.shape[1]), l0
@@ -181,14 +182,14 @@ class _Autoencode(torch.autograd.Function):
             centred_BD, grad_GD, pre_grads, entries.values, bags, len(W_enc_SD)
         )
         grad_b_dec = -(grad_b_enc @ W_enc_SD)
-        if plan.latent_group is not None:
-            dist.all_reduce(grad_b_dec, group=plan.latent_group)
+        if plan.share.latent_group is not None:
+            dist.all_reduce(grad_b_dec, group=plan.share.latent_group)
         grad_threshold = None
         if entries.is_edge is not None and ctx.needs_input_grad[5]:
             # Rajamanoharan et al. 2024, equations 11 and 12: a rectangle of width `bandwidth` in place of Dirac's delta.
             pull = threshold_S[bags.latents] * value_grads + grad_l0[bags.rows]
             grad_threshold = torch.zeros_like(threshold_S).index_add_(
-                0, bags.latents, -pull * entries.is_edge / plan.bandwidth
+                0, bags.latents, -pull * entries.is_edge / plan.rule.bandwidth
             )
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -199,25 +200,32 @@ class _Autoencode(torch.autograd.Function):
 
 
 def _select(centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, plan: Plan) -> tuple[Entries, Entries | None]:
-    """The rule's entries and AuxK's: the `aux_k` largest of the dead latents."""
+    """The rule's entries and AuxK's, of dead latents alone."""
 
     def again(rows: Tensor) -> Tensor:
         return torch.addmm(b_S, centred_BD[rows], W_SD.T)
 
+    aux = None
+    if plan.aux_rule is not None and plan.dead is not None:
+        _see(plan.aux_rule, centred_BD, W_SD[plan.dead], b_S[plan.dead], plan.workspace)
+        aux = plan.aux_rule.entries(again)
+        aux = aux._replace(latents=plan.dead[aux.latents])
+    return _active(centred_BD, W_SD, b_S, plan, again), aux
+
+
+def _active(centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, plan: Plan, again: PreActs) -> Entries:
+    """The rule's entries; without a rule, none."""
     rule, screened = plan.rule, None
+    if rule is None:
+        none = torch.empty(0, dtype=torch.long, device=centred_BD.device)
+        return Entries(centred_BD.new_empty(0), none, none, none.bool())
     if isinstance(rule, LargestRule) and is_worth_it(W_SD, rule.width):
         screened = plan.workspace.screen.largest(centred_BD, W_SD, b_S, rule.width)
         if screened is not None:
             rule.take(*screened, len(W_SD))
     if screened is None:
         _see(rule, centred_BD, W_SD, b_S, plan.workspace)
-    aux = None
-    if plan.dead is not None:
-        aux_rule = TopKRule(len(centred_BD), plan.aux_k, group=plan.latent_group)
-        _see(aux_rule, centred_BD, W_SD[plan.dead], b_S[plan.dead], plan.workspace)
-        aux = aux_rule.entries(again)
-        aux = aux._replace(latents=plan.dead[aux.latents])
-    return rule.entries(again), aux
+    return rule.entries(again)
 
 
 def _see(rule: Rule, centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, workspace: Workspace) -> None:

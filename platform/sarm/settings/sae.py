@@ -12,7 +12,7 @@ from sarm.settings.checks import check_rate as _check_rate
 
 @dataclass(frozen=True, kw_only=True)
 class SaeSettings:
-    """The TopK sparse autoencoder and its two training phases (sentence ends, then chat ends)."""
+    """The sparse autoencoder and its two training phases (sentence ends, then chat ends)."""
 
     d_sae: int = 9216
     """Dictionary size; the papers use 16 d_in."""
@@ -40,8 +40,9 @@ class SaeSettings:
     """Time between two training states on disk; a stopped job that is run again goes on from the last one."""
     checkpoint_every_steps: int = field(default=0, metadata=OPERATIONAL)
     """Steps between two training states instead; 0: by time."""
-    architecture: Literal["topk", "batch_topk", "matryoshka", "jumprelu"] = "topk"
-    """k latents of each row; k a row on average over the batch, `matryoshka` in nested dictionaries; or learnt thresholds."""
+    architecture: Literal["topk", "batch_topk", "matryoshka", "jumprelu", "abs_topk", "matching_pursuit"] = "topk"
+    """k latents of each row; k a row on average over the batch, `matryoshka` in nested dictionaries; learnt thresholds; the k of largest
+    absolute value, of either sign; or k greedy steps, each on what those before have left."""
     signed: bool = False
     """TopK without the ReLU, as in the papers' own code: negative latents may be active."""
     prefixes: tuple[int, ...] = ()

@@ -9,7 +9,6 @@ from sarm.data.formats.sae_folder import save_sae
 from sarm.data.formats.sae_weights import STANDARDISED
 from sarm.data.formats.sarm_folder import load_sarm, save_sarm
 from sarm.data.tokens.chat import load_chat_tokenizer
-from sarm.nn.sae import TopKSae
 from sarm.settings.checks import UserError
 from sarm.settings.conversion import ConvertSarm
 from sarm.settings.model import ModelSettings
@@ -57,13 +56,8 @@ def convert_sarm(config: ConvertSarm) -> None:
             activations = {"d_in": model.sae.d_in, "model": made_for, "layer": model.config.layer}
             save_sae(model.sae, config.target, {"input": STANDARDISED, "activations": activations})
         folder.finish({"figures": {}})
-    signed = (
-        ""
-        if model.config.head != "sae" or not isinstance(model.sae, TopKSae)
-        else ", signed TopK"
-        if model.sae.signed
-        else ", TopK and ReLU"
-    )
+    rule = model.sae.exported_as if model.config.head == "sae" else ""
+    signed = {"signed_topk": ", signed TopK", "topk": ", TopK and ReLU"}.get(rule, "")
     print(
         f"{config.target}: {config.format}, layer {model.config.layer}, {model.config.d_sae} latents, k {model.config.k}{signed}"
     )

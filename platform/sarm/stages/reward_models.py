@@ -11,8 +11,8 @@ from sarm.data.formats.models import backbone_of, model_folder
 from sarm.data.formats.sae_folder import load_sae
 from sarm.data.store.activations import ActivationStore
 from sarm.data.tokens.chat import ChatTokenizer
-from sarm.nn.architectures import DenseSae, options_of
 from sarm.nn.backbone import read_config
+from sarm.nn.dense import DenseSae
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import Sae
 from sarm.settings.checks import UserError
@@ -68,7 +68,7 @@ def build_model(
         layer=model.layer,
         d_sae=0 if sae is None else sae.d_sae,
         k=0 if sae is None else sae.k,
-        sae=None if sae is None else {"architecture": sae.architecture, **options_of(sae)},
+        sae=None if sae is None else sae.describe(),
         head="scalar" if sae is None else "sae",
         standardise=sae is None or reward.encoder != "random_linear",
         end_of_turn_id=chat.end_of_turn_id,
@@ -105,7 +105,7 @@ def encoder_of(sae: Sae, reward: RewardSettings, seed: int) -> Sae:
             return sae
         dense = DenseSae(sae.d_in, sae.d_sae, sae.k)
         for name, parameter in dense.named_parameters():
-            parameter.copy_(sae.get_parameter(name))
+            parameter.copy_(getattr(sae, name))
         if reward.encoder == "random_linear":
             dense.W_enc.copy_((_LINEAR_INIT_STD * torch.randn(sae.d_sae, sae.d_in, generator=generator)).T)
             dense.b_enc.zero_()

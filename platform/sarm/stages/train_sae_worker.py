@@ -24,7 +24,7 @@ from sarm.engine.ray.trainer import (
 )
 from sarm.engine.ray.training_states import WorkerStates
 from sarm.evaluate.sae_quality import measure
-from sarm.nn.architectures import build_sae
+from sarm.nn.architectures import OPTIONS, build_sae
 from sarm.nn.sae import standardise
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
@@ -34,7 +34,7 @@ from sarm.train.phase_shift import absorb_phase_shift_
 from sarm.train.sae import Phase, SaeTraining
 
 _SAMPLE_ROWS = 16 * 1024
-_OF_THE_SAE = ("architecture", "d_sae", "k", "signed", "prefixes", "bandwidth", "l0_penalty")
+_OF_THE_SAE = ("architecture", "d_sae", "k", *OPTIONS)
 _OF_ONE_DICTIONARY = {*_OF_THE_SAE, "aux_k", "aux_coefficient", "dead_after_rows", "b_dec_init", "cross_entropy_texts"}
 
 

@@ -3,7 +3,6 @@
 import torch
 
 from sarm.evaluate.sae_quality import count_latents
-from sarm.nn.architectures import BatchTopKSae
 from sarm.nn.sae import Sae
 
 _ROWS_AT_ONCE = 4096
@@ -13,6 +12,3 @@ def absorb_phase_shift_(sae: Sae, before_ND: torch.Tensor, after_ND: torch.Tenso
     """Take out of the dictionary how far the new rows lie from those before (`Sae.absorb_shift_`); the latent that `before` uses least carries it."""
     unused = int(count_latents(sae, before_ND.split(_ROWS_AT_ONCE)).fired.argmin())
     sae.absorb_shift_(after_ND, unused)
-    if isinstance(sae, BatchTopKSae):
-        # A threshold that follows a hundredth of the way each step would spend a short phase on getting there.
-        sae.calibrate_(after_ND)

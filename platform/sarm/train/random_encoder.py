@@ -16,7 +16,6 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from sarm.data.store.activations import ActivationStore
-from sarm.nn.architectures import ThresholdSae
 from sarm.nn.sae import Sae, standardise
 from sarm.train.phase_shift import absorb_phase_shift_
 
@@ -31,7 +30,8 @@ _PENALTIES = (np.inf, 100.0, 10.0, 1.0, 0.1, 0.01)
 def draw_directions_(sae: Sae, generator: torch.Generator) -> None:
     """Uniform directions for every latent, which keeps its length and bias; the decoder is their transpose of unit rows."""
     directions_SD = nn.functional.normalize(torch.randn(sae.d_sae, sae.d_in, generator=generator), dim=1)
-    sae.W_enc.copy_((directions_SD * sae.W_enc.norm(dim=0)[:, None]).T)
+    if not sae.is_tied:
+        sae.W_enc.copy_((directions_SD * sae.W_enc.norm(dim=0)[:, None]).T)
     sae.W_dec.copy_(directions_SD)
 
 
@@ -41,8 +41,7 @@ def match_(sae: Sae, chat_ends: ActivationStore, *, absorb: bool) -> None:
     rows_ND = _sample(chat_ends)
     if absorb:
         absorb_phase_shift_(sae, rows_ND, rows_ND)
-    if isinstance(sae, ThresholdSae):
-        sae.calibrate_(rows_ND)
+    sae.calibrate_(rows_ND)
 
 
 def read_through_codes(

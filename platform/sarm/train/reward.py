@@ -223,8 +223,9 @@ def parameter_groups(model: torch.nn.Module, config: RewardSettings) -> list[dic
     a demo's worth of pairs touches few of them.
     """
     named = list(model.named_parameters())
-    # The decoder is no part of the reward, and thresholds learn by gradients of their own.
-    unused = {"sae.threshold"} | (set() if config.recon_weight else {"sae.W_dec"})
+    # A decoder is no part of the reward unless it is the encoder too, and thresholds learn by gradients of their own.
+    is_tied = all(name != "sae.W_enc" for name, _ in named)
+    unused = {"sae.threshold"} | (set() if config.recon_weight or is_tied else {"sae.W_dec"})
     adapters = [p for name, p in named if ".lora_" in name]
     blocks = adapters or [p for name, p in named if ".layers." in name]
     sae = [p for name, p in named if name.startswith("sae.") and name not in unused]

@@ -12,11 +12,10 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sarm.nn.architectures import BatchTopKSae, JumpReluSae, MatryoshkaSae
 from sarm.nn.losses import reconstruction_loss
-from sarm.nn.sae import Sae, TopKSae
-from sarm.nn.selection import BatchTopKRule, JumpRule, Rule, TopKRule
-from sarm.nn.sparse import Plan, Reconstruction, Workspace, backend_for, reconstruct
+from sarm.nn.sae import Sae
+from sarm.nn.selection import Reconstruction, Rule, Share
+from sarm.nn.sparse import Plan, Workspace, backend_for, reconstruct
 from sarm.settings.checks import UserError
 from sarm.settings.sae import SaeSettings
 
@@ -38,11 +37,14 @@ class Learner:
         self._group = dist.group.WORLD if self.world > 1 else None
         self.sae = shard_of(self._whole, self.rank, self.world) if self._splits_latents else self._whole
         self.first_latent = self.rank * self.sae.d_sae if self._splits_latents else 0
-        # A step reads whole latents, and Adam copies what is not contiguous; to it, W_enc and its transpose are the same.
-        self.sae.W_enc.data = self.sae.W_enc.data.T.contiguous().T
-        self._W_enc_SD = nn.Parameter(self.sae.W_enc.data.T)
-        rest = [p for name, p in self.sae.named_parameters() if name != "W_enc"]
-        self._optimizer = torch.optim.Adam([self._W_enc_SD, *rest], fused=True)
+        learnt = dict(self.sae.named_parameters())
+        self._W_enc_SD: nn.Parameter | None = None
+        if (W_enc := learnt.pop("W_enc", None)) is not None:
+            # A step reads whole latents, and Adam copies what is not contiguous; to it, W_enc and its transpose are the same.
+            W_enc.data = W_enc.data.T.contiguous().T
+            self._W_enc_SD = nn.Parameter(W_enc.data.T)
+        encoder = [] if self._W_enc_SD is None else [self._W_enc_SD]
+        self._optimizer = torch.optim.Adam([*encoder, *learnt.values()], fused=True)
         device = self.sae.W_dec.device
         self._workspace = Workspace(backend_for(device), _CHUNK_VALUES[device.type == "cuda"])
         self.rows_since_fired = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
@@ -52,22 +54,24 @@ class Learner:
         size = len(x_BD)
         if not self._splits_latents:
             x_BD = x_BD[self.rank :: self.world]
-        loss = self._loss(x_BD, size)
+        share = Share(len(x_BD), size, self._group, self._splits_latents)
+        rule = self.sae.rule(share)
+        loss = self._loss(x_BD, rule, share)
         loss.backward()
         if self._group is not None and not self._splits_latents:
             for parameter in self.sae.parameters():
                 dist.all_reduce(parameter.grad, group=self._group)
         self.sae.remove_parallel_gradient_()
-        assert self.sae.W_enc.grad is not None
-        self._W_enc_SD.grad, self.sae.W_enc.grad = self.sae.W_enc.grad.T, None
+        if self._W_enc_SD is not None:
+            assert self.sae.W_enc.grad is not None
+            self._W_enc_SD.grad, self.sae.W_enc.grad = self.sae.W_enc.grad.T, None
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.sae.normalise_decoder_()
-        if isinstance(self.sae, JumpReluSae):
-            self.sae.threshold.data.clamp_min_(0.0)
-        return self._over_row_workers(loss.detach())
+        self.sae.after_step_(rule)
+        return share.over_rows(loss.detach())
 
     def dead(self) -> Tensor:
         """Whether each latent is dead."""
@@ -106,56 +110,27 @@ class Learner:
         self._optimizer.load_state_dict(state["optimizer"])
         self.rows_since_fired.copy_(state["rows_since_fired"])
 
-    def _loss(self, x_BD: Tensor, size: int) -> Tensor:
-        rule = self._rule(len(x_BD), size)
-        found = reconstruct(self.sae, x_BD, self._plan(rule))
+    def _loss(self, x_BD: Tensor, rule: Rule | None, share: Share) -> Tensor:
+        size = share.num_all_rows
+        found = reconstruct(self.sae, x_BD, self._plan(rule, share))
         rows_B = torch.stack([reconstruction_loss(x_hat_BD, x_BD) for x_hat_BD in found.x_hat]).mean(0)
         loss = rows_B.sum() / size
         if found.error_hat is not None:
             error_BD = (x_BD - found.x_hat[-1]).detach()
             loss = loss + self._config.aux_coefficient * reconstruction_loss(found.error_hat, error_BD).sum() / size
-        if isinstance(self.sae, JumpReluSae):
-            loss = loss + self._l0_penalty(self.sae, found, size)
+        penalty = self.sae.penalty(found.l0, share)
         self._count(found, size)
-        if isinstance(rule, BatchTopKRule) and isinstance(self.sae, BatchTopKSae):
-            self.sae.follow_(rule.threshold)
-        return loss
+        return loss if penalty is None else loss + penalty
 
-    def _rule(self, num_rows: int, size: int) -> Rule:
-        sae = self.sae
-        if isinstance(sae, TopKSae):
-            return TopKRule(num_rows, sae.k, sae.signed, self._group if self._splits_latents else None)
-        if isinstance(sae, BatchTopKSae):
-            return BatchTopKRule(size, sae.k, self._group)
-        assert isinstance(sae, JumpReluSae)
-        return JumpRule(sae.threshold.detach(), sae.bandwidth)
-
-    def _plan(self, rule: Rule) -> Plan:
-        dead = None
-        if self._config.aux_k > 0:
-            dead = self.dead().nonzero().flatten()
-            num_dead = torch.tensor(len(dead), device=dead.device)
-            if self._splits_latents:
-                dist.all_reduce(num_dead, group=self._group)
-            dead = dead if num_dead > 0 else None
-        return Plan(
-            rule,
-            self._workspace,
-            prefixes=self.sae.prefixes if isinstance(self.sae, MatryoshkaSae) else (),
-            first_latent=self.first_latent,
-            dead=dead,
-            aux_k=self._config.aux_k,
-            bandwidth=self.sae.bandwidth if isinstance(self.sae, JumpReluSae) else 0.0,
-            latent_group=self._group if self._splits_latents else None,
-        )
-
-    def _l0_penalty(self, sae: JumpReluSae, found: Reconstruction, size: int) -> Tensor:
-        """l0_penalty * (mean L0 / k - 1)^2, whose gradient needs the mean over all workers' rows."""
-        excess = self._over_row_workers(found.l0.detach().sum()) / size / sae.k - 1
-        slope = 2 * sae.l0_penalty * excess / (size * sae.k)
-        own_share = 1 if self._splits_latents else self.world
-        moving = slope * found.l0.sum()
-        return moving + (sae.l0_penalty * excess.square() / own_share - moving).detach()
+    def _plan(self, rule: Rule | None, share: Share) -> Plan:
+        plan = Plan(rule, self._workspace, share, prefixes=self.sae.prefixes, first_latent=self.first_latent)
+        if self._config.aux_k == 0:
+            return plan
+        dead = self.dead().nonzero().flatten()
+        num_dead = torch.tensor(len(dead), device=dead.device)
+        if share.splits_latents:
+            dist.all_reduce(num_dead, group=self._group)
+        return plan._replace(dead=dead, aux_rule=self.sae.aux_rule(self._config.aux_k, share)) if num_dead > 0 else plan
 
     def _count(self, found: Reconstruction, size: int) -> None:
         has_fired = torch.zeros(self.sae.d_sae, dtype=torch.uint8, device=self.rows_since_fired.device)
@@ -163,12 +138,6 @@ class Learner:
         if self._group is not None and not self._splits_latents:
             dist.all_reduce(has_fired, dist.ReduceOp.MAX, group=self._group)
         self.rows_since_fired.add_(size).mul_(has_fired == 0)
-
-    def _over_row_workers(self, value: Tensor) -> Tensor:
-        if self._group is not None and not self._splits_latents:
-            value = value.clone()
-            dist.all_reduce(value, group=self._group)
-        return value
 
 
 def shard_of(sae: Sae, rank: int, world: int) -> Sae:

@@ -10,10 +10,10 @@ from transformers import AutoTokenizer
 from sarm.data.formats.sae_folder import load_sae, save_sae
 from sarm.data.formats.sarm_folder import load_sarm, save_sarm
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
-from sarm.nn.architectures import build_sae, options_of
+from sarm.nn.architectures import build_sae
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.sae import TopKSae
+from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 
@@ -62,7 +62,7 @@ def test_every_architecture_comes_back_with_its_options_and_thresholds(architect
     save_sae(sae, tmp_path, {})
     found, _ = load_sae(tmp_path)
     assert type(found) is type(sae)
-    assert options_of(found) == options_of(sae)
+    assert found.describe() == sae.describe()
     for name, tensor in sae.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name
     x = sample * 1.7
@@ -172,7 +172,7 @@ def build(tiny_folder: Path, head: str = "sae", architecture: str = "topk") -> S
         layer=1,
         d_sae=D_SAE if sae else 0,
         k=K if sae else 0,
-        sae={"architecture": sae.architecture, **options_of(sae)} if sae else None,
+        sae=sae.describe() if sae else None,
         head=head,
         end_of_turn_id=1,
         provenance={"model": "tiny:llama"},

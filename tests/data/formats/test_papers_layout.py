@@ -14,7 +14,7 @@ from sarm.data.formats.sae_folder import load_sae
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.sae import TopKSae
+from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
 from sarm.settings.conversion import ConvertSarm
 from sarm.settings.model import ModelSettings

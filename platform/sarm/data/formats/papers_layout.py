@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModel
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.model_files import inside_cache
 from sarm.data.tokens.chat import ChatTokenizer
-from sarm.nn.architectures import DenseSae, options_of
 from sarm.nn.backbone import FAMILIES, without_final_norm
+from sarm.nn.dense import DenseSae
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
-from sarm.nn.sae import Sae, TopKSae
+from sarm.nn.sae import Sae
+from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
 
 # Theirs -> ours, and whether one is the other's transpose.
@@ -32,6 +33,8 @@ _SAE_KEYS = {
     "sae.decoder.weight": ("W_dec", True),
 }
 _SCORE = "score.weight"
+_HELD = ("topk", "signed_topk", "dense")
+"""Rules (`Sae.exported_as`) that the layout has words for."""
 
 
 class PapersFields(NamedTuple):
@@ -73,7 +76,7 @@ def read_papers_sarm(folder: Path, chat: ChatTokenizer, given: PapersFields) -> 
         layer=fields.layer or 0,
         d_sae=sae.d_sae,
         k=sae.k,
-        sae={"architecture": sae.architecture, **options_of(sae)},
+        sae=sae.describe(),
         end_of_turn_id=chat.end_of_turn_id,
         provenance={
             "model": str(folder),
@@ -97,7 +100,7 @@ def write_papers_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer,
 
     Raises UserError for a scalar head and for SAEs that the layout has no words for.
     """
-    if model.config.head != "sae" or not isinstance(model.sae, TopKSae | DenseSae):
+    if model.config.head != "sae" or model.sae.exported_as not in _HELD:
         what = "a scalar head" if model.config.head != "sae" else f"a {model.sae.architecture} SAE"
         raise UserError(f"the papers' layout has no words for {what}. Only SARMs on TopK SAEs can be written.")
     if not model.config.standardise:
@@ -113,7 +116,7 @@ def write_papers_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer,
             "sae_latent_size": model.sae.d_sae,
             "sae_k": model.sae.k,
             "sae_use_sequence_level": True,
-            "sarm_use_activation": isinstance(model.sae, TopKSae),
+            "sarm_use_activation": model.sae.exported_as != "dense",
         },
     }
     tensors = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}

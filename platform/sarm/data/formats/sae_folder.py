@@ -19,7 +19,8 @@ from sarm.settings.checks import UserError
 def save_sae(sae: Sae, folder: Path, metadata: dict[str, Any]) -> None:
     """Write the SAE; `metadata` (model, layer, standardising, ...) goes into `cfg.json`.
 
-    Architectures with thresholds are SAELens' jumprelu, which is what they are out of training; `metadata.sae` says how they train.
+    `architecture` in it is the rule out of training (`Sae.exported_as`), by SAELens' name where SAELens has it; `metadata.sae` says how the
+    SAE was trained.
     """
     write_sae_lens(weights_of(sae, metadata), folder)
 
@@ -32,16 +33,16 @@ def load_sae(folder: Path) -> tuple[Sae, dict[str, Any]]:
     try:
         config = read_json(folder / CONFIG)
         weights = load_file(folder / WEIGHTS)
+        kind = dict(config.get("metadata", {}).get("sae", {"architecture": config["architecture"]}))
+        known = kind["architecture"] in ARCHITECTURES
         # A jumprelu SAE from elsewhere has no k, and none is needed unless it is trained on.
-        here = {"architecture": config["architecture"], "k": config["k"] if config["architecture"] == "topk" else 1}
-        kind = dict(config.get("metadata", {}).get("sae", here))
-        architecture, k = kind.pop("architecture"), kind.pop("k")
-        known = architecture in ARCHITECTURES
-        sae = build_sae(architecture, config["d_in"], config["d_sae"], k, **kind) if known else None
+        if known and "k" not in kind:
+            kind["k"] = 1 if kind["architecture"] == "jumprelu" else config["k"]
+        sae = build_sae(d_in=config["d_in"], d_sae=config["d_sae"], **kind) if known else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} is not a readable SAE: {error}. Train it again, or pass another --out.") from error
     if sae is None:
-        raise UserError(f"{folder} holds a {architecture} SAE, expected one of {', '.join(ARCHITECTURES)}.")
+        raise UserError(f"{folder} holds a {kind['architecture']} SAE, expected one of {', '.join(ARCHITECTURES)}.")
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:

@@ -18,13 +18,13 @@ from sarm.data.formats.sae_layouts import (
     read_dictionary_learning,
     read_pt,
     read_sparsify,
-    refuse_signed,
     write_dictionary_learning,
     write_pt,
     write_sparsify,
 )
 from sarm.data.formats.sae_lens_layout import (
     CONFIG,
+    HELD,
     WEIGHTS,
     read_sae_lens,
     write_sae_lens,
@@ -35,11 +35,13 @@ from sarm.settings.checks import UserError
 
 
 class Format(NamedTuple):
-    """One library's files: whether a path holds them, how they are read, and how an SAE is written into an empty folder."""
+    """One library's files: whether a path holds them, how they are read, and how an SAE of the rules in `holds` is written into an empty folder."""
 
     is_at: Callable[[Path], bool]
     read: Callable[[Path, int | None], SaeWeights]
     write: Callable[[SaeWeights, Path], None]
+    holds: tuple[str, ...]
+    """Rules (`Sae.exported_as`) that the library's files have words for; an SAE of any other is refused."""
 
 
 def import_sae(path: Path, format: str = "auto", k: int | None = None) -> SaeWeights:
@@ -79,6 +81,7 @@ def export_sae(weights: SaeWeights, folder: Path, format: str) -> None:
 
     Raises UserError if the folder is in use, or the format has no words for this SAE.
     """
+    _refuse_unknown_rule(weights, format)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty. Pass another output folder.")
     temporary = folder.with_name(f".{folder.name}.unfinished")
@@ -95,31 +98,43 @@ def export_sae(weights: SaeWeights, folder: Path, format: str) -> None:
 
 def with_relu(weights: SaeWeights) -> SaeWeights:
     """A signed TopK SAE as its readers use it that drop latents of value 0 and below."""
+    if weights.rule != "signed_topk":
+        return weights
     said = weights.metadata.get("sae")
     return replace(
-        weights, signed=False, metadata=weights.metadata | ({"sae": {**said, "signed": False}} if said else {})
+        weights, rule="topk", metadata=weights.metadata | ({"sae": {**said, "signed": False}} if said else {})
     )
 
 
-def _with_relu_only(weights: SaeWeights, folder: Path) -> None:
-    refuse_signed(weights, "saelens")
-    write_sae_lens(weights, folder)
-
-
-def _on_residuals(weights: SaeWeights, folder: Path) -> None:
-    refuse_signed(weights, "saelens")
-    write_sae_lens_on_residuals(weights, folder)
+def _refuse_unknown_rule(weights: SaeWeights, format: str) -> None:
+    holds = FORMATS[format].holds
+    if weights.rule in holds:
+        return
+    library = format.removesuffix("_residual")
+    if weights.rule == "signed_topk":
+        raise UserError(
+            f"{library} puts a ReLU behind TopK, this SAE keeps negative latents. Pass --format pt, or --relu to drop them as the ReLU does."
+        )
+    known = ", ".join(dict.fromkeys(_NAMES[rule] for rule in holds))
+    others = [name for name, other in FORMATS.items() if weights.rule in other.holds and not name.endswith("_residual")]
+    advice = f"Pass --format {' or '.join(others)}." if others else "Only this platform's own folders hold it."
+    raise UserError(f"{library} knows only {known}, this SAE's rule is {_NAMES.get(weights.rule, weights.rule)}. {advice}")  # fmt: skip
 
 
 def _holds(*names: str) -> Callable[[Path], bool]:
     return lambda path: all((path / name).is_file() for name in names)
 
 
+_NAMES = {"topk": "TopK", "signed_topk": "TopK", "jumprelu": "thresholds", "matching_pursuit": "matching pursuit"}  # fmt: skip
 FORMATS: dict[str, Format] = {
-    "saelens": Format(_holds(CONFIG, WEIGHTS), read_sae_lens, _with_relu_only),
-    "saelens_residual": Format(lambda path: False, read_sae_lens, _on_residuals),
-    "sparsify": Format(_holds("cfg.json", "sae.safetensors"), read_sparsify, write_sparsify),
-    "dictionary_learning": Format(_holds("config.json", "ae.pt"), read_dictionary_learning, write_dictionary_learning),
-    "pt": Format(lambda path: path.suffix == ".pt" or (path / "sae.pt").is_file(), read_pt, write_pt),
+    "saelens": Format(_holds(CONFIG, WEIGHTS), read_sae_lens, write_sae_lens, HELD),
+    "saelens_residual": Format(lambda path: False, read_sae_lens, write_sae_lens_on_residuals, HELD),
+    "sparsify": Format(_holds("cfg.json", "sae.safetensors"), read_sparsify, write_sparsify, ("topk",)),
+    "dictionary_learning": Format(
+        _holds("config.json", "ae.pt"), read_dictionary_learning, write_dictionary_learning, ("topk", "jumprelu")
+    ),
+    "pt": Format(
+        lambda path: path.suffix == ".pt" or (path / "sae.pt").is_file(), read_pt, write_pt, ("topk", "signed_topk")
+    ),
 }
 """Formats by their names on the command line."""

@@ -36,9 +36,7 @@ def read_sparsify(folder: Path, k: int | None) -> SaeWeights:
 
 
 def write_sparsify(weights: SaeWeights, folder: Path) -> None:
-    """What `SparseCoder.load_from_disk` takes; raises UserError for thresholds and signed TopK."""
-    refuse_signed(weights, "sparsify")
-    _refuse_threshold(weights, "sparsify")
+    """What `SparseCoder.load_from_disk` takes."""
     config = {
         "activation": "topk",
         "expansion_factor": max(1, weights.d_sae // weights.d_in),
@@ -88,13 +86,13 @@ def read_dictionary_learning(folder: Path, k: int | None) -> SaeWeights:
         tensors["b_dec"],
         int(known) if known is not None else config.get("k", k),
         threshold,
+        rule="topk" if threshold is None else "jumprelu",
         **_read_origin(folder, RESIDUAL, {"imported_from": "dictionary_learning", "model_name": config.get("lm_name")}),
     )
 
 
 def write_dictionary_learning(weights: SaeWeights, folder: Path) -> None:
     """What `load_dictionary` takes: TopK, BatchTopK where all thresholds are equal, else JumpReLU."""
-    refuse_signed(weights, "dictionary_learning")
     tensors, one = weights.tensors(), None
     if weights.threshold is not None:
         one = weights.threshold[0] if bool((weights.threshold == weights.threshold[0]).all()) else None
@@ -156,14 +154,13 @@ def read_pt(path: Path, k: int | None) -> SaeWeights:
         tensors["decoder.weight"].float().T,
         tensors["pre_bias"],
         int(k),
-        signed=said.get("signed", state.get("postact_fn") != "ReLU"),
+        rule="signed_topk" if said.get("signed", state.get("postact_fn") != "ReLU") else "topk",
         **_read_origin(path.parent, STANDARDISED, {"imported_from": "pt"}),
     )
 
 
 def write_pt(weights: SaeWeights, folder: Path) -> None:
     """The papers' `torch.save(state_dict)`. Their code has no ReLU: equal where k pre-activations of a row are positive."""
-    _refuse_threshold(weights, "pt")
     tensors = weights.tensors()
     named = {
         "pre_bias": tensors["b_dec"],
@@ -179,7 +176,13 @@ def _write_origin(weights: SaeWeights, folder: Path) -> None:
     """What the library's own files have no field for, beside them."""
     (folder / _ORIGIN).write_text(
         json.dumps(
-            {"input": weights.input, "k": weights.k, "signed": weights.signed, "metadata": weights.metadata}, indent=2
+            {
+                "input": weights.input,
+                "k": weights.k,
+                "signed": weights.rule == "signed_topk",
+                "metadata": weights.metadata,
+            },
+            indent=2,
         )
     )
 
@@ -200,18 +203,3 @@ def _tensors_of_pt(path: Path) -> dict[str, Any]:
         key: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
         for key, value in loaded.items()
     }
-
-
-def refuse_signed(weights: SaeWeights, name: str) -> None:
-    """Raise UserError for an SAE that keeps negative latents."""
-    if weights.signed:
-        raise UserError(
-            f"{name} puts a ReLU behind TopK, this SAE keeps negative latents. Pass --format pt, or --relu to drop them as the ReLU does."
-        )
-
-
-def _refuse_threshold(weights: SaeWeights, name: str) -> None:
-    if weights.threshold is not None:
-        raise UserError(
-            f"{name} knows only TopK, this SAE has thresholds. Pass --format saelens or dictionary_learning."
-        )

@@ -1,6 +1,6 @@
 """An SAE apart from any library: what every format can be read into and written from.
 
-N rows, D d_in, S d_sae.  pre = (x - b_dec) W_enc + b_enc;  z = TopK(pre), or pre where pre > threshold;  x_hat = z W_dec + b_dec.
+N rows, D d_in, S d_sae.  pre = (x - b_dec) W_enc + b_enc;  z = rule(pre);  x_hat = z W_dec + b_dec.
 Other conventions are folded into this one in float64, so that what a fold costs is one rounding to float32.
 """
 
@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sarm.nn.architectures import build_sae, options_of
-from sarm.nn.sae import Sae, TopKSae
+from sarm.nn.architectures import build_sae
+from sarm.nn.sae import Sae
 from sarm.settings.checks import UserError
 
 STANDARDISED = "standardise(residual), float32"
@@ -23,8 +23,9 @@ RESIDUAL = "residual"
 class SaeWeights:
     """Weights in float32, and how pre-activations become codes.
 
-    `threshold` None is TopK with `k` (without a ReLU if `signed`); else all latents above their threshold are active. `input` says
-    what rows the SAE was made for: `STANDARDISED` or `RESIDUAL`. `metadata` is what the file said of its origin.
+    `rule` is an architecture's `exported_as`: "topk" and "signed_topk" (without a ReLU) are TopK with `k`, by "jumprelu" all latents
+    above their `threshold` are active, and only then there is one. `input` says what rows the SAE was made for: `STANDARDISED` or
+    `RESIDUAL`. `metadata` is what the file said of its origin, and under `sae` of its training.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -33,7 +34,7 @@ class SaeWeights:
     b_dec: Float[Tensor, " d_in"]
     k: int | None = None
     threshold: Float[Tensor, " d_sae"] | None = None
-    signed: bool = False
+    rule: str = "topk"
     input: str = STANDARDISED
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -54,7 +55,7 @@ class SaeWeights:
     def checked(self, origin: str) -> "SaeWeights":
         """The same in float32.
 
-        Raises UserError, naming `origin`, unless shapes fit each other, every weight is finite and TopK has a usable k.
+        Raises UserError, naming `origin`, unless shapes fit each other, every weight is finite and a rule that counts latents has a usable k.
         """
         tensors = self.tensors()
         d_in, d_sae = self.W_enc.shape if self.W_enc.dim() == 2 else (0, 0)
@@ -75,7 +76,7 @@ class SaeWeights:
                 raise UserError(
                     f"{origin} holds NaN or infinite values in {name}. The SAE is broken; get another copy or train it again."
                 )
-        if self.threshold is None and not (self.k is not None and 1 <= self.k <= d_sae):
+        if self.rule != "jumprelu" and not (self.k is not None and 1 <= self.k <= d_sae):
             raise UserError(f"k must be between 1 and d_sae={d_sae}, {origin} gives k={self.k}. Pass --k.")
         named: dict[str, Any] = dict(tensors)
         return replace(self, **named)
@@ -111,32 +112,36 @@ def with_unit_decoder(weights: SaeWeights) -> SaeWeights:
 
 def weights_of(sae: Sae, metadata: dict[str, Any]) -> SaeWeights:
     """The weights of an SAE in memory; `metadata` travels with them, and how the SAE was trained under `sae`."""
-    state = sae.state_dict()
     return SaeWeights(
-        state["W_enc"],
-        state["b_enc"],
-        state["W_dec"],
-        state["b_dec"],
+        sae.W_enc.detach(),
+        sae.b_enc.detach(),
+        sae.W_dec.detach(),
+        sae.b_dec.detach(),
         k=sae.k,
-        threshold=state.get("threshold"),
-        signed=isinstance(sae, TopKSae) and sae.signed,
+        threshold=sae.state_dict().get("threshold"),
+        rule=sae.exported_as,
         input=metadata.get("input", STANDARDISED),
-        metadata={"sae": {"architecture": sae.architecture, "k": sae.k, **options_of(sae)}, **metadata},
+        metadata={"sae": {"architecture": sae.architecture, "k": sae.k, **sae.describe()}, **metadata},
     )
 
 
 def sae_of(weights: SaeWeights) -> Sae:
-    """The SAE with these weights: as it was trained if they say so, else TopK, or JumpReLU where there are thresholds."""
-    kind = (
-        {"architecture": "topk", "signed": weights.signed}
-        if weights.threshold is None
-        else {"architecture": "jumprelu"}
-    )
+    """The SAE with these weights: as it was trained if they say so, else the architecture of their rule.
+
+    Raises UserError if they say that they were trained as what they are not.
+    """
+    signed = {"architecture": "topk", "signed": True}
+    plain = signed if weights.rule == "signed_topk" else {"architecture": weights.rule}
     # A reader of thresholds has no use for k, which only training aims at.
-    kind = {"k": weights.k or 1, **(weights.metadata.get("sae") or kind)}
-    sae = build_sae(d_in=weights.d_in, d_sae=weights.d_sae, **kind)
-    state = sae.state_dict()
+    kind = {"k": weights.k or 1, **(weights.metadata.get("sae") or plain)}
+    try:
+        sae = build_sae(d_in=weights.d_in, d_sae=weights.d_sae, **kind)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the SAE says that it was trained as {kind}, which cannot be: {error}") from error
+    if sae.exported_as != weights.rule:
+        raise UserError(f"the SAE says that it was trained as {kind}, and its weights are those of {weights.rule}. Get another copy.")  # fmt: skip
+    tensors = weights.tensors()
     with torch.no_grad():
-        for name, tensor in weights.tensors().items():
-            state[name].copy_(tensor)
+        for name, tensor in sae.state_dict().items():
+            tensor.copy_(tensors[name])
     return sae

@@ -61,11 +61,11 @@ def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
             raise ValueError(f"its model type is {kind}")
         config = SarmConfig.from_pretrained(folder)
         weights = load_file(folder / "model.safetensors")
+        model = SarmForSequenceClassification(config)
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a readable reward model: {error}. Train it again, or pass another --out."
         ) from error
-    model = SarmForSequenceClassification(config)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

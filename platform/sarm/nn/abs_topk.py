@@ -1,0 +1,53 @@
+"""AbsTopK (Zhu et al. 2025, arXiv 2510.00404): z = pre for the K latents of largest |pre|, else 0.
+
+One latent holds a direction and its opposite, where TopK needs two. B batch, C rows of a chunk, S d_sae, K active latents a row.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .sae import Sae
+from .selection import Entries, PreActs, Share, is_among_largest, largest
+
+
+class AbsTopKSae(Sae):
+    """The K latents of largest |pre| keep their value and its sign."""
+
+    architecture = exported_as = "abs_topk"
+    is_bidirectional = True
+
+    def activate(self, pre_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        indices_BK = torch.topk(pre_BS.abs(), self.k, dim=-1).indices
+        values_BK = pre_BS.gather(-1, indices_BK)
+        return values_BK, indices_BK, torch.ones_like(values_BK, dtype=torch.bool)
+
+    def rule(self, share: Share) -> "AbsTopKRule":
+        return self.aux_rule(self.k, share)
+
+    def aux_rule(self, aux_k: int, share: Share) -> "AbsTopKRule":
+        return AbsTopKRule(aux_k, share.latent_group)
+
+
+class AbsTopKRule:
+    """The K of each row that are largest in absolute value; among all workers' latents where `group` splits the dictionary."""
+
+    def __init__(self, k: int, group: dist.ProcessGroup | None = None):
+        self._k, self._group = k, group
+        self._values: list[Tensor] = []
+        self._latents: list[Tensor] = []
+
+    def see(self, pre_CS: Tensor) -> None:
+        """Look at a chunk of rows."""
+        _, latents_CK = largest(pre_CS.abs(), min(self._k, pre_CS.shape[1]))
+        self._values.append(pre_CS.gather(1, latents_CK))
+        self._latents.append(latents_CK)
+
+    def entries(self, pre_acts: PreActs) -> Entries:
+        values_BK, latents_BK = torch.cat(self._values), torch.cat(self._latents)
+        rows_BK = torch.arange(len(values_BK), device=values_BK.device)[:, None].expand_as(latents_BK)
+        is_mine_BK = torch.ones_like(values_BK, dtype=torch.bool)
+        found = Entries(values_BK.flatten(), latents_BK.flatten(), rows_BK.flatten(), is_mine_BK.flatten())
+        if self._group is None:
+            return found
+        return found.at(is_among_largest(values_BK.abs(), self._k, self._group).flatten())
