@@ -7,28 +7,31 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.nn.every_sae import DEFINITIONS, KINDS, auxk_by_definition, kind_of
 from torch import Tensor
 
-from sarm.nn.architectures import ThresholdSae, build_sae
+from sarm.nn.architectures import build_sae
+from sarm.nn.batch_topk import BatchTopKRule
 from sarm.nn.sae import Sae, dense
-from sarm.nn.selection import BatchTopKRule, JumpRule, Rule, TopKRule, largest
+from sarm.nn.selection import Share, largest
 from sarm.nn.sparse import Backend, Plan, TorchBackend, Workspace, backend_for, reconstruct
+from sarm.nn.thresholds import ThresholdSae
 
 B, D, S, K = 9, 5, 24, 3
 DEAD = [2, 3, 11, 17, 23]
-ARCHITECTURES = ["topk", "signed", "batch_topk", "matryoshka", "jumprelu"]
 
 
 def random_sae(architecture: str, seed: int = 0, k: int = K) -> Sae:
     """Every parameter random, in float64; thresholds around 1, so that many pre-activations are near theirs."""
     generator = torch.Generator().manual_seed(seed)
-    name = "topk" if architecture == "signed" else architecture
-    sae = build_sae(name, D, S, k, signed=architecture == "signed", prefixes=(6, 12), bandwidth=0.8).double()
+    sae = build_sae(**kind_of(architecture), d_in=D, d_sae=S, k=k, prefixes=(6, 12), bandwidth=0.8).double()
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         if isinstance(sae, ThresholdSae):
             sae.threshold.copy_(1 + 0.3 * torch.rand(S, generator=generator, dtype=torch.float64))
+    if sae.is_tied:
+        sae.normalise_decoder_()
     return sae
 
 
@@ -36,65 +39,30 @@ def rows(seed: int = 1, num: int = B) -> Tensor:
     return torch.randn(num, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def rule_for(sae: Sae, num: int) -> Rule:
-    if sae.architecture == "topk":
-        return TopKRule(num, sae.k, sae.signed)
-    if sae.architecture == "jumprelu":
-        return JumpRule(sae.threshold.detach(), sae.bandwidth)
-    return BatchTopKRule(num, sae.k)
-
-
-def plan_for(sae: Sae, num: int, backend: Backend, aux_k: int = 0, chunk: int = 2 * S) -> Plan:
+def plan_for(sae: Sae, num: int, backend: Backend, aux_k: int = 0, chunk: int = 2 * S, dead: list[int] = DEAD) -> Plan:
+    share = Share(num, num)
     return Plan(
-        rule_for(sae, num),
+        sae.rule(share),
         Workspace(backend, chunk),
-        prefixes=getattr(sae, "prefixes", ()),
-        dead=torch.tensor(DEAD) if aux_k else None,
-        aux_k=aux_k,
-        bandwidth=getattr(sae, "bandwidth", 0.0),
+        share,
+        prefixes=sae.prefixes,
+        dead=torch.tensor(dead, dtype=torch.long) if aux_k else None,
+        aux_rule=sae.aux_rule(aux_k, share) if aux_k else None,
     )
 
 
-class Rectangle(torch.autograd.Function):
-    """H(pre - threshold) with a rectangle in place of the delta in its gradient to the threshold, dense."""
-
-    @staticmethod
-    def forward(ctx, pre, threshold, width):
-        ctx.save_for_backward(pre, threshold)
-        ctx.width = width
-        return (pre > threshold).to(pre.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        pre, threshold = ctx.saved_tensors
-        near = ((pre - threshold).abs() < ctx.width / 2).to(pre.dtype)
-        return None, -(grad * near / ctx.width).sum(0), None
+def dead_of(sae: Sae, x: Tensor) -> list[int]:
+    """Where latents are chosen one after the other, none that is active: the last one is at right angles to what it leaves, a sign of nothing."""
+    if not sae.is_tied:
+        return DEAD
+    return (DEFINITIONS[sae.architecture](sae, x)[0] == 0).all(0).nonzero().flatten().tolist()[:5]
 
 
 def dense_reference(sae: Sae, x: Tensor, aux_k: int) -> tuple[Tensor, Tensor | None, Tensor]:
     """(x_hat_GBD, error_hat_BD, l0_B) by the definitions, with B x S tensors and plain autograd."""
-    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
-    if sae.architecture == "topk":
-        kept = torch.zeros_like(pre).scatter(1, pre.topk(sae.k, dim=1).indices, 1.0)
-        z = (pre if sae.signed else pre.relu()) * kept
-        gates = (z != 0).to(pre.dtype)
-    elif sae.architecture == "jumprelu":
-        gates = Rectangle.apply(pre, sae.threshold, sae.bandwidth)
-        # The gradient of pre * H to the threshold is -threshold / width inside the rectangle, hence threshold, not pre.
-        z = pre * gates.detach() + sae.threshold.detach() * (gates - gates.detach())
-    else:
-        best = pre.relu().flatten().topk(sae.k * len(x)).indices
-        z = (pre.relu().flatten() * torch.zeros(pre.numel(), dtype=pre.dtype).scatter(0, best, 1.0)).view_as(pre)
-        gates = (z != 0).to(pre.dtype)
-    ends = [*getattr(sae, "prefixes", ()), S]
-    x_hat = torch.stack([z[:, :end] @ sae.W_dec[:end] + sae.b_dec for end in ends])
-    error_hat = None
-    if aux_k:
-        hidden = torch.full_like(pre, -torch.inf)
-        hidden[:, DEAD] = pre[:, DEAD]
-        best = torch.zeros_like(pre).scatter(1, hidden.topk(min(aux_k, len(DEAD)), dim=1).indices, 1.0)
-        error_hat = (pre.relu() * best) @ sae.W_dec
-    return x_hat, error_hat, gates.sum(1)
+    z, gates = DEFINITIONS[sae.architecture](sae, x)
+    x_hat = torch.stack([z[:, :end] @ sae.W_dec[:end] + sae.b_dec for end in (*sae.prefixes, S)])
+    return x_hat, auxk_by_definition(sae, x, z, dead_of(sae, x), aux_k) if aux_k else None, gates.sum(1)
 
 
 def weighted(x_hat: Tensor, error_hat: Tensor | None, l0: Tensor) -> Tensor:
@@ -110,7 +78,7 @@ def weighted(x_hat: Tensor, error_hat: Tensor | None, l0: Tensor) -> Tensor:
 def compare(sae: Sae, x: Tensor, backend: Backend, aux_k: int, chunk: int = 2 * S) -> None:
     x = x.detach().requires_grad_()
     tensors = [x, *sae.parameters()]
-    found = reconstruct(sae, x, plan_for(sae, len(x), backend, aux_k, chunk))
+    found = reconstruct(sae, x, plan_for(sae, len(x), backend, aux_k, chunk, dead_of(sae, x)))
     wanted = dense_reference(sae, x, aux_k)
     torch.testing.assert_close(found.x_hat, wanted[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(found.l0, wanted[2], rtol=0, atol=0)
@@ -125,6 +93,7 @@ CASES = {
     "random": lambda sae, x: x,
     "fewer than k positive": lambda sae, x: (sae.b_enc.data.sub_(4.0), x)[1],
     "all negative": lambda sae, x: (sae.b_enc.data.sub_(1e3), x)[1],
+    "all directions point away": lambda sae, x: (sae.W_dec.data.abs_(), sae.b_dec.data.zero_(), -x.abs())[2],
     "duplicate rows": lambda sae, x: x[:1].repeat(len(x), 1),
     "one row": lambda sae, x: x[:1],
     "one row far from the others": lambda sae, x: torch.cat([x[:1] * 30, x[1:]]),
@@ -133,14 +102,14 @@ CASES = {
 
 @pytest.mark.parametrize("aux_k", [0, 2, 20])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_outputs_and_all_gradients_equal_dense_autograd(architecture, case, aux_k):
     sae = random_sae(architecture)
     compare(sae, CASES[case](sae, rows()), TorchBackend(), aux_k)
 
 
 @given(
-    architecture=st.sampled_from(ARCHITECTURES),
+    architecture=st.sampled_from(KINDS),
     seed=st.integers(0, 10_000),
     num=st.integers(1, 12),
     k=st.integers(1, 8),
@@ -188,7 +157,7 @@ def test_batch_topk_finds_rows_with_more_than_four_times_the_average():
     compare(sae, x, TorchBackend(), 0)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_codes_out_of_training_are_those_of_a_step(architecture):
     sae, x = random_sae(architecture), rows()
     plan = plan_for(sae, B, TorchBackend())
@@ -198,20 +167,28 @@ def test_codes_out_of_training_are_those_of_a_step(architecture):
     wanted = torch.zeros(B, S, dtype=torch.float64).index_put_((entries.rows, entries.latents), entries.values)
     codes = sae(x)
     torch.testing.assert_close(dense(codes, S), wanted, rtol=0, atol=1e-12)
-    assert all(len(set(row)) == len(row) for row in codes.indices.tolist())
+    for values, latents in zip(codes.values, codes.indices, strict=True):
+        active = latents[values != 0].tolist()
+        assert len(set(active)) == len(active), "a latent is active once"
+    assert (codes.values.abs().diff(dim=1) <= 0).all()
 
 
-def test_auxk_reaches_dead_latents_and_no_others():
-    sae = random_sae("topk")
+@pytest.mark.parametrize("architecture", KINDS)
+def test_auxk_reaches_dead_latents_and_no_others(architecture):
+    sae = random_sae(architecture)
     sae.b_enc.data.add_(3.0)
     found = reconstruct(sae, rows(), plan_for(sae, B, TorchBackend(), aux_k=4))
     (found.error_hat - rows(5)).square().sum().backward()
-    for gradient in (sae.W_enc.grad.T, sae.W_dec.grad, sae.b_enc.grad[:, None]):
+    gradients = {
+        name: parameter.grad for name, parameter in sae.named_parameters() if name in ("W_enc", "b_enc", "W_dec")
+    }
+    for name, gradient in gradients.items():
+        gradient = gradient.T if name == "W_enc" else gradient.view(S, -1)
         reached = gradient.abs().sum(1).nonzero().flatten().tolist()
         assert reached == DEAD
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_nothing_kept_for_the_backward_pass_has_a_row_for_each_latent_and_each_row(architecture):
     num = 64
     sae = random_sae(architecture)
@@ -252,7 +229,7 @@ needs_triton = pytest.mark.skipif(
 @needs_triton
 @pytest.mark.parametrize("aux_k", [0, 2])
 @pytest.mark.parametrize("case", ["random", "fewer than k positive", "all negative", "duplicate rows"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_triton_kernels_equal_dense_autograd(architecture, case, aux_k):
     """In Triton's interpreter, which needs no GPU."""
     os.environ["TRITON_INTERPRET"] = "1"

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tests.nn.every_sae import KINDS, kind_of, sae_of_settings, silence_
 from torch import Tensor
 
 from sarm.data.store.shuffled_rows import Cursor
 from sarm.nn import sae as nn_sae
-from sarm.nn.architectures import BatchTopKSae, JumpReluSae, build_sae
+from sarm.nn.batch_topk import BatchTopKSae
+from sarm.nn.jumprelu import JumpReluSae
 from sarm.nn.sae import standardise
 from sarm.settings.checks import UserError
 from sarm.settings.sae import SaeSettings
@@ -22,7 +24,6 @@ from sarm.train.sae_learner import Learner, shard_of
 
 ROOT = Path(__file__).parents[2]
 D_IN, D_SAE, K = 12, 32, 3
-ARCHITECTURES = ["topk", "signed", "batch_topk", "matryoshka", "jumprelu"]
 
 
 def rows(seed: int = 0, num: int = 64) -> Tensor:
@@ -30,12 +31,11 @@ def rows(seed: int = 0, num: int = 64) -> Tensor:
 
 
 def config_of(architecture: str, **changes) -> SaeSettings:
-    kind = {"architecture": "topk", "signed": True} if architecture == "signed" else {"architecture": architecture}
-    return SaeSettings(**{"d_sae": D_SAE, "k": K, "batch_size": 16, **kind, **changes})
+    return SaeSettings(**{"d_sae": D_SAE, "k": K, "batch_size": 16, **kind_of(architecture), **changes})
 
 
 def fresh(config: SaeSettings, seed: int = 0) -> nn_sae.Sae:
-    sae = build_sae(config.architecture, D_IN, config.d_sae, config.k, signed=config.signed)
+    sae = sae_of_settings(config, D_IN)
     sae.initialise_(standardise(rows()), torch.Generator().manual_seed(seed))
     return sae
 
@@ -121,7 +121,7 @@ def test_the_l0_penalty_pulls_thresholds_towards_k():
     assert found[0] > 0 > found[1]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_every_architecture_learns(architecture):
     config = config_of(architecture, batch_size=50)
     losses = []
@@ -153,7 +153,7 @@ def equal(a, b) -> bool:
 
 
 @pytest.mark.parametrize("stop", [1, 6, 8, 13])
-@pytest.mark.parametrize("architecture", ["topk", "matryoshka", "jumprelu"])
+@pytest.mark.parametrize("architecture", KINDS)
 def test_a_training_that_is_stopped_anywhere_and_continued_is_bit_equal(architecture, stop):
     config = config_of(architecture, aux_k=2, dead_after_rows=40)
     other = config_of("topk", d_sae=16)
@@ -215,14 +215,14 @@ def test_a_dictionary_that_does_not_divide_is_refused():
         shard_of(fresh(config_of("topk")), 0, 3)
 
 
-SPLIT_CASES = [(a, "latents") for a in ARCHITECTURES] + [("batch_topk", "rows"), ("jumprelu", "rows")]
+SPLIT_CASES = [(a, split) for a in KINDS for split in ("latents", "rows")]
 
 
 def split_training(architecture: str, split: str) -> SaeTraining:
     config = config_of(architecture, aux_k=3, dead_after_rows=40, batch_size=33)
     sae = fresh(config)
     # Dead from the start, and of one worker only.
-    sae.b_enc.data[:4] = -3.0
+    silence_(sae, 4)
     return SaeTraining([sae], phase(), [config], 0, split=split)
 
 

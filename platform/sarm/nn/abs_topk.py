@@ -45,9 +45,9 @@ class AbsTopKRule:
 
     def entries(self, pre_acts: PreActs) -> Entries:
         values_BK, latents_BK = torch.cat(self._values), torch.cat(self._latents)
-        rows_BK = torch.arange(len(values_BK), device=values_BK.device)[:, None].expand_as(latents_BK)
-        is_mine_BK = torch.ones_like(values_BK, dtype=torch.bool)
-        found = Entries(values_BK.flatten(), latents_BK.flatten(), rows_BK.flatten(), is_mine_BK.flatten())
+        rows = torch.arange(len(values_BK), device=values_BK.device).repeat_interleave(values_BK.shape[1])
+        is_on = torch.ones_like(rows, dtype=torch.bool)
+        found = Entries(values_BK.flatten(), latents_BK.flatten(), rows, is_on)
         if self._group is None:
             return found
         return found.at(is_among_largest(values_BK.abs(), self._k, self._group).flatten())
