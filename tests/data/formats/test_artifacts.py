@@ -1,18 +1,24 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.nn.every_sae import KINDS, kind_of
 from transformers import AutoTokenizer
 
 from sarm.data.formats.sae_folder import load_sae, save_sae
+from sarm.data.formats.sae_formats import import_sae
+from sarm.data.formats.sae_weights import sae_of
 from sarm.data.formats.sarm_folder import load_sarm, save_sarm
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.nn.architectures import build_sae
 from sarm.nn.backbone import load_backbone
-from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.modeling_sarm import CODE_FILES, SarmConfig, SarmForSequenceClassification
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
@@ -46,31 +52,27 @@ def test_an_sae_comes_back_bit_for_bit(sae, sae_folder):
     assert torch.equal(found(x).indices, sae(x).indices)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "options"),
-    [
-        ("topk", {"signed": True}),
-        ("batch_topk", {}),
-        ("matryoshka", {"prefixes": (6, 12)}),
-        ("jumprelu", {"bandwidth": 0.3}),
-    ],
-)
-def test_every_architecture_comes_back_with_its_options_and_thresholds(architecture, options, tmp_path):
-    sae = build_sae(architecture, D_IN, D_SAE, K, **options)
+OPTIONS_CHANGED = {"matryoshka": {"prefixes": (6, 12)}, "jumprelu": {"bandwidth": 0.3}}
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_every_architecture_comes_back_with_its_options_and_thresholds(architecture, tmp_path):
+    options = kind_of(architecture) | OPTIONS_CHANGED.get(architecture, {})
+    sae = build_sae(d_in=D_IN, d_sae=D_SAE, k=K, **options)
     sample = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(1))
     sae.initialise_(sample, torch.Generator().manual_seed(2))
     save_sae(sae, tmp_path, {})
-    found, _ = load_sae(tmp_path)
-    assert type(found) is type(sae)
-    assert found.describe() == sae.describe()
-    for name, tensor in sae.state_dict().items():
-        assert torch.equal(found.state_dict()[name], tensor), name
     x = sample * 1.7
-    assert torch.equal(found.decode(found(x)), sae.decode(sae(x)))
-    # Readers of SAELens' layout know those with thresholds as jumprelu: pre * (pre > threshold).
+    for found in (load_sae(tmp_path)[0], sae_of(import_sae(tmp_path))):
+        assert type(found) is type(sae)
+        assert (found.k, found.describe()) == (sae.k, sae.describe())
+        for name, tensor in sae.state_dict().items():
+            assert torch.equal(found.state_dict()[name], tensor), name
+        assert torch.equal(found.decode(found(x)), sae.decode(sae(x)))
     config = json.loads((tmp_path / "cfg.json").read_text())
-    assert config["architecture"] == ("topk" if architecture == "topk" else "jumprelu")
-    if architecture != "topk":
+    assert config["architecture"] == {"signed_topk": "topk"}.get(sae.exported_as, sae.exported_as)
+    if sae.exported_as == "jumprelu":
+        # Readers of SAELens' layout know those with thresholds so: pre * (pre > threshold).
         w = load_file(tmp_path / "sae_weights.safetensors")
         pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
         z = pre * (pre > w["threshold"])
@@ -150,7 +152,10 @@ def test_missing_and_surplus_weights_are_refused(sae_folder):
 def test_an_sae_of_another_architecture_is_refused(sae_folder):
     config = json.loads((sae_folder / "cfg.json").read_text())
     (sae_folder / "cfg.json").write_text(json.dumps({**config, "architecture": "gated", "metadata": {}}))
-    with pytest.raises(UserError, match="holds a gated SAE, expected one of topk, batch_topk, matryoshka, jumprelu"):
+    with pytest.raises(
+        UserError,
+        match="holds a gated SAE, expected one of topk, batch_topk, matryoshka, jumprelu, abs_topk, matching_pursuit",
+    ):
         load_sae(sae_folder)
 
 
@@ -164,7 +169,7 @@ def test_a_config_that_describes_no_sae_is_refused(sae_folder, content):
 def build(tiny_folder: Path, head: str = "sae", architecture: str = "topk") -> SarmForSequenceClassification:
     backbone = load_backbone(str(tiny_folder), 1)
     generator = torch.Generator().manual_seed(3)
-    sae = build_sae(architecture, 64, D_SAE, K) if head == "sae" else None
+    sae = build_sae(**kind_of(architecture), d_in=64, d_sae=D_SAE, k=K) if head == "sae" else None
     if sae:
         sae.initialise_(torch.randn(50, 64, generator=generator), generator)
     config = SarmConfig(
@@ -196,10 +201,7 @@ def sarm_folder(tiny_folder, tmp_path) -> Path:
 IDS = torch.tensor([[5, 9, 300, 2, 1], [7, 7, 12, 40, 1]])
 
 
-@pytest.mark.parametrize(
-    ("head", "architecture"),
-    [("sae", "topk"), ("sae", "batch_topk"), ("sae", "matryoshka"), ("sae", "jumprelu"), ("scalar", "topk")],
-)
+@pytest.mark.parametrize(("head", "architecture"), [*(("sae", kind) for kind in KINDS), ("scalar", "topk")])
 def test_a_reward_model_comes_back_bit_for_bit(tiny_folder, tmp_path, head, architecture):
     model = build(tiny_folder, head, architecture)
     save_sarm(model, fresh_chat(tiny_folder), tmp_path)
@@ -211,6 +213,33 @@ def test_a_reward_model_comes_back_bit_for_bit(tiny_folder, tmp_path, head, arch
     with torch.no_grad():
         torch.testing.assert_close(found(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=1e-6)
     assert found.config.provenance == {"model": "tiny:llama"}
+
+
+_REWARDS = """
+import json, sys
+sys.modules["sarm"] = None
+import torch
+from transformers import AutoModelForSequenceClassification
+ids = torch.tensor(json.loads(sys.argv[1]))
+for folder in sys.argv[2:]:
+    model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        print(json.dumps(model(input_ids=ids).logits.flatten().tolist()))
+"""
+
+
+def test_a_reward_model_on_every_architecture_loads_without_the_package(tiny_folder, tmp_path):
+    models = {kind: build(tiny_folder, "sae", kind) for kind in KINDS}
+    for kind, model in models.items():
+        save_sarm(model, fresh_chat(tiny_folder), tmp_path / kind)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", _REWARDS, json.dumps(IDS.tolist()), *(str(tmp_path / kind) for kind in KINDS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line, (kind, model) in zip(done.stdout.splitlines(), models.items(), strict=True):
+        with torch.no_grad():
+            wanted = model(input_ids=IDS).logits.flatten().tolist()
+        assert json.loads(line) == pytest.approx(wanted, abs=1e-6), kind
 
 
 def test_loading_in_bfloat16_casts_the_backbone_alone(sarm_folder):
@@ -230,9 +259,7 @@ def test_the_folder_has_its_own_tokenizer_that_truncates_at_the_beginning(tiny_f
 
 
 def test_the_folder_carries_the_code_that_it_needs_and_says_so(sarm_folder):
-    assert {path.name for path in sarm_folder.glob("*.py")} == {
-        "modeling_sarm.py", "backbone.py", "architectures.py", "sae.py", "losses.py", "protocol.py", "answer_places.py"
-    }  # fmt: skip
+    assert {path.name for path in sarm_folder.glob("*.py")} == set(CODE_FILES)
     assert json.loads((sarm_folder / "config.json").read_text())["auto_map"].keys() == {
         "AutoConfig",
         "AutoModelForSequenceClassification",

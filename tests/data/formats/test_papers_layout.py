@@ -12,6 +12,7 @@ from sarm.contracts.manifest import read_manifest
 from sarm.data.formats.papers_layout import PapersFields, read_papers_sarm, write_papers_sarm
 from sarm.data.formats.sae_folder import load_sae
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.nn.architectures import build_sae
 from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.topk import TopKSae
@@ -199,6 +200,16 @@ def test_a_scalar_head_cannot_be_written_in_their_layout(tiny_folder, tmp_path, 
     config = SarmConfig(backbone=backbone.config.to_dict(), layer=1, head="scalar")
     with pytest.raises(UserError, match="no words for a scalar head"):
         write_papers_sarm(SarmForSequenceClassification(config, backbone), chat, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["batch_topk", "matryoshka", "jumprelu", "abs_topk", "matching_pursuit"])
+def test_a_rule_that_their_layout_has_no_words_for_is_refused(tiny_folder, tmp_path, chat, kind):
+    backbone = load_backbone(str(tiny_folder), 1)
+    sae = build_sae(kind, 64, D_SAE, K)
+    config = SarmConfig(backbone=backbone.config.to_dict(), layer=1, d_sae=D_SAE, k=K, sae=sae.describe())
+    with pytest.raises(UserError, match=f"no words for a {kind} SAE. Only SARMs on TopK"):
+        write_papers_sarm(SarmForSequenceClassification(config, backbone, sae), chat, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -6,20 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.nn.every_sae import KINDS, kind_of
 from torch import Tensor
 
-from sarm.data.formats.sae_formats import export_sae, import_sae, with_relu
+from sarm.data.formats.sae_formats import FORMATS, export_sae, import_sae, with_relu
 from sarm.data.formats.sae_weights import RESIDUAL, STANDARDISED, SaeWeights, sae_of, weights_of, with_input_bias
 from sarm.nn.architectures import build_sae
 from sarm.nn.sae import Sae, dense
+from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
 
 D_IN, D_SAE, K = 8, 20, 3
 METADATA = {"activations": {"model": "some/model", "layer": 4}}
 
 
-def made(architecture: str = "topk", **options) -> Sae:
-    sae = build_sae(architecture, D_IN, D_SAE, K, **options)
+def made(architecture: str = "topk") -> Sae:
+    sae = build_sae(**kind_of(architecture), d_in=D_IN, d_sae=D_SAE, k=K)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
@@ -28,6 +30,8 @@ def made(architecture: str = "topk", **options) -> Sae:
                 tensor.abs_()
         if architecture in ("batch_topk", "matryoshka"):
             sae.state_dict()["threshold"].fill_(0.6)
+        if sae.is_tied:
+            sae.normalise_decoder_()
     return sae
 
 
@@ -42,14 +46,24 @@ def x() -> Tensor:
     return torch.randn(50, D_IN, generator=torch.Generator().manual_seed(3)) * 2 + 1
 
 
-FORMATS = [
-    ("topk", "saelens"), ("topk", "saelens_residual"), ("topk", "sparsify"), ("topk", "dictionary_learning"), ("topk", "pt"),
-    ("batch_topk", "saelens"), ("batch_topk", "dictionary_learning"), ("matryoshka", "saelens"),
-    ("matryoshka", "dictionary_learning"), ("jumprelu", "saelens"), ("jumprelu", "dictionary_learning"),
-]  # fmt: skip
+HELD = [(kind, format) for kind in KINDS for format, known in FORMATS.items() if made(kind).exported_as in known.holds]
+REFUSED = [(kind, format) for kind in KINDS for format in FORMATS if (kind, format) not in HELD]
 
 
-@pytest.mark.parametrize(("architecture", "format"), FORMATS)
+def test_formats_hold_what_their_libraries_know():
+    assert {kind: [format for of, format in HELD if of == kind] for kind in KINDS} == {
+        "topk": ["saelens", "saelens_residual", "sparsify", "dictionary_learning", "pt"],
+        "signed": ["pt"],
+        **{
+            kind: ["saelens", "saelens_residual", "dictionary_learning"]
+            for kind in ("batch_topk", "matryoshka", "jumprelu")
+        },
+        "abs_topk": [],
+        "matching_pursuit": ["saelens", "saelens_residual"],
+    }
+
+
+@pytest.mark.parametrize(("architecture", "format"), HELD)
 def test_what_is_exported_comes_back_with_codes_origin_and_training(tmp_path, x, architecture, format):
     sae = made(architecture)
     export_sae(weights_of(sae, METADATA), tmp_path / "out", format)
@@ -57,10 +71,65 @@ def test_what_is_exported_comes_back_with_codes_origin_and_training(tmp_path, x,
     assert found.input == STANDARDISED
     assert found.metadata["activations"] == METADATA["activations"]
     back = sae_of(found)
-    assert (type(back), back.k) == (type(sae), sae.k)
-    assert getattr(back, "prefixes", None) == getattr(sae, "prefixes", None)
+    assert (type(back), back.k, back.describe()) == (type(sae), sae.k, sae.describe())
     for one, other in zip(computed(back, x), computed(sae, x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("architecture", "format"), REFUSED)
+def test_an_sae_whose_rule_a_format_does_not_know_is_refused_and_nothing_is_written(tmp_path, architecture, format):
+    with pytest.raises(UserError, match=r"knows only|puts a ReLU behind TopK"):
+        export_sae(weights_of(made(architecture), METADATA), tmp_path / "out", format)
+    assert not any(tmp_path.iterdir())
+
+
+class NewSae(TopKSae):
+    """As somebody would add one, who does not think of other libraries' files."""
+
+    architecture = exported_as = "new"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_new_architecture_is_refused_by_every_foreign_format(tmp_path, format):
+    with pytest.raises(UserError, match=r"this SAE's rule is new\. Only this platform's own folders hold it"):
+        export_sae(weights_of(NewSae(D_IN, D_SAE, K), METADATA), tmp_path / "out", format)
+
+
+def test_weights_that_are_not_what_they_say_they_were_trained_as_are_refused(tmp_path):
+    folder = saelens_file(tmp_path / "a", {"metadata": {"sae": {"architecture": "abs_topk", "k": K}}})
+    with pytest.raises(UserError, match=r"says that it was trained as .*abs_topk.* its weights are those of topk"):
+        sae_of(import_sae(folder))
+    folder = saelens_file(tmp_path / "b", {"metadata": {"sae": {"architecture": "gated", "k": K}}})
+    with pytest.raises(UserError, match="which cannot be: there is no SAE architecture 'gated'"):
+        sae_of(import_sae(folder))
+
+
+def matching_pursuit_file(folder: Path, **config) -> Path:
+    """As SAELens writes it: one matrix."""
+    w = weights_of(made("matching_pursuit"), {}).tensors()
+    folder.mkdir()
+    save_file({name: w[name] for name in ("W_dec", "b_dec")}, folder / "sae_weights.safetensors")
+    said = {"architecture": "matching_pursuit", "d_in": D_IN, "d_sae": D_SAE, "metadata": {}, **config}
+    (folder / "cfg.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_saelens_holds_matching_pursuit_of_so_many_steps(tmp_path, x):
+    sae = made("matching_pursuit")
+    export_sae(weights_of(sae, METADATA), tmp_path / "out", "saelens")
+    config = json.loads((tmp_path / "out" / "cfg.json").read_text())
+    ends = {"max_iterations": K, "residual_threshold": 0.0, "stop_on_duplicate_support": False}
+    assert {name: config[name] for name in ("architecture", *ends)} == {"architecture": "matching_pursuit", **ends}
+    assert load_file(tmp_path / "out" / "sae_weights.safetensors").keys() == {"W_dec", "b_dec"}
+    foreign = sae_of(import_sae(matching_pursuit_file(tmp_path / "theirs", **ends)))
+    torch.testing.assert_close(computed(foreign, x), computed(sae, x))
+    without = sae_of(import_sae(matching_pursuit_file(tmp_path / "b", **{**ends, "max_iterations": None})))
+    assert without.k == D_IN, "SAELens takes as many steps as rows are wide"
+    others = ({**ends, "residual_threshold": 0.01}, {**ends, "stop_on_duplicate_support": True}, {"max_iterations": K})
+    for number, config in enumerate(others):
+        folder = matching_pursuit_file(tmp_path / f"c{number}", **config)
+        with pytest.raises(UserError, match="ends by another rule than its number of steps"):
+            import_sae(folder)
 
 
 LAYOUTS = {
@@ -171,7 +240,7 @@ def test_the_papers_file_keeps_negative_latents_until_they_are_dropped(tmp_path,
 def test_an_openai_file_says_its_k_and_its_relu(tmp_path):
     state = {"activation": "TopK", "activation_state_dict": {"k": 5, "postact_fn": "ReLU"}}
     weights = import_sae(papers_file(tmp_path / "a.pt", stats_last_nonzero=torch.zeros(D_SAE), **state))
-    assert (weights.k, weights.signed) == (5, False)
+    assert (weights.k, weights.rule) == (5, "topk")
 
 
 def test_an_encoder_without_a_bias_has_one_of_zeros(tmp_path):
@@ -253,10 +322,14 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tmp_path, tensors
         import_sae(saelens_file(tmp_path / "a", {}, **tensors))
 
 
-def test_thresholds_have_no_place_in_topk_formats(tmp_path):
+def test_what_a_format_does_not_know_is_named_with_those_that_do(tmp_path):
     for format in ("sparsify", "pt"):
-        with pytest.raises(UserError, match=f"{format} knows only TopK"):
+        with pytest.raises(
+            UserError, match=f"{format} knows only TopK, .* thresholds. Pass --format saelens or dictionary_l"
+        ):
             export_sae(weights_of(made("jumprelu"), {}), tmp_path / "out", format)
+        with pytest.raises(UserError, match=f"{format} knows only TopK, .* matching pursuit. Pass --format saelens"):
+            export_sae(weights_of(made("matching_pursuit"), {}), tmp_path / "out", format)
 
 
 def test_nothing_known_and_a_folder_in_use_are_refused(tmp_path):
