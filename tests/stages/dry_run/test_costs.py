@@ -12,9 +12,10 @@ from sarm.settings.model import ModelSettings
 from sarm.settings.presets import PRESETS
 from sarm.settings.reward import RewardSettings
 from sarm.settings.sae import AlsoSaes
-from sarm.stages.dry_run.costs import STAGES, StageCost, stage_costs
+from sarm.stages.dry_run.costs import StageCost, stage_costs
 from sarm.stages.dry_run.formulas import extracted, reward_depths, reward_gb
 from sarm.stages.dry_run.source_sizes import sizes_of
+from sarm.stages.stage import STAGES
 
 H100 = Machine(cores=16, num_gpus=1, gpu="H100")
 
