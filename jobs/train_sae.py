@@ -1,4 +1,4 @@
-"""activations/v1 -> a TopK sparse autoencoder, trained on sentence ends and then on chat ends.
+"""activations/v1 -> a sparse autoencoder, trained on sentence ends and then on chat ends.
 
 python jobs/train_sae.py demo
 python jobs/train_sae.py demo --also.d-sae 4608 18432 --also.k 13 54

@@ -69,3 +69,10 @@ def test_order_of_rows_does_not_matter(rows, random):
 def test_a_text_seen_twice_is_kept_once_with_its_maximum():
     table = strongest([answer("b", "chosen", "same", {1: 1.0}), answer("a", "rejected", "same", {1: 3.0})], 5)
     assert table.select(["value", "doc_id"]).to_pylist() == [{"value": 3, "doc_id": "a"}]
+
+
+def test_of_a_latent_with_two_meanings_the_strongest_texts_of_both_are_kept_with_their_sign():
+    rows = [answer(str(i), "chosen", f"text {i}", {1: value}) for i, value in enumerate((0.5, -2.0, 1.0, 0.0, -0.1))]
+    table = pa.Table.from_pylist(rows, schema=ANSWERS)
+    assert strongest_texts(table, 3, is_bidirectional=True)["value"].to_pylist() == [-2.0, 1.0, 0.5]
+    assert strongest_texts(table, 3)["value"].to_pylist() == [1.0, 0.5]

@@ -249,6 +249,19 @@ def test_who_is_refused_keeps_what_is_there(tmp_path: Path) -> None:
     assert not (tmp_path / "out.aside").exists()
 
 
+@pytest.mark.parametrize("job", [CollectContexts, Pipeline])
+def test_contexts_of_latents_with_two_meanings_are_refused_before_anything_is_paid_for(
+    job: type, tmp_path: Path
+) -> None:
+    from sarm.stages.chain import run_chain
+
+    with pytest.raises(
+        UserError, match="contexts take a latent to have one meaning, and those of a abs_topk SAE have two"
+    ):
+        run_chain(config_of(tmp_path / "out", job, sae={"architecture": "abs_topk"}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_being_written_is_not_moved(tmp_path: Path) -> None:
     import multiprocessing
 

@@ -1,11 +1,13 @@
 """What reward training starts from: baselines that differ from SARM in one thing, and adapters."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.nn.every_sae import KINDS, kind_of
 
 from sarm.contracts.ids import stable_int
 from sarm.data.formats.sae_folder import save_sae
@@ -18,7 +20,7 @@ from sarm.nn.sae import standardise
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
-from sarm.stages.reward_models import build_model, check_sae, check_width, merge_adapters_
+from sarm.stages.reward_models import build_model, check_sae, check_width, encoder_of, merge_adapters_
 from sarm.stages.variants import variants
 from sarm.train.head_start import frozen_sides
 from sarm.train.reward import LocalEngine, parameter_groups, train_reward
@@ -163,3 +165,19 @@ def test_adapters_start_at_nothing_learn_alone_and_merge_into_the_weights(tiny_f
     save_sarm(merged, load_chat_tokenizer(MODEL, tiny_folder), tmp_path)
     assert not any("lora" in name for name in load_file(tmp_path / "model.safetensors"))
     assert torch.equal(load_sarm(tmp_path)(input_ids=IDS).logits, merged.eval()(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("encoder", ["pretrained", "random", "random_linear"])
+def test_every_architecture_can_be_drawn_anew_and_be_made_linear(kind, encoder):
+    sae = build_sae(**kind_of(kind), d_in=6, d_sae=24, k=4)
+    sae.initialise_(torch.randn(50, 6), torch.Generator().manual_seed(0))
+    lengths, before = sae.W_enc.norm(dim=0).detach(), sae.W_enc.detach().clone()
+    dense = encoder_of(copy.deepcopy(sae), RewardSettings(encoder=encoder, topk=False), 0)
+    x = torch.randn(3, 6)
+    wanted = (x - dense.b_dec) @ dense.W_enc + dense.b_enc
+    torch.testing.assert_close(dense(x).values, wanted)
+    drawn = encoder_of(sae, RewardSettings(encoder=encoder), 0)
+    assert torch.equal(drawn.W_enc, before) == (encoder == "pretrained")
+    if encoder == "random":
+        torch.testing.assert_close(drawn.W_enc.norm(dim=0), lengths)

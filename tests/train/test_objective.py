@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sarm.data.tokens.groups import PairOfGroup, PromptGroup
+from sarm.nn.architectures import build_sae
 from sarm.nn.backbone import load_backbone
 from sarm.nn.dense import DenseSae
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
@@ -139,6 +140,13 @@ def test_switches_decide_what_is_trained(untrained):
     assert trained_parts(untrained, train_backbone=False) == {"score.weight"}
     assert trained_parts(untrained, train_sae=True) == {"blocks", "score.weight", *sae}
     assert trained_parts(untrained, train_sae=True, recon_weight=1.0) == {"blocks", "score.weight", *sae, "sae.W_dec"}
+
+
+def test_a_decoder_that_is_the_encoder_too_is_trained_with_it(untrained):
+    tied = copy.deepcopy(untrained)
+    tied.sae = build_sae("matching_pursuit", 64, D_SAE, K)
+    assert trained_parts(tied) == {"blocks", "score.weight"}
+    assert trained_parts(tied, train_sae=True) == {"blocks", "score.weight", "sae.W_dec", "sae.b_dec"}
 
 
 def test_each_part_has_its_own_rate(untrained):

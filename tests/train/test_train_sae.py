@@ -194,6 +194,14 @@ def test_latent_counts_match_hand_numbers():
     assert counts.l0() == pytest.approx(5 / 3)
 
 
+def test_latents_of_either_sign_are_counted_by_their_size():
+    counts = LatentCounts(3)
+    counts.add(Codes(torch.tensor([[-3.0, 1.0], [2.0, -0.5]]), torch.tensor([[1, 0], [1, 0]])))
+    assert counts.fired.tolist() == [2, 2, 0]
+    assert counts.total.tolist() == [0.5, -1.0, 0]
+    assert counts.peak.tolist() == [1.0, 3.0, 0]
+
+
 def test_measuring_does_not_depend_on_the_chunk():
     sae, x = fresh_sae(), sparse_rows(50)
     whole, parts = measure(sae, x), measure(sae, x, chunk=7)

@@ -20,7 +20,7 @@ _PRE_ACTS_AT_ONCE = 2**24
 
 @dataclass
 class LatentCounts:
-    """How often and how strongly each latent fires over the rows added."""
+    """How often and how strongly each latent fires over the rows added; `peak` is the largest absolute value."""
 
     d_sae: int
     num_rows: int = 0

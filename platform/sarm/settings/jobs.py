@@ -48,7 +48,7 @@ class _TrainingSae(ExtractActivations):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSae(_TrainingSae):
-    """Train the TopK SAE on sentence ends, then on chat ends; several at once, if asked."""
+    """Train the SAE on sentence ends, then on chat ends; several at once, if asked."""
 
     stage: ClassVar[StageName] = "train_sae"
     also: AlsoSaes = AlsoSaes()

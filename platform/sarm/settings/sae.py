@@ -68,6 +68,11 @@ class SaeSettings:
     split: Literal["rows", "latents"] = field(default="rows", metadata=OPERATIONAL)
     """How workers share a step: its rows, or the dictionary's latents where one worker cannot hold them all."""
 
+    @property
+    def encoder_passes(self) -> int:
+        """Products of each row with all latents that its codes take."""
+        return self.k if self.architecture == "matching_pursuit" else 1
+
     def __post_init__(self) -> None:
         _check_least(self, "sae.", d_sae=1, batch_size=1, text_epochs=0, chat_epochs=0, warmup_share=0, decay_share=0)
         _check(self, "sae.k", 1 <= self.k <= self.d_sae, f"between 1 and d_sae={self.d_sae}")

@@ -29,6 +29,7 @@ from sarm.settings.checks import UserError
 from sarm.settings.identity import identity
 from sarm.stages.audit_folder import FEATURES
 from sarm.stages.chain_state import move, was_moved
+from sarm.stages.one_sided import check_sarm
 from sarm.stages.safety_ratings import SafetyRatings, safety_ratings
 
 
@@ -38,6 +39,7 @@ def audit(session: Session, settings: AuditFeatures) -> Path:
     Raises UserError for unusable models, sources or ratings, before a cluster starts and before anything is written.
     """
     sarm_settings(settings.sarm)
+    check_sarm(settings.sarm, "audits")
     ratings = None if settings.ratings is None else safety_ratings(settings.ratings, settings.sarm)
     limits = {"select": settings.limit, "target": settings.limit, "off_target": settings.limit_off_target}
     pairs = audit_pairs({role: getattr(settings, role) for role in ROLES}, limits)

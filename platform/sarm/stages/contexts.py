@@ -31,6 +31,7 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
     """
     from sarm.passes.reader import sarm_reader
     from sarm.stages.context_collection import collect_contexts
+    from sarm.stages.one_sided import check_sarm
 
     folders = session.folders
     if contexts.split != "none":
@@ -43,6 +44,7 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
     # What training kept of the model's settings; a SARM from elsewhere is read in float32.
     dtype = read_manifest(folders.sarm, SARM_FOLDER).config.get("dtype", "float32")
     reader = sarm_reader(folders.sarm, contexts.batch_tokens, dtype)
+    check_sarm(folders.sarm, "contexts")
 
     def body(child: StageRun) -> Mapping[str, Any]:
         pairs, corpus = (sorted(path.glob("*.parquet")) for path in (folders.pairs, folders.corpus))

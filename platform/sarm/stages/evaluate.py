@@ -86,7 +86,8 @@ def _measure(
     metrics["contents"] = contents
     metrics["completeness"] = check_completeness(scores["sarm"], weight)
     features = feature_table(scores["sarm"], weight)
-    contexts = strongest_texts(_answers(session, scores["sarm"]), evaluation.contexts_per_feature)
+    answers = _answers(session, scores["sarm"])
+    contexts = strongest_texts(answers, evaluation.contexts_per_feature, is_bidirectional=sae.is_bidirectional)
     pq.write_table(features, folder / "features.parquet", write_page_checksum=True)
     pq.write_table(contexts, folder / "contexts.parquet", write_page_checksum=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))

@@ -16,6 +16,7 @@ from sarm.settings.sae import AlsoSaes
 from sarm.stages.dry_run.costs import StageCost, stage_costs
 from sarm.stages.dry_run.formulas import extracted, reward_depths, reward_gb
 from sarm.stages.dry_run.source_sizes import sizes_of
+from sarm.stages.stage import STAGES
 
 H100 = Machine(cores=16, num_gpus=1, gpu="H100")
 
@@ -133,6 +134,10 @@ def test_more_models_epochs_and_dictionaries_cost_more(tmp_path):
         also=AlsoSaes(k=(13, 54)),
     )
     assert costs_of(also)["train_sae"].gpu_hours == pytest.approx(3 * before["train_sae"].gpu_hours)
+    # 6 D S a row by TopK, of which 2 for the encoder; k of those by matching pursuit.
+    pursuit = replace(demo, sae=replace(demo.sae, architecture="matching_pursuit"))
+    times = (4 + 2 * demo.sae.k) / 6
+    assert costs_of(pursuit)["train_sae"].gpu_hours == pytest.approx(times * before["train_sae"].gpu_hours)
     auxk = replace(demo, sae=replace(demo.sae, aux_k=288))
     assert costs_of(auxk)["train_sae"].gpu_hours > before["train_sae"].gpu_hours
 

@@ -1,7 +1,7 @@
 """FLOPs, bytes of memory and bytes on disk of the stages, from the sizes of the sources and the model's dimensions.
 
 FLOPs are those of matrix products. B weights of the blocks that are kept, T tokens, N rows, D d_in, S d_sae: a forward pass 2 B T,
-reward training 6 B T an epoch (8 with gradient checkpointing), an SAE at most 6 N D S an epoch, and 6 N D A more with A latents of AuxK.
+reward training 6 B T an epoch (8 with gradient checkpointing), an SAE at most 6 N D S an epoch (2 of it for the encoder, which matching pursuit runs K times), and 6 N D A more with A latents of AuxK.
 Attention scores come on top and are left out: 2 % at 1,000 tokens. A trained weight takes 16 bytes: itself, its gradient, two moments.
 """
 
@@ -56,7 +56,7 @@ def forward_gb(shape: Shape, depth: int, dtype: str, batch_tokens: int) -> float
 def sae_flops(d_in: int, sae: SaeSettings, text_rows: float, chat_rows: float) -> float:
     """Of all epochs over the rows of both phases."""
     rows = sae.text_epochs * text_rows + sae.chat_epochs * chat_rows
-    return 6.0 * rows * d_in * (sae.d_sae + sae.aux_k)
+    return 6.0 * rows * d_in * (sae.d_sae + sae.aux_k) + 2.0 * rows * d_in * (sae.encoder_passes - 1) * sae.d_sae
 
 
 def reward_depths(model: ModelSettings, reward: RewardSettings, shape: Shape) -> list[int]:
