@@ -16,7 +16,7 @@ from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.placement import note_placement_group, release_placement_groups
 from sarm.settings.sweep import Ablation
 from sarm.settings.sweep_presets import ABLATIONS
-from sarm.stages.sweep.plan import claim_sweep
+from sarm.stages.sweep.folder import claim_sweep
 from sarm.stages.sweep.report import Report
 from sarm.stages.sweep.run import check_plan, run_sweep
 from sarm.stages.sweep.trials import run_trials

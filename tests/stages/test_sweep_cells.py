@@ -10,15 +10,25 @@ from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.settings.sweep import Ablation, SweepSettings
 from sarm.settings.sweep_presets import ABLATIONS
-from sarm.stages.sweep.cells import Cell, cells_of, check_sweep, sae_key, saes_of
+from sarm.stages.sweep import cells as sweep_cells
+from sarm.stages.sweep.cells import check_sweep, sweep_plan
 from sarm.stages.sweep.cost import describe_sweep
-from sarm.stages.sweep.folder import move_sweep_aside
-from sarm.stages.sweep.plan import claim_sweep, refuse_other_sweep, sweep_plan
+from sarm.stages.sweep.folder import claim_sweep, move_sweep_aside, refuse_other_sweep
+from sarm.stages.sweep.plan import SweepPlan
+from sarm.stages.sweep.points import Cell
 from sarm.stages.sweep.run import check_plan
 from sarm.stages.sweep.stages import _of_one_read
 from sarm.stages.sweep.trials import trials_at_once
 
 GRID = SweepSettings(layers=(1, 2), widths=(2, 4), ks=(4, 8), seeds=(0, 1))
+
+
+def cells_of(sweep: SweepSettings) -> list[Cell]:
+    return sweep_cells.cells_of(replace(ABLATIONS["tiny"][1], sweep=sweep))
+
+
+def plan_of(config: Ablation, cells: list[Cell]) -> SweepPlan:
+    return sweep_plan(config, cells, lambda model: 64)
 
 
 @pytest.fixture
@@ -86,34 +96,37 @@ def test_a_random_search_draws_distinct_cells_of_the_grid():
 
 
 def test_saes_of_one_layer_and_unit_learn_from_one_read_whatever_their_width_k_and_seed():
-    cells = cells_of(replace(GRID, components=("sarm", "random_encoder", "token_sae", "scalar")))
-    keys = saes_of(cells, ("document",))
+    sweep = replace(GRID, components=("sarm", "random_encoder", "token_sae", "scalar"))
+    tiny = replace(ABLATIONS["tiny"][1], sweep=sweep)
+    plan = plan_of(tiny, cells_of(sweep))
+    keys = plan.saes
     assert len(keys) == 32, "random encoders take their biases from the trained SAEs, scalar heads have none"
-    groups = _of_one_read(keys, 8)
+    groups = _of_one_read(plan, keys)
     assert [{(key.layer, key.unit) for key in group} for group in groups] == [
         {(1, "document")}, {(1, "token")}, {(2, "document")}, {(2, "token")}
     ]  # fmt: skip
-    assert [len(group) for group in _of_one_read(keys, 5)] == [5, 3] * 4
-    assert sae_key(Cell(1, 0, 0, "scalar", 0), ("document",)) is None
+    fewer = plan_of(replace(tiny, sweep=replace(sweep, saes_at_once=5)), list(plan.cells))
+    assert [len(group) for group in _of_one_read(fewer, keys)] == [5, 3] * 4
+    assert plan.sae_key(Cell(1, 0, 0, "scalar", 0)) is None
 
 
 def test_folders_are_found_by_what_decides_them(tiny):
     cells = cells_of(tiny.sweep)
-    plan = sweep_plan(tiny, cells, 64)
+    plan = plan_of(tiny, cells)
     folders = {plan.cell_folder(cell) for cell in cells}
     assert len(folders) == len(cells)
-    slower = sweep_plan(replace(tiny, reward=replace(tiny.reward, epochs=3)), cells, 64)
+    slower = plan_of(replace(tiny, reward=replace(tiny.reward, epochs=3)), cells)
     assert folders.isdisjoint({slower.cell_folder(cell) for cell in cells})
     assert {slower.sae_folder(key) for key in plan.saes} == {plan.sae_folder(key) for key in plan.saes}
     random = [Cell(1, 4, 8, name, 0) for name in ("random_encoder", "random_directions")]
     assert len({plan.cell_folder(cell).name.rpartition("-")[2] for cell in random}) == 2
-    operational = sweep_plan(replace(tiny, sweep=replace(tiny.sweep, retries=5, report_steps=1)), cells, 64)
+    operational = plan_of(replace(tiny, sweep=replace(tiny.sweep, retries=5, report_steps=1)), cells)
     assert folders == {operational.cell_folder(cell) for cell in cells}
 
 
 def test_a_cells_folder_does_not_depend_on_the_other_cells(tiny):
     few, many = (replace(tiny, sweep=replace(tiny.sweep, ks=ks)) for ks in ((8,), (4, 8, 16)))
-    plans = [sweep_plan(config, cells_of(config.sweep), 64) for config in (few, many)]
+    plans = [plan_of(config, cells_of(config.sweep)) for config in (few, many)]
     assert {plans[0].cell_folder(c) for c in plans[0].cells} < {plans[1].cell_folder(c) for c in plans[1].cells}
 
 

@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 
 class Setting(NamedTuple):
-    """All seeds of one (component, layer, width, k).
+    """All seeds of one (component, layer, width, k, and further axes).
 
     `low` and `high` are the 95 % bounds over held-out prompts, the mean of the seeds' own; `seeds_low` and `seeds_high` Student's over
     the seeds, NaN for one. `minus_centre` is the difference from the SARM at the centre with the same seed, on the same prompts.
@@ -35,19 +35,23 @@ class Setting(NamedTuple):
     minus_centre_high: float
     fvu: float
     seconds: float
+    further: tuple[Any, ...] = ()
+    """Its values on the further axes, in their order; None on one that makes no difference to it."""
 
 
-def settings_of(rows: Sequence[Row]) -> list[Setting]:
-    """The settings that have a finished cell, best first."""
+def settings_of(rows: Sequence[Row], further: Sequence[str] = ()) -> list[Setting]:
+    """The settings that have a finished cell, best first; `further` are the axes besides layer, width and k."""
+    axes = (*AXES, *further)
     done = [row for row in rows if row["status"] == "done"]
-    keys = dict.fromkeys(tuple(row[name] for name in AXES) for row in done)
+    keys = dict.fromkeys(tuple(row[name] for name in axes) for row in done)
     found = []
     for key in keys:
-        own = [row for row in done if tuple(row[name] for name in AXES) == key]
+        own = [row for row in done if tuple(row[name] for name in axes) == key]
         values = np.array([row[METRIC] for row in own], float)
         means = [_mean(own, name) for name in ("ci95_low", "ci95_high", *DIFFERENCE, "fvu_heldout", "training_seconds")]
         over_seeds = seed_interval(values) if len(own) > 1 else (math.nan, math.nan)
-        found.append(Setting(*key, len(own), float(values.mean()), *means[:2], *over_seeds, *means[2:]))  # type: ignore[call-arg]
+        figures = (len(own), float(values.mean()), *means[:2], *over_seeds, *means[2:])
+        found.append(Setting(*key[: len(AXES)], *figures, further=key[len(AXES) :]))  # type: ignore[misc]
     return sorted(found, key=lambda setting: -setting.mean)
 
 
@@ -69,15 +73,20 @@ def best_row(rows: Sequence[Row]) -> Row | None:
     return max(done, key=lambda row: row[METRIC], default=None)
 
 
-def as_markdown(rows: Sequence[Row], name: str) -> str:
-    """The settings, the cells that have no result, and how to read both."""
+def shown(value: Any) -> str:
+    """A value of a further axis as a reader sees it; nothing for one that makes no difference."""
+    return "" if value is None else f"{value:g}" if isinstance(value, int | float) else str(value).replace("|", "/")
+
+
+def as_markdown(rows: Sequence[Row], name: str, further: Sequence[str] = ()) -> str:
+    """The settings, the cells that have no result, and how to read both; a column for each of the `further` axes."""
     lines = [
         f"# {name}",
         "",
-        "| component | layer | width | k | seeds | held-out accuracy | 95 % over prompts | over seeds | minus the centre | FVU | training s |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| component | layer | width | k |{''.join(f' {axis} |' for axis in further)} seeds | held-out accuracy | 95 % over prompts | over seeds | minus the centre | FVU | training s |",
+        f"|---|--:|--:|--:|{'--:|' * len(further)}--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for s in settings_of(rows):
+    for s in settings_of(rows, further):
         width, k = (f"{s.width}x", str(s.k)) if s.width else ("", "")
         fvu = "" if math.isnan(s.fvu) else f"{s.fvu:.3f}"
         over_seeds = "" if math.isnan(s.seeds_low) else f"{s.seeds_low:.3f} to {s.seeds_high:.3f}"
@@ -87,6 +96,7 @@ def as_markdown(rows: Sequence[Row], name: str) -> str:
             s.layer or "all",
             width,
             k,
+            *map(shown, s.further),
             s.num_seeds,
             f"{s.mean:.3f}",
             f"{s.low:.3f} to {s.high:.3f}",

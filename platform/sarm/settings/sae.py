@@ -9,6 +9,12 @@ from sarm.settings.checks import check as _check
 from sarm.settings.checks import check_least as _check_least
 from sarm.settings.checks import check_rate as _check_rate
 
+# What of the settings is one dictionary's own: SAEs that differ in nothing else learn from one read of the activations.
+OF_ONE_DICTIONARY = frozenset(
+    {"architecture", "d_sae", "k", "signed", "prefixes", "bandwidth", "l0_penalty"}
+    | {"aux_k", "aux_coefficient", "dead_after_rows", "b_dec_init", "cross_entropy_texts"}
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SaeSettings:

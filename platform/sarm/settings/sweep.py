@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sarm.settings.axes import Axis, axes_of
 from sarm.settings.checks import OPERATIONAL, check, check_least
 from sarm.settings.jobs import Pipeline
 
@@ -14,7 +15,7 @@ WITHOUT_SAE = ("scalar", "scalar_full")
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """The cells (layer, width, k, component, seed), and how they are searched."""
+    """The cells (layer, width, k, component, seed, and the settings of `axes`), and how they are searched."""
 
     layers: tuple[int, ...] = (1,)
     """Positions of the SAE: numbers of blocks that are kept."""
@@ -29,11 +30,14 @@ class SweepSettings:
     """Tokens of text, at most, that the SAEs of `token_sae` learn from; the papers' sentence ends are as many."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the SAE's first weights and of reward training; intervals over several are Student's t."""
+    axes: tuple[str, ...] = ()
+    """Further axes: settings of model, extraction, sae, reward or evaluation with their values, as in `sae.architecture=topk,jumprelu
+    reward.lr=1e-6,5e-6`. A value of several items has spaces between them: `'sae.prefixes=32 64,64 128'`."""
     design: Literal["grid", "axes"] = "grid"
     """Every combination, or one axis at a time through the centre (SARM tables 2 and 3)."""
     centre: tuple[int, int, int] | None = None
     """(layer, width, k) that `axes` goes through, and that the components other than `sarm` are compared at; unset, the components
-    are compared at every layer, width and k."""
+    are compared everywhere. On each of `axes` the centre is the job's own value, or the first one where that is not among them."""
     centre_seeds: tuple[int, ...] = ()
     """Seeds that only the cells at the centre have besides: how much chance there is in a difference, without paying for it everywhere."""
     search: Literal["grid", "asha", "random", "optuna"] = "grid"
@@ -57,7 +61,13 @@ class SweepSettings:
     register_best: bool = field(default=True, metadata=OPERATIONAL)
     """Register the best model in MLflow, as `--mlflow-models` says."""
 
+    @property
+    def settings_axes(self) -> tuple[Axis, ...]:
+        """The axes of `axes`, their values read."""
+        return axes_of(self.axes)
+
     def __post_init__(self) -> None:
+        axes_of(self.axes)
         for name in ("layers", "widths", "ks", "components", "seeds"):
             values = getattr(self, name)
             check(self, f"sweep.{name}", len(values) > 0, "one or more values: the grid would be empty")

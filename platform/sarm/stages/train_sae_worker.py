@@ -28,14 +28,13 @@ from sarm.nn.architectures import build_sae
 from sarm.nn.sae import standardise
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
-from sarm.settings.sae import SaeSettings
+from sarm.settings.sae import OF_ONE_DICTIONARY, SaeSettings
 from sarm.stages.train_sae_folder import write_sae_folder
 from sarm.train.phase_shift import absorb_phase_shift_
 from sarm.train.sae import Phase, SaeTraining
 
 _SAMPLE_ROWS = 16 * 1024
 _OF_THE_SAE = ("architecture", "d_sae", "k", "signed", "prefixes", "bandwidth", "l0_penalty")
-_OF_ONE_DICTIONARY = {*_OF_THE_SAE, "aux_k", "aux_coefficient", "dead_after_rows", "b_dec_init", "cross_entropy_texts"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class SaeTask:
         for member in self.also:
             for field in dataclasses.fields(self.sae):
                 mine, others = getattr(self.sae, field.name), getattr(member.sae, field.name)
-                if field.name not in _OF_ONE_DICTIONARY and mine != others:
+                if field.name not in OF_ONE_DICTIONARY and mine != others:
                     raise UserError(
                         f"SAEs that learn from one read need one {field.name}, got {mine} and {others}. Train them apart."
                     )

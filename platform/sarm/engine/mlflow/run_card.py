@@ -69,6 +69,8 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
     """
     names = {name: path for name, path in _SETTINGS.items() if "sweep" not in config or name not in _OF_ONE}
     names |= _AXES if "sweep" in config else {}
+    # Most sweeps have the named axes alone.
+    names |= {"axes": "sweep.axes"} if _at(config, "sweep.axes") else {}
     found = {name: _at(config, path) for name, path in names.items()}
     if all(value is None for name, value in found.items() if name not in ("seed", "pairs")):
         return {key: _text(value) for key, value in flat_params(config).items() if not key.startswith("run.")}
@@ -116,7 +118,7 @@ def description(settings: Mapping[str, Any], tags: Mapping[str, str], figures: s
     parts = []
     if "layers" in settings:
         parts.append(
-            f"Ablation of **{settings['model']}**: layers {settings['layers']}, widths {settings['widths']} x d_in, k {settings['ks']}, components {settings['components']}."
+            f"Ablation of **{settings['model']}**: layers {settings['layers']}, widths {settings['widths']} x d_in, k {settings['ks']}, components {settings['components']}{', ' * ('axes' in settings)}{settings.get('axes', '')}."
         )
     elif "model" in settings and "layer" in settings:
         preset = f"Preset {tags['preset']}: " if "preset" in tags else ""

@@ -53,10 +53,10 @@ def forward_gb(shape: Shape, depth: int, dtype: str, batch_tokens: int) -> float
     return (shape.backbone(depth) + batch_tokens * (8 * shape.d_in + 3 * shape.d_ff)) * wide / _GB
 
 
-def sae_flops(d_in: int, sae: SaeSettings, text_rows: float, chat_rows: float, width: int | None = None) -> float:
-    """Of all epochs over the rows of both phases; `width` latents, if not the settings' own."""
+def sae_flops(d_in: int, sae: SaeSettings, text_rows: float, chat_rows: float) -> float:
+    """Of all epochs over the rows of both phases."""
     rows = sae.text_epochs * text_rows + sae.chat_epochs * chat_rows
-    return 6.0 * rows * d_in * ((width or sae.d_sae) + sae.aux_k)
+    return 6.0 * rows * d_in * (sae.d_sae + sae.aux_k)
 
 
 def reward_depths(model: ModelSettings, reward: RewardSettings, shape: Shape) -> list[int]:

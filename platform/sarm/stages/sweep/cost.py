@@ -4,17 +4,23 @@ The formulas of the stages are those of `sarm.stages.dry_run`, which a single ru
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 from sarm.data.formats.model_shapes import Shape, shape_of
 from sarm.engine.ray.machine import PEAK_SHARE, Machine
+from sarm.settings.axes import text_of
+from sarm.settings.model import ModelSettings
 from sarm.settings.sweep import Ablation
 from sarm.stages.dry_run.formulas import extracted, reward_flops, sae_flops
 from sarm.stages.dry_run.plan_text import WIDTH, entry, planned_machine
 from sarm.stages.dry_run.rounding import about, count, duration, rounded, size
-from sarm.stages.dry_run.source_sizes import Pairs, Sizes, Texts, sizes_of
+from sarm.stages.dry_run.source_sizes import Pairs, Texts, sizes_of
 from sarm.stages.inputs import check_layers, check_sources
-from sarm.stages.sweep.cells import Cell, check_sweep, layers_of, saes_of
+from sarm.stages.sweep.cells import check_sweep, sweep_plan
+from sarm.stages.sweep.plan import SweepPlan
+from sarm.stages.sweep.readings import Reading
 
 # Starting the workers of a trial, loading its model, and reading it back to score; before that Ray, the passes of extraction, and
 # the training of each layer's SAEs.
@@ -32,104 +38,129 @@ def sweep_text(config: Ablation, machine: Machine) -> str:
     Raises UserError as the sweep would for what it can tell: the grid, its layers and the sources.
     """
     cells, run, sweep = check_sweep(config), config.run, config.sweep
-    layers = layers_of(cells, config.model.layer)
     if run.out.exists() or run.redo_from is not None:
-        from sarm.stages.sweep.plan import refuse_other_sweep
+        from sarm.stages.sweep.folder import refuse_other_sweep
 
         refuse_other_sweep(config)
     if not (run.out / "pairs" / "manifest.json").exists():
         check_sources(config.data)
-    check_layers(config.model, layers, "--sweep.layers")
-    saes = saes_of(cells, config.extraction.units)
+    plan = SweepPlan(config, tuple(cells), {})
+    for model in plan.models:
+        check_layers(model, [model.layer], "--sweep.layers")
+    shapes = {replace(model, layer=1): shape_of(model) for model in plan.models}
+    known = {model: shape for model, shape in shapes.items() if shape is not None}
+    if len(known) == len(shapes):
+        plan = sweep_plan(config, cells, lambda model: known[model].d_in)
+    names, passes = ", ".join(dict.fromkeys(model.name for model in shapes)), len(_layers_of_passes(plan))
+    passes_text = "one forward pass for all" if passes == 1 else f"{passes} forward passes"
     lines = [
         *entry("writes to", str(run.out)),
-        *entry("model", f"{config.model.name}, layers {', '.join(map(str, layers))}, one forward pass for all"),
-        *entry("cells", f"{len(cells)} of {', '.join(sweep.components)}; {len(saes)} SAEs; search {sweep.search}"),
+        *entry("model", f"{names}, layers {', '.join(map(str, plan.layers))}, {passes_text}"),
+        *entry("cells", f"{len(cells)} of {', '.join(sweep.components)}; {len(plan.saes)} SAEs; search {sweep.search}"),
     ]
-    shape, sizes = shape_of(config.model), sizes_of(run.out, config.data, config.extraction)
-    lacking = [config.model.name] * (shape is None) + list(sizes.unknown)
-    if shape is None or sizes.pairs is None or sizes.texts is None:
-        said = ", ".join(lacking) or "a source"
+    for axis in sweep.settings_axes:
+        lines += entry("axis", f"{axis.name} {', '.join(map(text_of, axis.values))}")
+    sizes = sizes_of(run.out, config.data, config.extraction)
+    lacking = [model.name for model, shape in shapes.items() if shape is None] + list(sizes.unknown)
+    if len(known) < len(shapes) or sizes.pairs is None or sizes.texts is None:
+        said = ", ".join(dict.fromkeys(lacking)) or "a source"
         return "\n".join([*lines, *entry("cost", f"the size of {said} is not known here, so hours and disk are not")])
-    return "\n".join([*lines, *_costs(config, cells, shape, sizes, sizes.texts, sizes.pairs, machine)])
+    return "\n".join([*lines, *_costs(plan, known, sizes.texts, sizes.pairs, machine)])
 
 
 def _costs(
-    config: Ablation, cells: list[Cell], shape: Shape, sizes: Sizes, texts: Texts, pairs: Pairs, machine: Machine
+    plan: SweepPlan, shapes: Mapping[ModelSettings, Shape], texts: Texts, pairs: Pairs, machine: Machine
 ) -> list[str]:
-    layers = layers_of(cells, config.model.layer)
-    saes = saes_of(cells, config.extraction.units)
-    sae, reward, d_in = config.sae, config.reward, shape.d_in
-    rows = {"token": min(texts.tokens, config.sweep.token_rows)}
-    work = extracted(shape, texts, pairs, config.extraction.units, set(layers))
-    trained = pairs.train * pairs.tokens_a_pair
-    flops = {
-        "extraction": work.flops,
-        "SAEs": sum(
-            sae_flops(
-                d_in, sae, rows.get(key.unit, texts.sentences), 2 * pairs.train, width=key.width * d_in
-            )
-            for key in saes
-        ),
-        "reward": sum(reward_flops(shape, _depth(cell, shape), reward, trained) for cell in cells),
-        "scoring": sum(
-            2.0 * shape.weights_a_block * _depth(cell, shape) * pairs.heldout * pairs.tokens_a_pair for cell in cells
-        ),
-    }  # fmt: skip
-    dtypes = {
-        "extraction": config.model.dtype,
-        "SAEs": "bfloat16",
-        "reward": reward.precision,
-        "scoring": config.model.dtype,
-    }
-    hours = {name: part / machine.gpu_rate(dtypes[name]) / 3600 for name, part in flops.items()}
-    of_tokens = len({key.layer for key in saes if key.unit == "token"})
-    activations = work.disk_bytes + rows["token"] * of_tokens * 2 * d_in
-    dictionaries = sum(8 * d_in * key.width * d_in for key in saes)
-    models = sum(4 * (shape.backbone(_depth(cell, shape)) + d_in * cell.width * d_in * 2) for cell in cells)
-    total = sum(hours.values())
+    work = _work_of(plan, shapes, texts, pairs)
+    hours = work.by_stage(lambda stage, dtype: machine.gpu_rate(dtype) * 3600)
+    total, disk = sum(hours.values()), work.disk
     shares = ", ".join(f"{name} {part / total:.0%}" for name, part in hours.items())
-    parts = (
-        f"activations {size(activations / 1e9)}, SAEs {size(dictionaries / 1e9)}, reward models {size(models / 1e9)}"
-    )
+    parts = ", ".join(f"{name} {size(part / 1e9)}" for name, part in disk.items())
     return [
         *entry("texts", f"{count(texts.rows)}, {count(texts.tokens)} tokens ({texts.basis})"),
         *entry(
             "pairs", f"{count(pairs.train)} training pairs of {rounded(pairs.tokens_a_pair)} tokens ({pairs.basis})"
         ),
-        *entry("compute", f"{sum(flops.values()):.2e} FLOPs"),
+        *entry("compute", f"{sum(work.flops.values()):.2e} FLOPs"),
         *entry(
             "GPU-hours",
             f"{about(total)} of one {machine.planned_gpu} at {PEAK_SHARE:.0%} of its peak (assumed): {shares}",
         ),
-        *entry("disk", f"about {size((activations + dictionaries + models) / 1e9)}: {parts}"),
-        *entry("time", f"about {_time(config, cells, flops, dtypes, machine)}"),
+        *entry("disk", f"about {size(sum(disk.values()) / 1e9)}: {parts}"),
+        *entry("time", f"about {_time(plan, work, machine)}"),
         *(textwrap.wrap(machine.note, WIDTH) if machine.note else []),
     ]
 
 
-def _depth(cell: Cell, shape: Shape) -> int:
-    # A cell without a layer has the whole backbone.
-    return cell.layer or shape.num_blocks
+class _Work(NamedTuple):
+    """FLOPs by stage and the dtype that they are done in, and bytes on disk by what they hold."""
+
+    flops: dict[tuple[str, str], float]
+    disk: dict[str, float]
+
+    def by_stage(self, rate: Callable[[str, str], float]) -> dict[str, float]:
+        """FLOPs over a stage's rate in a dtype."""
+        found: dict[str, float] = {}
+        for (stage, dtype), flops in self.flops.items():
+            found[stage] = found.get(stage, 0.0) + flops / rate(stage, dtype)
+        return found
 
 
-def _time(
-    config: Ablation, cells: Sequence[Cell], flops: Mapping[str, float], dtypes: Mapping[str, str], machine: Machine
-) -> str:
+def _work_of(plan: SweepPlan, shapes: Mapping[ModelSettings, Shape], texts: Texts, pairs: Pairs) -> _Work:
+    flops: dict[tuple[str, str], float] = {}
+    disk = {"activations": 0.0, "SAEs": 0.0, "reward models": 0.0}
+    rows: dict[Reading, float] = {}
+
+    def add(stage: str, dtype: str, done: float) -> None:
+        flops[stage, dtype] = flops.get((stage, dtype), 0.0) + done
+
+    for reading, layers in plan.readings.items():
+        shape, (unit,) = shapes[reading.model], reading.extraction.units
+        read = sizes_of(plan.config.run.out, plan.config.data, reading.extraction).texts or texts
+        rows[reading] = read.tokens if unit == "token" else read.sentences
+        if unit == "token":
+            # Its pass is short beside that of all texts, and the pairs' ends are there.
+            disk["activations"] += rows[reading] * len(layers) * 2 * shape.d_in
+        else:
+            work = extracted(shape, read, pairs, (unit,), set(layers))
+            add("extraction", reading.model.dtype, work.flops)
+            disk["activations"] += work.disk_bytes
+    for key in plan.saes:
+        d_in, sae = plan.d_in(key), plan.sae(key)
+        add("SAEs", "bfloat16", sae_flops(d_in, sae, rows[plan.reading(key)], 2 * pairs.train))
+        disk["SAEs"] += 8 * d_in * sae.d_sae
+    for cell in plan.cells:
+        model, reward = plan.model(cell), plan.settings(cell).reward
+        shape = shapes[replace(model, layer=1)]
+        depth, tokens = cell.layer or shape.num_blocks, pairs.tokens_a_pair
+        add("reward", reward.precision, reward_flops(shape, depth, reward, pairs.train * tokens))
+        add("scoring", model.dtype, 2.0 * shape.weights_a_block * depth * pairs.heldout * tokens)
+        disk["reward models"] += 4 * (shape.backbone(depth) + shape.d_in * cell.width * shape.d_in * 2)
+    return _Work(flops, disk)
+
+
+def _layers_of_passes(plan: SweepPlan) -> list[int]:
+    """How many layers each pass reads; that of tokens goes over layers that another one has read, if any has."""
+    readings = plan.readings
+    of_texts = [len(layers) for reading, layers in readings.items() if reading.extraction.units != ("token",)]
+    return of_texts or [len(layers) for layers in readings.values()]
+
+
+def _time(plan: SweepPlan, work: _Work, machine: Machine) -> str:
     """Of all stages, with as many trials side by side as there is room for."""
-    run = config.run
+    run, sweep = plan.config.run, plan.config.sweep
     each = max(run.num_workers, run.num_actors)
     if machine.num_gpus:
         at_once = max(1, machine.num_gpus // each)
-        seconds = sum(part / machine.gpu_rate(dtypes[name]) for name, part in flops.items()) / machine.num_gpus
+        seconds = sum(work.by_stage(lambda stage, dtype: machine.gpu_rate(dtype)).values()) / machine.num_gpus
     else:
         cores = machine.cores
-        at_once = max(1, cores // (each * (config.sweep.cpus_per_trial or run.cpus_per_worker or cores)))
-        seconds = sum(
-            part / machine.core_rate(training=name not in ("extraction", "scoring")) / cores
-            for name, part in flops.items()
+        at_once = max(1, cores // (each * (sweep.cpus_per_trial or run.cpus_per_worker or cores)))
+        of_stage = work.by_stage(
+            lambda stage, _: machine.core_rate(training=stage not in ("extraction", "scoring")) * cores
         )
-    layers = layers_of(cells, config.model.layer)
-    seconds += _SECONDS_BEFORE + _SECONDS_A_LAYER * len(layers) + _SECONDS_A_CELL * len(cells) / at_once
+        seconds = sum(of_stage.values())
+    layers = sum(_layers_of_passes(plan))
+    seconds += _SECONDS_BEFORE + _SECONDS_A_LAYER * layers + _SECONDS_A_CELL * len(plan.cells) / at_once
     side_by_side = f"{at_once} trial{'s' * (at_once > 1)} at a time"
     return f"{duration(seconds)}, {side_by_side}, on {machine.describe()}"

@@ -1,83 +1,127 @@
-"""An ablation with its model's width: the settings, names and folders of every SAE and cell."""
+"""An ablation with its models' widths: the cells, and the settings, names and folders of every SAE and cell."""
 
-import hashlib
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from sarm.contracts.folders import Folders
-from sarm.contracts.manifest import first_difference, write_atomically
-from sarm.engine.session import RUN_FILE
+from sarm.settings.axes import SECTIONS, text_of
 from sarm.settings.checks import UserError
-from sarm.settings.identity import identity
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RANDOM_ENCODERS, RewardSettings
-from sarm.settings.run import RunSettings, StageName
+from sarm.settings.run import RunSettings
 from sarm.settings.sae import SaeSettings
-from sarm.settings.sweep import Ablation
+from sarm.settings.sweep import WITHOUT_SAE, Ablation, Component
 from sarm.stages import plan
-from sarm.stages.chain_state import was_moved
-from sarm.stages.sweep.cells import Cell, SaeKey, layers_of, sae_key, saes_of
+from sarm.stages.sweep.points import Cell, SaeKey, Settings, cell_at
+from sarm.stages.sweep.readings import Reading, contents_of, digest, reading_of
 
-SWEEP_FILE = "sweep.json"
-# Which stage of a sweep each part of what its cells have in common decides, in the order of the stages.
-_DECIDES: dict[str, StageName] = {
-    "data": "prepare_data",
-    "model": "extract_activations",
-    "extraction": "extract_activations",
-    "token_rows": "extract_activations",
-    "sae": "train_sae",
-    "order_seed": "train_sae",
-    "reward": "train_sarm",
-    "evaluation": "train_sarm",
-}
-_HASH_LENGTH = 8
+# Stands for a width that is not known yet: any k and any prefix fit.
+_WIDE = 1 << 20
+_SUFFIX_LENGTH = 100
+Point = TypeVar("Point", Cell, SaeKey)
 
 
 class SweepPlan(NamedTuple):
-    """An ablation with its cells and the width that its dictionaries are multiples of; picklable."""
+    """An ablation with its cells and the width that the dictionaries of each model (at layer 1) are multiples of; picklable."""
 
     config: Ablation
     cells: tuple[Cell, ...]
-    d_in: int
+    d_ins: Mapping[ModelSettings, int]
     mlflow_uri: str = ""
     parent_run_id: str = ""
 
-    def model(self, layer: int) -> ModelSettings:
-        """The model cut at `layer`; the whole backbone's cut is the component's own affair."""
-        return replace(self.config.model, layer=layer or self.layers[0])
+    def settings(self, point: Cell | SaeKey) -> Ablation:
+        """The sweep's settings with those of the cell or SAE put in.
+
+        Raises UserError for settings that do not go together.
+        """
+        changed = self._changed(point)
+        if point.width:
+            changed["sae"] |= {"d_sae": point.width * self.d_in(point), "k": point.k}
+        parts: dict[str, Any] = {name: replace(getattr(self.config, name), **own) for name, own in changed.items()}
+        return replace(self.config, **parts)
+
+    def model(self, point: Cell | SaeKey) -> ModelSettings:
+        """The point's model, cut at its layer; the whole backbone's cut is the component's own affair."""
+        return replace(self.config.model, **self._changed(point)["model"])
+
+    def d_in(self, point: Cell | SaeKey) -> int:
+        """The width of the point's model."""
+        return self.d_ins.get(replace(self.model(point), layer=1), _WIDE)
+
+    def _changed(self, point: Cell | SaeKey) -> dict[str, dict[str, Any]]:
+        changed: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+        changed["model"]["layer"] = point.layer or self.layers[0]
+        for name, value in point.settings:
+            section, _, field = name.partition(".")
+            changed[section][field] = value
+        return changed
 
     @property
     def layers(self) -> list[int]:
-        """All layers that activations are needed of, lowest first."""
-        return layers_of(self.cells, self.config.model.layer)
+        """All layers of the cells, lowest first."""
+        return sorted({cell.layer for cell in self.cells if cell.layer} or {self.config.model.layer})
+
+    @property
+    def models(self) -> list[ModelSettings]:
+        """The distinct models, each at each of its layers."""
+        return list(dict.fromkeys(self.model(cell) for cell in self.cells))
 
     @property
     def saes(self) -> list[SaeKey]:
         """The distinct SAEs, those of one layer and unit together."""
-        return saes_of(self.cells, self.config.extraction.units)
+        keys = {key for cell in self.cells if (key := self.sae_key(cell))}
+        return sorted(
+            keys, key=lambda key: (key.layer, key.unit, *key[:3], key.seed, len(key.settings), str(key.settings))
+        )
+
+    @property
+    def readings(self) -> dict[Reading, list[int]]:
+        """Every pass that an SAE or a head learns from, with its layers, lowest first; that of all cells if none does."""
+        probed = [cell for cell in self.cells if cell.component in WITHOUT_SAE and self._read(cell)]
+        layers: dict[Reading, set[int]] = {}
+        for point in (*self.saes, *probed) or self.cells:
+            layers.setdefault(self.reading(point), set()).add(point.layer or self.layers[0])
+        return {reading: sorted(own) for reading, own in layers.items()}
+
+    def reading(self, point: Cell | SaeKey) -> Reading:
+        """The pass that the point's activations come from; of a cell, without the tokens that its SAE may read."""
+        settings = self.settings(point)
+        return reading_of(settings, point.unit if isinstance(point, SaeKey) else settings.extraction.units[0])
+
+    def sae_key(self, cell: Cell) -> SaeKey | None:
+        """The SAE that the cell reads, None for a scalar head."""
+        if cell.component in WITHOUT_SAE:
+            return None
+        unit = "token" if cell.component == "token_sae" else self.settings(cell).extraction.units[0]
+        key = SaeKey(cell.layer, cell.width, cell.k, unit, cell.seed, cell.settings)
+        return without_idle(key, self._decides_sae)
 
     def sae(self, key: SaeKey) -> SaeSettings:
         """Its settings."""
-        return replace(self.config.sae, d_sae=key.width * self.d_in, k=key.k)
+        return self.settings(key).sae
 
     def sae_settings(self, key: SaeKey) -> dict[str, Any]:
         """What decides it: the rows of all SAEs come in the order of the sweep's seed, so that they can learn from one read."""
         return plan.sae_settings(self.sae(key), self.config.run.seed, key.seed)
 
-    def sae_folder(self, key: SaeKey) -> Path:
-        name = f"layer{key.layer}-x{key.width}-k{key.k}-s{key.seed}{'-token' * (key.unit == 'token')}"
+    def _decides_sae(self, key: SaeKey) -> dict[str, Any]:
         settings = {**self.sae_settings(key), "layer": key.layer, "unit": key.unit}
-        return self.config.run.out / "sae" / f"{name}-{digest(settings)}"
+        read = contents_of(self.reading(key))
+        return settings if read == contents_of(reading_of(self.config, key.unit)) else {**settings, "activations": read}
+
+    def sae_folder(self, key: SaeKey) -> Path:
+        name = f"layer{key.layer}-x{key.width}-k{key.k}{_suffix(key)}-s{key.seed}{'-token' * (key.unit == 'token')}"
+        return self.config.run.out / "sae" / f"{name}-{digest(self._decides_sae(key))}"
 
     def reward(self, cell: Cell) -> RewardSettings:
         """How the cell's reward model is trained."""
-        reward = self.config.reward
+        reward = self.settings(cell).reward
         if cell.component == "sarm":
             return reward
-        key = sae_key(cell, self.config.extraction.units)
+        key = self.sae_key(cell)
         token_sae = self.sae_folder(key) if cell.component == "token_sae" and key is not None else None
         return replace(reward, baselines=(cell.component,), token_sae=token_sae)
 
@@ -85,102 +129,82 @@ class SweepPlan(NamedTuple):
         """What a reader calls the cell; unique within the sweep."""
         parts = [cell.component.replace("_", "-")]
         parts += [f"layer{cell.layer}"] * bool(cell.layer) + [f"x{cell.width}-k{cell.k}"] * bool(cell.width)
-        return "-".join([*parts, f"s{cell.seed}"])
+        return f"{'-'.join(parts)}{_suffix(cell)}-s{cell.seed}"
 
     def cell_folder(self, cell: Cell) -> Path:
         """Where the cell's reward model and figures are: found by everything that decides them."""
-        key = sae_key(cell, self.config.extraction.units)
+        return self.config.run.out / "cells" / f"{self.name(cell)}-{digest(self.decides(cell))}"
+
+    def decides(self, cell: Cell) -> dict[str, Any]:
+        """All that decides the cell's results: two cells with equal ones are one."""
+        key, settings = self.sae_key(cell), self.settings(cell)
         # What a component's name means decides the folder too: a cell of an older meaning is not found.
-        reward = replace(self.config.reward, encoder=RANDOM_ENCODERS.get(cell.component, self.config.reward.encoder))
-        settings = {
-            "cell": list(cell),
+        reward = replace(settings.reward, encoder=RANDOM_ENCODERS.get(cell.component, settings.reward.encoder))
+        decides = {
+            "cell": list(cell[:5]),
             "sae": None if key is None else self.sae_settings(key),
-            "reward": plan.reward_settings(self.model(cell.layer), reward, cell.seed),
-            "evaluation": plan.evaluation_settings(self.config.evaluation, cell.seed),
+            "reward": plan.reward_settings(settings.model, reward, cell.seed),
+            "evaluation": plan.evaluation_settings(settings.evaluation, cell.seed),
         }
-        return self.config.run.out / "cells" / f"{self.name(cell)}-{digest(settings)}"
+        # A sweep's own activations are in its sweep.json.
+        read = self._read(cell)
+        return decides if read == self._read(cell._replace(settings=())) else {**decides, "activations": read}
+
+    def _read(self, cell: Cell) -> dict[str, Any]:
+        """What decides the activations that the cell's SAE and head learn from and are measured on."""
+        key = self.sae_key(cell)
+        if key is not None:
+            return contents_of(self.reading(key))
+        settings = self.settings(cell)
+        return {"chat": contents_of(self.reading(cell))["chat"]} if settings.reward.head_init == "probe" else {}
+
+    def cell_at(self, point: tuple[Any, ...], component: Component, seed: int) -> Cell:
+        """The cell nearest to a point of the axes."""
+        return without_idle(cell_at(self.config, point, component, seed), self.decides)
 
     def run(self, cell: Cell) -> RunSettings:
         """The run settings of the cell's stages."""
         run = self.config.run
         return replace(run, out=self.cell_folder(cell), seed=cell.seed, mlflow_uri=self.mlflow_uri)
 
+    def axes(self, cell: Cell) -> dict[str, Any]:
+        """The cell's place on every axis, with the dictionary's size; None on an axis that makes no difference to it."""
+        named = {name: value for name, value in cell._asdict().items() if name != "settings"}
+        found = {**named, "d_sae": cell.width * self.d_in(cell)}
+        for axis in self.config.sweep.settings_axes:
+            others = [cell._replace(settings=_with(cell, axis.name, value)) for value in axis.values]
+            depends = axis.name in dict(cell.settings) or any(self._differs(cell, other) for other in others)
+            value = dict(cell.settings).get(axis.name, axis.of(self.config))
+            found[axis.name] = axis.shown(value) if depends else None
+        return found
 
-def sweep_plan(config: Ablation, cells: Iterable[Cell], d_in: int) -> SweepPlan:
-    """The plan; raises UserError for a k that its dictionary does not hold."""
-    found = SweepPlan(config, tuple(cells), d_in)
-    for key in found.saes:
-        if key.k > key.width * d_in:
-            raise UserError(
-                f"k={key.k} is more than the {key.width} x {d_in} latents of the smallest dictionary. Pass a smaller --sweep.ks, or larger --sweep.widths."
-            )
-    return found
-
-
-def refuse_other_sweep(config: Ablation) -> None:
-    """Raise UserError if the folder is of a sweep that differs in more than its cells and what `redo_from` makes anew, or of something else."""
-    run, path = config.run, config.run.out / SWEEP_FILE
-    stages = list(dict.fromkeys(_DECIDES.values()))
-    if run.redo_from is not None and run.redo_from not in stages:
-        raise UserError(f"a sweep has no stage {run.redo_from}. Pass --redo-from {', '.join(stages)}.")
-    anew = stages[stages.index(run.redo_from) :] if run.redo_from is not None and not was_moved(run.out) else []
-    if path.exists():
-        old, new = json.loads(path.read_text()), _in_common(config)
-        for name, stage in _DECIDES.items():
-            if stage not in anew and (difference := first_difference(old.get(name), new.get(name), name)):
-                raise UserError(
-                    f"{run.out} is a sweep with {difference}. Only the cells may change in one folder: pass another --out, or --redo-from {stage}, which moves what was made with other settings aside."
-                )
-    elif run.out.exists() and any(path.name != RUN_FILE for path in run.out.iterdir()):
-        raise UserError(f"{run.out} holds something that is no sweep. Pass another --out.")
+    def _differs(self, cell: Cell, other: Cell) -> bool:
+        try:
+            return self.decides(cell) != self.decides(other)
+        except UserError:
+            return True
 
 
-def claim_sweep(config: Ablation) -> None:
-    """Write down what all cells of the folder have in common."""
-    config.run.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.run.out / SWEEP_FILE, json.dumps(_in_common(config), indent=2))
+def without_idle(point: Point, decides: Callable[[Point], Any]) -> Point:
+    """The point without the settings that decide nothing of it, or are the sweep's own."""
+    for name, _ in point.settings:
+        other = point._replace(settings=tuple(setting for setting in point.settings if setting[0] != name))
+        try:
+            is_idle = decides(other) == decides(point)
+        except UserError:
+            # Without this setting the others would not go together.
+            is_idle = False
+        if is_idle:
+            point = other
+    return point
 
 
-def _in_common(config: Ablation) -> dict[str, Any]:
-    shared = {
-        "model": {key: value for key, value in identity(config.model).items() if key != "layer"},
-        "data": identity(config.data),
-        "extraction": identity(config.extraction),
-        "token_rows": config.sweep.token_rows,
-        "sae": {key: value for key, value in identity(config.sae).items() if key not in ("d_sae", "k")},
-        "reward": identity(config.reward),
-        "evaluation": identity(config.evaluation),
-        "order_seed": config.run.seed,
-    }
-    return json.loads(json.dumps(shared))
+def _with(cell: Cell, name: str, value: Any) -> Settings:
+    return tuple(sorted({**dict(cell.settings), name: value}.items()))
 
 
-@dataclass(frozen=True)
-class SweepFolders(Folders):
-    """Where the shared stages of a sweep write: a folder of activations for each layer, and in it one of texts for each unit."""
-
-    texts: str = "text"
-
-    def activations(self, name: str, layer: int, first_layer: int) -> Path:
-        return self.out / "activations" / f"layer{layer}" / (self.texts if name == "text" else name)
-
-
-@dataclass(frozen=True)
-class CellFolders(Folders):
-    """The folders of one cell as its stages see them: its own, and those of the sweep that it shares."""
-
-    sweep: Path
-    layer: int
-    sae_folder: Path | None
-
-    corpus = property(lambda self: self.sweep / "corpus")
-    pairs = property(lambda self: self.sweep / "pairs")
-    text_activations = property(lambda self: self.sweep / "activations" / f"layer{self.layer}" / "text")
-    chat_activations = property(lambda self: self.sweep / "activations" / f"layer{self.layer}" / "chat")
-    heldout_activations = property(lambda self: self.sweep / "activations" / f"layer{self.layer}" / "heldout")
-    sae = property(lambda self: self.sae_folder or self.out / "no-sae")
-
-
-def digest(settings: Any) -> str:
-    """A short name for settings that are JSON."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:_HASH_LENGTH]
+def _suffix(point: Cell | SaeKey) -> str:
+    """Its settings as part of a folder's name, which no value makes too long or another path."""
+    text = "".join(f"-{name}-{text_of(value)}" for name, value in point.settings)
+    plain = re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII)[:_SUFFIX_LENGTH]
+    return plain if plain == text else f"{plain}-{digest(text)}"

@@ -19,9 +19,9 @@ from sarm.evaluate.pairs import accuracy_difference
 from sarm.report.figures import save_figure
 from sarm.report.sweep_figures import accuracy_by_axis, accuracy_by_cost
 from sarm.report.sweep_table import DIFFERENCE, as_markdown, best_row, settings_of
-from sarm.stages.sweep.cells import Cell
 from sarm.stages.sweep.plan import SweepPlan
-from sarm.stages.sweep.stages import axes_of, result_of
+from sarm.stages.sweep.points import Cell, centre_of
+from sarm.stages.sweep.stages import result_of
 from sarm.stages.sweep.trials import status_of
 
 _FIGURES = {
@@ -36,21 +36,6 @@ _FIGURES = {
     "reward_fidelity": pa.float64(),
 }
 _COSTS = {"training_seconds": pa.float64(), "evaluation_seconds": pa.float64()}
-_SCHEMA = pa.schema(
-    {
-        "cell": pa.string(),
-        "component": pa.string(),
-        "layer": pa.int32(),
-        "width": pa.int32(),
-        "d_sae": pa.int32(),
-        "k": pa.int32(),
-        "seed": pa.int32(),
-        "status": pa.string(),
-        "reason": pa.string(),
-        **_FIGURES,
-        **_COSTS,
-    }
-)
 
 
 class Report(NamedTuple):
@@ -81,6 +66,26 @@ class Spent(NamedTuple):
     did_all: bool
 
 
+def _schema(plan: SweepPlan) -> pa.Schema:
+    axes = plan.config.sweep.settings_axes
+    return pa.schema(
+        {
+            "cell": pa.string(),
+            "component": pa.string(),
+            "layer": pa.int32(),
+            "width": pa.int32(),
+            "d_sae": pa.int32(),
+            "k": pa.int32(),
+            **{axis.name: pa.float64() if axis.is_numeric else pa.string() for axis in axes},
+            "seed": pa.int32(),
+            "status": pa.string(),
+            "reason": pa.string(),
+            **_FIGURES,
+            **_COSTS,
+        }
+    )
+
+
 def rows_of(plan: SweepPlan) -> list[dict[str, Any]]:
     """A row for each cell that was tried, in the order of the grid."""
     rows = []
@@ -88,18 +93,18 @@ def rows_of(plan: SweepPlan) -> list[dict[str, Any]]:
         status, reason = status_of(plan, cell)
         if status == "missing":
             continue
-        row = {"cell": plan.name(cell), **axes_of(plan, cell), "status": status, "reason": reason}
+        row = {"cell": plan.name(cell), **plan.axes(cell), "status": status, "reason": reason}
         if status == "done":
             row |= result_of(plan, cell, read_manifest(plan.cell_folder(cell) / "evaluation", EVALUATION_FOLDER))
             row |= dict(zip(DIFFERENCE, _minus_centre(plan, cell), strict=True))
-        rows.append({name: row.get(name) for name in _SCHEMA.names})
+        rows.append({name: row.get(name) for name in _schema(plan).names})
     return rows
 
 
 def _minus_centre(plan: SweepPlan, cell: Cell) -> tuple[float | None, ...]:
     """The cell's accuracy minus that of the SARM at the centre with its seed, and the bounds over prompts; None without such a cell."""
-    centre = plan.config.sweep.centre
-    other = Cell(*centre, "sarm", cell.seed) if centre else None
+    centre = centre_of(plan.config)
+    other = plan.cell_at(centre, "sarm", cell.seed) if centre else None
     if other is None or other == cell or other not in plan.cells or status_of(plan, other)[0] != "done":
         return None, None, None
     found = accuracy_difference(_scores(plan, cell), _scores(plan, other))
@@ -118,16 +123,17 @@ def report(session: Session, plan: SweepPlan, spent: Spent | None) -> Report:
     before = _read(folder / "table.md")
     compare = _compare_link(session, plan)
     best = best_row(rows)
-    text = as_markdown(rows, plan.config.run.out.name)
+    axes = [axis.name for axis in plan.config.sweep.settings_axes]
+    text = as_markdown(rows, plan.config.run.out.name, axes)
     found = Report(folder, rows, best, compare)
     if text == before:
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows, _SCHEMA)
+    table = pa.Table.from_pylist(rows, _schema(plan))
     pq.write_table(table, folder / "table.parquet", write_page_checksum=True)
     pyarrow.csv.write_csv(table, folder / "table.csv")
-    save_figure(accuracy_by_axis(rows, plan.config.sweep.centre), folder / "accuracy_by_axis.png")
-    save_figure(accuracy_by_cost(settings_of(rows)), folder / "accuracy_by_cost.png")
+    save_figure(accuracy_by_axis(rows, _centre(plan), axes), folder / "accuracy_by_axis.png")
+    save_figure(accuracy_by_cost(settings_of(rows, axes)), folder / "accuracy_by_cost.png")
     write_atomically(folder / "table.md", text)
     parent.log_artifact(folder, "report")
     parent.log_table(rows, "cells.json")
@@ -140,10 +146,19 @@ def report(session: Session, plan: SweepPlan, spent: Spent | None) -> Report:
         parent.log_metrics(
             {f"best_{name}": best[name] for name in ("heldout_accuracy", "layer", "width", "k", "d_sae")}
         )
-        parent.set_tags({"best_cell": best["cell"]})
+        parent.set_tags({"best_cell": best["cell"]} | {f"best_{name}": str(best[name]) for name in axes})
         if plan.config.sweep.register_best and plan.config.run.mlflow_models != "none":
             _register(session, plan, best)
     return found
+
+
+def _centre(plan: SweepPlan) -> dict[str, Any]:
+    """The centre as rows have it; nothing without one."""
+    centre, axes = centre_of(plan.config), plan.config.sweep.settings_axes
+    if centre is None:
+        return {}
+    own = {axis.name: axis.shown(value) for axis, value in zip(axes, centre[3:], strict=True)}
+    return dict(zip(("layer", "width", "k"), centre[:3], strict=True)) | own
 
 
 def _register(session: Session, plan: SweepPlan, best: Mapping[str, Any]) -> None:

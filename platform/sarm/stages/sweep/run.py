@@ -9,12 +9,15 @@ from sarm.engine.session import Session, open_session
 from sarm.engine.terminal import say
 from sarm.nn.backbone import read_config
 from sarm.settings.checks import UserError
+from sarm.settings.model import ModelSettings
 from sarm.settings.sweep import Ablation
 from sarm.stages.inputs import check_sources
-from sarm.stages.sweep.cells import Cell, check_sweep
+from sarm.stages.sweep.cells import check_sweep, sweep_plan
 from sarm.stages.sweep.cost import sweep_text
-from sarm.stages.sweep.folder import move_sweep_aside, refuse_unshared
-from sarm.stages.sweep.plan import SweepFolders, SweepPlan, claim_sweep, refuse_other_sweep, sweep_plan
+from sarm.stages.sweep.folder import claim_sweep, move_sweep_aside, refuse_other_sweep, refuse_unshared
+from sarm.stages.sweep.plan import SweepPlan
+from sarm.stages.sweep.points import Cell
+from sarm.stages.sweep.readings import SweepFolders
 from sarm.stages.sweep.report import Report, Spent, report
 from sarm.stages.sweep.stages import share
 from sarm.stages.sweep.trials import check_search, run_trials, status_of, trials_at_once
@@ -42,15 +45,14 @@ def check_plan(config: Ablation) -> SweepPlan:
     cells = check_sweep(config)
     check_search(config.sweep)
     check_sources(config.data)
-    plan = sweep_plan(config, cells, _width(config))
-    for layer in plan.layers:
-        check_model(plan.model(layer))
+    plan = sweep_plan(config, cells, _width)
+    for model in plan.models:
+        check_model(model)
     refuse_other_sweep(config)
     return plan
 
 
-def _width(config: Ablation) -> int:
-    model = config.model
+def _width(model: ModelSettings) -> int:
     try:
         read = read_config(model_folder(model), 1, revision=model.revision, gguf_file=model.gguf_file)
     except ValueError as error:

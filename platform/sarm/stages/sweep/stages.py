@@ -1,5 +1,6 @@
 """The stages of an ablation: those that cells share, each done once, and those of one cell."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -16,15 +17,16 @@ from sarm.engine.mlflow.run_card import SOURCE_NAME, parameters
 from sarm.engine.mlflow.tracking import PARENT_RUN, StageRun
 from sarm.engine.session import Reports, Session
 from sarm.settings.identity import as_json
+from sarm.settings.sae import OF_ONE_DICTIONARY
 from sarm.stages import plan as plans
 from sarm.stages.extract import extract
 from sarm.stages.prepare import prepare
-from sarm.stages.sweep.cells import Cell, SaeKey, sae_key
-from sarm.stages.sweep.plan import CellFolders, SweepFolders, SweepPlan, digest
+from sarm.stages.sweep.plan import SweepPlan
+from sarm.stages.sweep.points import Cell, SaeKey
+from sarm.stages.sweep.readings import CellFolders, SweepFolders, digest, folders_of
 from sarm.stages.train_sae import SaeStage, train_saes
 from sarm.stages.train_sarm import train_reward_model
 
-TOKENS = "text-token"
 _SHARED_SETTINGS = ("model", "lr_sae", "lr_sae_chat", "lr_reward", "lr_head", "reward_epochs", "reward_batch")
 # What the runs of other jobs call the same figures.
 _IN_MLFLOW = {
@@ -40,41 +42,35 @@ WITH_TRAINED_SAE = ("sarm", "token_sae")
 
 
 def share(session: Session, plan: SweepPlan) -> None:
-    """Corpus, pairs, activations of all layers from one pass, and every SAE that a cell reads."""
+    """Corpus, pairs, activations of all layers from one pass for each reading, and every SAE that a cell reads."""
     config = plan.config
     prepare(session, config.data)
-    first, *others = plan.layers
-    extract(session, plan.model(first), replace(config.extraction, layers=tuple(others)))
-    of_tokens = sorted({key.layer for key in plan.saes if key.unit == "token"})
-    if of_tokens:
-        # Apart, and of fewer texts: every token of the whole corpus at every layer would fill terabytes.
-        first, *others = of_tokens
-        few = replace(config.extraction, units=("token",), layers=tuple(others), limit_tokens=config.sweep.token_rows)
-        session.own_folders = SweepFolders(config.run.out, TOKENS)
-        extract(session, plan.model(first), few)
-        session.own_folders = SweepFolders(config.run.out)
+    for reading, (first, *others) in plan.readings.items():
+        session.own_folders = folders_of(config, reading)
+        model, extraction = replace(reading.model, layer=first), replace(reading.extraction, layers=tuple(others))
+        extract(session, model, extraction)
+    session.own_folders = SweepFolders(config.run.out)
     missing = [key for key in plan.saes if not (plan.sae_folder(key) / MANIFEST).exists()]
-    for group in _of_one_read(missing, config.sweep.saes_at_once):
+    for group in _of_one_read(plan, missing):
         _train_group(session, plan, group)
 
 
-def _of_one_read(keys: list[SaeKey], at_once: int) -> list[list[SaeKey]]:
-    """Groups of SAEs that learn from the same rows, at most `at_once` in each."""
-    sources = dict.fromkeys((key.layer, key.unit) for key in keys)
-    groups = []
-    for source in sources:
-        same = [key for key in keys if (key.layer, key.unit) == source]
-        groups += [same[start : start + at_once] for start in range(0, len(same), at_once)]
-    return groups
+def _of_one_read(plan: SweepPlan, keys: list[SaeKey]) -> list[list[SaeKey]]:
+    """Groups of SAEs that learn from the same rows in the same steps, at most `saes_at_once` in each."""
+    at_once, same = plan.config.sweep.saes_at_once, dict[Any, list[SaeKey]]()
+    for key in keys:
+        steps = tuple(item for item in dataclasses.asdict(plan.sae(key)).items() if item[0] not in OF_ONE_DICTIONARY)
+        same.setdefault((key.layer, plan.reading(key), steps), []).append(key)
+    return [own[start : start + at_once] for own in same.values() for start in range(0, len(own), at_once)]
 
 
 def _train_group(session: Session, plan: SweepPlan, group: list[SaeKey]) -> None:
-    root, unit, layer = plan.config.run.out, group[0].unit, group[0].layer
+    layer = group[0].layer
     wanted = []
     for key in group:
         folder = plan.sae_folder(key)
         wanted.append(SaeStage(f"train SAE {folder.name}", folder, plan.sae(key), key.seed))
-    folders = SweepFolders(root, TOKENS if unit == "token" else "text")
+    folders = folders_of(plan.config, plan.reading(group[0]))
     activations = {name: folders.activations(name, layer, layer) for name in ("text", "chat")}
     together = digest(sorted(one.folder.name for one in wanted))
     train_saes(session, wanted, activations, folders.corpus, folders.states(f"saes-{together}"))
@@ -82,12 +78,12 @@ def _train_group(session: Session, plan: SweepPlan, group: list[SaeKey]) -> None
 
 def cell_session(plan: SweepPlan, cell: Cell, reports: Reports) -> Session:
     """The session of one cell: its MLflow run hangs under the sweep's and has a tag and a parameter for every axis."""
-    run, key = plan.run(cell), sae_key(cell, plan.config.extraction.units)
-    axes = axes_of(plan, cell)
-    settings = {
-        name: value for name, value in parameters(json.loads(as_json(plan.config))).items() if name in _SHARED_SETTINGS
-    }
-    folders = CellFolders(run.out, plan.config.run.out, cell.layer or plan.layers[0], key and plan.sae_folder(key))
+    run, key = plan.run(cell), plan.sae_key(cell)
+    axes = {name: value for name, value in plan.axes(cell).items() if value is not None}
+    config = json.loads(as_json(plan.settings(cell)))
+    settings = {name: value for name, value in parameters(config).items() if name in _SHARED_SETTINGS}
+    shared = folders_of(plan.config, plan.reading(key or cell))
+    folders = CellFolders(run.out, shared, cell.layer or plan.layers[0], key and plan.sae_folder(key))
     tags = {PARENT_RUN: plan.parent_run_id, **{name: str(value) for name, value in axes.items()}}
     # A trial's process is a worker of Ray's.
     tags |= {SOURCE_NAME: "tune/ablation.py", "command": ""}
@@ -95,18 +91,13 @@ def cell_session(plan: SweepPlan, cell: Cell, reports: Reports) -> Session:
     return Session(run, plan.name(cell), {**settings, **axes}, tags, folders, reports, registers_models=False)
 
 
-def axes_of(plan: SweepPlan, cell: Cell) -> dict[str, Any]:
-    """The cell's place on every axis, with the dictionary's size."""
-    return {**cell._asdict(), "d_sae": cell.width * plan.d_in}
-
-
 def do_cell(plan: SweepPlan, cell: Cell, reports: Reports) -> Manifest:
     """Train and evaluate the cell's reward model, as far as that is not done; returns the evaluation's manifest."""
     from sarm.stages.variants import variants
 
-    key = sae_key(cell, plan.config.extraction.units)
+    key = plan.sae_key(cell)
     sae = plan.sae_folder(key) if key else plan.cell_folder(cell) / "no-sae"
-    model, reward = plan.model(cell.layer), plan.reward(cell)
+    model, reward = plan.model(cell), plan.reward(cell)
     with cell_session(plan, cell, reports) as session:
         *_, variant = variants(model, reward, sae)
         check_model(variant.model)
@@ -125,7 +116,7 @@ def _evaluate(session: Session, plan: SweepPlan, cell: Cell, model_folder: Path)
             SAE_FOLDER: (folders.sae, SAE_FOLDER),
             "activations/heldout": (folders.heldout_activations, ACTIVATIONS_FOLDER),
         }
-    settings = plans.evaluation_settings(plan.config.evaluation, cell.seed)
+    settings = plans.evaluation_settings(plan.settings(cell).evaluation, cell.seed)
     folder = StageFolder(folders.evaluation, EVALUATION_FOLDER, settings, inputs)
     body = functools.partial(_measure, session, plan, cell, model_folder.name, folder.folder)
     return session.stage("evaluate", folder, body)
@@ -138,7 +129,7 @@ def _measure(
     from sarm.evaluate.sae_quality import measure
     from sarm.stages.evaluate import score_heldout
 
-    scores = score_heldout(session, plan.config.extraction, model, folder)
+    scores = score_heldout(session, plan.settings(cell).extraction, model, folder)
     measured = measure_pairs(scores)
     figures = {"heldout_accuracy": measured.get("accuracy"), "heldout_margin": measured.get("mean_margin")}
     figures |= dict(zip(("ci95_low", "ci95_high"), measured.get("accuracy_ci95", ()), strict=False))
@@ -171,7 +162,7 @@ def cost_of(plan: SweepPlan, cell: Cell) -> Cost:
 def result_of(plan: SweepPlan, cell: Cell, evaluation: Manifest) -> dict[str, float]:
     """The figures of a finished cell: held-out accuracy, its SAE's quality, and what it cost."""
     figures = {key: value for key, value in evaluation.counts["figures"].items() if value is not None}
-    key, cost = sae_key(cell, plan.config.extraction.units), cost_of(plan, cell)
+    key, cost = plan.sae_key(cell), cost_of(plan, cell)
     if key is not None:
         sae = read_manifest(plan.sae_folder(key), SAE_FOLDER).counts["figures"]
         figures |= {name: sae[name] for name in ("dead_share", "reward_fidelity") if isinstance(sae.get(name), float)}

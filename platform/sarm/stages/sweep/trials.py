@@ -26,8 +26,8 @@ from sarm.engine.terminal import say
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
 from sarm.settings.sweep import SweepSettings
-from sarm.stages.sweep.cells import Cell, cell_at
 from sarm.stages.sweep.plan import SweepPlan
+from sarm.stages.sweep.points import Cell
 from sarm.stages.sweep.stages import do_cell
 
 _STATUS = "status.json"
@@ -88,6 +88,8 @@ def _space(plan: SweepPlan, cells: Sequence[Cell]) -> dict[str, Any]:
     if sweep.search != "optuna":
         return trials.each_of("cell", [plan.name(cell) for cell in cells])
     axes = {"layer": sweep.layers, "width": sweep.widths, "k": sweep.ks}
+    # By number, since searchers take no values of several items.
+    axes |= {axis.name: tuple(range(len(axis.values))) for axis in sweep.settings_axes}
     return trials.choices({**axes, "component": sweep.components, "seed": sweep.seeds})
 
 
@@ -95,7 +97,9 @@ def cell_of(plan: SweepPlan, config: Mapping[str, Any]) -> Cell:
     """The cell that a trial's parameters name, or that lies where they point."""
     if "cell" in config:
         return next(cell for cell in plan.cells if plan.name(cell) == config["cell"])
-    return cell_at(plan.config.sweep, **config)
+    values = [axis.values[config[axis.name]] for axis in plan.config.sweep.settings_axes]
+    point = (config["layer"], config["width"], config["k"], *values)
+    return plan.cell_at(point, config["component"], config["seed"])
 
 
 def run_trial(config: Mapping[str, Any], plan: SweepPlan, threads: int) -> dict[str, Any]:
