@@ -1,7 +1,8 @@
-"""Ablation: SAE and reward model of every (layer, width, k, component, seed), trained and evaluated through Ray Tune.
+"""Ablation: SAE and reward model of every (layer, width, k, component, seed, further settings), trained and evaluated through Ray Tune.
 
 python tune/ablation.py tiny
 python tune/ablation.py smollm2 --dry-run
+python tune/ablation.py tiny --sweep.axes sae.architecture=topk,jumprelu reward.lr=1e-6,5e-6 --dry-run
 ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python tune/ablation.py smollm2
 """
 

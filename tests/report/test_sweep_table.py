@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sarm.report.sweep_figures import accuracy_by_axis, accuracy_by_cost
 from sarm.report.sweep_table import as_markdown, best_row, seed_interval, settings_of
 
 
@@ -56,3 +57,28 @@ def test_the_best_is_a_finished_sarm_and_the_others_are_named():
     assert [setting.component for setting in settings_of(rows)] == ["scalar", "sarm"]
     assert "| sarm-s2 | failed: a / b |" in as_markdown(rows, "x")
     assert best_row([rows[0]]) is None
+
+
+def test_further_axes_are_columns_and_panels_and_empty_where_they_make_no_difference():
+    axes = ("sae.architecture", "reward.lr")
+    rows = [
+        row(accuracy=0.8, **{"sae.architecture": "topk", "reward.lr": 1e-6}),
+        row(accuracy=0.7, **{"sae.architecture": "jumprelu", "reward.lr": 1e-6}),
+        row("scalar", accuracy=0.6, **{"sae.architecture": None, "reward.lr": 1e-6}),
+    ]
+    assert [setting.further for setting in settings_of(rows, axes)] == [
+        ("topk", 1e-6),
+        ("jumprelu", 1e-6),
+        (None, 1e-6),
+    ]
+    text = as_markdown(rows, "x", axes)
+    assert "| k | sae.architecture | reward.lr | seeds |" in text
+    assert "| sarm | 2 | 4x | 8 | topk | 1e-06 | 1 | 0.800 |" in text
+    assert "| scalar | 2 | 4x | 8 |  | 1e-06 | 1 | 0.600 |" in text
+    header, rule = text.splitlines()[2:4]
+    assert header.count("|") == rule.count("|")
+    panels = accuracy_by_axis(rows, {"sae.architecture": "topk", "reward.lr": 1e-6}, axes).axes
+    assert [panel.get_xlabel() for panel in panels[3:]] == list(axes)
+    assert [tick.get_text() for tick in panels[3].get_xticklabels()] == ["jumprelu", "topk"]
+    labels = [text.get_text() for text in accuracy_by_cost(settings_of(rows, axes)).axes[0].texts]
+    assert labels == ["L2 4x k8 topk 1e-06", "L2 4x k8 jumprelu 1e-06", "scalar 1e-06"]

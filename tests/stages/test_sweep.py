@@ -140,6 +140,37 @@ def test_optuna_proposes_cells_of_the_grid_and_is_told_what_they_reached(config,
     assert "failed" not in said
 
 
+def test_a_setting_is_an_axis_and_what_its_cells_share_is_not_done_again(config, swept, capsys):
+    before = manifests(config)
+    sweep = replace(config.sweep, widths=(2,), centre=None, axes=("sae.architecture=topk,batch_topk",))
+    found = run_sweep(replace(config, sweep=sweep))
+    new = manifests(config).keys() - before.keys()
+    assert {name: when for name, when in manifests(config).items() if name in before} == before
+    assert sorted(name.split("-s0-")[0] for name in new if name.startswith("sae/")) == [
+        "sae/layer1-x2-k8-sae.architecture-batch_topk"
+    ]
+    assert [(row["sae.architecture"], row["status"]) for row in found.rows] == [
+        ("topk", "done"),
+        ("batch_topk", "done"),
+    ]
+    assert "| component | layer | width | k | sae.architecture | seeds |" in (found.folder / "table.md").read_text()
+    assert pq.read_table(found.folder / "table.parquet")["sae.architecture"].to_pylist() == ["topk", "batch_topk"]
+    (parent,) = runs(config)
+    (run,) = [run for run in runs(config, parent.info.run_id) if run.data.tags.get("sae.architecture")]
+    assert run.data.tags["sae.architecture"] == run.data.params["sae.architecture"] == "batch_topk"
+    # Proposals for cells that are done cost nothing.
+    plan = check_plan(replace(config, sweep=replace(sweep, search="optuna")))
+    plan = plan._replace(
+        mlflow_uri=f"sqlite:///{config.run.out.parent / 'mlflow.db'}", parent_run_id=parent.info.run_id
+    )
+    capsys.readouterr()
+    cluster = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)
+    run_trials(plan, plan.cells, cluster, num_samples=3)
+    said = [line.split()[1].rstrip(":") for line in capsys.readouterr().out.splitlines() if line.endswith(": started")]
+    assert len(said) == 3
+    assert set(said) <= {plan.name(cell) for cell in plan.cells}
+
+
 def test_a_new_value_runs_only_its_cells_and_one_that_cannot_work_is_marked(config, swept, capsys):
     before = manifests(config)
     (broken,) = config.run.out.glob("sae/layer1-x4-k8-*/sae_weights.safetensors")

@@ -124,6 +124,12 @@ def test_the_sweeps_own_value_makes_the_cell_that_is_there_without_the_axis():
     assert {before.sae_folder(key) for key in before.saes} < {after.sae_folder(key) for key in after.saes}
 
 
+def test_an_axis_of_one_value_is_shown_too():
+    for value in ("topk", "jumprelu"):
+        plan = plan_of(f"sae.architecture={value}")
+        assert [plan.axes(cell)["sae.architecture"] for cell in plan.cells] == [value]
+
+
 def test_the_order_in_which_axes_are_named_changes_no_folder():
     texts = ("sae.architecture=topk,jumprelu", "reward.lr=1e-6,5e-6")
     one, other = plan_of(*texts), plan_of(*reversed(texts))

@@ -1,5 +1,6 @@
 """An ablation with its models' widths: the cells, and the settings, names and folders of every SAE and cell."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from sarm.stages.sweep.readings import Reading, contents_of, digest, reading_of
 _WIDE = 1 << 20
 _SUFFIX_LENGTH = 100
 Point = TypeVar("Point", Cell, SaeKey)
+Section = TypeVar("Section")
 
 
 class SweepPlan(NamedTuple):
@@ -40,12 +42,12 @@ class SweepPlan(NamedTuple):
         changed = self._changed(point)
         if point.width:
             changed["sae"] |= {"d_sae": point.width * self.d_in(point), "k": point.k}
-        parts: dict[str, Any] = {name: replace(getattr(self.config, name), **own) for name, own in changed.items()}
+        parts: dict[str, Any] = {name: _put_in(getattr(self.config, name), own) for name, own in changed.items()}
         return replace(self.config, **parts)
 
     def model(self, point: Cell | SaeKey) -> ModelSettings:
         """The point's model, cut at its layer; the whole backbone's cut is the component's own affair."""
-        return replace(self.config.model, **self._changed(point)["model"])
+        return _put_in(self.config.model, self._changed(point)["model"])
 
     def d_in(self, point: Cell | SaeKey) -> int:
         """The width of the point's model."""
@@ -172,10 +174,14 @@ class SweepPlan(NamedTuple):
         named = {name: value for name, value in cell._asdict().items() if name != "settings"}
         found = {**named, "d_sae": cell.width * self.d_in(cell)}
         for axis in self.config.sweep.settings_axes:
+            own = dict(cell.settings).get(axis.name, axis.of(self.config))
             others = [cell._replace(settings=_with(cell, axis.name, value)) for value in axis.values]
-            depends = axis.name in dict(cell.settings) or any(self._differs(cell, other) for other in others)
-            value = dict(cell.settings).get(axis.name, axis.of(self.config))
-            found[axis.name] = axis.shown(value) if depends else None
+            depends = (
+                (own,) == axis.values
+                or axis.name in dict(cell.settings)
+                or any(self._differs(cell, other) for other in others)
+            )
+            found[axis.name] = axis.shown(own) if depends else None
         return found
 
     def _differs(self, cell: Cell, other: Cell) -> bool:
@@ -183,6 +189,16 @@ class SweepPlan(NamedTuple):
             return self.decides(cell) != self.decides(other)
         except UserError:
             return True
+
+
+def _put_in(section: Section, changed: Mapping[str, Any]) -> Section:
+    return _replaced(section, tuple(changed.items())) if changed else section
+
+
+@functools.lru_cache(maxsize=1024)
+def _replaced(section: Any, changed: Settings) -> Any:
+    # Thousands of cells have few distinct settings, each checked once.
+    return replace(section, **dict(changed))
 
 
 def without_idle(point: Point, decides: Callable[[Point], Any]) -> Point:

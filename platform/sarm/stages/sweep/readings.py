@@ -1,5 +1,6 @@
 """What of the texts and pairs is read for a sweep, at all layers of a pass, and the folders that it goes to."""
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ def reading_of(settings: Ablation, unit: Any) -> Reading:
     return Reading(replace(settings.model, layer=1), replace(settings.extraction, **own))
 
 
+@functools.lru_cache(maxsize=1024)
 def contents_of(reading: Reading) -> dict[str, dict[str, Any]]:
     """What decides each folder of activations of a pass, whatever the layer."""
     (unit,) = reading.extraction.units
