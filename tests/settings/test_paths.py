@@ -33,6 +33,8 @@ NO_PATH = {
     "RewardCard": {"prompt", "response"},
     "Steer": {"name", "over_refusal", "undo"},
     "Relabel": {"write"},
+    "Axis": {"name"},
+    "SweepSettings": {"axes"},
 }
 
 

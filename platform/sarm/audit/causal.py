@@ -67,7 +67,9 @@ def upstream(
 
     def margin_change(latents: NDArray[np.int64], sign: float) -> NDArray[np.float64]:
         z_RE = torch.from_numpy(codes.z[rows][:, latents].toarray()).float()
-        change_R = upstream_rewards(model, residual_RD, z_RE, latents, sign) - reward_R
+        change_R = (
+            upstream_rewards(model=model, residual_RD=residual_RD, z_RE=z_RE, latents=latents, sign=sign) - reward_R
+        )
         return change_R[chosen] - change_R[rejected]
 
     out: dict[str, Any] = {}

@@ -48,7 +48,7 @@ class CachedHead:
 
     def penalty_for(self, rows: NDArray[np.int64], sign_N: NDArray[np.float64]) -> float:
         """The C that cross-validation over prompts chooses on these pairs and labels alone."""
-        return choose_penalty(self._turned(rows, sign_N), self.prompts[rows], self._seed, self.margins[rows], self.label_smoothing)[0]  # fmt: skip
+        return choose_penalty(x_ND=self._turned(rows, sign_N), prompt_ids_N=self.prompts[rows], seed=self._seed, margin_N=self.margins[rows], label_smoothing=self.label_smoothing)[0]  # fmt: skip
 
     def fit(
         self, rows: NDArray[np.int64], sign_N: NDArray[np.float64], penalty: float | None = None
@@ -62,7 +62,14 @@ class CachedHead:
     ) -> NDArray[np.float64]:  # fmt: skip
         """Margins of these pairs, under the given labels, of heads that have not seen the pair's prompt."""
         x_RF = self._turned(rows, sign_N)
-        return _cross_fitted(x_RF, self.prompts[rows], self._seed, penalty, self.margins[rows], self.label_smoothing)
+        return _cross_fitted(
+            x_ND=x_RF,
+            prompts_N=self.prompts[rows],
+            seed=self._seed,
+            penalty=penalty,
+            margin_N=self.margins[rows],
+            label_smoothing=self.label_smoothing,
+        )
 
     def credits(self, weight_F: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
         """1 for each held-out pair in the right order, by role."""
@@ -77,7 +84,9 @@ def cross_fitted(
 ) -> NDArray[np.float64]:
     """Margins, under the given labels, of linear probes that have not seen the pair's prompt."""
     turned_ND = (x_ND / root_mean_square(x_ND) * sign_N[:, None]).astype(np.float32)
-    return _cross_fitted(turned_ND, prompts_N, seed, penalty, None, 0.0)
+    return _cross_fitted(
+        x_ND=turned_ND, prompts_N=prompts_N, seed=seed, penalty=penalty, margin_N=None, label_smoothing=0.0
+    )
 
 
 def root_mean_square(x_ND: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -94,7 +94,9 @@ class Session:
             few = run_card.parameters(self.params) if self.settings is None else self.settings
             tags = run_card.origin() | dict(self.tags)
             tags |= {run_card.NOTE: run_card.description(few, tags)}
-            self._tracker = Tracker(self.run, self.name, known.get("mlflow_run_id"), tags, few)
+            self._tracker = Tracker(
+                run=self.run, run_name=self.name, parent_run_id=known.get("mlflow_run_id"), tags=tags, params=few
+            )
             self._tracker.parent.log_config(self.params, tags[run_card.SOURCE_NAME], few)
             self.run.out.mkdir(parents=True, exist_ok=True)
             write_atomically(

@@ -168,7 +168,9 @@ def _clustered(
     own_size = float(np.square(size_C).sum() / num)
     clusters = num / own_size
     if num_clusters == 1 or np.ptp(values_N) <= _NO_SPREAD * np.abs(values_N).max():
-        return _Clustered(mean, 0.0, 0.0, 1.0, clusters, True)
+        return _Clustered(
+            mean=mean, value_variance=0.0, variance=0.0, df=1.0, effective_clusters=clusters, is_flat=True
+        )
     spread = float(np.square(values_N - mean).mean())
     within = float(np.square(values_N - (sum_C / size_C)[cluster_N]).sum() / max(num - num_clusters, 1))
     # E spread = s^2 - V_model and E within = s^2 (1 - icc), solved for s^2: neither alone is unbiased with few clusters.
@@ -184,4 +186,11 @@ def _clustered(
     robust = float(np.square(sum_C - size_C * mean).sum() / num**2 / bias)
     model = value_variance * (1 + (own_size - 1) * icc) / num
     weight = _PRIOR_DF / (_PRIOR_DF + df * differing)
-    return _Clustered(mean, value_variance, weight * model + (1 - weight) * robust, df, clusters, False)
+    return _Clustered(
+        mean=mean,
+        value_variance=value_variance,
+        variance=weight * model + (1 - weight) * robust,
+        df=df,
+        effective_clusters=clusters,
+        is_flat=False,
+    )

@@ -147,7 +147,11 @@ def pair_explanation(scores: pa.Table, pair_id: str, weight_S: Float[np.ndarray,
         margin=chosen - rejected,
         contributions=tuple(
             LatentShare(
-                int(i), float(weight_S[i]), float(value_2S[0, i]), float(value_2S[1, i]), float(contribution_S[i])
+                latent=int(i),
+                weight=float(weight_S[i]),
+                chosen_value=float(value_2S[0, i]),
+                rejected_value=float(value_2S[1, i]),
+                contribution=float(contribution_S[i]),
             )
             for i in named
         ),

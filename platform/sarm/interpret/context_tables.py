@@ -43,7 +43,13 @@ def choose(tally: Tally, per_decile: int) -> Chosen:
     deciles = np.concatenate([np.full(len(top.latent), -1), decile[drawn]])
     ranks = np.concatenate([place_in_run(top.latent), place_in_run(group[drawn])])
     order = np.lexsort((ranks, deciles, both.latent))
-    return Chosen(both.latent[order], deciles[order], ranks[order], both.ref[order], both.value[order])
+    return Chosen(
+        latent=both.latent[order],
+        decile=deciles[order],
+        rank=ranks[order],
+        ref=both.ref[order],
+        value=both.value[order],
+    )
 
 
 def strongest(chosen: Chosen, size_S: NDArray[np.float64], num: int, num_refs: int) -> dict[int, list[int]]:
@@ -75,8 +81,14 @@ def context_tables(
         blocks = []
         for place, one in sorted(chosen.items(), reverse=True):
             own = slice(*np.searchsorted(one.latent, [first, first + _LATENTS_AT_ONCE]))
-            part = Chosen(one.latent[own], one.decile[own], one.rank[own], one.ref[own], one.value[own])
-            blocks.append(_block(place, part, numbers, columns, texts, spans))
+            part = Chosen(
+                latent=one.latent[own],
+                decile=one.decile[own],
+                rank=one.rank[own],
+                ref=one.ref[own],
+                value=one.value[own],
+            )
+            blocks.append(_block(place=place, part=part, numbers=numbers, columns=columns, texts=texts, spans=spans))
         table = pa.concat_tables(blocks)
         if table.num_rows:
             yield table.take(pa.array(np.argsort(table["latent"].to_numpy(), kind="stable")))

@@ -48,7 +48,7 @@ def unpack(number: int) -> Ref:
         fields.append(number & (1 << bits) - 1)
         number >>= bits
     sentence, side, row, file = fields
-    return Ref(bool(number), file, row, side, sentence - 1)
+    return Ref(is_corpus=bool(number), file=file, row=row, side=side, sentence=sentence - 1)
 
 
 def text_key(text: str) -> int:

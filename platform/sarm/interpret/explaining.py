@@ -80,7 +80,10 @@ async def explain(samples: Samples, scoring: Scoring) -> Explained:
         return Explained(samples, replies[0].status, reason=replies[0].reason)
     if len(texts) == 1:
         return Explained(samples, "ok", texts[0])
-    values = [await _detection(scoring, samples, samples.select, text, "select") for text in texts]
+    values = [
+        await _detection(scoring=scoring, samples=samples, texts=samples.select, explanation=text, name="select")
+        for text in texts
+    ]
     best = max(range(len(texts)), key=lambda i: -1.0 if (one := values[i][0]) is None else one.value)
     chosen = values[best][0]
     return Explained(samples, "ok", texts[best], select_detection=chosen.value if chosen else None)
@@ -92,11 +95,11 @@ async def score(explained: Explained, other: str | None, scoring: Scoring) -> Sc
     if not explained.text:
         return Scores()
     (own, judged), simulated, found, of_other, of_none = await asyncio.gather(
-        _detection(scoring, samples, test, explained.text, "detection"),
+        _detection(scoring=scoring, samples=samples, texts=test, explanation=explained.text, name="detection"),
         _simulation(scoring, samples, explained.text),
         _intruder(scoring, samples),
-        _detection(scoring, samples, test, other or "", "baseline_other"),
-        _detection(scoring, samples, test, "", "baseline_none"),
+        _detection(scoring=scoring, samples=samples, texts=test, explanation=other or "", name="baseline_other"),
+        _detection(scoring=scoring, samples=samples, texts=test, explanation="", name="baseline_none"),
     )
     num_scored = sum(one.said is not None for one in judged)
     return Scores(
@@ -114,7 +117,9 @@ async def score(explained: Explained, other: str | None, scoring: Scoring) -> Sc
 
 async def score_label(samples: Samples, label: str, scoring: Scoring) -> Scores:
     """Detection alone, for a label that no judge wrote."""
-    value, judged = await _detection(scoring, samples, samples.test, label, "detection")
+    value, judged = await _detection(
+        scoring=scoring, samples=samples, texts=samples.test, explanation=label, name="detection"
+    )
     num_scored = sum(one.said is not None for one in judged)
     reason = "" if value else _why(samples.test, num_scored)
     return Scores(value, num_asked=len(samples.test), num_scored=num_scored, reason=reason, judged=judged)
@@ -144,7 +149,7 @@ async def rate(
     asked = [questions.rate(rubric, [one.shown(samples.largest) for one in order], answer_format) for order in orders]
     replies = await asyncio.gather(*(ask(question, r) for r, question in enumerate(asked)))
     return [
-        Rated(samples.latent, rubric, judge, r, reply.answer["score"] if reply.answer else None, reply.status, reply.reason)
+        Rated(latent=samples.latent, rubric=rubric, judge=judge, repeat=r, rating=reply.answer["score"] if reply.answer else None, status=reply.status, reason=reply.reason)
         for r, reply in enumerate(replies)
     ]  # fmt: skip
 

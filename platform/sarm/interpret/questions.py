@@ -161,4 +161,4 @@ def _fields(texts: Sequence[Shown]) -> str:
 
 
 def _question(kind: str, form: type[BaseModel], max_tokens: int, **parts: str) -> Question:
-    return Question(kind, PROMPTS[kind].format(**parts), form, max_tokens, SYSTEM)
+    return Question(kind=kind, user=PROMPTS[kind].format(**parts), form=form, max_tokens=max_tokens, system=SYSTEM)

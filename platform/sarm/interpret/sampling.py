@@ -181,7 +181,7 @@ class Pool:
 
     def _example(self, i: int, kind: str) -> Example:
         row = self.rows[i]
-        return Example(row["text_id"], row["prompt_hash"], row["prompt"], row["text"], kind, 0.0, pair_id=row["pair_id"], side=row["side"])  # fmt: skip
+        return Example(text_id=row["text_id"], prompt_hash=row["prompt_hash"], prompt=row["prompt"], text=row["text"], kind=kind, activation=0.0, pair_id=row["pair_id"], side=row["side"])  # fmt: skip
 
 
 def positives_of(contexts: Sequence[Mapping[str, Any]]) -> list[Example]:
@@ -192,7 +192,7 @@ def positives_of(contexts: Sequence[Mapping[str, Any]]) -> list[Example]:
         span = row["text"][start:end] if 0 <= start < end <= len(row["text"]) else ""
         known = found.get(row["text"])
         decile = max(row["decile"], known.decile if known else -1)
-        first = known or Example(row["text_id"], row["prompt_hash"], row["prompt"], row["text"], "fires", row["activation"], span, -1, row["pair_id"], row["side"])  # fmt: skip
+        first = known or Example(text_id=row["text_id"], prompt_hash=row["prompt_hash"], prompt=row["prompt"], text=row["text"], kind="fires", activation=row["activation"], span=span, decile=-1, pair_id=row["pair_id"], side=row["side"])  # fmt: skip
         found[row["text"]] = Example(**{**first.__dict__, "decile": decile})
     return list(found.values())
 
@@ -221,7 +221,7 @@ def draw_samples(
         silent = [one for one in pool.negatives(latent, split, fires, num_negatives) if one.text not in seen]
         chosen[split] = sorted([*fires, *silent], key=lambda one: _key(latent, "order", one.text_id))
         seen |= {one.text for one in chosen[split]}
-    samples = Samples(latent, largest, explain, chosen["select"], chosen["test"], _intruders(latent, chosen["test"], intruder_trials))  # fmt: skip
+    samples = Samples(latent=latent, largest=largest, explain=explain, select=chosen["select"], test=chosen["test"], intruders=_intruders(latent, chosen["test"], intruder_trials))  # fmt: skip
     check_disjoint(samples)
     return samples
 

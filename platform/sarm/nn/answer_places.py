@@ -35,7 +35,7 @@ def find_places(input_ids: Tensor, mask: Tensor, place: Mapping[str, Any], end_i
         # Then an answer is cut off if text follows the last end of turn.
         cut_off = ((shown & (order > columns[:, None])).sum(-1) > place["trailing"]) | ~ends.any(-1)
         none = torch.zeros_like(has_opening)
-        return Places(input_ids, mask, columns, cut_off, none, none)
+        return Places(input_ids=input_ids, mask=mask, columns=columns, cut_off=cut_off, unopened=none, unscored=none)
     behind = ends & (order > last_opening[:, None])
     columns = behind.int().argmax(-1)
     # Ends of turn may be padding that no mask hides.
@@ -45,7 +45,14 @@ def find_places(input_ids: Tensor, mask: Tensor, place: Mapping[str, Any], end_i
     begins = shown & torch.isin(input_ids, turns) & ~_end_of_opening(input_ids, shown, place)
     is_tail = ~has_opening & ends.any(-1) & ~begins.any(-1) & ~follows
     cut_off = ~(behind.any(-1) & (has_opening | is_tail))
-    return Places(input_ids, mask, columns, cut_off, ~(has_opening | is_tail), follows & ~cut_off)
+    return Places(
+        input_ids=input_ids,
+        mask=mask,
+        columns=columns,
+        cut_off=cut_off,
+        unopened=~(has_opening | is_tail),
+        unscored=follows & ~cut_off,
+    )
 
 
 def closed(places: Places, end_id: int) -> Places:

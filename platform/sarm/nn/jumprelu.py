@@ -53,7 +53,9 @@ class JumpRule:
         pre, threshold = pre_CS[row, latent], self._threshold[latent]
         is_on = pre > threshold
         is_edge = (pre - threshold).abs() < self._half
-        self._seen.append(Entries(pre * is_on, latent, row + self._num_rows, is_on, is_edge))
+        self._seen.append(
+            Entries(values=pre * is_on, latents=latent, rows=row + self._num_rows, is_on=is_on, is_edge=is_edge)
+        )
         self._num_rows += len(pre_CS)
 
     def entries(self, pre_acts: PreActs) -> Entries:

@@ -220,7 +220,14 @@ class SarmForSequenceClassification(PreTrainedModel):
             if end_id is not None:
                 logger.warning_once(f"This SARM was exported under protocol {self.config.protocol_version}, before {PROTOCOL_VERSION}: an answer that was cut off gets its prompt's reward. Export it again to mend that.")  # fmt: skip
             none = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-            return Places(input_ids, mask, self.rewarded_columns(input_ids, mask), none, none, none)
+            return Places(
+                input_ids=input_ids,
+                mask=mask,
+                columns=self.rewarded_columns(input_ids, mask),
+                cut_off=none,
+                unopened=none,
+                unscored=none,
+            )
         pad_id = getattr(self.config, "pad_token_id", None)
         if attention_mask is None:
             mask = without_padding(input_ids, self.config.answer_place["first"], end_id, pad_id)

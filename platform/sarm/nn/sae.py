@@ -58,7 +58,9 @@ class _Encode(torch.autograd.Function):
         grad_W = None
         if need_W:
             bags_N = torch.arange(len(x_BD), device=x_BD.device).repeat_interleave(indices_BK.shape[1])
-            grad_W = bag_weight_gradient(x_BD, latents_N, bags_N, weights_N, W_SD.shape[0])
+            grad_W = bag_weight_gradient(
+                rows_GD=x_BD, latents_N=latents_N, bags_N=bags_N, weights_N=weights_N, num_latents=W_SD.shape[0]
+            )
         grad_b = weights_N.new_zeros(W_SD.shape[0]).index_add_(0, latents_N, weights_N) if need_b else None
         return grad_x, grad_W, grad_b, None
 

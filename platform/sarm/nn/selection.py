@@ -58,7 +58,13 @@ class Entries(NamedTuple):
     def at(self, places: Tensor) -> "Entries":
         """The entries at these places, or where this mask is true."""
         edge = None if self.is_edge is None else self.is_edge[places]
-        return Entries(self.values[places], self.latents[places], self.rows[places], self.is_on[places], edge)
+        return Entries(
+            values=self.values[places],
+            latents=self.latents[places],
+            rows=self.rows[places],
+            is_on=self.is_on[places],
+            is_edge=edge,
+        )
 
 
 class Reconstruction(NamedTuple):

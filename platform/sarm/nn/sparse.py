@@ -51,9 +51,13 @@ class TorchBackend:
         self, x_BD: Tensor, grad_GD: Tensor, pre_grads_N: Tensor, values_N: Tensor, bags: Bags, num_latents: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         return (
-            bag_weight_gradient(x_BD, bags.latents, bags.rows, pre_grads_N, num_latents),
+            bag_weight_gradient(
+                rows_GD=x_BD, latents_N=bags.latents, bags_N=bags.rows, weights_N=pre_grads_N, num_latents=num_latents
+            ),
             pre_grads_N.new_zeros(num_latents).index_add_(0, bags.latents, pre_grads_N),
-            bag_weight_gradient(grad_GD, bags.latents, bags.bags, values_N, num_latents),
+            bag_weight_gradient(
+                rows_GD=grad_GD, latents_N=bags.latents, bags_N=bags.bags, weights_N=values_N, num_latents=num_latents
+            ),
         )
 
 
@@ -207,10 +211,16 @@ def _select(centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, plan: Plan) -> tuple[
 
     aux = None
     if plan.aux_rule is not None and plan.dead is not None:
-        _see(plan.aux_rule, centred_BD, W_SD[plan.dead], b_S[plan.dead], plan.workspace)
+        _see(
+            rule=plan.aux_rule,
+            centred_BD=centred_BD,
+            W_SD=W_SD[plan.dead],
+            b_S=b_S[plan.dead],
+            workspace=plan.workspace,
+        )
         aux = plan.aux_rule.entries(again)
         aux = aux._replace(latents=plan.dead[aux.latents])
-    return _active(centred_BD, W_SD, b_S, plan, again), aux
+    return _active(centred_BD=centred_BD, W_SD=W_SD, b_S=b_S, plan=plan, again=again), aux
 
 
 def _active(centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, plan: Plan, again: PreActs) -> Entries:
@@ -224,7 +234,7 @@ def _active(centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, plan: Plan, again: Pr
         if screened is not None:
             rule.take(*screened, len(W_SD))
     if screened is None:
-        _see(rule, centred_BD, W_SD, b_S, plan.workspace)
+        _see(rule=rule, centred_BD=centred_BD, W_SD=W_SD, b_S=b_S, workspace=plan.workspace)
     return rule.entries(again)
 
 
@@ -252,7 +262,7 @@ def _bags(active: Entries, aux: Entries | None, num_rows: int, plan: Plan) -> tu
         if active.is_edge is not None:
             edge = torch.cat([active.is_edge, torch.zeros_like(aux.is_on)])
         values, latents, rows, is_on = (torch.cat(pair) for pair in zip(active[:4], aux[:4], strict=True))
-        active = Entries(values, latents, rows, is_on, edge)
+        active = Entries(values=values, latents=latents, rows=rows, is_on=is_on, is_edge=edge)
     offsets = _offsets(bags, num_groups * num_rows)
     return active, Bags(active.latents, active.rows, bags, offsets), num_groups
 

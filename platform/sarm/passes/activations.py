@@ -115,7 +115,11 @@ class TextActivations(_Backbone):
         row_ids = table.column("row_id").to_pylist()
         texts = zip(row_ids, table.column("text").to_pylist(), strict=True)
         splitter, chat, length = self._extraction.sentence_ends, self._chat, self._max_length
-        windows = [w for i, text in texts for w in text_windows(i, text, units, splitter, chat, length)]
+        windows = [
+            w
+            for i, text in texts
+            for w in text_windows(row_id=i, text=text, units=units, splitter=splitter, chat=chat, max_length=length)
+        ]
         refused: dict[int, str] = {}
         if "chat" in units:
             conversations = zip(row_ids, table.column("messages").to_pylist(), strict=True)

@@ -111,12 +111,21 @@ class PairUnits(_ContextUnits):
             for place, text in enumerate(group.responses):
                 key = (group.prompt_id, place)
                 readers, ref, row_ids = _readers(group, place, row_of, file)
-                units.append(_Unit("rewarded", key, ref, text, readers, row_ids))
+                units.append(_Unit(place="rewarded", key=key, ref=ref, text=text, readers=readers, row_ids=row_ids))
                 spans = sentence_spans(text)
                 for column, sentence in ends[key].items():
                     start, end = spans[sentence]
                     own = ref._replace(sentence=sentence)
-                    units.append(_Unit("sentence", (key, column), own, text[start:end], readers, row_ids))
+                    units.append(
+                        _Unit(
+                            place="sentence",
+                            key=(key, column),
+                            ref=own,
+                            text=text[start:end],
+                            readers=readers,
+                            row_ids=row_ids,
+                        )
+                    )
         return _Slice(rows, units, {stable_int(pair_id): reason for pair_id, reason in refused.items()})
 
 
@@ -140,14 +149,28 @@ class TextUnits(_ContextUnits):
         for row, row_id, text in zip(*columns, strict=True):
             before, spans = len(units), sentence_spans(text)
             for window in text_windows(
-                row, text, ["document"], "rules", self._reader.chat, self._reader.settings.max_length
+                row_id=row,
+                text=text,
+                units=["document"],
+                splitter="rules",
+                chat=self._reader.chat,
+                max_length=self._reader.settings.max_length,
             ):
                 key, ends = (row, window.first), window.columns["document"].tolist()
                 rows.append(text_row(key, window.ids.tolist(), ends))
                 for column, sentence in zip(ends, window.sentences.tolist(), strict=True):
                     start, end = spans[sentence]
-                    ref = Ref(True, file, row, 0, sentence)
-                    units.append(_Unit("sentence", (key, column), ref, text[start:end], [0, 0, 1], [row_id]))
+                    ref = Ref(is_corpus=True, file=file, row=row, side=0, sentence=sentence)
+                    units.append(
+                        _Unit(
+                            place="sentence",
+                            key=(key, column),
+                            ref=ref,
+                            text=text[start:end],
+                            readers=[0, 0, 1],
+                            row_ids=[row_id],
+                        )
+                    )
             if len(units) == before:
                 refused[row_id] = "no_sentence_end"
         return _Slice(rows, units, refused)
@@ -223,7 +246,11 @@ def _readers(group: PromptGroup, place: int, row_of: Mapping[str, int], file: in
     ]
     row, side, _ = min(sides)
     counts = [sum(own == side for _, own, _ in sides) for side in (0, 1)]
-    return [*counts, 0], Ref(False, file, row, side, -1), [stable_int(pair_id) for *_, pair_id in sides]
+    return (
+        [*counts, 0],
+        Ref(is_corpus=False, file=file, row=row, side=side, sentence=-1),
+        [stable_int(pair_id) for *_, pair_id in sides],
+    )
 
 
 def _record(unit: _Unit, reading: Reading) -> dict[str, Any]:

@@ -47,7 +47,14 @@ def find_model(settings: Benchmarking) -> ModelSpec:
         load_function(name)
         source, _, function = name.rpartition(":")
         place = f"{Path(source).absolute()}:{function}" if source.endswith(".py") else name
-        return _spec("callable", place, _hash_of_function(name), "", settings, DEFAULT_LENGTH)
+        return _spec(
+            kind="callable",
+            place=place,
+            identity=_hash_of_function(name),
+            template="",
+            settings=settings,
+            max_length=DEFAULT_LENGTH,
+        )
     folder = _folder(name, settings.revision)
     config = _config(folder, name)
     if config.get("model_type") == "sarm":
@@ -67,7 +74,14 @@ def find_model(settings: Benchmarking) -> ModelSpec:
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {name} has no chat template, so it cannot render benchmarks. Pass another --model.")  # fmt: skip
     template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:16]
-    return _spec("classifier", str(folder), hash_of_folder(folder), template, settings, DEFAULT_LENGTH)
+    return _spec(
+        kind="classifier",
+        place=str(folder),
+        identity=hash_of_folder(folder),
+        template=template,
+        settings=settings,
+        max_length=DEFAULT_LENGTH,
+    )
 
 
 def sarm_tokenizer(spec: ModelSpec) -> ChatTokenizer:
@@ -171,14 +185,29 @@ def _sarm(folder: Path, config: dict[str, Any], settings: Benchmarking) -> Model
     known = config.get("provenance") or {}
     # The template's file is part of the folder's hash; its own hash is for the reader.
     template, length = known.get("template", ""), known.get("max_length", DEFAULT_LENGTH)
-    spec = _spec("sarm", str(folder), hash_of_folder(folder), template, settings, length)
+    spec = _spec(
+        kind="sarm",
+        place=str(folder),
+        identity=hash_of_folder(folder),
+        template=template,
+        settings=settings,
+        max_length=length,
+    )
     return replace(spec, system_prompt=known.get("system_prompt"))
 
 
 def _spec(kind: str, place: str, identity: str, template: str, settings: Benchmarking, max_length: int) -> ModelSpec:
     # The official code always cuts at 2,048.
     length = settings.max_length or (DEFAULT_LENGTH if settings.protocol == "official" else max_length)
-    return ModelSpec(kind, place, identity, template, settings.protocol, length, settings.dtype)
+    return ModelSpec(
+        kind=kind,
+        place=place,
+        identity=identity,
+        template=template,
+        protocol=settings.protocol,
+        max_length=length,
+        dtype=settings.dtype,
+    )
 
 
 def _folder(name: str, revision: str) -> Path:

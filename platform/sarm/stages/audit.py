@@ -112,14 +112,19 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
         chosen_on = codes.role("select")
         off_S = off_target_firing(codes)
         found = {site: contrast(chosen_on, site, settings.permutations, session.run.seed) for site in SITES}
-        picked = _select(found[settings.site], off_S, weight_S, settings, ratings)
-        tables = [_table(site, one, off_S, weight_S, chosen_on, picked) for site, one in found.items()]
+        picked = _select(found=found[settings.site], off_S=off_S, weight_S=weight_S, settings=settings, ratings=ratings)
+        tables = [
+            _table(site=site, found=one, off_S=off_S, weight_S=weight_S, codes=chosen_on, picked=picked)
+            for site, one in found.items()
+        ]
         pq.write_table(pa.concat_tables(tables), folder.folder / "latents.parquet", write_page_checksum=True)
         gap = completeness(codes)
         content: dict[str, Any] = {
             "site": settings.site,
             "selected": [{"latent": int(i), "sign": int(s)} for i, s in zip(picked.latent, picked.sign, strict=True)],
-            "thresholds": _thresholds(found, off_S, weight_S, settings, ratings, picked),
+            "thresholds": _thresholds(
+                found=found, off_S=off_S, weight_S=weight_S, settings=settings, ratings=ratings, picked=picked
+            ),
             "sites": {site: _site_summary(one, settings.fdr) for site, one in found.items()},
             "num_select_pairs": chosen_on.num_pairs,
             "num_off_pairs": codes.role("off_select").num_pairs,
@@ -158,7 +163,10 @@ def _thresholds(
         name: _select(found[settings.site], off_S, weight_S, settings, ratings, **change)
         for name, change in variants.items()
     }
-    others |= {f"site {site}": _select(one, off_S, weight_S, settings, ratings) for site, one in found.items()}
+    others |= {
+        f"site {site}": _select(found=one, off_S=off_S, weight_S=weight_S, settings=settings, ratings=ratings)
+        for site, one in found.items()
+    }
     return sensitivity(picked, others)
 
 

@@ -44,10 +44,14 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
         codes, target = found.codes, found.codes.role("target")
         latents = check_latents(codes, found.selection.latent.tolist())
         seed = session.run.seed
-        sets_GE = matched_sets(latents, codes.density, codes.weight, settings.controls, seed)
+        sets_GE = matched_sets(
+            selected=latents, density_S=codes.density, weight_S=codes.weight, count=settings.controls, seed=seed
+        )
         steering = _zeroed(target, latents, sets_GE)
         steering["rerun_gap"] = _rerun_gap(found, make_edit("zero", 0.0, latents, codes.weight))
-        nearest_G1 = matched_sets(latents[:1], codes.density, codes.weight, settings.controls, seed)
+        nearest_G1 = matched_sets(
+            selected=latents[:1], density_S=codes.density, weight_S=codes.weight, count=settings.controls, seed=seed
+        )
         order = causal.contribution_order(codes.role("select"))
         rng = np.random.default_rng(seed)
         content: dict[str, Any] = {
@@ -66,7 +70,9 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
             "curves": causal.deletion_curves(
                 target, order, [rng.permutation(order) for _ in range(settings.controls)], _DELETION_SIZES
             ),
-            "sentences": _sentences(session, settings, found, target, pairs, folder.folder),
+            "sentences": _sentences(
+                session=session, settings=settings, found=found, target=target, pairs=pairs, folder=folder.folder
+            ),
         }
         write_atomically(folder.folder / "causal.json", json.dumps(finite_or_null(content), indent=2, allow_nan=False))
         child.log_artifact(folder.folder / "causal.json")

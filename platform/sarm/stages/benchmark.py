@@ -53,14 +53,21 @@ def run_benchmarks(settings: Benchmarking) -> Path:
         check_tokenizer(spec)
     with tracked_folder(folder, settings.run) as own_run:
         own_run.log_config(json.loads(as_json(settings)))
-        scores = score_all(spec, texts, alone, settings.batch_tokens, settings.run)
+        scores = score_all(spec=spec, texts=texts, alone=alone, batch_tokens=settings.batch_tokens, run=settings.run)
         table = items_table(items, scores)
         pq.write_table(table, folder.folder / "items.parquet", write_page_checksum=True)
         say(f"measuring {table.num_rows:,} scores")
         found = measure(table, settings.run.seed)
         for name, own in overlap(trained_on, benchmarks, table, settings.run.seed).items():
             found["benchmarks"][name]["near_duplicates"] = own
-        content = _content(settings, spec, benchmarks, found, scores, reasons_of(items, scores))
+        content = _content(
+            settings=settings,
+            spec=spec,
+            benchmarks=benchmarks,
+            found=found,
+            scores=scores,
+            reasons=reasons_of(items, scores),
+        )
         content["contents"] = _contents(texts)
         if num := content["contents"]["contents_with_control_tokens"]:
             content["notes"].append(f"{num:,} contents spell control tokens, which {'count as such, as in the official code' if spec.protocol == 'official' else 'are scored as text'}.")  # fmt: skip

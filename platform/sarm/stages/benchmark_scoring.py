@@ -82,7 +82,13 @@ def score_all(
         say(f"scoring {len(missing):,} completions with {spec.place} ({num_cached:,} are in the cache)")
         asked = [(*texts[key.removesuffix(ALONE)], key) for key in missing]
         with connect(run) as cluster:
-            part, refused = score_requests(spec, asked, folder, batch_tokens, lambda work: run_over(work, run, cluster))
+            part, refused = score_requests(
+                spec=spec,
+                wanted=asked,
+                cache=folder,
+                batch_tokens=batch_tokens,
+                run_pass=lambda work: run_over(work, run, cluster),
+            )
         fresh = ds.dataset([str(path) for path in part_files(part)]).to_table()
         fresh = fresh.filter(pc.is_in(fresh["completion_id"], value_set=pa.array(missing)))
         # What made the model fail has no row, so that the next run tries it again.
@@ -90,7 +96,13 @@ def score_all(
         tokens = round(sum(fresh["forward_tokens"].to_pylist()))
         if spans := list(zip(fresh["started"].to_pylist(), fresh["seconds"].to_pylist(), strict=True)):
             seconds = max(began + took for began, took in spans) - min(began for began, _ in spans)
-    return Scores({key: known[key] for key in wanted}, num_cached, len(missing), tokens, seconds)
+    return Scores(
+        by_id={key: known[key] for key in wanted},
+        num_cached=num_cached,
+        num_scored=len(missing),
+        forward_tokens=tokens,
+        forward_seconds=seconds,
+    )
 
 
 def items_table(items: Iterable[dict[str, Any]], scores: Scores) -> pa.Table:

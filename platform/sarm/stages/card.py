@@ -33,7 +33,13 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     active = np.flatnonzero((prefixes.contribution != 0).any(0)).tolist()
     names = feature_names(store, active, _beside(folder, settings.explanations, "explanations"))
     weight_S, config = reader.model.score.weight.detach().squeeze(0).cpu().numpy(), reader.model.config
-    content = card(prefixes, weight_S, names, settings.features, (config.reward_mean, config.reward_std))
+    content = card(
+        prefixes=prefixes,
+        weight_S=weight_S,
+        names=names,
+        num_features=settings.features,
+        mean_and_std=(config.reward_mean, config.reward_std),
+    )
     spelled = reader.chat.spelled_in(message["content"] for message in messages)
     content |= {
         "protocol_version": PROTOCOL_VERSION,

@@ -100,7 +100,7 @@ def state_of(config: Any) -> ChainState:
     for stage in STAGES:
         plans = STAGES[stage].folders(config, folders) if stage in scope else []
         if plans:
-            stages.append(_state(stage, plans, folders, gone, remade))
+            stages.append(_state(stage=stage, plans=plans, folders=folders, gone=gone, remade=remade))
         if not remade:
             continue
         for folder, schema in _existing(stage, folders, gone):

@@ -52,11 +52,11 @@ def run_comparison(settings: Comparison) -> Path:
     items = {key: pq.read_table(path / "items.parquet") for key, path in folders.items()}
     found = {
         name: compare(
-            BENCHMARKS[name],
-            scored_rows(items["a"], name),
-            scored_rows(items["b"], name),
-            settings.permutations,
-            settings.run.seed,
+            benchmark=BENCHMARKS[name],
+            rows_a=scored_rows(items["a"], name),
+            rows_b=scored_rows(items["b"], name),
+            permutations=settings.permutations,
+            seed=settings.run.seed,
         )
         for name in common
     }

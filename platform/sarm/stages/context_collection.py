@@ -59,7 +59,11 @@ def collect_contexts(
     works, num_rows = [], 0
     if settings.split != "none":
         blocks, num_rows = pair_blocks(pairs, settings.split)
-        works += [_pairs_pass(reader, pairs, settings.split, blocks, folder)] if blocks else []
+        works += (
+            [_pairs_pass(reader=reader, files=pairs, split=settings.split, blocks=blocks, folder=folder)]
+            if blocks
+            else []
+        )
     if settings.corpus:
         blocks, num_texts = text_blocks(corpus, settings.max_texts)
         works += [_texts_pass(reader, corpus, blocks, folder)] if blocks else []
@@ -88,7 +92,7 @@ def collect_contexts(
         if ref in wanted:
             side = "chosen" if found[ref]["side"] == "chosen" else "rejected"
             answers.append({"ref": ref, "prompt": json.dumps(row["prompt"]), "text": row[side], "latents": wanted[ref]})
-    spans = driving_parts(answers, settings, reader, folder / "parts", run_pass)
+    spans = driving_parts(answers=answers, settings=settings, reader=reader, folder=folder / "parts", run_pass=run_pass)
     num_contexts = 0
     with pq.ParquetWriter(
         folder / CONTEXTS_FILE, LATENT_CONTEXTS_TABLE, compression="zstd", write_page_checksum=True

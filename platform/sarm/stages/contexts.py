@@ -48,7 +48,14 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
 
     def body(child: StageRun) -> Mapping[str, Any]:
         pairs, corpus = (sorted(path.glob("*.parquet")) for path in (folders.pairs, folders.corpus))
-        counts = collect_contexts(contexts, reader, pairs, corpus, folder.folder, session.run_pass)
+        counts = collect_contexts(
+            settings=contexts,
+            reader=reader,
+            pairs=pairs,
+            corpus=corpus,
+            folder=folder.folder,
+            run_pass=session.run_pass,
+        )
         child.log_text(json.dumps(counts["places"]), "places.json")
         return {**counts, "model": hash_of_folder(folders.sarm)}
 
@@ -79,7 +86,13 @@ def write_pages(session: Session, pages: PagesSettings) -> Manifest:
         )
         shown = features(store, W_dec_SD, weight_S, pages)
         if EVALUATION_FOLDER in inputs:
-            add_pairs(shown, _table(folders.evaluation / "sarm_scores"), _table(folders.pairs), weight_S, pages.pairs)
+            add_pairs(
+                shown=shown,
+                scores=_table(folders.evaluation / "sarm_scores"),
+                pairs=_table(folders.pairs),
+                weight_S=weight_S,
+                num=pages.pairs,
+            )
         if EXPLANATIONS_FOLDER in inputs:
             add_explanations(shown, inputs[EXPLANATIONS_FOLDER][0])
         fired = len(set(store.latents["latent"].to_pylist()))
@@ -94,7 +107,9 @@ def write_pages(session: Session, pages: PagesSettings) -> Manifest:
         notes = (
             [] if EXPLANATIONS_FOLDER in inputs else ["There are no explanations yet: features carry extractive terms."]
         )
-        files = write_feature_pages(shown, f"Features of {session.name}", facts, notes, folder.folder)
+        files = write_feature_pages(
+            features=shown, title=f"Features of {session.name}", facts=facts, notes=notes, folder=folder.folder
+        )
         raising = [one for one in shown if one["contribution"] > 0][:20]
         lowering = [one for one in shown if one["contribution"] < 0][:20]
         bars = contribution_bars(

@@ -178,7 +178,13 @@ def score_heldout(session: Session, extraction: ExtractionSettings, name: str, f
         keep=_heldout,
         actor=PairScores,
         arguments={
-            "reader": Reader(reward_model, model, model.dtype, extraction.batch_tokens, Path(model_folder(model)))
+            "reader": Reader(
+                folder=reward_model,
+                settings=model,
+                dtype=model.dtype,
+                batch_tokens=extraction.batch_tokens,
+                tokenizer=Path(model_folder(model)),
+            )
         },
         outputs={"scores": Output(target, PAIR_SCORES_TABLE)},
         id_columns=("pair_id", "split"),

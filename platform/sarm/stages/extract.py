@@ -48,7 +48,18 @@ def extract(session: Session, model: ModelSettings, extraction: ExtractionSettin
         targets = {key: folder.folder for key, folder in planned.items()}
         names = dict.fromkeys(folders, name)
         session.stages(
-            names, folders, _Extraction(session, model, extraction, chat, name, source, targets), resume=True
+            names,
+            folders,
+            _Extraction(
+                session=session,
+                model=model,
+                extraction=extraction,
+                chat=chat,
+                name=name,
+                source=source,
+                targets=targets,
+            ),
+            resume=True,
         )
 
 

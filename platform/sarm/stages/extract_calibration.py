@@ -27,7 +27,9 @@ def tokens_per_second(model: ModelSettings, extraction: ExtractionSettings) -> f
     passes, started = -1, 0.0
     with torch.inference_mode():
         while passes < 1 or time.perf_counter() - started < _SECONDS:
-            residuals_at(backbone, [layer], torch.arange(rows, device=device), last, ids)[0].sum().item()
+            residuals_at(
+                model=backbone, layers=[layer], rows=torch.arange(rows, device=device), columns=last, input_ids=ids
+            )[0].sum().item()
             passes += 1
             # The first pass warms up.
             started = started if passes else time.perf_counter()

@@ -70,7 +70,9 @@ def run_interpretation(settings: Interpret) -> Path:
             say(f"already done, {folder.folder}")
             return folder.folder
         say(f"asking again what failed: {done.counts['failed']} answers")
-    return asyncio.run(_run(settings, store, _pool(settings, store), latents, folder))
+    return asyncio.run(
+        _run(settings=settings, store=store, pool=_pool(settings, store), latents=latents, folder=folder)
+    )
 
 
 async def _run(
@@ -85,15 +87,15 @@ async def _run(
         with tracked_folder(folder, settings.run) as own_run:
             own_run.log_config(json.loads(as_json(settings)))
             own_run.log_params({f"prompt.{kind}": version for kind, version in questions.prompt_versions().items()})  # fmt: skip
-            found = await _interpret(settings, store, pool, latents, judges)
+            found = await _interpret(settings=settings, store=store, pool=pool, latents=latents, judges=judges)
             failed = _write(
-                settings,
-                found,
-                judges,
-                pool.silence_is_known,
-                folder.folder,
-                time.monotonic() - started,
-                own_run,
+                settings=settings,
+                found=found,
+                judges=judges,
+                silence_is_known=pool.silence_is_known,
+                out=folder.folder,
+                seconds=time.monotonic() - started,
+                run=own_run,
             )
             took = round(time.monotonic() - started, 2)
             folder.finish({"latents": len(found), "failed": failed, "model": store.facts.get("model"), "seconds": took})
@@ -178,7 +180,14 @@ async def _interpret(
             return one
         rated = asyncio.gather(
             *(
-                explaining.rate(samples, rubric, judge.spec.name, judge.ask, settings.repeats, settings.answer_format)
+                explaining.rate(
+                    samples=samples,
+                    rubric=rubric,
+                    judge=judge.spec.name,
+                    ask=judge.ask,
+                    repeats=settings.repeats,
+                    answer_format=settings.answer_format,
+                )
                 for judge in judges
                 for rubric in settings.rubrics
             )
@@ -230,9 +239,21 @@ def _write(
     rows, texts, ratings = [], [], []
     for one in found:
         if judges:
-            rows.append(explaining.explanation_row(one.explained, settings.place, explainer, one.scores, one.ratings))
+            rows.append(
+                explaining.explanation_row(
+                    explained=one.explained,
+                    place=settings.place,
+                    explainer=explainer,
+                    scores=one.scores,
+                    ratings=one.ratings,
+                )
+            )
         label = Explained(one.explained.samples, "dead" if one.explained.status == "dead" else "ok", one.label, one.explained.reason if one.explained.status == "dead" else "")  # fmt: skip
-        rows.append(explaining.explanation_row(label, settings.place, EXTRACTIVE, one.label_scores, ()))
+        rows.append(
+            explaining.explanation_row(
+                explained=label, place=settings.place, explainer=EXTRACTIVE, scores=one.label_scores, ratings=()
+            )
+        )
         ratings += [{**rated.__dict__, "place": settings.place} for rated in one.ratings]
         for name, scores in ((explainer, one.scores), (EXTRACTIVE, one.label_scores)):
             texts += [
@@ -254,7 +275,14 @@ def _write(
     for kind, version in questions.prompt_versions().items():
         write_atomically(prompts / f"{kind}-{version}.txt", f"{questions.SYSTEM}\n\n{questions.PROMPTS[kind]}\n")
     costs = [judge.cost() for judge in judges]
-    content = measure(rows, texts, ratings, costs, settings.min_coverage, settings.rubrics)
+    content = measure(
+        rows=rows,
+        texts=texts,
+        ratings=ratings,
+        costs=costs,
+        min_coverage=settings.min_coverage,
+        rubrics=settings.rubrics,
+    )
     content |= {"contexts": str(settings.contexts), "place": settings.place, "silence_is_known": silence_is_known, "seconds": round(seconds, 2)}  # fmt: skip
     write_atomically(out / "report.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
     write_page(build_page(content), out)

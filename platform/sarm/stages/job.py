@@ -80,11 +80,11 @@ def run_command(
         return _parse_flags(config_type, with_defaults(own, made, chain[0].run.out), script, _shown(description))
 
     _guarded(
-        parsed,
-        lambda config: in_order(chain[0], job, made)(config),
-        arguments,
-        lambda config: f"{describe(chain[0])}\n\n{describe(config)}",
-        chain,
+        parsed=parsed,
+        job=lambda config: in_order(chain[0], job, made)(config),
+        arguments=arguments,
+        explain=lambda config: f"{describe(chain[0])}\n\n{describe(config)}",
+        before=chain,
     )
 
 

@@ -42,8 +42,14 @@ def label_noise(
         is_used = np.zeros(train.num_pairs, dtype=bool)
         is_used[one.rows] = train.roles[one.rows] == "select"
         contrasted = contrast(noisy.keep(is_used), asked["site"], _PERMUTATIONS, seed)
-        picked = select(contrasted, off_S, weight_S, asked["fdr"], asked["max_off_target"], asked["max_features"], asked["rank"])  # fmt: skip
-        ranked = rankings(feature_scores(noisy, picked), margin_N, probe_N, noisy.log_length, rng)
+        picked = select(found=contrasted, off_target_S=off_S, weight_S=weight_S, fdr=asked["fdr"], max_off_target=asked["max_off_target"], max_features=asked["max_features"], rank=asked["rank"])  # fmt: skip
+        ranked = rankings(
+            scores=feature_scores(noisy, picked),
+            margins_N=margin_N,
+            probe_N=probe_N,
+            log_length_N=noisy.log_length,
+            rng=rng,
+        )
         for share in settings.denoise:
             for method, suspicion_N in ranked.items():
                 dropped = one.rows[changed_pairs(suspicion_N[one.rows], share, "drop", train.pair_ids[one.rows])]

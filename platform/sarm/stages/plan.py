@@ -81,7 +81,7 @@ def activations(folders: Folders, model: ModelSettings, extraction: ExtractionSe
         (split, unit, layer): FolderPlan(
             folders.activations(name, layer, model.layer),
             ACTIVATIONS_FOLDER,
-            activation_settings(model, extraction, split, unit, layer),
+            activation_settings(model=model, extraction=extraction, split=split, unit=unit, layer=layer),
             folders.inputs(CORPUS_FOLDER if split == "all" else PAIRS_FOLDER),
         )
         for split, unit, name in names
@@ -172,7 +172,9 @@ def pages(folders: Folders, pages: PagesSettings) -> FolderPlan:
     if pages.pairs and (folders.evaluation / "sarm_scores").is_dir():
         inputs |= folders.inputs(EVALUATION_FOLDER, PAIRS_FOLDER)
     may_lack = frozenset({EXPLANATIONS_FOLDER, EVALUATION_FOLDER, PAIRS_FOLDER})
-    return FolderPlan(folders.pages, PAGES_FOLDER, identity(pages), inputs, may_lack)
+    return FolderPlan(
+        folder=folders.pages, schema=PAGES_FOLDER, settings=identity(pages), inputs=inputs, may_lack=may_lack
+    )
 
 
 def _of_conversations() -> Settings:

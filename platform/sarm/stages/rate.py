@@ -40,7 +40,16 @@ def run_ratings(settings: HumanRatings) -> Path:
     if settings.sheet is not None:
         texts = _texts(settings.explanations)
         with_texts = [row for row in judged if texts.get(row["latent"])]
-        write_sheet(settings.sheet, sheet(folder_id, settings.rubric, with_texts, texts, settings.num_items))
+        write_sheet(
+            settings.sheet,
+            sheet(
+                folder_id=folder_id,
+                rubric=settings.rubric,
+                explanations=with_texts,
+                contexts=texts,
+                num_items=settings.num_items,
+            ),
+        )
         say(f"sheet: {settings.sheet}")
         return settings.sheet
     return _compare(settings, folder_id, manifest.counts.get("model"), judged)

@@ -65,7 +65,7 @@ def relabel(session: Session, settings: Relabel) -> Path:
     folder = StageFolder(out / "relabel", RELABEL, asked, inputs)
 
     def body(child: StageRun) -> Mapping[str, Any]:
-        content = _experiments(found, settings, session.run.seed, folder.folder, out)
+        content = _experiments(found=found, settings=settings, seed=session.run.seed, folder=folder.folder, out=out)
         write_atomically(folder.folder / "relabel.json", json.dumps(content, indent=2))
         for action in ("poison", "denoise"):
             rows = [row for row in content["rows"] if row["action"] == action]
@@ -101,7 +101,7 @@ def _write_pairs(session: Session, found: Audited, settings: Relabel) -> None:
     action, method, text = settings.write.split(":")
     codes, verb, seed = found.codes.role("select"), {"poison": "flip", "denoise": "drop"}[action], session.run.seed
     probe_N = cross_fitted(codes.residual[codes.chosen] - codes.residual[codes.rejected], codes.prompts, np.ones(codes.num_pairs), seed)  # fmt: skip
-    ranked = rankings(feature_scores(codes, found.selection), codes.margins, probe_N, codes.log_length, np.random.default_rng(seed))  # fmt: skip
+    ranked = rankings(scores=feature_scores(codes, found.selection), margins_N=codes.margins, probe_N=probe_N, log_length_N=codes.log_length, rng=np.random.default_rng(seed))  # fmt: skip
     if method not in ranked:
         raise UserError(f"unknown method {method}, known are {', '.join(ranked)}. Pass --write ACTION:METHOD:SHARE.")
     changed = changed_pairs(ranked[method], float(text), verb, codes.pair_ids)
@@ -141,7 +141,13 @@ def _experiments(found: Audited, settings: Relabel, seed: int, folder: Path, out
     residual_ND = train.residual[train.chosen] - train.residual[train.rejected]
     scores = feature_scores(train, found.selection)
     probe_N = cross_fitted(residual_ND, train.prompts, np.ones(train.num_pairs), seed)
-    ranked = rankings(scores, train.margins, probe_N, train.log_length, np.random.default_rng(seed))
+    ranked = rankings(
+        scores=scores,
+        margins_N=train.margins,
+        probe_N=probe_N,
+        log_length_N=train.log_length,
+        rng=np.random.default_rng(seed),
+    )
     seeds = []
     for s in range(settings.seeds):
         names = np.unique(train.prompts)
@@ -156,10 +162,26 @@ def _experiments(found: Audited, settings: Relabel, seed: int, folder: Path, out
                 whole = changed_pairs(suspicion_N, share, verb, train.pair_ids)
                 place = folder / "changes" / f"{action}-{method.replace(', ', '-').replace(' ', '-')}-{share:g}.parquet"
                 pq.write_table(changes_table(whole, verb, suspicion_N, train.pair_ids), place)
-                rows.append(_row(action, verb, share, method, suspicion_N, head, train, heldout, seeds, settings, seed))
-    noise_rows = label_noise(found, head, residual_ND, seeds, settings, seed, out)
+                rows.append(
+                    _row(
+                        action=action,
+                        verb=verb,
+                        share=share,
+                        method=method,
+                        suspicion_N=suspicion_N,
+                        head=head,
+                        train=train,
+                        heldout=heldout,
+                        seeds=seeds,
+                        settings=settings,
+                        seed=seed,
+                    )
+                )
+    noise_rows = label_noise(
+        found=found, head=head, residual_ND=residual_ND, seeds=seeds, settings=settings, seed=seed, out=out
+    )
     baseline = {name: {"mean": float(np.mean([one.credits[name] for one in seeds]))} for name in heldout}
-    verdicts = _verdicts(rows, noise_rows, heldout, settings, seed)
+    verdicts = _verdicts(rows=rows, noise_rows=noise_rows, heldout=heldout, settings=settings, seed=seed)
     for row in rows:
         row.pop("_credits")
     return {

@@ -58,7 +58,15 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
         for key, label in _NAMES.items()
         if metrics.get(key, {}).get("accuracy") is not None
     ]
-    pictures = _pictures(session, metrics, scores, features, accuracies, raising, lowering)
+    pictures = _pictures(
+        session=session,
+        metrics=metrics,
+        scores=scores,
+        features=features,
+        accuracies=accuracies,
+        raising=raising,
+        lowering=lowering,
+    )
     content = Report(
         title=title,
         facts=_facts(manifests, metrics),

@@ -75,7 +75,10 @@ def _extractions(folders: Folders) -> Iterable[Place]:
 def _saes(config: Any, folders: Folders) -> list[FolderPlan]:
     seed, phases = config.run.seed, folders.phases
     planned = plan.sae_folders(folders, config.sae, getattr(config, "also", AlsoSaes()), seed)
-    return [plan.sae(path, sae, seed, phases, init_seed) for _, path, sae, init_seed in planned]
+    return [
+        plan.sae(folder=path, sae=sae, seed=seed, activations=phases, init_seed=init_seed)
+        for _, path, sae, init_seed in planned
+    ]
 
 
 def _reward_models(config: Any, folders: Folders) -> list[FolderPlan]:

@@ -67,7 +67,7 @@ def steer(session: Session, settings: Steer) -> Path:
     folder = _sarm_folder(out / "steer" / settings.name, found.sarm, {"asked": asked, "edit": edit.as_json()})
 
     def body(child: StageRun) -> Mapping[str, Any]:
-        content = _measure(found, edit, settings, session.run.seed, folder.folder)
+        content = _measure(found=found, edit=edit, settings=settings, seed=session.run.seed, folder=folder.folder)
         if goal is not None:
             content["certificate"] = goal
         write_atomically(folder.folder / STEERING, json.dumps(finite_or_null(content), indent=2, allow_nan=False))
@@ -102,7 +102,13 @@ def _goal_edit(found: Audited, settings: Steer, seed: int) -> tuple[Edit, dict[s
     if is_seen.all() or not is_seen.any():
         raise UserError("the target has too few prompts to solve on half of them. Audit with more --target pairs.")
     bound = settings.max_change * float(np.abs(found.codes.weight).max())
-    solved = edit_for(target.keep(is_seen), _subsets(off["off_select"]), settings.goal, settings.tolerance, bound)
+    solved = edit_for(
+        target=target.keep(is_seen),
+        others=_subsets(off["off_select"]),
+        goal=settings.goal,
+        tolerance=settings.tolerance,
+        max_change=bound,
+    )
     latent = np.flatnonzero(solved.delta)
     weight = found.codes.weight[latent]
     edit = Edit(latent, weight, (weight + solved.delta[latent]).astype(np.float32).astype(np.float64))
@@ -111,7 +117,10 @@ def _goal_edit(found: Audited, settings: Steer, seed: int) -> tuple[Edit, dict[s
     solved_on = {"target_shift": solved.target_shift, "largest_other_shift": solved.largest_other_shift}
     others = _subsets(off["off_target"])
     unseen = target.keep(~is_seen)
-    return edit, {"solved_on": solved_on, **certificate(delta_S, unseen, others, settings.goal, settings.tolerance)}
+    return edit, {
+        "solved_on": solved_on,
+        **certificate(delta_S=delta_S, target=unseen, others=others, goal=settings.goal, tolerance=settings.tolerance),
+    }
 
 
 def _subsets(codes: AuditCodes) -> dict[str, AuditCodes]:
@@ -152,7 +161,9 @@ def _measure(found: Audited, edit: Edit, settings: Steer, seed: int, folder: Pat
         "sweep": [],
     }
     if settings.edit in ("scale", "add", "set"):
-        content |= _sweep(found, target, off, edit.latent, settings, seed, folder)
+        content |= _sweep(
+            found=found, target=target, off=off, latents=edit.latent, settings=settings, seed=seed, folder=folder
+        )
     return content
 
 
@@ -160,7 +171,7 @@ def _sweep(
     found: Audited, target: AuditCodes, off: AuditCodes, latents: NDArray[np.int64], settings: Steer, seed: int, folder: Path
 ) -> dict[str, Any]:  # fmt: skip
     """Every strength, of the features and of matched sets, in closed form."""
-    sets_GE = np.vstack([latents[None], matched_sets(latents, found.codes.density, found.codes.weight, settings.controls, seed)])  # fmt: skip
+    sets_GE = np.vstack([latents[None], matched_sets(selected=latents, density_S=found.codes.density, weight_S=found.codes.weight, count=settings.controls, seed=seed)])  # fmt: skip
     swept = {
         name: Sweep(codes, settings.edit, settings.strengths, sets_GE)
         for name, codes in (("target", target), ("off", off))

@@ -84,7 +84,17 @@ def train_on_cluster(task: RewardTask, cluster: Cluster, callbacks: Sequence[Any
     Goes on from the newest of `task.states` if there is one.
     """
     threads = cluster.cpus_each(task.run, task.run.num_workers)
-    return run_workers(task.name, reward_worker, task, task.run, task.folder, cluster, threads, task.states, callbacks)
+    return run_workers(
+        name=task.name,
+        worker=reward_worker,
+        task=task,
+        run=task.run,
+        folder=task.folder,
+        cluster=cluster,
+        threads=threads,
+        states=task.states,
+        callbacks=callbacks,
+    )
 
 
 def load_pairs(folder: Path, split: str) -> pa.Table:
@@ -122,12 +132,12 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     device, rank = worker_device(), dist.get_rank()
     guard = StallGuard(worker_storage(), rank)
     states = WorkerStates(
-        task.states,
-        task.reward.checkpoint_every_steps,
-        task.reward.checkpoint_every_seconds,
-        _STEPS_BETWEEN_LOOKS,
-        preemption_notice,
-        guard.beat,
+        checkpoints=task.states,
+        every_steps=task.reward.checkpoint_every_steps,
+        every_seconds=task.reward.checkpoint_every_seconds,
+        steps_between_looks=_STEPS_BETWEEN_LOOKS,
+        notice=preemption_notice,
+        beat=guard.beat,
     )
     found = states.latest()
     chat = load_chat_tokenizer(task.model, task.model_folder)
@@ -138,21 +148,28 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     if rank == 0 and found is not None:
         load_weights_(model, found, "shards")
     elif rank == 0 and task.head_start is not None:
-        start_head_(model, task.head_start, data.pairs, task.run.seed, data.groups, task.reward.encoder)
+        start_head_(
+            model=model,
+            activations=task.head_start,
+            pairs=data.pairs,
+            seed=task.run.seed,
+            groups=data.groups,
+            encoder=task.reward.encoder,
+        )
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     torch.manual_seed(task.run.seed + rank)
-    engine = ZeroEngine(model, to_train, task.reward, device, guard.beat)
+    engine = ZeroEngine(model=model, parameter_groups=to_train, config=task.reward, device=device, beat=guard.beat)
     best: Shards = {}
     training = RewardTraining(
-        engine,
-        data.groups,
-        task.reward,
-        task.run.seed,
-        task.model.max_length,
-        chat.pad_id,
-        data.validation,
+        engine=engine,
+        groups=data.groups,
+        config=task.reward,
+        seed=task.run.seed,
+        row_tokens=task.model.max_length,
+        pad_id=chat.pad_id,
+        validation=data.validation,
         on_best=lambda: best.update(weights(engine)),
     )
     progress = Progress(
@@ -189,7 +206,7 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     whole = engine.whole_state()
     if rank != 0:
         return None
-    moments = _write_model(task, chat, data, whole, device)
+    moments = _write_model(task=task, chat=chat, data=data, whole=whole, device=device)
     return {"figures": {**moments, **_figures(data, training, progress.history)}, "history": progress.history}
 
 
@@ -220,7 +237,12 @@ def _write_model(
     merge_adapters_(trained)
     trained.to(device).eval()  # type: ignore[arg-type]
     mean, std = reward_moments(
-        trained, data.groups, task.reward.batch_tokens, task.model.max_length, chat.pad_id, device
+        model=trained,
+        groups=data.groups,
+        batch_tokens=task.reward.batch_tokens,
+        row_tokens=task.model.max_length,
+        pad_id=chat.pad_id,
+        device=device,
     )
     trained.config.reward_mean, trained.config.reward_std = mean, std
     save_sarm(trained.cpu(), chat, task.folder)
@@ -251,7 +273,7 @@ def _figures(data: _Data, training: RewardTraining, history: list[dict[str, Any]
 
 def _build(task: RewardTask, chat: ChatTokenizer) -> SarmForSequenceClassification:
     return build_model(
-        task.model, task.model_folder, task.sae, chat, task.reward, task.run.seed, task.chat_ends
+        model=task.model, model_folder=task.model_folder, sae_folder=task.sae, chat=chat, reward=task.reward, seed=task.run.seed, chat_ends=task.chat_ends
     )  # fmt: skip
 
 

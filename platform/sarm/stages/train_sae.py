@@ -36,7 +36,13 @@ def train_sae(session: Session, sae: SaeSettings, also: AlsoSaes = AlsoSaes()) -
     """activations/v1 -> SAE, and `also` others beside it, all from one read."""
     folders = session.folders
     wanted = [SaeStage(*member) for member in sae_folders(folders, sae, also, session.run.seed)]
-    train_saes(session, wanted, folders.phases, folders.corpus, folders.states(folders.sae.name))
+    train_saes(
+        session=session,
+        wanted=wanted,
+        activations=folders.phases,
+        corpus=folders.corpus,
+        in_training=folders.states(folders.sae.name),
+    )
 
 
 def train_saes(
@@ -47,7 +53,12 @@ def train_saes(
     All must agree on epochs and batches. Raises UserError if they do not, or if a folder holds something else.
     """
     first = wanted[0].sae
-    planned = [plan.sae(one.folder, one.sae, session.run.seed, activations, one.init_seed) for one in wanted]
+    planned = [
+        plan.sae(
+            folder=one.folder, sae=one.sae, seed=session.run.seed, activations=activations, init_seed=one.init_seed
+        )
+        for one in wanted
+    ]
     used = {name.removeprefix("activations/"): path for name, (path, _) in planned[0].inputs.items()}
     todo: list[tuple[SaeStage, StageFolder]] = []
     for one, folder in zip(wanted, (folder.open() for folder in planned), strict=True):
@@ -66,18 +77,21 @@ def train_saes(
         from sarm.stages import train_sae_worker as worker
 
         members = [
-            worker.SaeMember(one.sae, one.init_seed, one.folder, children[one.name], one.folder.name) for one, _ in todo
+            worker.SaeMember(
+                sae=one.sae, seed=one.init_seed, folder=one.folder, tracking=children[one.name], name=one.folder.name
+            )
+            for one, _ in todo
         ]
         first, *others = members
         task = worker.SaeTask(
-            session.run,
-            first.sae,
-            used.get("text"),
-            used.get("chat"),
-            first.folder,
-            first.tracking,
-            states,
-            corpus if "text" in used else None,
+            run=session.run,
+            sae=first.sae,
+            text=used.get("text"),
+            chat=used.get("chat"),
+            folder=first.folder,
+            tracking=first.tracking,
+            states=states,
+            corpus=corpus if "text" in used else None,
             also=tuple(others),
             init_seed=first.seed,
         )

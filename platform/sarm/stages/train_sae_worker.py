@@ -90,7 +90,16 @@ def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
     Goes on from the newest of `task.states` if there is one.
     """
     threads = cluster.cpus_each(task.run, task.run.num_workers)
-    return run_workers("sae", sae_worker, task, task.run, task.folder, cluster, threads, task.states)
+    return run_workers(
+        name="sae",
+        worker=sae_worker,
+        task=task,
+        run=task.run,
+        folder=task.folder,
+        cluster=cluster,
+        threads=threads,
+        states=task.states,
+    )
 
 
 def sae_worker(task: SaeTask) -> dict[str, Any] | None:
@@ -132,9 +141,17 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         logs = [
             Progress(f"sae_{name}", member.tracking, ("loss", "fvu", "alive_share"), member.name) for member in members
         ]
-        phase = Phase(name, rows[name], rows[name].heldout, epochs, lr)
+        phase = Phase(name=name, rows=rows[name], heldout=rows[name].heldout, epochs=epochs, lr=lr)
         member_configs = [member.sae for member in members]
-        training = SaeTraining(saes, phase, member_configs, task.run.seed + number, device, first_step, task.sae.split)
+        training = SaeTraining(
+            saes=saes,
+            phase=phase,
+            sae_configs=member_configs,
+            seed=task.run.seed + number,
+            device=device,
+            first_step=first_step,
+            split=task.sae.split,
+        )
         if found is not None and is_resumed:
             training.load_state_dict(states.own_state(found) if task.sae.split == "latents" else saved["training"])
             states.restore_random(found)
@@ -172,13 +189,28 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     results = []
     for sae, member, of_sae, history in zip(saes, members, figures, histories, strict=True):
         heldout = {name: rows[name].heldout for name in names}
-        of_sae |= write_sae_folder(sae, member.sae, member.folder, stores, heldout, task.run.seed, device)
+        of_sae |= write_sae_folder(
+            sae=sae,
+            config=member.sae,
+            folder=member.folder,
+            stores=stores,
+            heldout=heldout,
+            seed=task.run.seed,
+            device=device,
+        )
         if task.corpus is not None and member.sae.cross_entropy_texts:
             # Seconds of imports, for a language model that is rarely asked for.
             from sarm.stages.train_sae_cross_entropy import cross_entropy_figures
 
             metadata, share = stores[names[0]].metadata, member.sae.heldout_share
-            of_sae |= cross_entropy_figures(sae, task.corpus, metadata, member.sae.cross_entropy_texts, share, device)
+            of_sae |= cross_entropy_figures(
+                sae=sae,
+                corpus=task.corpus,
+                activations=metadata,
+                num_texts=member.sae.cross_entropy_texts,
+                heldout_share=share,
+                device=device,
+            )
         results.append({"figures": of_sae, "history": history})
     rejected = {name: source.rejected for name, source in rows.items() if source.rejected}
     return {**results[0], "rejected": rejected, "also": results[1:]}

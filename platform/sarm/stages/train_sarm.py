@@ -51,18 +51,18 @@ def _train(session: Session, variant: Variant, target: Path, states: Checkpoints
 
     chat_ends = session.folders.chat_activations
     task = reward_training.RewardTask(
-        session.run,
-        variant.model,
-        model_folder(variant.model),
-        variant.reward,
-        session.folders.pairs,
-        variant.sae,
-        chat_ends if variant.reward.head_init == "probe" else None,
-        target,
-        child,
-        states,
-        session.reports.every_steps,
-        chat_ends if variant.reward.encoder == "random_matched" else None,
+        run=session.run,
+        model=variant.model,
+        model_folder=model_folder(variant.model),
+        reward=variant.reward,
+        pairs=session.folders.pairs,
+        sae=variant.sae,
+        head_start=chat_ends if variant.reward.head_init == "probe" else None,
+        folder=target,
+        tracking=child,
+        states=states,
+        report_steps=session.reports.every_steps,
+        chat_ends=chat_ends if variant.reward.encoder == "random_matched" else None,
     )
     result = reward_training.train_on_cluster(task, session.cluster, session.reports.callbacks)
     history = {target.name: result["history"]}

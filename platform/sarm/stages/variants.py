@@ -43,24 +43,64 @@ def variants(
     """
     if reward.lora_rank and find_spec("peft") is None:
         raise UserError(NO_PEFT)
-    found = [Variant("train SARM", "sarm", sae, model, reward)]
+    found = [Variant(stage="train SARM", folder="sarm", sae=sae, model=model, reward=reward)]
     for name in reward.baselines:
         if name == "scalar":
-            found.append(Variant("train scalar head", "scalar_head", None, model, reward))
+            found.append(Variant(stage="train scalar head", folder="scalar_head", sae=None, model=model, reward=reward))
         elif name == "scalar_full":
             whole = replace(model, layer=depth_of(model))
-            found.append(Variant("train scalar head, full depth", "scalar_head_full", None, whole, reward))
+            found.append(
+                Variant(
+                    stage="train scalar head, full depth",
+                    folder="scalar_head_full",
+                    sae=None,
+                    model=whole,
+                    reward=reward,
+                )
+            )
         elif name == "token_sae":
             assert reward.token_sae is not None
-            found.append(Variant("train SARM on token SAE", "sarm_token_sae", reward.token_sae, model, reward))
+            found.append(
+                Variant(
+                    stage="train SARM on token SAE",
+                    folder="sarm_token_sae",
+                    sae=reward.token_sae,
+                    model=model,
+                    reward=reward,
+                )
+            )
         elif name == "random_encoder":
             random = replace(reward, encoder=RANDOM_ENCODERS[name])
-            found.append(Variant("train SARM, random encoder", "sarm_random_encoder", sae, model, random))
+            found.append(
+                Variant(
+                    stage="train SARM, random encoder",
+                    folder="sarm_random_encoder",
+                    sae=sae,
+                    model=model,
+                    reward=random,
+                )
+            )
         elif name == "random_directions":
             random = replace(reward, encoder=RANDOM_ENCODERS[name])
-            found.append(Variant("train SARM, random directions", "sarm_random_directions", sae, model, random))
+            found.append(
+                Variant(
+                    stage="train SARM, random directions",
+                    folder="sarm_random_directions",
+                    sae=sae,
+                    model=model,
+                    reward=random,
+                )
+            )
         else:
             # The papers' code trains this encoder, since its random weights are not worth keeping.
             linear = replace(reward, encoder=RANDOM_ENCODERS[name], train_sae=True, sae_lr=reward.lr or reward.sae_lr)
-            found.append(Variant("train SARM, random linear map", "sarm_random_linear", sae, model, linear))
+            found.append(
+                Variant(
+                    stage="train SARM, random linear map",
+                    folder="sarm_random_linear",
+                    sae=sae,
+                    model=model,
+                    reward=linear,
+                )
+            )
     return found

@@ -70,7 +70,9 @@ def start_head_(
         if model.config.head == "scalar":
             model.score.weight[0] = w_D
         elif encoder == "random_matched":
-            model.score.weight[0] = read_through_codes(model.sae, chosen_ND, rejected_ND, w_D, prompts, seed)
+            model.score.weight[0] = read_through_codes(
+                sae=model.sae, chosen_ND=chosen_ND, rejected_ND=rejected_ND, w_D=w_D, prompts_N=prompts, seed=seed
+            )
         else:
             model.score.weight[0] = model.sae.W_dec @ w_D
 

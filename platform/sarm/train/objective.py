@@ -49,5 +49,9 @@ class Objective(NamedTuple):
 def objective_of(config: RewardSettings) -> Objective:
     """The objective that the settings ask for."""
     return Objective(
-        config.label_smoothing, config.use_margin, config.centre_weight, config.recon_weight, config.recon_detached
+        label_smoothing=config.label_smoothing,
+        use_margin=config.use_margin,
+        centre_weight=config.centre_weight,
+        recon_weight=config.recon_weight,
+        recon_detached=config.recon_detached,
     )

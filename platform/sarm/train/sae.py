@@ -129,4 +129,6 @@ def train_sae(
     first_step: int = 0,
 ) -> None:
     """Train one SAE in place through one phase."""
-    SaeTraining([sae], phase, [config], seed, device, first_step).run([log])
+    SaeTraining(saes=[sae], phase=phase, sae_configs=[config], seed=seed, device=device, first_step=first_step).run(
+        [log]
+    )

@@ -49,11 +49,19 @@ def _smollm2() -> Path:
 
 
 KNOWN_MODELS: dict[str, KnownModel] = {
-    "demo:smollm2": KnownModel(Shape(576, 1536, 576, 192, 30, 49152), _smollm2),
-    "tiny:llama": KnownModel(Shape(64, 128, 64, 32, 2, 600), _tiny_llama),
-    "meta-llama/Llama-3.2-1B-Instruct": KnownModel(Shape(2048, 8192, 2048, 512, 16, 128256)),
-    "meta-llama/Llama-3.2-3B-Instruct": KnownModel(Shape(3072, 8192, 3072, 1024, 28, 128256)),
-    "meta-llama/Llama-3.1-8B-Instruct": KnownModel(Shape(4096, 14336, 4096, 1024, 32, 128256)),
+    "demo:smollm2": KnownModel(
+        Shape(d_in=576, d_ff=1536, d_query=576, d_key=192, num_blocks=30, vocabulary=49152), _smollm2
+    ),
+    "tiny:llama": KnownModel(Shape(d_in=64, d_ff=128, d_query=64, d_key=32, num_blocks=2, vocabulary=600), _tiny_llama),
+    "meta-llama/Llama-3.2-1B-Instruct": KnownModel(
+        Shape(d_in=2048, d_ff=8192, d_query=2048, d_key=512, num_blocks=16, vocabulary=128256)
+    ),
+    "meta-llama/Llama-3.2-3B-Instruct": KnownModel(
+        Shape(d_in=3072, d_ff=8192, d_query=3072, d_key=1024, num_blocks=28, vocabulary=128256)
+    ),
+    "meta-llama/Llama-3.1-8B-Instruct": KnownModel(
+        Shape(d_in=4096, d_ff=14336, d_query=4096, d_key=1024, num_blocks=32, vocabulary=128256)
+    ),
 }
 BUILT_IN_MODELS = {name: known.build for name, known in KNOWN_MODELS.items() if known.build is not None}
 
@@ -97,4 +105,11 @@ def _shape(about: dict[str, Any]) -> Shape | None:
     head = int(about.get("head_dim") or d_in // heads)
     keys = int(about.get("num_key_value_heads") or heads)
     blocks, vocabulary = int(about["num_hidden_layers"]), int(about["vocab_size"])
-    return Shape(d_in, int(about["intermediate_size"]), heads * head, keys * head, blocks, vocabulary)
+    return Shape(
+        d_in=d_in,
+        d_ff=int(about["intermediate_size"]),
+        d_query=heads * head,
+        d_key=keys * head,
+        num_blocks=blocks,
+        vocabulary=vocabulary,
+    )

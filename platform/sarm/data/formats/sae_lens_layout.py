@@ -58,12 +58,12 @@ def read_sae_lens(folder: Path, k: int | None) -> SaeWeights:
     else:
         rule, k_said = "signed_topk" if kind == "topk" and trained.get("signed") else kind, config["k"]
     weights = SaeWeights(
-        tensors["W_enc"].float(),
-        b_enc,
-        tensors["W_dec"].float(),
-        tensors["b_dec"],
-        k_said,
-        threshold,
+        W_enc=tensors["W_enc"].float(),
+        b_enc=b_enc,
+        W_dec=tensors["W_dec"].float(),
+        b_dec=tensors["b_dec"],
+        k=k_said,
+        threshold=threshold,
         rule=rule,
         input=STANDARDISED if norm == "layer_norm" else metadata.get("input", RESIDUAL),
         metadata=metadata,

@@ -65,7 +65,14 @@ def parse_pair(fields: Mapping[str, Any], source: str) -> RawPair | str:
     except _Fault as fault:
         return str(fault)
     subset = fields.get("subset", fields.get("category"))
-    return RawPair(prompt, chosen, rejected, source, subset if _is_clean(subset) else None, _margin(fields))
+    return RawPair(
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        source=source,
+        subset=subset if _is_clean(subset) else None,
+        margin=_margin(fields),
+    )
 
 
 def layouts_in_words() -> str:

@@ -135,7 +135,7 @@ class ShuffledRows:
             if missing := max_heldout - sum(map(len, heldout)):
                 heldout.append(rows[is_heldout][:missing].float())
             if num_kept := int(kept.sum()):
-                self._groups.append(_Group(file, number, kept, num_kept, self.num_rows))
+                self._groups.append(_Group(file=file, number=number, kept=kept, num_kept=num_kept, start=self.num_rows))
                 if self._rows is not None:
                     self._rows[self.num_rows : self.num_rows + num_kept] = rows[kept].to(device)
                 self.num_rows += num_kept

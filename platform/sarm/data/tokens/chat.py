@@ -69,7 +69,13 @@ class ChatTokenizer:
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} does not close the assistant's turn with a special token, so there is no token to reward. Pass another --model.name."
             )
-        self.opening_ids = opening_of(self._apply, self.control, self.template, self.end_of_turn_id, self._is_blank)
+        self.opening_ids = opening_of(
+            apply=self._apply,
+            control=self.control,
+            template=self.template,
+            end_of_turn_id=self.end_of_turn_id,
+            is_blank=self._is_blank,
+        )
 
     @property
     def answer_place(self) -> dict[str, Any]:

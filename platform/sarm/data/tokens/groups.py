@@ -70,10 +70,10 @@ def prompt_groups(
             responses += needed
             spelled += chat.spelled_in([*(message["content"] for message in spelt[0]["prompt"]), *needed])
             for p in usable:
-                of_pair[p["pair_id"]] = PairOfGroup(p["pair_id"], places[p["chosen"]], places[p["rejected"]], p["margin"], p["subset"])  # fmt: skip
+                of_pair[p["pair_id"]] = PairOfGroup(pair_id=p["pair_id"], chosen=places[p["chosen"]], rejected=places[p["rejected"]], margin=p["margin"], subset=p["subset"])  # fmt: skip
         if of_pair:
             in_order = [of_pair[pair["pair_id"]] for pair in prompt_pairs if pair["pair_id"] in of_pair]
-            yield PromptGroup(prompt_id, responses, tokens, in_order, spelled)
+            yield PromptGroup(prompt_id=prompt_id, responses=responses, tokens=tokens, pairs=in_order, spelled=spelled)
 
 
 def _encoded(

@@ -75,7 +75,16 @@ def text_windows(
                 own = sentences[first_end:last_end]
             if "token" in whole:
                 columns["token"] = np.arange(len(prefix), stop - start + len(prefix))
-            windows.append(Window(row_id, start, np.array([*prefix, *ids[start:stop]], np.int64), columns, False, own))
+            windows.append(
+                Window(
+                    row_id=row_id,
+                    first=start,
+                    ids=np.array([*prefix, *ids[start:stop]], np.int64),
+                    columns=columns,
+                    truncated=False,
+                    sentences=own,
+                )
+            )
     if "sentence" in units:
         first = start = 0
         for end in ends:
@@ -85,7 +94,13 @@ def text_windows(
             if len(ids):
                 members = np.array([*prefix, *ids[cut:]], np.int64)
                 windows.append(
-                    Window(row_id, first + cut, members, {"sentence": np.array([len(members) - 1])}, cut > 0)
+                    Window(
+                        row_id=row_id,
+                        first=first + cut,
+                        ids=members,
+                        columns={"sentence": np.array([len(members) - 1])},
+                        truncated=cut > 0,
+                    )
                 )
             first += len(ids)
     return windows
@@ -105,7 +120,17 @@ def chat_windows(
         return []
     last = np.array([len(tokens.ids) - 1])
     cut, spelled = tokens.num_truncated, chat.spelled_in(message["content"] for message in messages)
-    return [Window(row_id, cut, np.array(tokens.ids, np.int64), {"chat": last}, cut > 0, _NONE, spelled)]
+    return [
+        Window(
+            row_id=row_id,
+            first=cut,
+            ids=np.array(tokens.ids, np.int64),
+            columns={"chat": last},
+            truncated=cut > 0,
+            sentences=_NONE,
+            spelled=spelled,
+        )
+    ]
 
 
 def window_batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]]:

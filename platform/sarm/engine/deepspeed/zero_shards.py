@@ -63,7 +63,13 @@ def reshard(engine: ZeroEngine, found: Checkpoint, kind: str) -> Shards:
         is_empty = is_empty and not part
         for name in part.keys() & dealt.keys():
             target = dealt[name]
-            _copy(target["weight"], target["start"], len(target["weight"]), part[name], "weight")
+            _copy(
+                target=target["weight"],
+                start=target["start"],
+                numel=len(target["weight"]),
+                shard=part[name],
+                key="weight",
+            )
     return {} if is_empty else dealt
 
 
@@ -76,7 +82,7 @@ def load_weights_(model: nn.Module, found: Checkpoint, kind: str) -> None:
     missing = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     for part in _parts(found, kind):
         for name, shard in part.items():
-            _copy(parameters[name], 0, parameters[name].numel(), shard, "weight")
+            _copy(target=parameters[name], start=0, numel=parameters[name].numel(), shard=shard, key="weight")
             missing[name] -= shard["weight"].numel()
     _refuse_missing(found, missing)
 
@@ -97,7 +103,13 @@ def load_moments_(engine: ZeroEngine, found: Checkpoint, kind: str, num_steps: i
             if name in pieces:
                 piece = pieces[name]
                 for key in _MOMENTS:
-                    copied = _copy(piece.of(adam.state[piece.flat][key]), piece.start, piece.numel, shard, key)
+                    copied = _copy(
+                        target=piece.of(adam.state[piece.flat][key]),
+                        start=piece.start,
+                        numel=piece.numel,
+                        shard=shard,
+                        key=key,
+                    )
                 missing[name] -= copied
     _refuse_missing(found, missing)
 
@@ -119,19 +131,25 @@ def _pieces(engine: ZeroEngine) -> Iterator[_Piece]:
         if not parameter.requires_grad:
             continue
         if engine.stage == 0:
-            yield _Piece(name, 0, parameter.numel(), parameter, 0)
+            yield _Piece(name=name, start=0, numel=parameter.numel(), flat=parameter, offset=0)
         elif engine.stage < 3:
             mapping = parameter._hp_mapping
             if mapping is not None:
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
                 flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-                yield _Piece(name, low.start, high.numel, flat, high.start)
+                yield _Piece(name=name, start=low.start, numel=high.numel, flat=flat, offset=high.start)
         else:
             group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = dist.get_rank() * size
             numel = min(size, parameter.ds_numel - start)
             if numel > 0:
-                yield _Piece(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
+                yield _Piece(
+                    name=name,
+                    start=start,
+                    numel=numel,
+                    flat=optimizer.fp32_partitioned_groups_flat[group],
+                    offset=offset,
+                )
 
 
 def _adam(engine: ZeroEngine) -> torch.optim.Optimizer:

@@ -238,7 +238,7 @@ class Judge:
         self.budget.spend(self.spec, took.prompt_tokens, took.completion_tokens)
 
     def _reply(self, status: Status, usage: Usage, reason: str, text: str = "", answer: Mapping[str, Any] | None = None) -> Reply:  # fmt: skip
-        return Reply(status, answer, reason, text, usage.prompt_tokens, usage.completion_tokens, usage.estimated, usage.requests)  # fmt: skip
+        return Reply(status=status, answer=answer, reason=reason, text=text, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, estimated=usage.estimated, requests=usage.requests)  # fmt: skip
 
     async def _probe(self) -> str:
         usage = Usage()
@@ -263,6 +263,6 @@ def open_judges(judging: Judging, backoff: float = 0.5) -> list[Judge]:
     keys = [judging.key_of(spec) for spec in specs]
     folder = cache_root() / "judges"
     return [
-        Judge(spec, key, judging, budget, AnswerLog(folder, spec), backoff)
+        Judge(spec=spec, key=key, judging=judging, budget=budget, log=AnswerLog(folder, spec), backoff=backoff)
         for spec, key in zip(specs, keys, strict=True)
     ]

@@ -71,7 +71,12 @@ def send(uri: str, run_id: str, records: Sequence[Record], last_steps: dict[str,
         client.log_table(run_id, record["columns"], record["name"])
     elif kind == "model":
         _register(
-            client, run_id, Path(record["path"]), record["name"], record["place"], copied=record.get("copied", True)
+            client=client,
+            run_id=run_id,
+            folder=Path(record["path"]),
+            name=record["name"],
+            place=record["place"],
+            copied=record.get("copied", True),
         )
     elif kind == "dataset":
         kinds = {key: record[key] for key in ("name", "digest", "source_type", "source", "profile")}

@@ -145,7 +145,14 @@ def data_set(manifest: Manifest) -> DataSet | None:
         kind, source = "hf", {"path": sources[0].removeprefix("hf:").partition(":")[0]}
     else:
         kind, source = "local", {"uri": ", ".join(sources)}
-    return DataSet(name, digest, kind, json.dumps(source), json.dumps(profile), "corpus" if is_corpus else "pairs")
+    return DataSet(
+        name=name,
+        digest=digest,
+        source_type=kind,
+        source=json.dumps(source),
+        profile=json.dumps(profile),
+        context="corpus" if is_corpus else "pairs",
+    )
 
 
 def _at(config: Mapping[str, Any], path: str) -> Any:

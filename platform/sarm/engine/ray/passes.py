@@ -83,7 +83,14 @@ def run_over(
     progress = PassProgress(work.name, num_rows, log, num_actors=actors, threads=threads, use_gpu=cluster.use_gpu)
     while missing:
         try:
-            for done in _watched(work, missing, threads, run.num_actors, cluster.use_gpu, stall_seconds):
+            for done in _watched(
+                work=work,
+                missing=missing,
+                threads=threads,
+                num_actors=run.num_actors,
+                use_gpu=cluster.use_gpu,
+                stall_seconds=stall_seconds,
+            ):
                 progress.add(done)
         except RayError as error:
             # A block is done when its part is there, whatever became of the message that said so.
@@ -106,7 +113,7 @@ def _watched(
 ) -> Iterator[dict[str, Any]]:
     """What the actors say of each block that they have done. Raises StalledError if neither they nor their journals say anything."""
     said: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
-    data = _results(work, missing, threads, num_actors, use_gpu)
+    data = _results(work=work, missing=missing, threads=threads, num_actors=num_actors, use_gpu=use_gpu)
 
     def listen() -> None:
         try:
@@ -125,7 +132,16 @@ def _watched(
             if (now := _journals(work)) != journals:
                 journals, last = now, time.monotonic()
             elif time.monotonic() - last > stall_seconds:
-                raise StalledError(_stall(work, threads, num_actors, use_gpu, stall_seconds, now)) from None
+                raise StalledError(
+                    _stall(
+                        work=work,
+                        threads=threads,
+                        num_actors=num_actors,
+                        use_gpu=use_gpu,
+                        seconds=stall_seconds,
+                        journals=now,
+                    )
+                ) from None
             continue
         last = time.monotonic()
         if found is None:
@@ -227,7 +243,14 @@ def checked(work: Pass, output: Output) -> dict[str, Any]:
     def kept_ids(table: pa.Table) -> Sequence[Any]:
         return work.input_ids(table if work.keep is None else work.keep(table))
 
-    audited = audit(output.folder, work.blocks, work.id_columns, kept_ids, work.output_id, keys)
+    audited = audit(
+        folder=output.folder,
+        blocks=work.blocks,
+        input_columns=work.id_columns,
+        input_ids=kept_ids,
+        id_column=work.output_id,
+        key_columns=keys,
+    )
     counts = read_counts(output.folder) | audited
     counts["num_rejected"] = write_rejected(output.folder)
     counts["audit_seconds"] = round(time.perf_counter() - started, 3)

@@ -93,7 +93,16 @@ def run_workers(
     while True:
         try:
             with _saving_when_asked(states):
-                result = _fit(name, worker, task, run, folder, cluster, threads, callbacks)
+                result = _fit(
+                    name=name,
+                    worker=worker,
+                    task=task,
+                    run=run,
+                    folder=folder,
+                    cluster=cluster,
+                    threads=threads,
+                    callbacks=callbacks,
+                )
         except _WorkersFailed as failed:
             # A job that was asked to stop does not start workers again.
             leave_if_asked()

@@ -75,7 +75,9 @@ def stage_costs(config: Any, machine: Machine) -> list[StageCost]:
     parts = {name: getattr(config, name, None) for name in ("model", "data", "extraction")}
     model = parts["model"] if isinstance(parts["model"], ModelSettings) else None
     sizes = sizes_of(config.run.out, parts["data"], parts["extraction"] or ExtractionSettings())
-    known = _Known(config, config.run, machine, sizes, shape_of(model) if model else None)
+    known = _Known(
+        config=config, run=config.run, machine=machine, sizes=sizes, shape=shape_of(model) if model else None
+    )
     return list(_costs(known))
 
 
@@ -101,11 +103,19 @@ def _costs(known: _Known) -> Iterator[StageCost]:
     if has("pages") and in_pipeline:
         # At most as many as there are latents.
         pages = min(config.pages.features, config.sae.d_sae if has("sae") else config.pages.features)
-        yield StageCost("feature_pages", 2 + 0.005 * pages, 0.0, _PROCESS_GB, None, 2e-5 * pages, f"{pages:,} features")
+        yield StageCost(
+            stage="feature_pages",
+            seconds=2 + 0.005 * pages,
+            gpu_hours=0.0,
+            host_gb=_PROCESS_GB,
+            gpu_gb=None,
+            disk_gb=2e-5 * pages,
+            work=f"{pages:,} features",
+        )
 
 
 def _unknown(stage: str, work: str = "the size of its input is not known") -> StageCost:
-    return StageCost(stage, None, None, None, None, None, work)
+    return StageCost(stage=stage, seconds=None, gpu_hours=None, host_gb=None, gpu_gb=None, disk_gb=None, work=work)
 
 
 def _prepare(known: _Known) -> StageCost:
@@ -117,7 +127,15 @@ def _prepare(known: _Known) -> StageCost:
     work = f"{count(texts.rows)} texts, " if texts else ""
     work += f"{count(pairs.train)} training pairs, {count(pairs.heldout)} held out"
     memory = 0.4 + rows * _SEEN_BYTES / _GB
-    return StageCost("prepare_data", 3 + read / _PREPARED_BYTES_A_SECOND, 0.0, memory, None, 0.6 * read / _GB, work)
+    return StageCost(
+        stage="prepare_data",
+        seconds=3 + read / _PREPARED_BYTES_A_SECOND,
+        gpu_hours=0.0,
+        host_gb=memory,
+        gpu_gb=None,
+        disk_gb=0.6 * read / _GB,
+        work=work,
+    )
 
 
 def _extract(known: _Known) -> StageCost:
@@ -128,7 +146,7 @@ def _extract(known: _Known) -> StageCost:
     if texts is None and pairs is None:
         return _unknown("extract_activations")
     layers = {model.layer, *extraction.layers}
-    work = extracted(shape, texts, pairs, extraction.units, layers)
+    work = extracted(shape=shape, texts=texts, pairs=pairs, units=extraction.units, layers=layers)
     seconds, gpu_hours = known.time(work.flops, run.num_actors, model.dtype)
     passes = 3 if texts is not None else 2
     memory = forward_gb(shape, max(layers), model.dtype, extraction.batch_tokens)
@@ -142,13 +160,13 @@ def _extract(known: _Known) -> StageCost:
     if texts is None and known.sizes.unknown:
         return _unknown("extract_activations")
     return StageCost(
-        "extract_activations",
-        _RAY_SECONDS + passes * _PASS_SECONDS + seconds,
-        gpu_hours,
-        _PROCESS_GB + (0.5 if known.machine.num_gpus else memory),
-        memory,
-        work.disk_bytes / _GB,
-        said,
+        stage="extract_activations",
+        seconds=_RAY_SECONDS + passes * _PASS_SECONDS + seconds,
+        gpu_hours=gpu_hours,
+        host_gb=_PROCESS_GB + (0.5 if known.machine.num_gpus else memory),
+        gpu_gb=memory,
+        disk_gb=work.disk_bytes / _GB,
+        work=said,
     )
 
 
@@ -171,13 +189,13 @@ def _train_sae(known: _Known) -> StageCost:
     memory = (16 * weights / shared + sae.batch_size * (shape.d_in * 16 + 4 * 16384)) / _GB
     read = (text_rows + chat_rows) * 2 * shape.d_in / _GB
     return StageCost(
-        "train_sae",
-        _TRAINING_SECONDS + seconds,
-        gpu_hours,
-        _PROCESS_GB + min(read, 2.0) + (0.0 if known.machine.num_gpus else memory),
-        memory,
-        weights * (4 + _STATE_BYTES) / _GB,
-        f"{count(rows)} rows, {flops:.2e} FLOPs; {sae.d_sae:,} latents, {sae.k} active"
+        stage="train_sae",
+        seconds=_TRAINING_SECONDS + seconds,
+        gpu_hours=gpu_hours,
+        host_gb=_PROCESS_GB + min(read, 2.0) + (0.0 if known.machine.num_gpus else memory),
+        gpu_gb=memory,
+        disk_gb=weights * (4 + _STATE_BYTES) / _GB,
+        work=f"{count(rows)} rows, {flops:.2e} FLOPs; {sae.d_sae:,} latents, {sae.k} active"
         + (f"; {len(saes)} SAEs" if len(saes) > 1 else ""),
     )
 
@@ -200,13 +218,13 @@ def _train_sarm(known: _Known) -> StageCost:
     copies = 2 if run.mlflow_models == "copy" else 1
     others = f", and {', '.join(reward.baselines)}" if reward.baselines else ""
     return StageCost(
-        "train_sarm",
-        _TRAINING_SECONDS * len(depths) + seconds,
-        gpu_hours,
-        _PROCESS_GB + (loaded if known.machine.num_gpus else memory),
-        memory,
-        (4 * copies * weights + states) / _GB,
-        f"SARM{others}: {reward.epochs} epoch{'s' * (reward.epochs > 1)} of {count(pairs.train)} pairs, {flops:.2e} FLOPs, ZeRO {reward.zero_stage}",
+        stage="train_sarm",
+        seconds=_TRAINING_SECONDS * len(depths) + seconds,
+        gpu_hours=gpu_hours,
+        host_gb=_PROCESS_GB + (loaded if known.machine.num_gpus else memory),
+        gpu_gb=memory,
+        disk_gb=(4 * copies * weights + states) / _GB,
+        work=f"SARM{others}: {reward.epochs} epoch{'s' * (reward.epochs > 1)} of {count(pairs.train)} pairs, {flops:.2e} FLOPs, ZeRO {reward.zero_stage}",
     )
 
 
@@ -221,13 +239,13 @@ def _evaluate(known: _Known) -> StageCost:
     batch = known.config.extraction.batch_tokens if getattr(known.config, "extraction", None) else 2048
     memory = forward_gb(shape, max(depths), "float32", batch)
     return StageCost(
-        "evaluate",
-        5 * len(depths) + seconds,
-        gpu_hours,
-        _PROCESS_GB + memory,
-        memory,
-        2 * pairs.heldout * 100 / _GB,
-        f"{count(pairs.heldout)} held-out pairs with {len(depths)} model{'s' * (len(depths) > 1)}",
+        stage="evaluate",
+        seconds=5 * len(depths) + seconds,
+        gpu_hours=gpu_hours,
+        host_gb=_PROCESS_GB + memory,
+        gpu_gb=memory,
+        disk_gb=2 * pairs.heldout * 100 / _GB,
+        work=f"{count(pairs.heldout)} held-out pairs with {len(depths)} model{'s' * (len(depths) > 1)}",
     )
 
 
@@ -251,11 +269,11 @@ def _contexts(known: _Known) -> StageCost:
     sae = getattr(known.config, "sae", None)
     kept = (sae.d_sae if sae else 0) * (contexts.top + 10 * contexts.per_decile) * 400 / _GB
     return StageCost(
-        "collect_contexts",
-        10 + seconds,
-        gpu_hours,
-        _PROCESS_GB + (0.5 if known.machine.num_gpus else memory),
-        memory,
-        min(kept, tokens * 10 / _GB),
-        f"{count(tokens)} tokens",
+        stage="collect_contexts",
+        seconds=10 + seconds,
+        gpu_hours=gpu_hours,
+        host_gb=_PROCESS_GB + (0.5 if known.machine.num_gpus else memory),
+        gpu_gb=memory,
+        disk_gb=min(kept, tokens * 10 / _GB),
+        work=f"{count(tokens)} tokens",
     )

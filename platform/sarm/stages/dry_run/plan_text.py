@@ -177,7 +177,15 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _nothing(stage: str) -> StageCost:
-    return StageCost(stage, None, None, None, None, None, "" if stage in STAGES else "not a stage that is known here")
+    return StageCost(
+        stage=stage,
+        seconds=None,
+        gpu_hours=None,
+        host_gb=None,
+        gpu_gb=None,
+        disk_gb=None,
+        work="" if stage in STAGES else "not a stage that is known here",
+    )
 
 
 def _notes(config: Any, machine: Machine, todo: Sequence[StageCost]) -> Iterator[str]:

@@ -65,7 +65,7 @@ def sweep_text(config: Ablation, machine: Machine) -> str:
     if len(known) < len(shapes) or sizes.pairs is None or sizes.texts is None:
         said = ", ".join(dict.fromkeys(lacking)) or "a source"
         return "\n".join([*lines, *entry("cost", f"the size of {said} is not known here, so hours and disk are not")])
-    return "\n".join([*lines, *_costs(plan, known, sizes.texts, sizes.pairs, machine)])
+    return "\n".join([*lines, *_costs(plan=plan, shapes=known, texts=sizes.texts, pairs=sizes.pairs, machine=machine)])
 
 
 def _costs(
@@ -122,7 +122,7 @@ def _work_of(plan: SweepPlan, shapes: Mapping[ModelSettings, Shape], texts: Text
             # Its pass is short beside that of all texts, and the pairs' ends are there.
             disk["activations"] += rows[reading] * len(layers) * 2 * shape.d_in
         else:
-            work = extracted(shape, read, pairs, (unit,), set(layers))
+            work = extracted(shape=shape, texts=read, pairs=pairs, units=(unit,), layers=set(layers))
             add("extraction", reading.model.dtype, work.flops)
             disk["activations"] += work.disk_bytes
     for key in plan.saes:

@@ -84,7 +84,8 @@ class SweepPlan(NamedTuple):
         """Every pass that an SAE or a head learns from, with its layers, lowest first; that of all cells if none does."""
         probed = [cell for cell in self.cells if cell.component in WITHOUT_SAE and self._read(cell)]
         layers: dict[Reading, set[int]] = {}
-        for point in (*self.saes, *probed) or self.cells:
+        points: list[Cell | SaeKey] = [*self.saes, *probed]
+        for point in points or self.cells:
             layers.setdefault(self.reading(point), set()).add(point.layer or self.layers[0])
         return {reading: sorted(own) for reading, own in layers.items()}
 
@@ -98,7 +99,7 @@ class SweepPlan(NamedTuple):
         if cell.component in WITHOUT_SAE:
             return None
         unit = "token" if cell.component == "token_sae" else self.settings(cell).extraction.units[0]
-        key = SaeKey(cell.layer, cell.width, cell.k, unit, cell.seed, cell.settings)
+        key = SaeKey(layer=cell.layer, width=cell.width, k=cell.k, unit=unit, seed=cell.seed, settings=cell.settings)
         return without_idle(key, self._decides_sae)
 
     def sae(self, key: SaeKey) -> SaeSettings:

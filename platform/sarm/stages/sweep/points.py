@@ -71,7 +71,14 @@ def _cell(config: Ablation, point: tuple[Any, ...], component: Component, seed: 
     if component in WITHOUT_SAE:
         width, k, layer = 0, 0, 0 if component == "scalar_full" else layer
     names = [axis.name for axis in config.sweep.settings_axes]
-    return Cell(layer, width, k, component, seed, tuple(sorted(zip(names, values, strict=True))))
+    return Cell(
+        layer=layer,
+        width=width,
+        k=k,
+        component=component,
+        seed=seed,
+        settings=tuple(sorted(zip(names, values, strict=True))),
+    )
 
 
 def cell_at(config: Ablation, point: tuple[Any, ...], component: Component, seed: int) -> Cell:

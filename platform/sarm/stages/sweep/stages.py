@@ -73,7 +73,13 @@ def _train_group(session: Session, plan: SweepPlan, group: list[SaeKey]) -> None
     folders = folders_of(plan.config, plan.reading(group[0]))
     activations = {name: folders.activations(name, layer, layer) for name in ("text", "chat")}
     together = digest(sorted(one.folder.name for one in wanted))
-    train_saes(session, wanted, activations, folders.corpus, folders.states(f"saes-{together}"))
+    train_saes(
+        session=session,
+        wanted=wanted,
+        activations=activations,
+        corpus=folders.corpus,
+        in_training=folders.states(f"saes-{together}"),
+    )
 
 
 def cell_session(plan: SweepPlan, cell: Cell, reports: Reports) -> Session:
@@ -88,7 +94,15 @@ def cell_session(plan: SweepPlan, cell: Cell, reports: Reports) -> Session:
     # A trial's process is a worker of Ray's.
     tags |= {SOURCE_NAME: "tune/ablation.py", "command": ""}
     # Of a sweep's models only the best is registered, by the sweep.
-    return Session(run, plan.name(cell), {**settings, **axes}, tags, folders, reports, registers_models=False)
+    return Session(
+        run=run,
+        name=plan.name(cell),
+        params={**settings, **axes},
+        tags=tags,
+        own_folders=folders,
+        reports=reports,
+        registers_models=False,
+    )
 
 
 def do_cell(plan: SweepPlan, cell: Cell, reports: Reports) -> Manifest:
