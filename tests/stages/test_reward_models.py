@@ -177,7 +177,7 @@ def test_every_architecture_can_be_drawn_anew_and_be_made_linear(kind, encoder):
     x = torch.randn(3, 6)
     wanted = (x - dense.b_dec) @ dense.W_enc + dense.b_enc
     torch.testing.assert_close(dense(x).values, wanted)
-    drawn = encoder_of(sae, RewardSettings(encoder=encoder), 0)
+    drawn = encoder_of(sae, RewardSettings(encoder=encoder), 1)
     assert torch.equal(drawn.W_enc, before) == (encoder == "pretrained")
     if encoder == "random":
         torch.testing.assert_close(drawn.W_enc.norm(dim=0), lengths)

@@ -14,7 +14,7 @@ def refuse_bidirectional(architecture: str, what: str) -> None:
     """
     if architecture in ARCHITECTURES and ARCHITECTURES[architecture].is_bidirectional:
         raise UserError(
-            f"{what} take a latent to have one meaning, and those of a {architecture} SAE have two, one for each sign. Pass another --sae.architecture, or end with the report (--pages.no-in-pipeline, or jobs/evaluate.py), whose contributions count both."
+            f"{what} take a latent to have one meaning, and those of {architecture} SAEs have two, one for each sign. Pass another --sae.architecture, or end with the report (--pages.no-in-pipeline, or jobs/evaluate.py), whose contributions count both."
         )
 
 
