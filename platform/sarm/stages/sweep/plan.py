@@ -83,8 +83,9 @@ class SweepPlan(NamedTuple):
     def readings(self) -> dict[Reading, list[int]]:
         """Every pass that an SAE or a head learns from, with its layers, lowest first; that of all cells if none does."""
         probed = [cell for cell in self.cells if cell.component in WITHOUT_SAE and self._read(cell)]
+        readers: list[Cell | SaeKey] = [*self.saes, *probed]
         layers: dict[Reading, set[int]] = {}
-        for point in (*self.saes, *probed) or self.cells:
+        for point in readers or self.cells:
             layers.setdefault(self.reading(point), set()).add(point.layer or self.layers[0])
         return {reading: sorted(own) for reading, own in layers.items()}
 
