@@ -17,6 +17,7 @@ from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.passes.activations import ChatActivations, TextActivations
 from sarm.passes.pair_scores import PairScores
+from sarm.passes.reader import Reader
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
 
@@ -57,7 +58,7 @@ def test_extraction_and_scoring_leave_out_the_same_pairs_by_the_same_word(folder
     backbone = load_backbone(str(folder), 1)
     config = SarmConfig(backbone=backbone.config.to_dict(), layer=1, head="scalar", end_of_turn_id=chat.end_of_turn_id)
     save_sarm(SarmForSequenceClassification(config, backbone), chat, tmp_path)
-    score = PairScores(MODEL, str(folder), tmp_path, ExtractionSettings(), 1)
+    score = PairScores(Reader(tmp_path, MODEL, tokenizer=folder), 1)
     tables, cost = score.compute(score.prepare(table()), lambda: None)
     assert tables["scores"]["reject"].to_pylist() == [None, "template_refuses"]
     assert cost.contents_with_control_tokens == 1

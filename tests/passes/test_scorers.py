@@ -61,7 +61,7 @@ def settings(model: object, **fields: object) -> Benchmarking:
 
 
 def scores(model: object, completions: list[str], *, alone: bool = False, **fields: object) -> list[tuple]:
-    scorer = load_scorer(find_model(settings(model, **fields)), BATCH_TOKENS, torch.device("cpu"))
+    scorer = load_scorer(find_model(settings(model, **fields)), BATCH_TOKENS)
     (found,), _ = scorer([Request(PROMPT, completions, alone)])
     return [(one.score, one.num_tokens, one.truncated) for one in found]
 
@@ -88,7 +88,7 @@ def test_many_requests_of_very_different_lengths_score_as_each_alone(kind, proto
         for number, lengths in enumerate([(1, 90), (2, 3), (5, 40), (1, 1), (7, 2, 60), (4, 9)])
     ]  # fmt: skip
     all_in_one_batch = 8192
-    scorer = load_scorer(find_model(settings(folder, protocol=protocol)), all_in_one_batch, torch.device("cpu"))
+    scorer = load_scorer(find_model(settings(folder, protocol=protocol)), all_in_one_batch)
     together, _ = scorer(requests)
     for request, found in zip(requests, together, strict=True):
         for text, one in zip(request.completions, found, strict=True):
@@ -178,7 +178,7 @@ def test_a_model_that_gives_no_reward_is_refused(tiny_folder):
 @pytest.mark.parametrize("kind", ["sarm", "classifier"])
 def test_a_conversation_that_cannot_be_encoded_has_no_score_and_says_why(kind, sarm_folder, classifier_folder):
     folder = sarm_folder if kind == "sarm" else classifier_folder
-    scorer = load_scorer(find_model(settings(folder)), BATCH_TOKENS, torch.device("cpu"))
+    scorer = load_scorer(find_model(settings(folder)), BATCH_TOKENS)
     (found,), _ = scorer([Request(PROMPT, ["slowly.", "a\ud800", "word " * 1_000_000], alone=False)])
     assert [one.reason for one in found] == [None, "lone_surrogate", "too_long"]
     assert [math.isnan(one.score) for one in found] == [False, True, True]

@@ -12,6 +12,7 @@ from tests.report.hostile import STRINGS
 from tests.stages.random_sarm import random_sarm
 
 from sarm.data.formats.sarm_folder import load_sarm
+from sarm.passes.reader import sarm_reader
 from sarm.report.reward_card import card, print_card, write_card
 from sarm.settings.card import RewardCard
 from sarm.settings.checks import UserError
@@ -32,8 +33,8 @@ def model(sarm):
 
 
 @pytest.fixture(scope="module")
-def prefixes(model, tiny_chat):
-    return read_prefixes(model, tiny_chat, [PROMPT, {"role": "assistant", "content": ANSWER}])
+def prefixes(sarm):
+    return read_prefixes(sarm_reader(sarm), [PROMPT, {"role": "assistant", "content": ANSWER}])
 
 
 def test_every_beginning_has_the_reward_that_the_model_gives_it_alone(model, tiny_chat, prefixes):

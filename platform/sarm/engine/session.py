@@ -26,6 +26,7 @@ from sarm.settings.run import RunSettings
 
 if TYPE_CHECKING:
     from sarm.engine.mlflow.tracker import Tracker
+    from sarm.engine.ray.passes import Counts, Pass
 
 RUN_FILE = "run.json"
 
@@ -101,12 +102,20 @@ class Session:
             )
         return self._tracker
 
-    def stage(self, name: str, folder: StageFolder, body: Callable[[StageRun], Mapping[str, Any]]) -> Manifest:
+    def run_pass(self, work: "Pass") -> "Counts":
+        """Do what is not done yet of a pass, with the actors of this run (`run_over`)."""
+        from sarm.engine.ray.passes import run_over
+
+        return run_over(work, self.run, self.cluster)
+
+    def stage(
+        self, name: str, folder: StageFolder, body: Callable[[StageRun], Mapping[str, Any]], *, resume: bool = False
+    ) -> Manifest:
         """Do a stage unless it is done: claim its folder, run `body` inside an MLflow child run, write the manifest.
 
-        `body` returns the stage's counts; `figures` among them are logged as metrics.
+        `body` returns the stage's counts; `figures` among them are logged as metrics. With `resume` it goes on with what an unfinished run left.
         """
-        return self.stages({name: name}, {name: folder}, lambda children: {name: body(children[name])})[name]
+        return self.stages({name: name}, {name: folder}, lambda children: {name: body(children[name])}, resume=resume)[name]
 
     def stages(
         self,

@@ -13,14 +13,18 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sarm.contracts.passes import Cost
 from sarm.data.formats.sarm_folder import load_sarm
 from sarm.data.sources.conversations import ConversationError, check_messages
-from sarm.data.tokens.chat import ChatTokenizer
+from sarm.data.tokens.chat import ChatTokenizer, Tokens
 from sarm.data.tokens.control_tokens import ControlTokens
-from sarm.data.tokens.packing import Row, TokenBatch, answer_rows, text_row, token_batches
+from sarm.data.tokens.packing import Row, TokenBatch, answer_row, answer_rows, token_batches
 from sarm.data.tokens.spelling import NotEncodableError
 from sarm.passes.models import ModelSpec, load_function, sarm_tokenizer
+from sarm.passes.reader import Reader, Reading
+from sarm.passes.usage import device_of_worker
 from sarm.settings.checks import UserError
+from sarm.settings.model import ModelSettings
 
 Message = dict[str, str]
 
@@ -58,20 +62,66 @@ class _Sequence(NamedTuple):
     reason: str | None = None
 
 
+class SarmScorer:
+    """A reward model of this project under the exact protocol: completions of one prompt read it once."""
+
+    def __init__(self, spec: ModelSpec, batch_tokens: int):
+        folder = Path(spec.place)
+        settings = ModelSettings(name=spec.place, max_length=spec.max_length, system_prompt=spec.system_prompt)
+        self._reader = Reader(folder, settings, spec.dtype, batch_tokens).ready(torch.get_num_threads())
+
+    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], int]:
+        encoded = [self._encode(request) for request in requests]
+        rows: list[Row] = []
+        cost = Cost()
+        readings: dict[Hashable, Reading] = {}
+        for r, (request, tokens) in enumerate(zip(requests, encoded, strict=True)):
+            answers = [((r, i), one.ids) for i, one in enumerate(tokens) if isinstance(one, Tokens)]
+            if request.alone:
+                for key, ids in answers:
+                    readings |= self._reader.read([answer_row(key, ids)], cost)
+            else:
+                rows += answer_rows(answers, self._reader.row_tokens)
+        readings |= self._reader.read(rows, cost)
+        scored = [
+            [
+                Scored(readings[r, i].reward, len(one.ids), one.num_truncated > 0)
+                if isinstance(one, Tokens)
+                else Scored(math.nan, 0, False, one)
+                for i, one in enumerate(tokens)
+            ]
+            for r, tokens in enumerate(encoded)
+        ]
+        return scored, cost.tokens
+
+    def _encode(self, request: Request) -> list[Tokens | str]:
+        """The tokens of each completion, or why it has none."""
+        try:
+            return list(self._reader.chat.encode_responses(request.prompt, request.completions))
+        except ConversationError:
+            return [self._encode_one(request.prompt, text) for text in request.completions]
+
+    def _encode_one(self, prompt: list[Message], completion: str) -> Tokens | str:
+        try:
+            return self._reader.chat.encode_responses(prompt, [completion])[0]
+        except ConversationError as error:
+            return error.reason
+
+
 class TorchScorer:
-    """A SARM or a `transformers` sequence classifier with one label.
+    """A `transformers` sequence classifier with one label, or a SARM under the official protocol: each completion has a row of its own.
 
     Raises UserError if the model has another number of outputs.
     """
 
-    def __init__(self, spec: ModelSpec, batch_tokens: int, device: torch.device):
-        self._spec, self._batch_tokens, self._device = spec, batch_tokens, device
+    def __init__(self, spec: ModelSpec, batch_tokens: int):
+        self._spec, self._batch_tokens, self._device = spec, batch_tokens, device_of_worker()
         dtype = getattr(torch, spec.dtype)
         self._chat: ChatTokenizer | None = None
         if spec.kind == "sarm":
             chat = sarm_tokenizer(spec)
             self._chat, self._tokenizer = chat, chat.tokenizer
-            self._model: Any = load_sarm(Path(spec.place), dtype).to(device)  # type: ignore[arg-type]
+            self._model: Any = load_sarm(Path(spec.place), dtype).to(self._device)  # type: ignore[arg-type]
         else:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -79,12 +129,11 @@ class TorchScorer:
             model = AutoModelForSequenceClassification.from_pretrained(
                 spec.place, dtype=dtype, trust_remote_code=False, use_safetensors=True
             )
-            self._model = model.to(device).eval()
+            self._model = model.to(self._device).eval()
             _float32_head(self._model, dtype)
-        self._shares_prompts = spec.kind == "sarm" and spec.protocol == "exact"
 
     def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], int]:
-        sequences = [self._encode(request) for request in requests]
+        sequences = [[self._encode(request.prompt, text) for text in request.completions] for request in requests]
         found: dict[Hashable, float] = {}
         num_tokens = 0
         for batch in self._batches(requests, sequences):
@@ -105,19 +154,12 @@ class TorchScorer:
         together: list[Row] = []
         alone: list[Row] = []
         for r, (request, encoded) in enumerate(zip(requests, sequences, strict=True)):
-            own = {i: one for i, one in enumerate(encoded) if one.reason is None}
-            if self._shares_prompts and not request.alone:
-                answers = [((r, i), one.ids) for i, one in own.items()]
-                together += answer_rows(answers, max(self._spec.max_length, self._batch_tokens // 2))
-            else:
-                for i, one in own.items():
-                    (alone if request.alone else together).append(_single((r, i), one.ids))
-        batches = token_batches(together, self._batch_tokens, self._pad_id(together), join=self._shares_prompts)
-        return batches + [batch for row in alone for batch in token_batches([row], 1, self._pad_id([row]))]
+            rows = [answer_row((r, i), one.ids) for i, one in enumerate(encoded) if one.reason is None]
+            (alone if request.alone else together).extend(rows)
+        batches = token_batches(together, self._batch_tokens, self._pad_id(together), join=False)
+        return batches + [batch for row in alone for batch in token_batches([row], 1, self._pad_id([row]), join=False)]
 
     def _inputs(self, batch: TokenBatch, sequences: list[list[_Sequence]]) -> dict[str, torch.Tensor]:
-        if self._shares_prompts:
-            return batch.model_inputs(self._device)
         mask = (batch.segment_ids >= 0).long()
         for line, key in enumerate(batch.keys):
             assert isinstance(key, tuple)
@@ -136,23 +178,9 @@ class TorchScorer:
             self._model.config.pad_token_id = known
         return int(known)
 
-    def _encode(self, request: Request) -> list[_Sequence]:
-        if self._chat is not None and self._spec.protocol == "exact":
-            try:
-                found = self._chat.encode_responses(request.prompt, request.completions)
-                return [_Sequence(tokens.ids, 0, tokens.num_truncated > 0) for tokens in found]
-            except ConversationError:
-                pass  # one of them: each by itself
-        return [self._encode_one(request.prompt, text) for text in request.completions]
-
-    def _encode_one(self, prompt: list[Message], completion: str) -> _Sequence:
+    def _encode(self, prompt: list[Message], completion: str) -> _Sequence:
         try:
-            if self._spec.protocol == "official":
-                return self._official(prompt, completion)
-            if self._chat is not None:
-                (tokens,) = self._chat.encode_responses(prompt, [completion])
-                return _Sequence(tokens.ids, 0, tokens.num_truncated > 0)
-            return self._exact(prompt, completion)
+            return (self._official if self._spec.protocol == "official" else self._exact)(prompt, completion)
         except ConversationError as error:
             return _Sequence([], 0, False, error.reason)
 
@@ -220,13 +248,11 @@ class CallableScorer:
         return scored, 0
 
 
-def load_scorer(spec: ModelSpec, batch_tokens: int, device: torch.device) -> Scorer:
+def load_scorer(spec: ModelSpec, batch_tokens: int) -> Scorer:
     """The scorer of a model."""
-    return CallableScorer(spec) if spec.kind == "callable" else TorchScorer(spec, batch_tokens, device)
-
-
-def _single(key: Hashable, ids: Sequence[int]) -> Row:
-    return text_row(None, ids, ())._replace(taken=[(key, len(ids) - 1)])
+    if spec.kind == "callable":
+        return CallableScorer(spec)
+    return (SarmScorer if (spec.kind, spec.protocol) == ("sarm", "exact") else TorchScorer)(spec, batch_tokens)
 
 
 def _float32_head(model: Any, dtype: torch.dtype) -> None:

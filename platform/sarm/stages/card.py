@@ -1,25 +1,22 @@
 """`jobs/reward_card.py`: a SARM, one conversation, and names for its features -> a card."""
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from sarm.contracts.untrusted import read_json
-from sarm.data.formats.sarm_folder import load_sarm
 from sarm.data.sources.conversations import ConversationError, Message, check_messages
-from sarm.data.tokens.chat import ChatTokenizer
+from sarm.data.tokens.packing import Row
 from sarm.interpret.context_store import load_contexts
 from sarm.interpret.feature_data import feature_names
 from sarm.nn.protocol import PROTOCOL_VERSION
-from sarm.nn.sae import Codes, dense
-from sarm.passes.contexts import reader_of
 from sarm.passes.models import hash_of_folder
+from sarm.passes.reader import Reader, sarm_reader
 from sarm.report.reward_card import Prefixes, card, print_card, write_card
 from sarm.settings.card import RewardCard
 from sarm.settings.checks import UserError
-from sarm.settings.contexts import ContextsSettings
 from sarm.settings.results_root import absolute_out
 
 
@@ -29,18 +26,16 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     Raises UserError for a folder that holds no SARM, names of another model, or a conversation without an answer.
     """
     folder = settings.model.expanduser().absolute()
-    reader = reader_of(folder, ContextsSettings(), "float32")
+    reader = sarm_reader(folder)
     messages = _conversation(settings)
-    chat = reader.chat()
     contexts = _beside(folder, settings.contexts, "contexts")
     store = load_contexts(contexts, hash_of_folder(folder)) if contexts else None
-    model = load_sarm(folder)
-    prefixes = read_prefixes(model, chat, messages)
+    prefixes = read_prefixes(reader, messages)
     active = np.flatnonzero((prefixes.contribution != 0).any(0)).tolist()
     names = feature_names(store, active, _beside(folder, settings.explanations, "explanations"))
-    weight_S = model.score.weight.detach().squeeze(0).numpy()
-    content = card(prefixes, weight_S, names, settings.features, (model.config.reward_mean, model.config.reward_std))
-    spelled = chat.spelled_in(message["content"] for message in messages)
+    weight_S, config = reader.model.score.weight.detach().squeeze(0).cpu().numpy(), reader.model.config
+    content = card(prefixes, weight_S, names, settings.features, (config.reward_mean, config.reward_std))
+    spelled = reader.chat.spelled_in(message["content"] for message in messages)
     content |= {
         "protocol_version": PROTOCOL_VERSION,
         "contents_with_control_tokens": spelled.control_tokens,
@@ -57,8 +52,7 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     return content
 
 
-@torch.inference_mode()
-def read_prefixes(model: Any, chat: ChatTokenizer, messages: list[Message]) -> Prefixes:
+def read_prefixes(reader: Reader, messages: list[Message]) -> Prefixes:
     """The reward's terms after every token of the answer, in one forward pass.
 
     The answer is segment 0; after each of its tokens, and before the first, stands an end of turn in a segment of its own, which sees
@@ -67,14 +61,15 @@ def read_prefixes(model: Any, chat: ChatTokenizer, messages: list[Message]) -> P
     Raises UserError if the answer has no token of its own.
     """
     response = messages[-1]["content"]
-    (tokens,) = chat.encode_responses(messages[:-1], [response], offsets=True)
+    (tokens,) = reader.chat.encode_responses(messages[:-1], [response], offsets=True)
     own = [column for column, (start, end) in enumerate(tokens.offsets) if start < end]
     if not own:
         raise UserError(
             "the answer has no token of its own, so there is nothing to show. Pass a --response with text in it."
         )
     tail = tokens.ids[own[-1] + 1 :]
-    ids, segments, positions, taken = list(tokens.ids[: own[0]]), [0] * own[0], list(range(own[0])), []
+    ids, segments, positions = list(tokens.ids[: own[0]]), [0] * own[0], list(range(own[0]))
+    taken: list[tuple[Hashable, int]] = []
     for branch, column in enumerate([own[0] - 1, *range(own[0], own[-1] + 1)], start=1):
         if branch > 1:
             ids, segments, positions = [*ids, tokens.ids[column]], [*segments, 0], [*positions, column]
@@ -82,16 +77,12 @@ def read_prefixes(model: Any, chat: ChatTokenizer, messages: list[Message]) -> P
             ids += tail
             segments += [branch] * len(tail)
             positions += range(column + 1, column + 1 + len(tail))
-            taken.append(len(ids) - 1)
-    output = model(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([positions]),
-        segment_ids=torch.tensor([segments]),
-        rewarded_rows=torch.zeros(len(taken), dtype=torch.long),
-        rewarded_columns=torch.tensor(taken),
-    )
-    z_TS = dense(Codes(output.latent_values, output.latent_indices), model.config.d_sae).double()
-    contribution = (z_TS * model.score.weight.detach().double()).numpy()
+            taken.append((branch, len(ids) - 1))
+    readings = reader.read([Row(ids, segments, positions, taken)])
+    weight_S = reader.model.score.weight.detach().squeeze(0).cpu().double().numpy()
+    contribution = np.zeros((len(readings), len(weight_S)))
+    for row_S, reading in zip(contribution, readings.values(), strict=True):
+        row_S[reading.latents] = reading.values * weight_S[reading.latents]
     return Prefixes(response, [tokens.offsets[column][1] for column in own], contribution)
 
 

@@ -17,7 +17,6 @@ from sarm.engine.ray.passes import through_actors
 from sarm.passes.actor_progress import Progress, Source
 from sarm.passes.models import ALONE, ModelSpec
 from sarm.passes.scorers import Request, load_scorer
-from sarm.passes.usage import device_of_worker
 from sarm.settings.run import RunSettings
 
 # Prompts of one batch of an actor: enough for rows of like length, few enough that a killed run loses little.
@@ -37,7 +36,7 @@ class CompletionScores:
 
     def __init__(self, spec: ModelSpec, batch_tokens: int, source: Source, threads: int):
         torch.set_num_threads(threads)
-        self._score = load_scorer(spec, batch_tokens, device_of_worker())
+        self._score = load_scorer(spec, batch_tokens)
         self._progress = Progress(source)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -26,7 +26,7 @@ from sarm.data.store.blocks import plan_blocks
 from sarm.data.store.parts import part_files, read_counts
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.ray.block_actor import Output
-from sarm.engine.ray.passes import Pass, run_over
+from sarm.engine.ray.passes import Pass
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
 from sarm.evaluate import pairs as measures
@@ -37,6 +37,7 @@ from sarm.interpret.contexts import strongest_texts
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.nn.sae import standardise
 from sarm.passes.pair_scores import PairScores
+from sarm.passes.reader import Reader
 from sarm.settings.evaluation import EvaluationSettings
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
@@ -49,9 +50,8 @@ def evaluate(session: Session, extraction: ExtractionSettings, evaluation: Evalu
     folders = session.folders
     there = [name for name in BASELINES if (folders.out / name).exists()]
     folder = plan.evaluation(folders, evaluation, session.run.seed, there).open()
-    return session.stage(
-        "evaluate", folder, functools.partial(_measure, session, extraction, evaluation, folder.folder)
-    )
+    body = functools.partial(_measure, session, extraction, evaluation, folder.folder)
+    return session.stage("evaluate", folder, body, resume=True)
 
 
 def _measure(
@@ -177,17 +177,14 @@ def score_heldout(session: Session, extraction: ExtractionSettings, name: str, f
         keep=_heldout,
         actor=PairScores,
         arguments={
-            "model": model,
-            "folder": model_folder(model),
-            "reward_model": reward_model,
-            "extraction": extraction,
+            "reader": Reader(reward_model, model, model.dtype, extraction.batch_tokens, Path(model_folder(model)))
         },
         outputs={"scores": Output(target, PAIR_SCORES_TABLE)},
         id_columns=("pair_id", "split"),
         input_ids=_pair_ids,
         output_id="pair_id",
     )
-    run_over(work, session.run, session.cluster)
+    session.run_pass(work)
     return ds.dataset([str(path) for path in part_files(target)]).to_table().replace_schema_metadata(None)
 
 

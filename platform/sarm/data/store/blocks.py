@@ -58,6 +58,16 @@ def plan_blocks(
     return blocks
 
 
+def table_blocks(table: pa.Table, path: Path, rows: int) -> list[Block]:
+    """A table of this process as blocks of `rows` rows of a file, which is written for the workers, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, temporary, row_group_size=rows, write_page_checksum=True)
+    temporary.replace(path)
+    starts = range(0, table.num_rows, rows)
+    return [Block(i, str(path), start, min(start + rows, table.num_rows)) for i, start in enumerate(starts)]
+
+
 def read_block(block: Block, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a block, page checksums verified.
 

@@ -22,7 +22,8 @@ from sarm.data.store.blocks import Block, read_block
 
 REJECTED = "rejected.parquet"
 _COUNTS = b"sarm_counts"
-_REJECT_COLUMNS = ("row_id", "pair_id", "side", "position")
+# What says which input row gave nothing.
+_REJECT_COLUMNS = ("row_id", "pair_id", "side", "position", "row_ids", "pair_ids", "completion_id", "ref")
 
 
 def with_sink_columns(table_schema: pa.Schema) -> pa.Schema:
@@ -126,6 +127,8 @@ def audit(
 ) -> dict[str, int]:
     """Read the ids of every block from input and output again, and compare: inputs = outputs + rejected, none twice.
 
+    An id column of lists names the input rows that each output row stands for; then `key_columns` alone tell output rows apart.
+
     Returns how many input rows and blocks were compared. Raises AuditError, with the block, at the first difference.
     """
     num_rows = num_blocks = 0
@@ -136,15 +139,17 @@ def audit(
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read(columns=[id_column, *key_columns])
             rejects = json.loads(file.schema_arrow.metadata[_COUNTS])["rejects"]
-        found = set(pc.unique(table.column(id_column)).to_pylist())
-        found_or_rejected = found | {reject[id_column] for reject in rejects}
+        ids = table.column(id_column)
+        is_list = pa.types.is_list(ids.type)
+        found = set(pc.unique(pc.list_flatten(ids) if is_list else ids).to_pylist())
+        found_or_rejected = found.union(*(reject[id_column] if is_list else [reject[id_column]] for reject in rejects))
         if missing := wanted - found_or_rejected:
             raise AuditError(
                 f"{path}: {len(missing)} rows of {block} are neither there nor rejected, e.g. {min(missing)}"
             )
         if strange := found_or_rejected - wanted:
             raise AuditError(f"{path}: {len(strange)} rows are not of {block}, e.g. {min(strange)}")
-        distinct = table.group_by([id_column, *key_columns]).aggregate([]).num_rows
+        distinct = table.group_by([*key_columns] if is_list else [id_column, *key_columns]).aggregate([]).num_rows
         if distinct != table.num_rows:
             raise AuditError(f"{path}: {table.num_rows - distinct} rows of {block} are there twice")
         num_rows, num_blocks = num_rows + len(wanted), num_blocks + 1

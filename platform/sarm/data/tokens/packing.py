@@ -54,6 +54,11 @@ def text_row(key: Hashable, ids: Sequence[int], columns: Sequence[int]) -> Row:
     return Row(list(ids), [0] * len(ids), list(range(len(ids))), [((key, c), c) for c in columns])
 
 
+def answer_row(key: Hashable, ids: Sequence[int]) -> Row:
+    """A prompt with one answer of which the last token is wanted."""
+    return Row(list(ids), [0] * len(ids), list(range(len(ids))), [(key, len(ids) - 1)])
+
+
 def answer_rows(
     answers: Sequence[tuple[Hashable, Sequence[int]]],
     row_tokens: int,

@@ -22,6 +22,7 @@ from sarm.contracts.passes import Beat, Cost, Tables
 from sarm.data.store.blocks import Block, read_block
 from sarm.data.store.parts import finished_table, write_part
 from sarm.passes.usage import Usage
+from sarm.settings.checks import UserError
 
 BEGUN = "begun"
 _WHOLE_ATTEMPTS, _DEATHS_OF_A_ROW = 2, 2
@@ -29,7 +30,11 @@ _BEAT_SECONDS = 5.0
 
 
 class Computes(Protocol):
-    """What `sarm.passes.activations` and `sarm.passes.pair_scores` have in common."""
+    """What the actors of `sarm.passes` have in common.
+
+    `prepare` tokenises, and may run beside another block's forward passes; `compute` runs them, one block at a time; `rejected` gives rows
+    that say why an input gave nothing.
+    """
 
     def prepare(self, table: pa.Table) -> Any: ...
     def compute(self, prepared: Any, beat: Beat) -> tuple[Tables, Cost]: ...
@@ -138,6 +143,7 @@ class BlockActor:
             return self._forward.submit(self._actor.compute, prepared, journal.beat).result()
         # Whatever one row can raise in a tokenizer, a template or a model: the other rows are computed without it.
         except Exception as error:
+            _raise_of_user(error)
             if table.num_rows == 1:
                 return self._actor.rejected(table, _reason(error)), Cost()
             first = error
@@ -165,6 +171,7 @@ class BlockActor:
             try:
                 tables, cost = self._actor.compute(self._actor.prepare(row), journal.beat)
             except Exception as error:
+                _raise_of_user(error)
                 tables, cost, errors = self._actor.rejected(row, _reason(error)), Cost(), errors + 1
             found.append(tables)
             total.tokens += cost.tokens
@@ -180,6 +187,12 @@ class BlockActor:
             total,
             errors,
         )
+
+
+def _raise_of_user(error: Exception) -> None:
+    """What the user has to mend is no row's fault, unless it names the reason by which such rows are counted."""
+    if isinstance(error, UserError) and not hasattr(error, "reason"):
+        raise error
 
 
 def _reason(error: Exception) -> str:

@@ -38,7 +38,8 @@ _KEYS = ("side", "position")
 class Pass:
     """Blocks, what is computed of them, and where it goes.
 
-    `input_ids` gives the ids of a table of `id_columns` as the column `output_id` of the outputs has them.
+    `input_ids` gives the ids of a table of `id_columns` as the column `output_id` of the outputs has them. Where that is a column of lists,
+    output rows stand for several inputs, and `keys` are the columns that tell output rows apart.
     """
 
     name: str
@@ -51,6 +52,12 @@ class Pass:
     id_columns: Sequence[str]
     input_ids: Callable[[pa.Table], Sequence[Any]]
     output_id: str
+    keys: Sequence[str] = ()
+
+
+Counts = dict[Any, dict[str, Any]]
+RunPass = Callable[[Pass], Counts]
+"""What does a pass: `run_over` with the actors of a run."""
 
 
 def run_over(
@@ -59,7 +66,7 @@ def run_over(
     cluster: Cluster,
     log: Callable[[Mapping[str, float], int], None] | None = None,
     stall_seconds: float = NO_PROGRESS_SECONDS,
-) -> dict[Any, dict[str, Any]]:
+) -> Counts:
     """Do the blocks that are not done yet through `run.num_actors` actors; returns the counts of each target's folder.
 
     Blocks that failed with an actor, a node or the pass itself are done again, as long as any of them gets done. Raises UserError if the
@@ -92,7 +99,7 @@ def run_over(
     for folder in folders:
         remove_temporaries(folder)
         shutil.rmtree(folder / BEGUN, ignore_errors=True)
-    return {target: _checked(work, output) | progress.figures() for target, output in work.outputs.items()}
+    return {target: checked(work, output) | progress.figures() for target, output in work.outputs.items()}
 
 
 def through_actors(
@@ -266,8 +273,12 @@ def _stall(
     return f"{head}: {num_actors} actors were asked for and none has begun a block: they are still starting or loading the model. {again}"
 
 
-def _checked(work: Pass, output: Output) -> dict[str, Any]:
-    keys = [name for name in _KEYS if name in output.table_schema.names]
+def checked(work: Pass, output: Output) -> dict[str, Any]:
+    """The counts of a target's folder, after its parts have been compared with the input.
+
+    Raises AuditError if rows are missing or there twice, UserError if no row came out.
+    """
+    keys = work.keys or [name for name in _KEYS if name in output.table_schema.names]
     started = time.perf_counter()
 
     def kept_ids(table: pa.Table) -> Sequence[Any]:

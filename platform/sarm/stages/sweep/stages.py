@@ -128,7 +128,7 @@ def _evaluate(session: Session, plan: SweepPlan, cell: Cell, model_folder: Path)
     settings = plans.evaluation_settings(plan.config.evaluation, cell.seed)
     folder = StageFolder(folders.evaluation, EVALUATION_FOLDER, settings, inputs)
     body = functools.partial(_measure, session, plan, cell, model_folder.name, folder.folder)
-    return session.stage("evaluate", folder, body)
+    return session.stage("evaluate", folder, body, resume=True)
 
 
 def _measure(
