@@ -64,12 +64,14 @@ def cache_codes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
     folder = StageFolder(session.run.out / "codes", CODES, _codes_settings(settings, pairs))
 
     def body(_: StageRun) -> Mapping[str, Any]:
+        from sarm.passes.reader import sarm_reader
         from sarm.stages.audit_codes import write_codes
 
-        counts = write_codes(pairs, settings.sarm, settings.batch_tokens, folder.folder, session.run, session.cluster)
+        reader = sarm_reader(settings.sarm, settings.batch_tokens)
+        counts = write_codes(pairs, reader, folder.folder, session.run_pass)
         return {**counts, "figures": {**counts, "rejected": sum(counts["rejected"].values())}}
 
-    session.stage("cache codes", folder, body)
+    session.stage("cache codes", folder, body, resume=True)
 
 
 def _codes_settings(settings: AuditFeatures, pairs: pa.Table) -> dict[str, str]:

@@ -22,6 +22,7 @@ from sarm.data.tokens.sentences import sentence_ends
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.nn.sae import standardise
+from sarm.passes.reader import sarm_reader
 from sarm.settings.audit import AuditFeatures
 from sarm.stages.audit_codes import write_codes
 from sarm.stages.audit_folder import FEATURES, Audited, read_audit
@@ -79,7 +80,7 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
         }
         return {"figures": {name: value for name, value in figures.items() if np.isfinite(value)}}
 
-    session.stage("test causes", folder, body)
+    session.stage("test causes", folder, body, resume=True)
 
 
 def _zeroed(target: AuditCodes, latents: NDArray[np.int64], sets_GE: NDArray[np.int64]) -> dict[str, Any]:
@@ -132,7 +133,8 @@ def _sentences(
         return {"num_responses": 0}
     edited = [{**texts[i][0], "pair_id": i, "chosen": without[0], "rejected": without[1]} for i, without in usable]
     rows = sorted(edited, key=lambda row: (row["prompt_id"], row["pair_id"]))
-    write_codes(pa.Table.from_pylist(rows, schema=AUDIT_PAIRS), found.sarm, settings.batch_tokens, folder / "edited", session.run, session.cluster)  # fmt: skip
+    reader = sarm_reader(found.sarm, settings.batch_tokens)
+    write_codes(pa.Table.from_pylist(rows, schema=AUDIT_PAIRS), reader, folder / "edited", session.run_pass)
     responses, renamed = (pq.read_table(folder / "edited" / f"{name}.parquet") for name in ("responses", "pairs"))
     codes = codes_of(responses, renamed, found.codes.weight)
     before_R, after_R = found.codes.at("reward") @ importance_S, codes.at("reward") @ importance_S
