@@ -24,6 +24,7 @@ from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.engine.session import open_session
 from sarm.interpret.agreement import agreement
 from sarm.nn.sae import TopKSae, standardise
+from sarm.passes.reader import sarm_reader
 from sarm.report.audit_page import write_audit_page
 from sarm.settings.audit import AuditFeatures, Relabel, Steer
 from sarm.settings.checks import UserError
@@ -245,9 +246,8 @@ def test_pairs_that_cannot_be_encoded_are_left_out_of_the_codes_and_counted(work
     folder = tmp_path / "codes"
     folder.mkdir()
     with open_session(asked) as session:
-        counts = write_codes(
-            pa.Table.from_pylist(rows, schema=pairs.schema), asked.sarm, 1024, folder, session.run, session.cluster
-        )
+        table = pa.Table.from_pylist(rows, schema=pairs.schema)
+        counts = write_codes(table, sarm_reader(asked.sarm, 1024), folder, session.run_pass)
     assert counts["rejected"] == {"nul_byte": 1}
     assert counts["pairs"] == len(rows) - 1
     kept = pq.read_table(folder / "pairs.parquet").to_pylist()

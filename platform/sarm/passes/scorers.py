@@ -6,6 +6,7 @@ official   the template's text tokenised again with special tokens (often two BO
 """
 
 import math
+import time
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -50,9 +51,9 @@ class Scored(NamedTuple):
 
 
 class Scorer(Protocol):
-    """Scores of every completion of every request, and how many tokens went through the model."""
+    """Scores of every completion of every request, and what the forward passes took."""
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], int]: ...
+    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], Cost]: ...
 
 
 class _Sequence(NamedTuple):
@@ -70,7 +71,7 @@ class SarmScorer:
         settings = ModelSettings(name=spec.place, max_length=spec.max_length, system_prompt=spec.system_prompt)
         self._reader = Reader(folder, settings, spec.dtype, batch_tokens).ready(torch.get_num_threads())
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], int]:
+    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], Cost]:
         encoded = [self._encode(request) for request in requests]
         rows: list[Row] = []
         cost = Cost()
@@ -92,7 +93,7 @@ class SarmScorer:
             ]
             for r, tokens in enumerate(encoded)
         ]
-        return scored, cost.tokens
+        return scored, cost
 
     def _encode(self, request: Request) -> list[Tokens | str]:
         """The tokens of each completion, or why it has none."""
@@ -132,15 +133,18 @@ class TorchScorer:
             self._model = model.to(self._device).eval()
             _float32_head(self._model, dtype)
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], int]:
+    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], Cost]:
         sequences = [[self._encode(request.prompt, text) for text in request.completions] for request in requests]
         found: dict[Hashable, float] = {}
-        num_tokens = 0
+        cost = Cost()
         for batch in self._batches(requests, sequences):
+            started = time.perf_counter()
             with torch.inference_mode():
                 logits = self._model(**self._inputs(batch, sequences)).logits
             found.update(zip(batch.keys, logits.float().reshape(-1).cpu().tolist(), strict=True))
-            num_tokens += int((batch.segment_ids >= 0).sum())
+            cost.tokens += int((batch.segment_ids >= 0).sum())
+            cost.padded_tokens += batch.input_ids.numel()
+            cost.forward_seconds += time.perf_counter() - started
         scored = [
             [
                 Scored(found.get((r, i), math.nan), len(one.ids) - one.masked, one.truncated, one.reason)
@@ -148,7 +152,7 @@ class TorchScorer:
             ]
             for r, own in enumerate(sequences)
         ]
-        return scored, num_tokens
+        return scored, cost
 
     def _batches(self, requests: Sequence[Request], sequences: list[list[_Sequence]]) -> list[TokenBatch]:
         together: list[Row] = []
@@ -234,7 +238,7 @@ class CallableScorer:
         self._function = load_function(spec.place)
         self._place = spec.place
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], int]:
+    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], Cost]:
         scored: list[list[Scored]] = []
         for request in requests:
             conversations = [[*request.prompt, {"role": "assistant", "content": c}] for c in request.completions]
@@ -245,7 +249,7 @@ class CallableScorer:
                     f"{self._place} gave {len(values)} scores for {len(conversations)} conversations. Return one a conversation."
                 )
             scored.append([Scored(value, None, False) for value in values])
-        return scored, 0
+        return scored, Cost()
 
 
 def load_scorer(spec: ModelSpec, batch_tokens: int) -> Scorer:

@@ -1,16 +1,17 @@
 """Scores of all completions of some benchmarks: what the cache has, and the rest through a pool of actors.
 
 The cache holds a score under (model, template, protocol, length, dtype) and the texts, so benchmarks that share rows, partial
-files and interrupted runs all use what is there. Every batch is written when it is done.
+files and interrupted runs all use what is there. Every block of prompts is written when it is done.
 """
 
 import json
-import uuid
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
@@ -73,16 +74,22 @@ def score_all(
     tokens, seconds = 0, 0.0
     if missing:
         # Only here: a run whose scores are all cached starts neither Ray nor torch.
+        from sarm.data.store.parts import part_files
+        from sarm.engine.ray.cluster import connect
+        from sarm.engine.ray.passes import run_over
         from sarm.stages.completion_scores import score_requests
 
         say(f"scoring {len(missing):,} completions with {spec.place} ({num_cached:,} are in the cache)")
-        part = folder / uuid.uuid4().hex
-        score_requests(spec, [(*texts[key.removesuffix(ALONE)], key) for key in missing], part, batch_tokens, run)
-        fresh = ds.dataset([str(path) for path in sorted(part.glob("*.parquet"))]).to_table()
-        known |= _by_id(fresh)
-        started, took = fresh["started"].to_pylist(), fresh["seconds"].to_pylist()
+        asked = [(*texts[key.removesuffix(ALONE)], key) for key in missing]
+        with connect(run) as cluster:
+            part, refused = score_requests(spec, asked, folder, batch_tokens, lambda work: run_over(work, run, cluster))
+        fresh = ds.dataset([str(path) for path in part_files(part)]).to_table()
+        fresh = fresh.filter(pc.is_in(fresh["completion_id"], value_set=pa.array(missing)))
+        # What made the model fail has no row, so that the next run tries it again.
+        known |= _by_id(fresh) | {key: _failed(refused[key]) for key in missing if key in refused}
         tokens = round(sum(fresh["forward_tokens"].to_pylist()))
-        seconds = max(a + b for a, b in zip(started, took, strict=True)) - min(started)
+        if spans := list(zip(fresh["started"].to_pylist(), fresh["seconds"].to_pylist(), strict=True)):
+            seconds = max(began + took for began, took in spans) - min(began for began, _ in spans)
     return Scores({key: known[key] for key in wanted}, num_cached, len(missing), tokens, seconds)
 
 
@@ -138,13 +145,17 @@ def _items_of(row: BenchmarkRow, variant: str, texts: dict[str, tuple[str, str]]
 
 def _cached(folder: Path) -> dict[str, dict[str, Any]]:
     files = []
-    for path in sorted(folder.glob("*/*.parquet")):
+    for path in sorted(folder.glob("*/part-*.parquet")):
         try:
             pq.read_metadata(path)
         except (pa.ArrowException, OSError):
             continue  # torn by a full disk: its completions are scored again
         files.append(str(path))
     return _by_id(ds.dataset(files).to_table()) if files else {}
+
+
+def _failed(reason: str) -> dict[str, Any]:
+    return {"score": math.nan, "num_tokens": None, "was_truncated": False, "reason": reason}
 
 
 def _by_id(table: pa.Table) -> dict[str, dict[str, Any]]:

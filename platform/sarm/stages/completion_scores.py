@@ -1,89 +1,70 @@
-"""The scoring pass: requests of one prompt each through a pool of actors that hold the reward model, into Parquet."""
+"""The scoring pass: requests of one prompt each through a pool of actors that hold the reward model, into Parquet.
 
+Each pass has a folder of its own in the cache, with what it was asked for beside its parts. A pass that was killed goes on in its own
+blocks, and so in its own batches: its scores are to the bit those of a pass that nothing disturbed.
+"""
+
+import contextlib
 import json
-import time
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from sarm.contracts.tables import COMPLETION_SCORES_TABLE
-from sarm.data.store.parts import with_sink_columns
-from sarm.engine.ray.cluster import connect
-from sarm.engine.ray.parquet_sink import ParquetSink
-from sarm.engine.ray.passes import through_actors
-from sarm.passes.actor_progress import Progress, Source
+from sarm.data.store.blocks import Block, blocks_of, table_blocks
+from sarm.data.store.parts import has_part, read_rejects
+from sarm.engine.ray.block_actor import Output
+from sarm.engine.ray.passes import Pass, RunPass
+from sarm.engine.writer_lock import HeldError, WriterLock
+from sarm.passes.completions import REQUESTS, CompletionScores
 from sarm.passes.models import ALONE, ModelSpec
-from sarm.passes.scorers import Request, load_scorer
-from sarm.settings.run import RunSettings
 
-# Prompts of one batch of an actor: enough for rows of like length, few enough that a killed run loses little.
-BATCH_PROMPTS = 8
-_REQUESTS = pa.schema(
-    [
-        pa.field("prompt", pa.string()),
-        pa.field("completions", pa.list_(pa.string())),
-        pa.field("ids", pa.list_(pa.string())),
-        pa.field("alone", pa.bool_()),
-    ]
-)
-
-
-class CompletionScores:
-    """A batch of requests in, one row per completion out."""
-
-    def __init__(self, spec: ModelSpec, batch_tokens: int, source: Source, threads: int):
-        torch.set_num_threads(threads)
-        self._score = load_scorer(spec, batch_tokens)
-        self._progress = Progress(source)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        started = time.time()
-        records = batch.to_pylist()
-        requests = [Request(json.loads(r["prompt"]), r["completions"], r["alone"]) for r in records]
-        scored, num_tokens = self._score(requests)
-        self._progress.add(batch.num_rows, num_tokens)
-        num = sum(len(own) for own in scored)
-        cost = {"started": started, "seconds": time.time() - started, "forward_tokens": num_tokens / max(1, num)}
-        rows = [
-            {
-                "completion_id": completion_id,
-                "score": one.score,
-                "num_tokens": one.num_tokens,
-                "was_truncated": one.truncated,
-                "reason": one.reason,
-                **cost,
-                "reject": None,
-                "truncated": one.truncated,
-            }
-            for record, own in zip(records, scored, strict=True)
-            for completion_id, one in zip(record["ids"], own, strict=True)
-        ]
-        return pa.Table.from_pylist(rows, schema=with_sink_columns(COMPLETION_SCORES_TABLE))
+# Prompts of one block: enough for rows of like length, few enough that a killed run loses little.
+BLOCK_PROMPTS = 8
+_ASKED = "requests.parquet"
 
 
 def score_requests(
-    spec: ModelSpec, wanted: Sequence[tuple[str, str, str]], folder: Path, batch_tokens: int, run: RunSettings
-) -> None:
-    """Score each (prompt as JSON, completion, id) into Parquet files of COMPLETION_SCORES, one a batch, written as batches finish."""
-    blocks = list(_blocks(wanted))
-    source = Source("score", sum(block.num_rows for block in blocks))
-    with connect(run) as cluster:
-        through_actors(
-            blocks,
-            BATCH_PROMPTS,
-            CompletionScores,
-            {"spec": spec, "batch_tokens": batch_tokens, "source": source},
-            ParquetSink(folder, COMPLETION_SCORES_TABLE, 1),
-            run,
-            cluster,
+    spec: ModelSpec, wanted: Sequence[tuple[str, str, str]], cache: Path, batch_tokens: int, run_pass: RunPass
+) -> tuple[Path, dict[str, str]]:
+    """Score each (prompt as JSON, completion, id) into a folder of COMPLETION_SCORES under `cache`; returns it, and why ids have no score.
+
+    A pass that lacks just these ids is gone on with, unless another process is at it.
+    """
+    ids = {key for *_, key in wanted}
+    with contextlib.ExitStack() as locks:
+        for folder in sorted(path.parent for path in cache.glob(f"*/{_ASKED}")):
+            with contextlib.suppress(HeldError):
+                if _lacking(folder) == ids:
+                    locks.enter_context(WriterLock(folder, "score"))
+                    break
+        else:
+            folder = cache / uuid.uuid4().hex
+            locks.enter_context(WriterLock(folder, "score"))
+            table_blocks(requests_of(wanted), folder / _ASKED, BLOCK_PROMPTS)
+        work = Pass(
+            name="score",
+            blocks=blocks_of(folder / _ASKED, BLOCK_PROMPTS),
+            columns=REQUESTS.names,
+            keep=None,
+            actor=CompletionScores,
+            arguments={"spec": spec, "batch_tokens": batch_tokens},
+            outputs={"scores": Output(folder, COMPLETION_SCORES_TABLE)},
+            id_columns=("ids",),
+            input_ids=_ids_of,
+            output_id="completion_id",
         )
+        run_pass(work)
+    return folder, {reject["completion_id"]: reject["reject"] for reject in read_rejects(folder)}
 
 
-def _blocks(wanted: Sequence[tuple[str, str, str]]) -> Iterable[pa.Table]:
-    """Requests of one prompt each, from long to short so that a batch holds rows of like length, in blocks of one batch."""
+def requests_of(wanted: Sequence[tuple[str, str, str]]) -> pa.Table:
+    """REQUESTS of one prompt each, from long to short so that a block holds rows of like length."""
     groups: dict[tuple[str, bool], list[tuple[str, str]]] = {}
     for prompt, text, key in wanted:
         groups.setdefault((prompt, key.endswith(ALONE)), []).append((key, text))
@@ -97,5 +78,23 @@ def _blocks(wanted: Sequence[tuple[str, str, str]]) -> Iterable[pa.Table]:
         for (prompt, alone), own in groups.items()
     ]
     requests.sort(key=lambda r: (r["alone"], -len(r["prompt"]) - sum(map(len, r["completions"]))))
-    for chunk in (requests[i : i + BATCH_PROMPTS] for i in range(0, len(requests), BATCH_PROMPTS)):
-        yield pa.Table.from_pylist(chunk, schema=_REQUESTS)
+    return pa.Table.from_pylist(requests, schema=REQUESTS)
+
+
+def _lacking(folder: Path) -> set[str]:
+    """The ids of the blocks of a pass that are not done."""
+    try:
+        blocks = blocks_of(folder / _ASKED, BLOCK_PROMPTS)
+        missing = [block for block in blocks if not has_part(folder, block.number)]
+        asked = pq.read_table(folder / _ASKED, columns=["ids"]) if missing else None
+    except (OSError, pa.ArrowException):
+        return set()  # torn by a full disk: its completions are asked for again
+    return {key for block in missing if asked is not None for key in _ids_of(_rows(asked, block))}
+
+
+def _rows(table: pa.Table, block: Block) -> pa.Table:
+    return table.slice(block.start, block.num_rows)
+
+
+def _ids_of(table: pa.Table) -> list[str]:
+    return pc.list_flatten(table.column("ids")).to_pylist()

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 # A small corpus is cut this fine, so that several actors have work; a block smaller than the second is not worth a file.
 _MIN_BLOCKS = 64
 _MIN_BYTES = 1 << 15
+# Columns that no file has, for `read_block` to make: which file a row is of, and its number there.
+FILE, ROW = "__file", "__row"
 
 
 class Block(NamedTuple):
@@ -64,12 +66,17 @@ def table_blocks(table: pa.Table, path: Path, rows: int) -> list[Block]:
     temporary = path.with_name(f".{path.name}.tmp")
     pq.write_table(table, temporary, row_group_size=rows, write_page_checksum=True)
     temporary.replace(path)
-    starts = range(0, table.num_rows, rows)
-    return [Block(i, str(path), start, min(start + rows, table.num_rows)) for i, start in enumerate(starts)]
+    return blocks_of(path, rows)
+
+
+def blocks_of(path: Path, rows: int) -> list[Block]:
+    """The rows of a file that `table_blocks` wrote, as it cut them."""
+    num_rows = pq.read_metadata(path).num_rows
+    return [Block(i, str(path), start, min(start + rows, num_rows)) for i, start in enumerate(range(0, num_rows, rows))]
 
 
 def read_block(block: Block, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a block, page checksums verified.
+    """The rows of a block, page checksums verified; FILE and ROW among the columns say where each stands.
 
     Raises OSError that names the file if it is damaged.
     """
@@ -82,10 +89,15 @@ def read_block(block: Block, columns: Sequence[str] | None = None) -> pa.Table:
                     wanted.append(i)
                     start = first if start is None else start
                 first += rows
-            table = file.read_row_groups(wanted, columns=None if columns is None else list(columns))
+            names = None if columns is None else [name for name in columns if name not in (FILE, ROW)]
+            table = file.read_row_groups(wanted, columns=names)
     except (OSError, pa.ArrowException) as error:
         raise OSError(f"{block.file} is damaged: {error}") from error
-    return table.slice(block.start - (start or 0), block.num_rows)
+    table = table.slice(block.start - (start or 0), block.num_rows)
+    places = {FILE: [block.file] * block.num_rows, ROW: range(block.start, block.stop)}
+    for name in places.keys() & set(columns or ()):
+        table = table.append_column(name, pa.array(places[name]))
+    return table
 
 
 def _stops(about: pq.FileMetaData, block_bytes: int) -> Iterator[int]:

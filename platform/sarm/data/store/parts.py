@@ -104,13 +104,17 @@ def remove_temporaries(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def read_rejects(folder: Path) -> list[dict[str, Any]]:
+    """The rows of all parts that gave nothing: what tells them apart, and the reason as `reject`."""
+    return [reject for path in part_files(folder) for reject in _footer(path)[0]["rejects"]]
+
+
 def write_rejected(folder: Path) -> int:
     """Collect the rejected rows of all parts in `rejected.parquet`, if there are any; returns their number."""
     rows = [
         {"row_id": reject.get("row_id"), "pair_id": reject.get("pair_id"), "side": reject.get("side"),
          "position": reject.get("position"), "reason": reject["reject"]}
-        for path in part_files(folder)
-        for reject in _footer(path)[0]["rejects"]
+        for reject in read_rejects(folder)
     ]  # fmt: skip
     if rows:
         pq.write_table(pa.Table.from_pylist(rows, schema=REJECTED_TABLE), folder / REJECTED, write_page_checksum=True)

@@ -64,7 +64,7 @@ class PassProgress:
         return max(1e-9, self._ended - self._began)
 
     def _padding(self) -> float:
-        return 1 - self._tokens / max(1, self._padded)
+        return 1 - self._tokens / self._padded if self._padded else 0.0
 
     def _use(self) -> dict[str, float]:
         """Shares of the actors' cores and GPUs that were at work (a GPU: in forward passes), and memory of the largest actor."""
