@@ -22,22 +22,26 @@ import torch
 
 from sarm.data.formats.sarm_folder import load_sarm, save_sarm
 from sarm.data.store.activations import ActivationStore
-from sarm.data.tokens.packing import token_batches
+from sarm.data.store.blocks import FILE, ROW, read_block
+from sarm.data.store.parts import finished_table
+from sarm.data.tokens.packing import Row, token_batches
 from sarm.interpret.context_tables import choose
 from sarm.interpret.tallies import Tally, Units
 from sarm.nn.architectures import build_sae
 from sarm.nn.backbone import residual_stream
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import standardise
-from sarm.passes.actor_progress import Source
-from sarm.passes.contexts import ContextUnits, reader_of
+from sarm.passes.contexts import UNITS, PairUnits, TextUnits
+from sarm.passes.reader import sarm_reader
 from sarm.settings.contexts import ContextsSettings
-from sarm.stages.context_collection import pair_slices, tally_units, text_slices
+from sarm.stages.context_collection import pair_blocks, tally_units, text_blocks
 
 DEMO = Path("outputs/demo")
 OUT = Path("outputs/bench/contexts.json")
 NUM_LATENTS, K, NUM_SLICES = 10_240, 27, 6
 STREAM_UNITS, STREAM_BATCH = 400_000, 2_048
+_PAIR_COLUMNS = ("pair_id", "prompt_id", "prompt", "chosen", "rejected", "margin", "subset", FILE, ROW)
+_TEXT_COLUMNS = ("row_id", "text", FILE, ROW)
 
 
 def main() -> None:
@@ -59,7 +63,7 @@ def random_dictionary(folder: Path) -> Path:
         key: value for key, value in demo.config.to_dict().items() if key not in ("model_type", "d_sae", "k", "sae")
     }
     config = SarmConfig(**fields, d_sae=NUM_LATENTS, k=K, sae={"architecture": "topk", "signed": False})
-    chat = reader_of(DEMO / "sarm", ContextsSettings(), "float32").chat()
+    chat = sarm_reader(DEMO / "sarm").chat
     save_sarm(SarmForSequenceClassification(config, demo.model, sae), chat, folder)
     return folder
 
@@ -67,15 +71,15 @@ def random_dictionary(folder: Path) -> Path:
 def against_bare_forward(folder: Path) -> dict[str, float]:
     """Tokens a second of collection (forward, SAE, sentences, tokenising, tally) and of the residual stream alone."""
     settings = ContextsSettings(split="all", corpus=True, max_texts=NUM_SLICES * 16)
-    reader = reader_of(folder, settings, "float32")
-    actor = ContextUnits(reader, Source("bench", 1 << 20), torch.get_num_threads())
-    model, read = load_sarm(folder), actor._latents.read
-    packed = []
-    actor._latents.read = lambda rows: packed.extend(rows) or read(rows)  # type: ignore[method-assign]
-    slices = [
-        *pair_slices(sorted((DEMO / "pairs").glob("*.parquet")), "all")[:NUM_SLICES],
-        *text_slices(sorted((DEMO / "corpus").glob("*.parquet")), settings.max_texts),
+    reader, threads = sarm_reader(folder, settings.batch_tokens), torch.get_num_threads()
+    files = [sorted((DEMO / name).glob("*.parquet")) for name in ("pairs", "corpus")]
+    numbers = {str(path): number for own in files for number, path in enumerate(own)}
+    works = [
+        (PairUnits(reader, numbers, threads), _PAIR_COLUMNS, pair_blocks(files[0], "all")[0][:NUM_SLICES]),
+        (TextUnits(reader, numbers, threads), _TEXT_COLUMNS, text_blocks(files[1], settings.max_texts)[0]),
     ]
+    blocks = [(actor, read_block(block, columns)) for actor, columns, own in works for block in own]
+    packed: list[Row] = []
     seconds = {"collection": 0.0, "bare": 0.0}
     tokens = []
 
@@ -84,19 +88,21 @@ def against_bare_forward(folder: Path) -> dict[str, float]:
         started = time.perf_counter()
         with torch.inference_mode():
             for batch in batches:
-                residual_stream(model.model, batch.input_ids, batch.position_ids, batch.segment_ids)
+                residual_stream(reader.model.model, batch.input_ids, batch.position_ids, batch.segment_ids)
         tokens.append(sum(int((batch.segment_ids >= 0).sum()) for batch in batches))
         return time.perf_counter() - started
 
     def collected() -> Iterator[pa.Table]:
-        for item in slices:
-            packed.clear()
-            yield actor.units(item)
+        for actor, table in blocks:
+            prepared = actor.prepare(table)
+            yield finished_table(actor.compute(prepared, lambda: None)[0]["units"], UNITS)
+            packed[:] = [row for piece in prepared for row in piece.rows]
             seconds["bare"] += bare_pass()
 
-    actor.units(slices[0])
-    bare_pass()  # both are warm now
+    warm = collected()
+    next(warm), next(warm)  # the first of both passes
     tokens.clear()
+    seconds["bare"] = 0.0
     started = time.perf_counter()
     tallies = tally_units(collected(), settings, NUM_LATENTS)
     seconds["collection"] = time.perf_counter() - started - seconds["bare"]

@@ -11,30 +11,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tests.passes.alone import run_alone
 from tests.stages.random_sarm import D_SAE, random_sarm
 
 from sarm.contracts.tables import PAIRS_TABLE
 from sarm.data.formats.sarm_folder import load_sarm
 from sarm.data.tokens.sentences import sentence_ends
 from sarm.engine.ray.cluster import Cluster
+from sarm.engine.ray.passes import run_over
 from sarm.interpret.context_store import load_contexts
 from sarm.interpret.context_tables import Chosen, strongest
 from sarm.interpret.context_texts import Ref, parts, sentence_spans, unpack
-from sarm.passes.contexts import reader_of
+from sarm.passes.contexts import pair_slices
+from sarm.passes.reader import sarm_reader
 from sarm.settings.checks import UserError
 from sarm.settings.contexts import ContextsSettings
-from sarm.settings.jobs import Pipeline
 from sarm.settings.run import RunSettings
-from sarm.stages.context_collection import collect_contexts, on_cluster, pair_slices
+from sarm.stages.context_collection import collect_contexts, pair_blocks
 
 SETTINGS = ContextsSettings(corpus=True, max_texts=30, top=4, per_decile=1, sampled=20, batch_tokens=512)
-
-
-def alone(source, items, columns, actor, arguments):
-    """One actor in this process that gets the items in another order."""
-    worker = actor(**arguments, source=source, threads=1)
-    for item in random.Random(0).sample(list(items), len(items)):
-        yield worker(pa.Table.from_pylist([item], schema=columns))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +45,7 @@ def files(extracted: Path):
 @pytest.fixture(scope="module")
 def collected(sarm, files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("collected")
-    counts = collect_contexts(SETTINGS, reader_of(sarm, SETTINGS, "float32"), *files, folder, alone)
+    counts = collect_contexts(SETTINGS, sarm_reader(sarm, SETTINGS.batch_tokens), *files, folder, run_alone)
     rest = {"schema": "contexts/v1", "created": "", "git_commit": "", "config": {}, "inputs": {}, "files": {}}
     manifest = {**rest, "counts": {**counts, "model": "this"}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -74,12 +69,12 @@ def one_by_one(sarm, tiny_chat):
 
 def test_many_actors_write_the_same_bytes_as_one_that_reads_in_another_order(sarm, files, tmp_path, ray_cluster):
     run = RunSettings(out=tmp_path, num_actors=2, cpus_per_worker=1)
-    stream = on_cluster(run, Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False))
+    cluster = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)
     # One pass is enough to see it, and starting actors is what takes time.
     settings = dataclasses.replace(SETTINGS, corpus=False, span_answers=0)
-    for name, how in (("many", stream), ("one", alone)):
+    for name, how in (("many", lambda work: run_over(work, run, cluster)), ("one", run_alone)):
         (tmp_path / name).mkdir()
-        collect_contexts(settings, reader_of(sarm, settings, "float32"), *files, tmp_path / name, how)
+        collect_contexts(settings, sarm_reader(sarm, settings.batch_tokens), *files, tmp_path / name, how)
     for name in ("contexts.parquet", "latents.parquet"):
         assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
@@ -165,7 +160,7 @@ def test_answers_of_one_word_have_contexts_without_a_driving_part(sarm, tmp_path
     pq.write_table(pa.Table.from_pylist([pair], schema=PAIRS_TABLE), tmp_path / "pairs.parquet")
     settings = dataclasses.replace(SETTINGS, corpus=False)
     counts = collect_contexts(
-        settings, reader_of(sarm, settings, "float32"), [tmp_path / "pairs.parquet"], [], tmp_path, alone
+        settings, sarm_reader(sarm, settings.batch_tokens), [tmp_path / "pairs.parquet"], [], tmp_path, run_alone
     )
     table = pq.read_table(tmp_path / "contexts.parquet")
     assert set(table["text"].to_pylist()) == {"yes", "no"}
@@ -176,20 +171,20 @@ def test_answers_of_one_word_have_contexts_without_a_driving_part(sarm, tmp_path
 def test_nothing_to_read_no_latents_and_latents_that_never_fire_are_one_line(
     sarm, files, tiny_folder, tiny_chat, tmp_path
 ):
-    reader = reader_of(sarm, SETTINGS, "float32")
+    reader = sarm_reader(sarm, SETTINGS.batch_tokens)
     with pytest.raises(UserError, match="nothing to read"):
         ContextsSettings(split="none")
     with pytest.raises(UserError, match="no heldout pairs"):
-        collect_contexts(ContextsSettings(split="heldout"), reader, [], [], tmp_path, alone)
+        collect_contexts(ContextsSettings(split="heldout"), reader, [], [], tmp_path, run_alone)
     silent = random_sarm(tmp_path / "silent", tiny_folder, tiny_chat, bias=-1e9)
     settings = ContextsSettings(split="none", corpus=True, max_texts=2)
     with pytest.raises(UserError, match="so there are no contexts"):
-        collect_contexts(settings, reader_of(silent, settings, "float32"), *files, tmp_path, alone)
+        collect_contexts(settings, sarm_reader(silent), *files, tmp_path, run_alone)
     scalar = random_sarm(tmp_path / "scalar", tiny_folder, tiny_chat, head="scalar")
     with pytest.raises(UserError, match="scalar model without latents"):
-        reader_of(scalar, SETTINGS, "float32")
+        sarm_reader(scalar)
     with pytest.raises(UserError, match="holds no reward model"):
-        reader_of(tmp_path / "nowhere", SETTINGS, "float32")
+        sarm_reader(tmp_path / "nowhere")
 
 
 def test_contexts_of_another_model_or_torn_ones_are_refused(collected, tmp_path):
@@ -205,11 +200,22 @@ def test_contexts_of_another_model_or_torn_ones_are_refused(collected, tmp_path)
         load_contexts(torn)
 
 
-def test_slices_cover_a_split_once_and_keep_prompts_together(files, preset: Pipeline):
+def test_blocks_cover_a_split_once_and_cut_slices_where_a_whole_file_would(files):
     table = pa.concat_tables(pq.read_table(path) for path in files[0])
-    items = pair_slices(files[0], "train")
-    rows = [item["first"] + row for item in items for row in item["rows"]]
-    assert sorted(rows) == [i for i, split in enumerate(table["split"].to_pylist()) if split == "train"]
+    of_split = [i for i, split in enumerate(table["split"].to_pylist()) if split == "train"]
+    blocks, num_rows = pair_blocks(files[0], "train")
+    rows = [row for block in blocks for row in range(block.start, block.stop) if row in set(of_split)]
+    assert rows == of_split
+    assert num_rows == len(of_split)
+    prompts = [f"prompt {i // 5}" for i in range(700)]
+    cuts = list(pair_slices(prompts))
+    assert all(prompts[stop - 1] != prompts[stop] for _, stop in cuts[:-1]), "a prompt's pairs stay together"
+    for start, _ in cuts:
+        # A block begins at some slice: from there on, it is cut in the same places.
+        assert [(a + start, b + start) for a, b in pair_slices(prompts[start:])] == [
+            cut for cut in cuts if cut[0] >= start
+        ]
+    assert list(pair_slices(["one"] * 600)) == [(0, 256), (256, 512), (512, 600)]
 
 
 def test_references_and_spans_go_there_and_back():

@@ -4,8 +4,11 @@ The model sees every text once. What comes back (active latents of each place) i
 that depend on no order, so one actor and many give the same bytes. Pairs and corpus are tallied apart and merged.
 """
 
+import functools
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +17,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sarm.contracts.ids import stable_int
 from sarm.contracts.tables import LATENT_CONTEXTS_TABLE
 from sarm.data.formats.sarm_folder import read_tensors
+from sarm.data.store.blocks import FILE, ROW, Block, table_blocks
+from sarm.data.store.parts import part_files
 from sarm.data.tokens.contents import count_spelled
-from sarm.engine.ray.cluster import Cluster
-from sarm.engine.ray.passes import mapped
+from sarm.engine.ray.block_actor import Output
+from sarm.engine.ray.passes import Pass, RunPass
 from sarm.engine.terminal import say
 from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE, PLACES
 from sarm.interpret.context_tables import choose, context_tables, strongest, summaries
-from sarm.interpret.context_texts import fetch, shown
+from sarm.interpret.context_texts import fetch, parts, shown
 from sarm.interpret.tallies import Tally, Units
 from sarm.nn.protocol import PROTOCOL_VERSION
-from sarm.passes.actor_progress import Source
-from sarm.passes.contexts import DROPS, SLICES, ContextUnits, Reader, SentenceDrops
+from sarm.passes.contexts import ANSWERS, SPANS, UNITS, DrivingParts, PairUnits, TextUnits, pair_slices, text_slices
+from sarm.passes.reader import Reader
 from sarm.settings.checks import UserError
 from sarm.settings.contexts import ContextsSettings
-from sarm.settings.run import RunSettings
 
-Stream = Callable[[Source, Sequence[dict[str, Any]], pa.Schema, type, dict[str, Any]], Iterator[pa.Table]]
-"""What runs an actor class over items of a schema: a source for its progress, items, schema, class and arguments in, its tables out."""
-# Rows of one slice: enough for batches of like length; a prompt's pairs stay together up to four times as many.
-_SLICE_ROWS = 64
 _MAX_BLOCKS = 4096
+_ANSWERS_OF_BLOCK = 4
 # Places whose latents are tallied at once.
 _UNITS_AT_ONCE = 2048
 
@@ -46,25 +48,28 @@ def collect_contexts(
     pairs: Sequence[Path],
     corpus: Sequence[Path],
     folder: Path,
-    stream: Stream,
+    run_pass: RunPass,
 ) -> dict[str, Any]:
-    """Write the two files of contexts/v1 into `folder`; returns the stage's counts.
+    """Write the two files of contexts/v1 into `folder`; returns the stage's counts. What a killed run has left there is gone on with.
 
     Raises UserError if there is nothing to read, or no latent ever fires.
     """
     weight_S = read_tensors(reader.folder, "score.weight")[0].squeeze(0).float().numpy()
     tallies = {place: Tally(len(weight_S), settings.top, settings.sampled) for place in PLACES}
-    slices = pair_slices(pairs, settings.split) if settings.split != "none" else []
-    texts = text_slices(corpus, settings.max_texts) if settings.corpus else []
-    num_rows = sum(len(item["rows"]) for item in [*slices, *texts])
+    works, num_rows = [], 0
+    if settings.split != "none":
+        blocks, num_rows = pair_blocks(pairs, settings.split)
+        works += [_pairs_pass(reader, pairs, settings.split, blocks, folder)] if blocks else []
+    if settings.corpus:
+        blocks, num_texts = text_blocks(corpus, settings.max_texts)
+        works += [_texts_pass(reader, corpus, blocks, folder)] if blocks else []
+        num_rows += num_texts
     if num_rows == 0:
         raise UserError(f"there are no {settings.split} pairs and no texts to read. Pass another --contexts.split, or --contexts.corpus.")  # fmt: skip
-    for name, items in (("contexts of pairs", slices), ("contexts of texts", texts)):
-        if items:
-            source = Source(name, sum(len(item["rows"]) for item in items))
-            batches = stream(source, items, SLICES, ContextUnits, {"reader": reader})
-            for place, tally in tally_units(batches, settings, len(weight_S)).items():
-                tallies[place].merge(tally)
+    for work in works:
+        run_pass(work)
+        for place, tally in tally_units(_units_of(work), settings, len(weight_S)).items():
+            tallies[place].merge(tally)
     seen = {place: tally for place, tally in tallies.items() if tally.total.any()}
     table = summaries(seen, weight_S)
     if table.num_rows == 0:
@@ -83,7 +88,7 @@ def collect_contexts(
         if ref in wanted:
             side = "chosen" if found[ref]["side"] == "chosen" else "rejected"
             answers.append({"ref": ref, "prompt": json.dumps(row["prompt"]), "text": row[side], "latents": wanted[ref]})
-    spans = driving_parts(answers, settings, reader, stream)
+    spans = driving_parts(answers, settings, reader, folder / "parts", run_pass)
     num_contexts = 0
     with pq.ParquetWriter(
         folder / CONTEXTS_FILE, LATENT_CONTEXTS_TABLE, compression="zstd", write_page_checksum=True
@@ -99,8 +104,9 @@ def collect_contexts(
         "texts": len(found),
         "spans": sum(span != (-1, -1) for span in spans.values()),
     }
-    spelled = count_spelled(pairs if settings.split != "none" else [], settings.split, reader.chat())
+    spelled = count_spelled(pairs if settings.split != "none" else [], settings.split, reader.chat)
     places = {place: int(tally.total.sum()) for place, tally in seen.items()}
+    shutil.rmtree(folder / "parts")
     return {
         **counts,
         **spelled,
@@ -112,7 +118,7 @@ def collect_contexts(
 
 
 def tally_units(batches: Iterator[pa.Table], settings: ContextsSettings, num_latents: int) -> dict[str, Tally]:
-    """Tallies of streams of `context_actors.UNITS`, by place."""
+    """Tallies of tables of UNITS, by place."""
     tallies = {place: Tally(num_latents, settings.top, settings.sampled) for place in PLACES}
     waiting: list[pa.Table] = []
     for batch in batches:
@@ -125,77 +131,128 @@ def tally_units(batches: Iterator[pa.Table], settings: ContextsSettings, num_lat
 
 
 def driving_parts(
-    answers: Sequence[dict[str, Any]], settings: ContextsSettings, reader: Reader, stream: Stream
+    answers: Sequence[dict[str, Any]], settings: ContextsSettings, reader: Reader, folder: Path, run_pass: RunPass
 ) -> dict[tuple[int, int], tuple[int, int]]:
     """Characters of the part that drives a latent in an answer, by (reference, latent); (-1, -1) where no part lowers it."""
-    if not answers:
+    with_parts = [answer for answer in answers if parts(answer["text"], settings.span_pieces)]
+    if not with_parts:
         return {}
-    arguments = {"reader": reader, "limit": settings.span_pieces}
-    source = Source("driving sentences", len(answers))
-    return {
-        (row["ref"], row["latent"]): (row["start"], row["end"])
-        for batch in stream(source, answers, DROPS, SentenceDrops, arguments)
-        for row in batch.to_pylist()
-    }
+    table = pa.Table.from_pylist(with_parts, schema=ANSWERS)
+    output = Output(folder / "spans", SPANS)
+    work = Pass(
+        name="driving sentences",
+        blocks=table_blocks(table, folder / "answers.parquet", _ANSWERS_OF_BLOCK),
+        columns=ANSWERS.names,
+        keep=None,
+        actor=DrivingParts,
+        arguments={"reader": reader, "limit": settings.span_pieces},
+        outputs={"spans": output},
+        id_columns=("ref",),
+        input_ids=_refs,
+        output_id="ref",
+        keys=("latent",),
+    )
+    run_pass(work)
+    rows = (row for path in part_files(output.folder) for row in pq.read_table(path).to_pylist())
+    return {(row["ref"], row["latent"]): (row["start"], row["end"]) for row in rows}
 
 
-def on_cluster(run: RunSettings, cluster: Cluster) -> Stream:
-    """Items through `run.num_actors` Ray Data actors, one item at a time."""
-
-    def stream(
-        source: Source, items: Sequence[dict[str, Any]], columns: pa.Schema, actor: type, arguments: dict[str, Any]
-    ) -> Iterator[pa.Table]:
-        size = -(-len(items) // _MAX_BLOCKS)
-        # Blocks of few items, so that an actor that is free finds work.
-        blocks = [pa.Table.from_pylist(list(items[i : i + size]), schema=columns) for i in range(0, len(items), size)]
-        yield from mapped(blocks, 1, actor, {**arguments, "source": source}, run, cluster)
-
-    return stream
-
-
-def pair_slices(files: Sequence[Path], split: str) -> list[dict[str, Any]]:
-    """Rows of SLICES over the pairs of a split; pairs of one prompt that follow one another stay together."""
-    items = []
-    for number, (path, group, first, table) in _row_groups(files, ["prompt_id", "split"]):
-        waiting: list[int] = []
+def pair_blocks(files: Sequence[Path], split: str) -> tuple[list[Block], int]:
+    """Blocks of whole slices over the pairs of a split, and how many pairs they hold; rows of other splits may stand between them."""
+    slices: list[tuple[Path, int, int, int]] = []
+    num_rows = 0
+    for path, group, first, table in _row_groups(files, ["prompt_id", "split"]):
         prompts, splits = (table[name].to_pylist() for name in ("prompt_id", "split"))
-        for row in range(table.num_rows):
-            if split not in ("all", splits[row]):
-                continue
-            is_new = bool(waiting) and prompts[row] != prompts[waiting[-1]]
-            if len(waiting) >= 4 * _SLICE_ROWS or (is_new and len(waiting) >= _SLICE_ROWS // 2):
-                items.append(_slice("pairs", number, path, group, first, waiting))
-                waiting = []
-            waiting.append(row)
-        if waiting:
-            items.append(_slice("pairs", number, path, group, first, waiting))
-    return items
+        rows = [row for row in range(table.num_rows) if split in ("all", splits[row])]
+        num_rows += len(rows)
+        for start, stop in pair_slices([prompts[row] for row in rows]):
+            slices.append((path, group, first + rows[start], first + rows[stop - 1] + 1))
+    return _blocks(slices), num_rows
 
 
-def text_slices(files: Sequence[Path], max_texts: int | None) -> list[dict[str, Any]]:
-    """Rows of SLICES over the texts of a corpus."""
-    items, left = [], max_texts
-    for number, (path, group, first, table) in _row_groups(files, ["row_id"]):
-        num_rows = table.num_rows if left is None else min(left, table.num_rows)
-        left = None if left is None else left - num_rows
-        for start in range(0, num_rows, _SLICE_ROWS // 4):
-            rows = list(range(start, min(start + _SLICE_ROWS // 4, num_rows)))
-            items.append(_slice("texts", number, path, group, first, rows))
-    return items
+def text_blocks(files: Sequence[Path], max_texts: int | None) -> tuple[list[Block], int]:
+    """Blocks of whole slices over the texts of a corpus, and how many texts they hold."""
+    slices: list[tuple[Path, int, int, int]] = []
+    num_rows = 0
+    for path, group, first, table in _row_groups(files, ["row_id"]):
+        here = table.num_rows if max_texts is None else min(max_texts - num_rows, table.num_rows)
+        num_rows += here
+        slices += [(path, group, first + start, first + stop) for start, stop in text_slices(here)]
+    return _blocks(slices), num_rows
 
 
-def _row_groups(files: Sequence[Path], columns: list[str]) -> Iterator[tuple[int, tuple[Path, int, int, pa.Table]]]:
-    for number, path in enumerate(files):
+def _blocks(slices: Sequence[tuple[Path, int, int, int]]) -> list[Block]:
+    """Slices (file, row group, start, stop) as blocks of a row group's neighbours: few enough for their part files to be handled."""
+    size, blocks = -(-len(slices) // _MAX_BLOCKS), []
+    for (path, _), own in itertools.groupby(slices, lambda one: one[:2]):
+        members = list(own)
+        for i in range(0, len(members), size):
+            last = members[min(i + size, len(members)) - 1]
+            blocks.append(Block(len(blocks), str(path), members[i][2], last[3]))
+    return blocks
+
+
+def _pairs_pass(reader: Reader, files: Sequence[Path], split: str, blocks: list[Block], folder: Path) -> Pass:
+    return Pass(
+        name="contexts of pairs",
+        blocks=blocks,
+        columns=("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset", FILE, ROW),
+        keep=None if split == "all" else functools.partial(_of_split, split=split),
+        actor=PairUnits,
+        arguments={"reader": reader, "files": {str(path): number for number, path in enumerate(files)}},
+        outputs={"units": Output(folder / "parts" / "pairs", UNITS)},
+        id_columns=("pair_id", "split"),
+        input_ids=_pair_ids,
+        output_id="row_ids",
+        keys=("ref",),
+    )
+
+
+def _texts_pass(reader: Reader, files: Sequence[Path], blocks: list[Block], folder: Path) -> Pass:
+    return Pass(
+        name="contexts of texts",
+        blocks=blocks,
+        columns=("row_id", "text", FILE, ROW),
+        keep=None,
+        actor=TextUnits,
+        arguments={"reader": reader, "files": {str(path): number for number, path in enumerate(files)}},
+        outputs={"units": Output(folder / "parts" / "texts", UNITS)},
+        id_columns=("row_id",),
+        input_ids=_row_ids,
+        output_id="row_ids",
+        keys=("ref",),
+    )
+
+
+def _of_split(table: pa.Table, split: str) -> pa.Table:
+    return table.filter(pc.equal(table["split"], split))
+
+
+def _pair_ids(table: pa.Table) -> list[int]:
+    return [stable_int(pair_id) for pair_id in table["pair_id"].to_pylist()]
+
+
+def _row_ids(table: pa.Table) -> list[int]:
+    return table["row_id"].to_pylist()
+
+
+def _refs(table: pa.Table) -> list[int]:
+    return table["ref"].to_pylist()
+
+
+def _units_of(work: Pass) -> Iterator[pa.Table]:
+    """The parts of a pass, one at a time."""
+    return (pq.read_table(path) for path in part_files(work.outputs["units"].folder))
+
+
+def _row_groups(files: Sequence[Path], columns: list[str]) -> Iterator[tuple[Path, int, int, pa.Table]]:
+    for path in files:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             first = 0
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=columns)
-                yield number, (path, group, first, table)
+                yield path, group, first, table
                 first += table.num_rows
-
-
-def _slice(kind: str, file: int, path: Path, group: int, first: int, rows: list[int]) -> dict[str, Any]:
-    return {"kind": kind, "file": file, "path": str(path), "row_group": group, "first": first, "rows": rows}
 
 
 def _add(tallies: Mapping[str, Tally], tables: Sequence[pa.Table]) -> None:
@@ -216,6 +273,6 @@ def _units(table: pa.Table) -> Units:
         key=table["key"].to_numpy(),
         readers=table["readers"].combine_chunks().flatten().to_numpy().reshape(-1, 3),
         offset=np.concatenate([[0], np.cumsum(sizes)]),
-        latent=latents.flatten().to_numpy(),
+        latent=latents.flatten().to_numpy().astype(np.int64),
         value=values.flatten().to_numpy(),
     )

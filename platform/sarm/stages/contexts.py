@@ -29,8 +29,8 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
 
     Raises UserError for folders that are missing, unfinished or of another kind, before a cluster starts.
     """
-    from sarm.passes.contexts import reader_of
-    from sarm.stages.context_collection import collect_contexts, on_cluster
+    from sarm.passes.reader import sarm_reader
+    from sarm.stages.context_collection import collect_contexts
 
     folders = session.folders
     if contexts.split != "none":
@@ -42,16 +42,15 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
     folder = plan.contexts(folders, contexts).open()
     # What training kept of the model's settings; a SARM from elsewhere is read in float32.
     dtype = read_manifest(folders.sarm, SARM_FOLDER).config.get("dtype", "float32")
-    reader = reader_of(folders.sarm, contexts, dtype)
+    reader = sarm_reader(folders.sarm, contexts.batch_tokens, dtype)
 
     def body(child: StageRun) -> Mapping[str, Any]:
         pairs, corpus = (sorted(path.glob("*.parquet")) for path in (folders.pairs, folders.corpus))
-        stream = on_cluster(session.run, session.cluster)
-        counts = collect_contexts(contexts, reader, pairs, corpus, folder.folder, stream)
+        counts = collect_contexts(contexts, reader, pairs, corpus, folder.folder, session.run_pass)
         child.log_text(json.dumps(counts["places"]), "places.json")
         return {**counts, "model": hash_of_folder(folders.sarm)}
 
-    return session.stage("collect contexts", folder, body)
+    return session.stage("collect contexts", folder, body, resume=True)
 
 
 def write_pages(session: Session, pages: PagesSettings) -> Manifest:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -102,62 +101,6 @@ def run_over(
     return {target: checked(work, output) | progress.figures() for target, output in work.outputs.items()}
 
 
-def through_actors(
-    tables: Sequence[pa.Table],
-    batch_rows: int,
-    actor: type,
-    arguments: Mapping[str, Any],
-    sink: Any,
-    run: RunSettings,
-    cluster: Cluster,
-) -> None:
-    """Stream tables in batches of `batch_rows` rows through `run.num_actors` actors into a sink.
-
-    Raises UserError if the actors do not fit the cluster.
-    """
-    folder = Path(sink.path)
-    folder.mkdir(parents=True, exist_ok=True)
-    _mapped(tables, batch_rows, actor, arguments, run, cluster).write_datasink(sink)
-    remove_temporaries(folder)
-
-
-def mapped(
-    tables: Sequence[pa.Table],
-    batch_rows: int,
-    actor: type,
-    arguments: Mapping[str, Any],
-    run: RunSettings,
-    cluster: Cluster,
-) -> Iterator[pa.Table]:
-    """What `run.num_actors` actors make of tables in batches of `batch_rows` rows, computed as it is read, in any order.
-
-    Raises UserError if the actors do not fit the cluster.
-    """
-    data = _mapped(tables, batch_rows, actor, arguments, run, cluster)
-    yield from data.iter_batches(batch_size=None, batch_format="pyarrow")
-
-
-def _mapped(
-    tables: Sequence[pa.Table],
-    batch_rows: int,
-    actor: type,
-    arguments: Mapping[str, Any],
-    run: RunSettings,
-    cluster: Cluster,
-) -> ray.data.Dataset:
-    _set_context(NO_PROGRESS_SECONDS)
-    threads = cluster.cpus_each(run, run.num_actors)
-    return ray.data.from_arrow(list(tables)).map_batches(
-        actor,
-        fn_constructor_kwargs={**arguments, "threads": threads},
-        batch_size=batch_rows,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=run.num_actors),
-        num_cpus=threads,
-        num_gpus=1 if cluster.use_gpu else None,
-    )
-
-
 def _watched(
     work: Pass, missing: Sequence[Block], threads: int, num_actors: int, use_gpu: bool, stall_seconds: float
 ) -> Iterator[dict[str, Any]]:
@@ -193,8 +136,7 @@ def _watched(
 
 
 def _results(work: Pass, missing: Sequence[Block], threads: int, num_actors: int, use_gpu: bool) -> ray.data.Dataset:
-    # The driver's watch sees journals too, which Ray does not: a block may take longer than the limit.
-    _set_context(-1)
+    _set_context()
     numbers = ray.data.from_arrow([pa.table({"number": [block.number]}) for block in missing])
     return numbers.map_batches(
         BlockActor,
@@ -221,10 +163,11 @@ def _results(work: Pass, missing: Sequence[Block], threads: int, num_actors: int
     )
 
 
-def _set_context(no_progress_seconds: float) -> None:
+def _set_context() -> None:
     context = DataContext.get_current()
     context.execution_options.preserve_order = False
-    context.execution_no_progress_timeout_s = no_progress_seconds
+    # The driver's watch sees journals too, which Ray does not: a block may take longer than the limit.
+    context.execution_no_progress_timeout_s = -1
     # An actor that dies while it loads is started again instead of ending the pass.
     context.max_consecutive_actor_init_deaths = 3
     # Ray's wrapper keeps the text of what it wraps and loses what that was.
