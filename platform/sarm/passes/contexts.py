@@ -132,7 +132,9 @@ class TextUnits(_ContextUnits):
         return _tables([_reject(row_id, reason) for row_id in table["row_id"].to_pylist()])
 
     def _slice(self, table: pa.Table) -> _Slice:
-        rows, units, refused = [], [], {}
+        rows: list[Row] = []
+        units: list[_Unit] = []
+        refused: dict[int, str] = {}
         file = self._files[table[FILE][0].as_py()]
         columns = (table[name].to_pylist() for name in (ROW, "row_id", "text"))
         for row, row_id, text in zip(*columns, strict=True):

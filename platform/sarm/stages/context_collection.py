@@ -183,7 +183,8 @@ def text_blocks(files: Sequence[Path], max_texts: int | None) -> tuple[list[Bloc
 
 def _blocks(slices: Sequence[tuple[Path, int, int, int]]) -> list[Block]:
     """Slices (file, row group, start, stop) as blocks of a row group's neighbours: few enough for their part files to be handled."""
-    size, blocks = -(-len(slices) // _MAX_BLOCKS), []
+    size = -(-len(slices) // _MAX_BLOCKS)
+    blocks: list[Block] = []
     for (path, _), own in itertools.groupby(slices, lambda one: one[:2]):
         members = list(own)
         for i in range(0, len(members), size):
