@@ -17,7 +17,8 @@ SECONDS = 3.0
 # A light job that is told how to spend its time.
 JOB = """
 import hashlib, os, signal, sys, time
-from sarm.settings.jobs import TrainSarm, UserError
+from sarm.settings.checks import UserError
+from sarm.settings.jobs import TrainSarm
 from sarm.stages.job import run_job
 from sarm.engine.stopping import Listener, leave_if_asked, listener, saving
 

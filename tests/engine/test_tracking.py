@@ -127,13 +127,13 @@ def test_an_unreachable_server_is_one_clear_error(run: RunSettings) -> None:
 _STARTS = """
 import sys, time
 from pathlib import Path
-from sarm.settings.jobs import Run
+from sarm.settings.run import RunSettings
 from sarm.engine.mlflow.tracker import Tracker
 folder, name = Path(sys.argv[1]), sys.argv[2]
 (folder / f"ready-{name}").touch()
 while len(list(folder.glob("ready-*"))) < 3:
     time.sleep(0.001)
-Tracker(Run(out=folder / name), name)
+Tracker(RunSettings(out=folder / name), name)
 """
 
 

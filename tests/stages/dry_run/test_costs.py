@@ -11,6 +11,7 @@ from sarm.settings.jobs import Pipeline, TrainSae
 from sarm.settings.model import ModelSettings
 from sarm.settings.presets import PRESETS
 from sarm.settings.reward import RewardSettings
+from sarm.settings.sae import AlsoSaes
 from sarm.stages.dry_run.costs import StageCost, stage_costs
 from sarm.stages.dry_run.formulas import extracted, reward_depths, reward_gb
 from sarm.stages.dry_run.source_sizes import sizes_of
