@@ -78,9 +78,12 @@ def with_tiny(command: str) -> str:
 def _virtual_environment(folder: Path) -> None:
     """What `make` would set up: this Python's programs, and the mark that they are there."""
     folder.mkdir(exist_ok=True)
-    if not (folder / "bin").exists():
-        (folder / "bin").symlink_to(Path(sys.executable).parent)
-    (folder / ".ready").touch()
+    for entry in Path(sys.prefix).iterdir():
+        # Without its pyvenv.cfg and lib, a Python started from `bin` would not find what is installed.
+        if not (folder / entry.name).exists():
+            (folder / entry.name).symlink_to(entry)
+    if not (folder / ".ready").exists():
+        (folder / ".ready").touch()
 
 
 def _bring_files(folder: Path) -> None:

@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 Leaves = dict[str, str]
 
 _LEFT_OUT = (".db", ".lock", ".log", ".png")
+# MLflow's own copies, whose folders are named by run, and what waits to be sent to it.
+_FOLDERS_LEFT_OUT = {"mlartifacts", "outbox"}
 
 # Of one run; `$OUT` is its folder.
 COMMANDS = [
@@ -66,7 +68,7 @@ def run_all(out: Path) -> None:
         environment = {
             **{name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")},
             "OUT": str(out), "JUDGE": judge.url, "HOST": host, "JUDGE_KEY": "none", "RAY_TMPDIR": logs,
-            "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1", "SARM_CACHE": str(Path(logs) / "cache"),
         }  # fmt: skip
         for command in COMMANDS:
             print(f"  {command}", flush=True)
@@ -81,8 +83,10 @@ def leaves_of(out: Path) -> Leaves:
     """What every file under `out` says, one entry for each value, column and tensor. Folders and addresses of the run are left out."""
     found: Leaves = {}
     for path in sorted(out.rglob("*")):
-        name = path.relative_to(out).as_posix()
-        if path.is_file() and path.suffix not in _LEFT_OUT and ".aside" not in name:
+        inside = path.relative_to(out)
+        name = inside.as_posix()
+        left_out = path.suffix in _LEFT_OUT or ".aside" in name or _FOLDERS_LEFT_OUT.intersection(inside.parts)
+        if path.is_file() and not left_out:
             found.update({f"{name} :: {key}": value for key, value in _of_file(path, out)})
     return found
 

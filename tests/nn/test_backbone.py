@@ -189,3 +189,13 @@ def test_a_folder_without_a_readable_config_is_refused(tmp_path, content):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match="cannot read the model"):
         load_backbone(str(tmp_path), 1)
+
+
+def test_an_exported_model_of_a_family_that_is_not_listed_is_read_with_one_mask_for_all_blocks(
+    family_folder, monkeypatch
+):
+    folder, ids = family_folder("llama"), random_ids(9, 2, LENGTH)
+    wanted = residual_alone(load_backbone(str(folder), 2), ids)
+    model = load_backbone(str(folder), 2)
+    monkeypatch.delitem(FAMILIES, "llama")
+    torch.testing.assert_close(residual_alone(model, ids), wanted, rtol=0, atol=0)

@@ -194,7 +194,8 @@ def residuals_at(
 def _masks(config: "PretrainedConfig", positions: Tensor, segments: Tensor, dtype: torch.dtype) -> Any:
     full = _additive(_visible(positions, segments, None), dtype)
     window = getattr(config, "sliding_window", None)
-    if FAMILIES[config.model_type].mask_per_layer_kind:
+    # An exported model may be of a family that is not listed here: its blocks take one mask, as most do.
+    if FAMILIES.get(config.model_type, Family()).mask_per_layer_kind:
         kinds = set(config.layer_types)
         sliding = _additive(_visible(positions, segments, window), dtype) if "sliding_attention" in kinds else full
         return {"full_attention": full, "sliding_attention": sliding}
