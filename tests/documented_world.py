@@ -80,10 +80,10 @@ def _virtual_environment(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for entry in Path(sys.prefix).iterdir():
         # Without its pyvenv.cfg and lib, a Python started from `bin` would not find what is installed.
-        if not (folder / entry.name).exists():
+        if entry.name != ".ready" and not (folder / entry.name).exists():
             (folder / entry.name).symlink_to(entry)
-    if not (folder / ".ready").exists():
-        (folder / ".ready").touch()
+    # Newer than the copied lock file, else make would install everything again.
+    (folder / ".ready").touch()
 
 
 def _bring_files(folder: Path) -> None:
