@@ -41,7 +41,7 @@ def made(num_prompts: int = 40, seed: int = 0) -> tuple[Answered, np.ndarray]:
     random = np.random.default_rng(seed)
     texts, values, prompts, pairs = [], [], [], []
     for prompt in range(num_prompts):
-        for side in range(2):
+        for _side in range(2):
             has_apples = bool(random.random() < 0.5)
             words = [f"word{random.integers(30)}" for _ in range(8)] + (["green", "apples"] if has_apples else ["dull"])
             texts.append(" ".join(random.permutation(words)))
@@ -63,9 +63,9 @@ def test_a_latent_that_follows_a_word_has_that_name_and_one_that_fires_by_chance
 def test_scores_of_a_response_come_from_a_classifier_that_did_not_see_its_prompt():
     answered, weight_S = made()
     # Every text has a word of its prompt's own, which decides where the latent fires: it says nothing of other prompts.
-    texts = [f"{'x' if prompt % 2 else 'y'}{prompt} z{prompt}" for prompt in answered.prompts_R]
-    values = csr([[0, 2.0 * (prompt % 2), 0, 0] for prompt in answered.prompts_R])
-    (one,) = named_latents(Answered(values, answered.prompts_R, texts, answered.pairs_N2), weight_S)
+    texts = [f"{'x' if prompt % 2 else 'y'}{prompt} z{prompt}" for prompt in answered.prompts]
+    values = csr([[0, 2.0 * (prompt % 2), 0, 0] for prompt in answered.prompts])
+    (one,) = named_latents(Answered(values, answered.prompts, texts, answered.pairs), weight_S)
     assert one.auc < 0.7
 
 
@@ -73,21 +73,22 @@ def test_all_figures_of_made_up_responses():
     answered, weight_S = made()
     found = readability(answered, weight_S)
     assert found.num_alive_at_reward == 3
-    apples = float((answered.values_RS[:, [1]].toarray() != 0).mean()) * 2
-    chance = float((answered.values_RS[:, [2]].toarray() != 0).mean()) * 0.5
+    apples = float((answered.values[:, [1]].toarray() != 0).mean()) * 2
+    chance = float((answered.values[:, [2]].toarray() != 0).mean()) * 0.5
     assert found.always_on_share.value == pytest.approx(5 / (5 + apples + chance))
     assert found.latents_half_margin.value == 1
     assert found.latents_ninety_margin.value == 2
     for estimate in (found.always_on_share, found.names_auc):
-        assert estimate is not None and estimate.ci95 is not None
+        assert estimate is not None
+        assert estimate.ci95 is not None
         assert estimate.ci95[0] <= estimate.value <= estimate.ci95[1]
 
 
 def test_texts_without_a_common_word_and_latents_that_always_fire_have_no_names():
     answered, weight_S = made()
     texts = [f"only{number}" for number in range(len(answered.texts))]
-    assert named_latents(Answered(answered.values_RS, answered.prompts_R, texts, answered.pairs_N2), weight_S) == []
-    always = Answered(answered.values_RS[:, [0]], answered.prompts_R, answered.texts, answered.pairs_N2)
+    assert named_latents(Answered(answered.values, answered.prompts, texts, answered.pairs), weight_S) == []
+    always = Answered(answered.values[:, [0]], answered.prompts, answered.texts, answered.pairs)
     assert readability(always, np.array([1.0])).names_auc is None
 
 

@@ -59,16 +59,16 @@ def test_a_limit_on_the_number_of_latents_holds(limit):
 def test_the_strength_is_chosen_by_the_marked_pairs_alone():
     difference_NS, prompts_N, choosing_N = made()
     head = fit_sparse_head(difference_NS, prompts_N, choosing_N)
-    for C, nll in head.nll_by_C.items():
+    for C, nll in head.nll.items():
         w_S = _fit(difference_NS[~choosing_N], C)
         assert nll == pytest.approx(float(np.logaddexp(0, -(difference_NS[choosing_N] @ w_S)).mean()), rel=1e-12)
-    best = min(head.nll_by_C, key=head.nll_by_C.__getitem__)
+    best = min(head.nll, key=head.nll.__getitem__)
     w_S = _fit(difference_NS[~choosing_N], best)
     losses_N = np.logaddexp(0, -(difference_NS[choosing_N] @ w_S))
     by_prompt = [losses_N[prompts_N[choosing_N] == prompt].mean() for prompt in np.unique(prompts_N[choosing_N])]
     bound = losses_N.mean() + np.std(by_prompt, ddof=1) / len(by_prompt) ** 0.5
-    chosen = min(C for C, nll in head.nll_by_C.items() if nll <= bound and head.latents_by_C[C])
-    assert head.C == pytest.approx(chosen * (~choosing_N).mean())
+    chosen = min(C for C, nll in head.nll.items() if nll <= bound and head.latents_kept[C])
+    assert pytest.approx(chosen * (~choosing_N).mean()) == head.C
 
 
 def test_one_standard_error_is_that_of_a_mean_over_prompts():

@@ -41,7 +41,7 @@ def test_nothing_but_the_direction_changes_and_the_centre_stays():
     y_ND = mapped(x_ND)
     torch.testing.assert_close(y_ND.mean(0), x_ND.mean(0), rtol=0, atol=1e-5)
     changed_ND = y_ND - x_ND
-    unit_D = mapped.direction_D.float()
+    unit_D = mapped.direction.float()
     along_ND = torch.outer(changed_ND @ unit_D, unit_D)
     torch.testing.assert_close(changed_ND, along_ND, rtol=0, atol=1e-5)
 

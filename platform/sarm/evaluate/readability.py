@@ -28,11 +28,11 @@ _FOLDS, _RESAMPLES = 5, 300
 class Answered:
     """Codes of distinct responses, and the pairs that are made of them."""
 
-    values_RS: sparse.csr_array
+    values: sparse.csr_array
     """z, 0 where a latent is silent."""
-    prompts_R: Shaped[np.ndarray, " responses"]
+    prompts: Shaped[np.ndarray, " responses"]
     texts: Sequence[str]
-    pairs_N2: Int[np.ndarray, "pairs 2"]
+    pairs: Int[np.ndarray, "pairs 2"]
     """Rows of the chosen and the rejected response."""
 
 
@@ -66,17 +66,17 @@ class Named:
     auc: float
     terms: tuple[str, ...]
     """Words and word pairs that speak for its firing, the strongest first."""
-    scores_R: NDArray[np.float64]
+    scores: NDArray[np.float64]
     """Of each response, by a classifier that did not see its prompt."""
-    fires_R: NDArray[np.bool_]
+    fires: NDArray[np.bool_]
 
 
 def readability(answered: Answered, weight_S: Float[np.ndarray, " d_sae"], seed: int = 0) -> Readability:
     """All figures, with intervals by drawing prompts anew (percentile bootstrap)."""
-    fires_RS = answered.values_RS != 0
-    contributions_RS = _contributions(answered.values_RS, weight_S)
-    pair_prompts_N = answered.prompts_R[answered.pairs_N2[:, 0]]
-    chosen_N, rejected_N = answered.pairs_N2.T
+    fires_RS = answered.values != 0
+    contributions_RS = _contributions(answered.values, weight_S)
+    pair_prompts_N = answered.prompts[answered.pairs[:, 0]]
+    chosen_N, rejected_N = answered.pairs.T
     margins_NS = sparse.csr_array(contributions_RS[chosen_N] - contributions_RS[rejected_N])
 
     def share_of(least: float) -> Callable[[NDArray[np.int64]], float]:
@@ -87,11 +87,11 @@ def readability(answered: Answered, weight_S: Float[np.ndarray, " d_sae"], seed:
 
     return Readability(
         num_alive_at_reward=int((fires_RS.sum(0) > 0).sum()),
-        always_on_share=over_prompts(share_of(ALWAYS_ON), answered.prompts_R, seed),
-        dense_share=over_prompts(share_of(np.nextafter(DENSE, 1)), answered.prompts_R, seed),
+        always_on_share=over_prompts(share_of(ALWAYS_ON), answered.prompts, seed),
+        dense_share=over_prompts(share_of(np.nextafter(DENSE, 1)), answered.prompts, seed),
         latents_half_margin=over_prompts(latents_of(0.5), pair_prompts_N, seed),
         latents_ninety_margin=over_prompts(latents_of(0.9), pair_prompts_N, seed),
-        names_auc=_names_auc(named_latents(answered, weight_S, seed), answered.prompts_R, seed),
+        names_auc=_names_auc(named_latents(answered, weight_S, seed), answered.prompts, seed),
     )
 
 
@@ -117,14 +117,14 @@ def named_latents(
     """What words say of the latents with the largest mean |w z|; without those that fire on, or are silent on, under 8 responses."""
     from sklearn.model_selection import GroupKFold
 
-    size_S = np.asarray(abs(_contributions(answered.values_RS, weight_S)).mean(axis=0)).ravel()
-    fires_RS = sparse.csc_array(answered.values_RS != 0)
-    num_prompts = len(np.unique(answered.prompts_R))
+    size_S = np.asarray(abs(_contributions(answered.values, weight_S)).mean(axis=0)).ravel()
+    fires_RS = sparse.csc_array(answered.values != 0)
+    num_prompts = len(np.unique(answered.prompts))
     if num_prompts < 2:
         return []
     folds = GroupKFold(min(_FOLDS, num_prompts), shuffle=True, random_state=seed)
     texts = np.array(answered.texts, dtype=object)
-    splits = list(folds.split(texts, groups=answered.prompts_R))
+    splits = list(folds.split(texts, groups=answered.prompts))
     named = []
     for latent in np.argsort(-size_S, kind="stable")[:num]:
         fires_R = fires_RS[:, [latent]].toarray().ravel()
@@ -191,7 +191,7 @@ def _names_auc(named: Sequence[Named], prompts_R: NDArray[np.generic], seed: int
     def mean_auc(rows: NDArray[np.int64]) -> float:
         aucs = []
         for one in named:
-            scores, fires = one.scores_R[rows], one.fires_R[rows]
+            scores, fires = one.scores[rows], one.fires[rows]
             known = np.isfinite(scores)
             if 0 < fires[known].sum() < known.sum():
                 aucs.append(roc_auc_score(fires[known], scores[known]))

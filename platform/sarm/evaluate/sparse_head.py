@@ -29,9 +29,9 @@ class SparseHead:
     """[d_sae], 0 for latents that are left out."""
     C: float
     """Inverse strength of the penalty, for the sum over all pairs."""
-    latents_by_C: dict[float, int]
+    latents_kept: dict[float, int]
     """Latents that the head of every strength keeps, fitted on the pairs that the strength is not chosen by."""
-    nll_by_C: dict[float, float]
+    nll: dict[float, float]
     """Loss of these heads on the other pairs, nats per pair."""
 
     @property
@@ -76,7 +76,7 @@ def fit_sparse_head(
     # The loss is a sum over pairs: with more of them the same strength is another C.
     C = chosen * float((~choosing_N).mean())
     weight_S = _fit(difference_NS, C)
-    while not weight_S.any() and C < chosen:
+    while not weight_S.any() and chosen > C:
         C /= _STRONGER
         weight_S = _fit(difference_NS, C)
     while np.count_nonzero(weight_S) > limit:

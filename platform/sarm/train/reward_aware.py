@@ -22,16 +22,16 @@ from sarm.settings.checks import UserError
 class RewardMap:
     """The map A about a centre."""
 
-    centre_D: Float[Tensor, " d_in"]
-    direction_D: Float[Tensor, " d_in"]
+    centre: Float[Tensor, " d_in"]
+    direction: Float[Tensor, " d_in"]
     """Of unit length."""
     stretch: float
     """g, by which differences along the direction are multiplied."""
 
     def __call__(self, x_ND: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         """y of standardised rows."""
-        along_N = (x_ND - self.centre_D.to(x_ND)) @ self.direction_D.to(x_ND)
-        return x_ND + (self.stretch - 1) * torch.outer(along_N, self.direction_D.to(x_ND))
+        along_N = (x_ND - self.centre.to(x_ND)) @ self.direction.to(x_ND)
+        return x_ND + (self.stretch - 1) * torch.outer(along_N, self.direction.to(x_ND))
 
     @torch.no_grad()
     def fold_(self, sae: Sae) -> None:
@@ -43,7 +43,7 @@ class RewardMap:
             raise UserError(
                 f"a {sae.architecture} SAE encodes with its decoder, so that no direction can be stretched for it. Pass --sae.reward-share 0."
             )
-        u_D, centre_D = self.direction_D.to(sae.W_dec), self.centre_D.to(sae.W_dec)
+        u_D, centre_D = self.direction.to(sae.W_dec), self.centre.to(sae.W_dec)
         sae.W_enc.add_(torch.outer(u_D, u_D @ sae.W_enc), alpha=self.stretch - 1)
         sae.W_dec.add_(torch.outer(sae.W_dec @ u_D, u_D), alpha=1 / self.stretch - 1)
         offset_D = sae.b_dec - centre_D
