@@ -27,7 +27,8 @@ from sarm.passes.reader import sarm_reader
 from sarm.settings.checks import UserError
 from sarm.settings.contexts import ContextsSettings
 from sarm.settings.run import RunSettings
-from sarm.stages.context_collection import collect_contexts, pair_blocks
+from sarm.stages.context_blocks import pair_blocks
+from sarm.stages.context_collection import collect_contexts
 
 SETTINGS = ContextsSettings(corpus=True, max_texts=30, top=4, per_decile=1, sampled=20, batch_tokens=512)
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from sarm.data.formats.models import model_folder
 from sarm.data.formats.sae_folder import load_sae
 from sarm.data.store.checkpoints import Checkpoints
+from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.data.tokens.groups import prompt_groups
 from sarm.engine.mlflow.tracker import Tracker
@@ -31,7 +32,7 @@ from sarm.settings.reward import RewardSettings
 from sarm.settings.run import RunSettings
 from sarm.settings.sae import SaeSettings
 from sarm.stages.reward_models import build_model, merge_adapters_
-from sarm.stages.train_reward_worker import RewardTask, load_pairs, reward_worker
+from sarm.stages.train_reward_worker import RewardTask, reward_worker
 from sarm.stages.train_reward_worker import train_on_cluster as train_reward_on_cluster
 from sarm.stages.train_sae_worker import SaeMember, SaeTask, sae_worker
 from sarm.stages.train_sae_worker import train_on_cluster as train_sae_on_cluster

@@ -23,6 +23,7 @@ from sarm.data.formats.sarm_folder import load_sarm
 from sarm.data.sources.prepare import NEAR_DUPLICATES
 from sarm.data.store.activations import ActivationStore
 from sarm.data.store.blocks import plan_blocks
+from sarm.data.store.pairs import load_pairs
 from sarm.data.store.parts import part_files, read_counts
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.ray.block_actor import Output
@@ -42,7 +43,6 @@ from sarm.settings.evaluation import EvaluationSettings
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.stages import plan
-from sarm.stages.train_reward_worker import load_pairs
 
 
 def evaluate(session: Session, extraction: ExtractionSettings, evaluation: EvaluationSettings) -> Manifest:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from sarm.contracts.folders import BASELINES
 from sarm.contracts.manifest import MANIFEST, Manifest, parse_manifest
 from sarm.data.formats.sarm_folder import load_sarm
+from sarm.data.store.pairs import load_pairs
 from sarm.data.store.parts import part_files
 from sarm.engine.mlflow import run_card
 from sarm.engine.mlflow.ui_command import ui_command
@@ -22,7 +23,6 @@ from sarm.interpret.attribution import pair_explanation, top_features
 from sarm.report import figures
 from sarm.report.report import Report, ReportFiles, as_dict, describe_features, describe_pair, write_report
 from sarm.settings.evaluation import EvaluationSettings
-from sarm.stages.train_reward_worker import load_pairs
 
 _NAMES = {
     "sarm": "SARM",
