@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +169,18 @@ class StageFolder:
         )
         write_atomically(self.folder / MANIFEST, _with_checksum(manifest))
         return manifest
+
+    def write(self, save: Callable[[], None]) -> Manifest:
+        """Claim the folder, let `save` write into it, and finish it: for conversions, which take seconds.
+
+        They have no run to track, nothing to go on with and no `--out` of their own, so a session (`Session.stage`) would add a cluster's,
+        MLflow's and a lock's care for nothing. Raises UserError if the folder is finished or holds anything else.
+        """
+        if self.finished():
+            raise UserError(f"{self.folder} is a finished {self.schema}. Pass another output folder.")
+        self.claim()
+        save()
+        return self.finish({"figures": {}})
 
     def _write_claim(self, notes: dict[str, str]) -> None:
         write_atomically(

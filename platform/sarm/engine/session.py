@@ -208,6 +208,8 @@ def tracked_folder(folder: StageFolder, run: RunSettings) -> Iterator[StageRun]:
 
     The run ends as the body does; the body finishes the folder.
     """
+    # No session: such a folder is `--out` itself, where a session keeps `run.json` beside the folders of its stages, and claiming it would
+    # throw that away. Its one MLflow run would become a parent and a child. And one of these jobs asks judges in an event loop.
     with WriterLock(folder.folder, run.out.name):
         yield from _tracked(folder, run)
 

@@ -46,6 +46,8 @@ class SaeSettings:
     """Time between two training states on disk; a stopped job that is run again goes on from the last one."""
     checkpoint_every_steps: int = field(default=0, metadata=OPERATIONAL)
     """Steps between two training states instead; 0: by time."""
+    # Declared in `nn.architectures` too, and a test holds both equal: its classes load torch, which neither help nor a refused value may
+    # wait for, and neither room imports the other.
     architecture: Literal["topk", "batch_topk", "matryoshka", "jumprelu", "abs_topk", "matching_pursuit"] = "topk"
     """k latents of each row; k a row on average over the batch, `matryoshka` in nested dictionaries; learnt thresholds; the k of largest
     absolute value, of either sign; or k greedy steps, each on what those before have left."""

@@ -18,13 +18,11 @@ from sarm.data.tokens.packing import token_batches
 from sarm.engine.deepspeed.zero import ZeroEngine
 from sarm.engine.deepspeed.zero_shards import Shards, load_moments_, load_weights_, reshard, shards, weights
 from sarm.engine.mlflow.tracking import StageRun
-from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.stall import StallGuard
 from sarm.engine.ray.trainer import (
     Progress,
     preemption_notice,
     report_progress,
-    run_workers,
     worker_device,
     worker_storage,
 )
@@ -68,27 +66,8 @@ class RewardTask:
 
     @property
     def name(self) -> str:
-        """What its metrics' names begin with."""
+        """What its metrics' names begin with, and messages call it."""
         return self.folder.name
-
-
-def train_on_cluster(task: RewardTask, cluster: Cluster, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Train on the cluster's workers and leave the model in `task.folder`; returns its figures and history.
-
-    Goes on from the newest of `task.states` if there is one.
-    """
-    threads = cluster.cpus_each(task.run, task.run.num_workers)
-    return run_workers(
-        name=task.name,
-        worker=reward_worker,
-        task=task,
-        run=task.run,
-        folder=task.folder,
-        cluster=cluster,
-        threads=threads,
-        states=task.states,
-        callbacks=callbacks,
-    )
 
 
 class _Training(NamedTuple):

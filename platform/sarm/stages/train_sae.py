@@ -95,6 +95,7 @@ class _Training:
     states: Checkpoints
 
     def __call__(self, children: Mapping[Any, StageRun]) -> Mapping[Any, Mapping[str, Any]]:
+        from sarm.engine.ray.trainer import run_workers
         from sarm.stages import train_sae_worker as worker
 
         first, *others = [
@@ -119,7 +120,7 @@ class _Training:
             also=tuple(others),
             init_seed=first.seed,
         )
-        trained = worker.train_on_cluster(task, self.session.cluster)
+        trained = run_workers(worker.sae_worker, task, self.session.cluster)
         together = {"one_read": [stage.name for stage in self.stages]}
         return {
             stage.name: _written(stage.folder, own, trained["rejected"], children[stage.name]) | together

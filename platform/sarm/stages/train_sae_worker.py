@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,10 @@ from sarm.data.store.activations import ActivationStore
 from sarm.data.store.checkpoints import Checkpoint, Checkpoints
 from sarm.data.store.shuffled_rows import ShuffledRows, memory_for_rows
 from sarm.engine.mlflow.tracking import StageRun
-from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.stall import StallGuard
 from sarm.engine.ray.trainer import (
     Progress,
     preemption_notice,
-    run_workers,
     worker_device,
     worker_storage,
     workers_on_device,
@@ -69,6 +67,8 @@ class SaeTask:
     also: tuple[SaeMember, ...] = ()
     init_seed: int | None = None
     """Seed of the first weights; None: the run's, which also decides the order of rows."""
+    name: str = "sae"
+    """What messages call the training."""
 
     def __post_init__(self) -> None:
         for member in self.also:
@@ -85,22 +85,11 @@ class SaeTask:
         return [SaeMember(self.sae, seed, self.folder, self.tracking), *self.also]
 
 
-def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
-    """Train on the cluster's workers and leave the SAE in `task.folder`; returns its figures and history.
+class _Begun(NamedTuple):
+    """A training that goes on: its newest checkpoint, and what of it all workers share."""
 
-    Goes on from the newest of `task.states` if there is one.
-    """
-    threads = cluster.cpus_each(task.run, task.run.num_workers)
-    return run_workers(
-        name="sae",
-        worker=sae_worker,
-        task=task,
-        run=task.run,
-        folder=task.folder,
-        cluster=cluster,
-        threads=threads,
-        states=task.states,
-    )
+    checkpoint: Checkpoint
+    shared: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -139,7 +128,7 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     members = task.members()
     d_in = next(iter(stores.values())).d_in
     saes = [build_sae(d_in=d_in, **{name: getattr(member.sae, name) for name in _OF_THE_SAE}) for member in members]
-    saved = None if checkpoint is None else _shared_state(checkpoint, task.sae, states.world)
+    begun = None if checkpoint is None else _Begun(checkpoint, _shared_state(checkpoint, task.sae, states.world))
     worker = _Worker(
         task=task,
         device=device,
@@ -147,29 +136,27 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         states=states,
         stores=stores,
         rows=rows,
-        histories=[{} for _ in members] if saved is None else saved["histories"],
-        figures=[{} for _ in members] if saved is None else saved["figures"],
+        histories=[{} for _ in members] if begun is None else begun.shared["histories"],
+        figures=[{} for _ in members] if begun is None else begun.shared["figures"],
     )
-    if saved is None:
+    if begun is None:
         for sae, member in zip(saes, members, strict=True):
             sae.initialise_(samples[0], torch.Generator().manual_seed(member.seed), member.sae.b_dec_init)
-    first, first_step = 0 if saved is None else saved["phase"], 0
+    first, first_step = 0 if begun is None else begun.shared["phase"], 0
     for number in range(first, len(rows)):
-        going_on = checkpoint if number == first else None
-        if number > 0 and going_on is None:
+        own = begun if number == first else None
+        if number > 0 and own is None:
             for sae in saes:
                 absorb_phase_shift_(sae, samples[number - 1].to(device), samples[number].to(device))
-        training = _run_phase(worker=worker, number=number, saes=saes, first_step=first_step, checkpoint=going_on)
+        training = _run_phase(worker=worker, number=number, saes=saes, first_step=first_step, begun=own)
         saes, first_step = [learner.whole() for learner in training.learners], training.num_steps
         _measure_phase(worker, number, saes)
     states.finish()
     return _write(worker, saes) if states.rank == 0 else None
 
 
-def _run_phase(
-    worker: _Worker, number: int, saes: list[Sae], first_step: int, checkpoint: Checkpoint | None
-) -> SaeTraining:
-    """Train through one phase, from its beginning or from where a checkpoint left it; returns the training at its end."""
+def _run_phase(worker: _Worker, number: int, saes: Sequence[Sae], first_step: int, begun: _Begun | None) -> SaeTraining:
+    """Train through one phase, from its first step or where it had `begun`; returns the training at its end."""
     task, name = worker.task, list(worker.rows)[number]
     members, is_own = task.members(), task.sae.split == "latents"
     epochs, lr = {"text": (task.sae.text_epochs, task.sae.lr), "chat": (task.sae.chat_epochs, task.sae.chat_lr)}[name]
@@ -183,11 +170,9 @@ def _run_phase(
         first_step=first_step,
         split=task.sae.split,
     )
-    if checkpoint is not None:
-        training.load_state_dict(
-            worker.states.own_state(checkpoint) if is_own else checkpoint.read("shared")["training"]
-        )
-        worker.states.restore_random(checkpoint)
+    if begun is not None:
+        training.load_state_dict(worker.states.own_state(begun.checkpoint) if is_own else begun.shared["training"])
+        worker.states.restore_random(begun.checkpoint)
         for log, history in zip(logs, worker.histories, strict=True):
             log.history = history[name]
         if worker.states.rank == 0:
