@@ -29,7 +29,6 @@ from sarm.settings.checks import UserError
 from sarm.settings.identity import identity
 from sarm.stages.audit_folder import FEATURES
 from sarm.stages.chain_state import move, was_moved
-from sarm.stages.one_sided import check_sarm
 from sarm.stages.safety_ratings import SafetyRatings, safety_ratings
 
 
@@ -39,7 +38,6 @@ def audit(session: Session, settings: AuditFeatures) -> Path:
     Raises UserError for unusable models, sources or ratings, before a cluster starts and before anything is written.
     """
     sarm_settings(settings.sarm)
-    check_sarm(settings.sarm, "audits")
     ratings = None if settings.ratings is None else safety_ratings(settings.ratings, settings.sarm)
     limits = {"select": settings.limit, "target": settings.limit, "off_target": settings.limit_off_target}
     pairs = audit_pairs({role: getattr(settings, role) for role in ROLES}, limits)
@@ -105,9 +103,9 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
     folder = StageFolder(out / "features", FEATURES, {**asked, "ratings": rated}, {CODES: (out / "codes", CODES)})
 
     def body(child: StageRun) -> Mapping[str, Any]:
-        from sarm.data.formats.sarm_folder import load_sarm
+        from sarm.data.formats.sarm_folder import read_latents
 
-        weight_S = load_sarm(settings.sarm).score.weight.detach().squeeze(0).numpy()
+        (weight_S,) = read_latents(settings.sarm, "score.weight")
         codes = read_codes(out / "codes", weight_S)
         chosen_on = codes.role("select")
         off_S = off_target_firing(codes)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from sarm.contracts.ids import stable_int
 from sarm.contracts.tables import LATENT_CONTEXTS_TABLE
-from sarm.data.formats.sarm_folder import read_tensors
+from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.store.blocks import FILE, ROW, Block, table_blocks
 from sarm.data.store.parts import part_files
 from sarm.data.tokens.contents import count_spelled
@@ -67,7 +67,7 @@ def collect_contexts(
     Raises UserError if there is nothing to read, or no latent ever fires.
     """
     collection = _Collection(settings, reader, pairs, corpus, folder, run_pass)
-    weight_S = read_tensors(reader.folder, "score.weight")[0].squeeze(0).float().numpy()
+    (weight_S,) = read_latents(reader.folder, "score.weight")
     tallies, num_rows = _tallied(collection, len(weight_S))
     latents = summaries(tallies, weight_S)
     if latents.num_rows == 0:

@@ -34,7 +34,6 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
     """
     from sarm.passes.reader import sarm_reader
     from sarm.stages.context_collection import collect_contexts
-    from sarm.stages.one_sided import check_sarm
 
     folders = session.folders
     if contexts.split != "none":
@@ -47,7 +46,6 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
     # What training kept of the model's settings; a SARM from elsewhere is read in float32.
     dtype = read_manifest(folders.sarm, SARM_FOLDER).config.get("dtype", "float32")
     reader = sarm_reader(folders.sarm, contexts.batch_tokens, dtype)
-    check_sarm(folders.sarm, "contexts")
 
     def body(child: StageRun) -> Mapping[str, Any]:
         pairs, corpus = (sorted(path.glob("*.parquet")) for path in (folders.pairs, folders.corpus))
@@ -105,12 +103,10 @@ def _features(
     store: ContextStore, folders: Folders, pages: PagesSettings, inputs: Mapping[str, tuple[Path, str]]
 ) -> list[dict[str, Any]]:
     """What pages say of each feature; with pairs and explanations where the inputs have them."""
-    from sarm.data.formats.sarm_folder import read_tensors
+    from sarm.data.formats.sarm_folder import read_latents
     from sarm.interpret.feature_data import add_explanations, add_pairs, features
 
-    weight_S, W_dec_SD = (
-        tensor.float().squeeze(0).numpy() for tensor in read_tensors(folders.sarm, "score.weight", "sae.W_dec")
-    )
+    weight_S, W_dec_SD = read_latents(folders.sarm, "score.weight", "sae.W_dec")
     shown = features(store, W_dec_SD, weight_S, pages)
     if EVALUATION_FOLDER in inputs:
         scores, pairs = _table(folders.evaluation / "sarm_scores"), _table(folders.pairs)

@@ -19,7 +19,7 @@ from sarm.contracts.tables import PAIR_SCORES_TABLE
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.models import model_folder
 from sarm.data.formats.sae_folder import load_sae
-from sarm.data.formats.sarm_folder import load_sarm
+from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.sources.prepare import NEAR_DUPLICATES
 from sarm.data.store.activations import ActivationStore
 from sarm.data.store.blocks import plan_blocks
@@ -74,7 +74,7 @@ def _measure(
 
     metrics["near_duplicates"] = without_near_duplicates(scores, session.folders.pairs)
 
-    weight = load_sarm(session.folders.sarm).score.weight.detach().squeeze(0).numpy()
+    (weight,) = read_latents(session.folders.sarm, "score.weight")
     sae, _ = load_sae(session.folders.sae)
     quality = measure(sae, ActivationStore(session.folders.heldout_activations).read_sides()[1])
     metrics["sae_on_heldout"] = {
@@ -87,7 +87,7 @@ def _measure(
     metrics["completeness"] = check_completeness(scores["sarm"], weight)
     features = feature_table(scores["sarm"], weight)
     answers = _answers(session, scores["sarm"])
-    contexts = strongest_texts(answers, evaluation.contexts_per_feature, is_bidirectional=sae.is_bidirectional)
+    contexts = strongest_texts(answers, evaluation.contexts_per_feature)
     pq.write_table(features, folder / "features.parquet", write_page_checksum=True)
     pq.write_table(contexts, folder / "contexts.parquet", write_page_checksum=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))

@@ -50,38 +50,23 @@ def extract(session: Session, model: ModelSettings, extraction: ExtractionSettin
             name = _NAMES_OF_UNIT.get("".join(extraction.units), name)
             _check_units(source, extraction.units)
         targets = {key: folder.folder for key, folder in planned.items()}
-        names = dict.fromkeys(folders, name)
-        session.stages(
-            names,
-            folders,
-            _Extraction(
-                session=session,
-                model=model,
-                extraction=extraction,
-                chat=chat,
-                name=name,
-                source=source,
-                targets=targets,
-            ),
-            resume=True,
+        body = _Extraction(
+            session=session, model=model, extraction=extraction, chat=chat, name=name, source=source, targets=targets
         )
+        session.stages(dict.fromkeys(folders, name), folders, body, resume=True)
 
 
+@dataclass(frozen=True)
 class _Extraction:
     """The body of one split's stages."""
 
-    def __init__(
-        self,
-        session: Session,
-        model: ModelSettings,
-        extraction: ExtractionSettings,
-        chat: ChatTokenizer,
-        name: str,
-        source: Path,
-        targets: Mapping[Key, Path],
-    ):
-        self._session, self._model, self._extraction, self._chat = session, model, extraction, chat
-        self._name, self._source, self._targets = name, source, targets
+    session: Session
+    model: ModelSettings
+    extraction: ExtractionSettings
+    chat: ChatTokenizer
+    name: str
+    source: Path
+    targets: Mapping[Key, Path]
 
     def __call__(self, children: Mapping[Key, StageRun]) -> dict[Key, dict[str, Any]]:
         from sarm.contracts.passes import Target

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from sarm.contracts.folders import BASELINES
 from sarm.contracts.manifest import MANIFEST, Manifest, parse_manifest
-from sarm.data.formats.sarm_folder import load_sarm
+from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.store.pairs import load_pairs
 from sarm.data.store.parts import part_files
 from sarm.engine.mlflow import run_card
@@ -201,7 +201,7 @@ def _rejected(manifests: dict[str, Manifest]) -> dict[str, int]:
 
 def _explained_pairs(session: Session, scores: pa.Table) -> list[dict[str, Any]]:
     """Pairs whose margins are spread over the whole range, worst first, each as a sum of features."""
-    weight = load_sarm(session.folders.sarm).score.weight.detach().squeeze(0).numpy()
+    (weight,) = read_latents(session.folders.sarm, "score.weight")
     pairs = {pair["pair_id"]: pair for pair in load_pairs(session.folders.pairs, "heldout").to_pylist()}
     margins = scores["chosen_reward"].to_numpy() - scores["rejected_reward"].to_numpy()
     order = np.argsort(margins)

@@ -26,7 +26,7 @@ from sarm.audit.steering import (
 )
 from sarm.contracts.folders import SARM_FOLDER
 from sarm.contracts.manifest import StageFolder, finite_or_null, read_manifest, write_atomically
-from sarm.data.formats.sarm_folder import load_sarm, save_sarm
+from sarm.data.formats.sarm_folder import read_sarm, save_sarm
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
@@ -232,7 +232,7 @@ def _sarm_folder(folder: Path, source: Path, steering: Mapping[str, Any]) -> Sta
 
 def _save(source: Path, edit: Edit, folder: Path) -> None:
     """The model with the edited head as a normal SARM folder, and the edit beside it."""
-    model = load_sarm(source)
+    model = read_sarm(source)
     weight_S = model.score.weight.detach().squeeze(0).numpy()
     with torch.no_grad():
         model.score.weight[0] = torch.from_numpy(edit.applied(weight_S))
