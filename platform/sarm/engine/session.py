@@ -169,10 +169,10 @@ class Session:
                 children[key] = named[name]
                 folder.note(mlflow_run_id=children[key].run_id)
             with peak_memory() as memory:
-                found = body(children)
+                counted = body(children)
             took = {"seconds": round(time.monotonic() - started, 2), "peak_rss_gb": round(memory.peak / 1e9, 3)}
             for key, folder in folders.items():
-                counts = {**found[key], **took}
+                counts = {**counted[key], **took}
                 child, manifests[key] = children[key], folder.finish(counts)
                 self._verified.add(folder.folder)
                 figures = counts.get("figures", {})

@@ -57,7 +57,7 @@ class AbsTopKRule:
         values_BK, latents_BK = torch.cat(self._values), torch.cat(self._latents)
         rows = torch.arange(len(values_BK), device=values_BK.device).repeat_interleave(values_BK.shape[1])
         is_on = torch.ones_like(rows, dtype=torch.bool)
-        found = Entries(values_BK.flatten(), latents_BK.flatten(), rows, is_on)
+        entries = Entries(values_BK.flatten(), latents_BK.flatten(), rows, is_on)
         if self._group is None:
-            return found
-        return found.at(is_among_largest(values_BK.abs(), self._k, self._group).flatten())
+            return entries
+        return entries.at(is_among_largest(values_BK.abs(), self._k, self._group).flatten())

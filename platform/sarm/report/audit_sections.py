@@ -120,8 +120,8 @@ def _certificate(name: str, edit: Mapping[str, Any], certificate: Mapping[str, A
         text=f"The solver saw half of the prompts, where the target rises by {signed(solved['target_shift'])} and no other subset moves by more than {solved['largest_other_shift']:.3f}. The table has the other half, with 95 % intervals over prompts. The goal of {signed(edit['goal'])} {goal}. The tolerance of {edit['tolerance']:g} {verdict}.",
         columns=("pairs", "n", "prompts", "margin shift", "95 % interval"),
         rows=[
-            (label, one["num_pairs"], one["num_prompts"], signed(one["value"]), signed_span(one["ci95"]))
-            for label, one in [("target", certificate["target"]), *certificate["others"].items()]
+            (label, change["num_pairs"], change["num_prompts"], signed(change["value"]), signed_span(change["ci95"]))
+            for label, change in [("target", certificate["target"]), *certificate["others"].items()]
         ],
     )
 

@@ -108,10 +108,10 @@ class AlsoSaes:
 
     def beside(self, sae: SaeSettings, seed: int) -> list[tuple[str, SaeSettings, int]]:
         """Name, settings and seed of each, without the main one; raises UserError for a combination that cannot be."""
-        found = []
+        others = []
         for d_sae, k, init_seed in itertools.product(
             *(dict.fromkeys((own, *further)) for own, further in ((sae.d_sae, self.d_sae), (sae.k, self.k), (seed, self.seed)))
         ):  # fmt: skip
             if (d_sae, k, init_seed) != (sae.d_sae, sae.k, seed):
-                found.append((f"d{d_sae}-k{k}-seed{init_seed}", replace(sae, d_sae=d_sae, k=k), init_seed))
-        return found
+                others.append((f"d{d_sae}-k{k}-seed{init_seed}", replace(sae, d_sae=d_sae, k=k), init_seed))
+        return others

@@ -37,6 +37,6 @@ def read_audit(out: Path) -> Audited:
     if hash_of_folder(sarm) != read_manifest(out / "codes", CODES).config["sarm"]:
         raise UserError(f"{sarm} is not the model that {out} audited. Audit it again into another --out.")
     codes = read_codes(out / "codes", model.score.weight.detach().squeeze(0).numpy())
-    found = json.loads((out / "features" / "selection.json").read_text())
-    latents, signs = ([row[name] for row in found["selected"]] for name in ("latent", "sign"))
+    content = json.loads((out / "features" / "selection.json").read_text())
+    latents, signs = ([row[name] for row in content["selected"]] for name in ("latent", "sign"))
     return Audited(sarm, model, codes, Selection(np.array(latents, np.int64), np.array(signs, np.int64)))

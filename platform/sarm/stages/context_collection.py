@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sarm.contracts.ids import stable_int
 from sarm.contracts.tables import LATENT_CONTEXTS_TABLE
 from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.store.blocks import FILE, ROW, Block, table_blocks
+from sarm.data.store.pairs import PAIR_COLUMNS, of_split, pair_numbers
 from sarm.data.store.parts import part_files
 from sarm.data.tokens.contents import count_spelled
 from sarm.engine.ray.block_actor import Output
@@ -179,7 +179,6 @@ def driving_parts(
         arguments={"reader": reader, "limit": settings.span_pieces},
         outputs={"spans": output},
         id_columns=("ref",),
-        input_ids=_refs,
         output_id="ref",
         keys=("latent",),
     )
@@ -193,13 +192,13 @@ def _pairs_pass(collection: _Collection, blocks: list[Block]) -> Pass:
     return Pass(
         name="contexts of pairs",
         blocks=blocks,
-        columns=("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset", FILE, ROW),
-        keep=None if split == "all" else functools.partial(_of_split, split=split),
+        columns=(*PAIR_COLUMNS, FILE, ROW),
+        keep=None if split == "all" else functools.partial(of_split, split=split),
         actor=PairUnits,
         arguments=_arguments(collection.reader, collection.pairs),
         outputs={"units": Output(collection.folder / "parts" / "pairs", UNITS)},
         id_columns=("pair_id", "split"),
-        input_ids=_pair_ids,
+        input_ids=pair_numbers,
         output_id="row_ids",
         keys=("ref",),
     )
@@ -215,7 +214,6 @@ def _texts_pass(collection: _Collection, blocks: list[Block]) -> Pass:
         arguments=_arguments(collection.reader, collection.corpus),
         outputs={"units": Output(collection.folder / "parts" / "texts", UNITS)},
         id_columns=("row_id",),
-        input_ids=_row_ids,
         output_id="row_ids",
         keys=("ref",),
     )
@@ -223,22 +221,6 @@ def _texts_pass(collection: _Collection, blocks: list[Block]) -> Pass:
 
 def _arguments(reader: Reader, files: Sequence[Path]) -> dict[str, Any]:
     return {"reader": reader, "files": {str(path): number for number, path in enumerate(files)}}
-
-
-def _of_split(table: pa.Table, split: str) -> pa.Table:
-    return table.filter(pc.equal(table["split"], split))
-
-
-def _pair_ids(table: pa.Table) -> list[int]:
-    return [stable_int(pair_id) for pair_id in table["pair_id"].to_pylist()]
-
-
-def _row_ids(table: pa.Table) -> list[int]:
-    return table["row_id"].to_pylist()
-
-
-def _refs(table: pa.Table) -> list[int]:
-    return table["ref"].to_pylist()
 
 
 def _units_of(work: Pass) -> Iterator[pa.Table]:

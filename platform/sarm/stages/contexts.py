@@ -5,9 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.dataset as ds
-
 from sarm.contracts.folders import (
     EVALUATION_FOLDER,
     EXPLANATIONS_FOLDER,
@@ -16,6 +13,7 @@ from sarm.contracts.folders import (
     Folders,
 )
 from sarm.contracts.manifest import Manifest, read_manifest
+from sarm.data.store.parts import read_parts
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.interpret.context_store import ContextStore, load_contexts
@@ -109,7 +107,7 @@ def _features(
     weight_S, W_dec_SD = read_latents(folders.sarm, "score.weight", "sae.W_dec")
     shown = features(store, W_dec_SD, weight_S, pages)
     if EVALUATION_FOLDER in inputs:
-        scores, pairs = _table(folders.evaluation / "sarm_scores"), _table(folders.pairs)
+        scores, pairs = read_parts(folders.evaluation / "sarm_scores"), read_parts(folders.pairs)
         add_pairs(shown=shown, scores=scores, pairs=pairs, weight_S=weight_S, num=pages.pairs)
     if EXPLANATIONS_FOLDER in inputs:
         add_explanations(shown, inputs[EXPLANATIONS_FOLDER][0])
@@ -138,11 +136,3 @@ def _picture(shown: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     path = folder / "contributions.png"
     save_figure(contribution_bars(raising, lowering), path)
     return path
-
-
-def _table(folder: Path) -> pa.Table:
-    # Rejected rows have a file of their own beside the parts.
-    paths = sorted(folder.glob("part-*.parquet"))
-    if not paths:
-        raise UserError(f"{folder} holds no Parquet files. Delete it and run its stage again.")
-    return ds.dataset([str(path) for path in paths]).to_table().replace_schema_metadata(None)

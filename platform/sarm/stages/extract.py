@@ -3,17 +3,17 @@
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sarm.contracts.ids import stable_int
 from sarm.contracts.tables import activations_table
 from sarm.data.formats.models import check_model, model_folder
 from sarm.data.store.blocks import plan_blocks
+from sarm.data.store.pairs import PAIR_COLUMNS, of_split, pair_numbers
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _NAMES = {"all": "extract sentence ends", "train": "extract chat ends", "heldout": "extract held-out chat ends"}
 _NAMES_OF_UNIT = {"token": "extract tokens", "chat": "extract conversation ends"}
 _TEXT_COLUMNS = ("row_id", "text")
-_PAIR_COLUMNS = ("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset")
 
 
 def extract(session: Session, model: ModelSettings, extraction: ExtractionSettings) -> None:
@@ -103,8 +102,8 @@ class _Extraction:
                 together=None if is_text else "prompt_id",
                 limit_rows=self._limit(files) if is_text else None,
             ),
-            columns=_text_columns(keys) if is_text else _PAIR_COLUMNS,
-            keep=None if is_text else functools.partial(_of_split, split=split),
+            columns=_text_columns(keys) if is_text else PAIR_COLUMNS,
+            keep=None if is_text else functools.partial(of_split, split=split),
             actor=TextActivations if is_text else ChatActivations,
             arguments={
                 "model": self.model,
@@ -116,7 +115,7 @@ class _Extraction:
                 target: Output(self.targets[split, target.unit, target.layer], own) for target, own in schemas.items()
             },
             id_columns=("row_id",) if is_text else ("pair_id", "split"),
-            input_ids=_text_ids if is_text else _pair_ids,
+            input_ids=None if is_text else pair_numbers,
             output_id="row_id",
         )
 
@@ -197,15 +196,3 @@ def _check_units(corpus: Path, units: Sequence[str]) -> None:
 
 def _text_columns(keys: Sequence[Key]) -> tuple[str, ...]:
     return (*_TEXT_COLUMNS, "messages") if any(unit == "chat" for _, unit, _ in keys) else _TEXT_COLUMNS
-
-
-def _of_split(table: pa.Table, split: str) -> pa.Table:
-    return table.filter(pc.equal(table.column("split"), split))
-
-
-def _text_ids(table: pa.Table) -> list[int]:
-    return table.column("row_id").to_pylist()
-
-
-def _pair_ids(table: pa.Table) -> list[int]:
-    return [stable_int(pair_id) for pair_id in table.column("pair_id").to_pylist()]

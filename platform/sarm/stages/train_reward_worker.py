@@ -33,6 +33,7 @@ from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
 from sarm.settings.run import RunSettings
 from sarm.stages.reward_models import build_model, merge_adapters_
+from sarm.stages.reward_pairs import RewardPairs, read_reward_pairs, spelled_contents
 from sarm.train.head_start import start_head_
 from sarm.train.reward import RewardTraining, parameter_groups
 

@@ -28,12 +28,12 @@ def train_sarm(session: Session, model: ModelSettings, reward: RewardSettings) -
 
     check_model(model)
     trainings = variants(model, reward, session.folders.sae)
-    for sae in dict.fromkeys(one.sae for one in trainings if one.sae):
+    for sae in dict.fromkeys(variant.sae for variant in trainings if variant.sae):
         read_manifest(sae, SAE_FOLDER)
         reward_models.check_sae(sae, model)
         reward_models.check_width(sae, model)
-    for one in trainings:
-        train_reward_model(session, one)
+    for variant in trainings:
+        train_reward_model(session, variant)
 
 
 def train_reward_model(session: Session, variant: Variant) -> Path:

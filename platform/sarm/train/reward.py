@@ -189,11 +189,11 @@ class RewardTraining:
                 outcomes += [_forward(self._engine, micro, self._pad_id, self._objective)[0] for micro in share]
         self._engine.train(True)
         sums = Sums.of(outcomes).over_ranks(self._engine.device)
-        found = sums.metrics()
-        if self.validation.add(self.num_steps, found["loss"]):
+        measured = sums.metrics()
+        if self.validation.add(self.num_steps, measured["loss"]):
             self._on_best()
         self._validation_seconds += time.monotonic() - started
-        return {f"validation_{name}": found[name] for name in ("loss", "accuracy", "margin")}
+        return {f"validation_{name}": measured[name] for name in ("loss", "accuracy", "margin")}
 
 
 def train_reward(

@@ -71,11 +71,11 @@ def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
             f"{folder} is not a readable reward model: {error}. Train it again, or pass another --out."
         ) from error
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
         raise UserError(
-            f"{folder} does not fit its config: {len(wrong)} weights differ, first {wrong[0]}: got {found.get(wrong[0])}, expected {expected.get(wrong[0])}."
+            f"{folder} does not fit its config: {len(wrong)} weights differ, first {wrong[0]}: got {shapes.get(wrong[0])}, expected {expected.get(wrong[0])}."
         )
     if broken := not_finite(weights.items()):
         raise UserError(f"{folder} holds NaN or infinite values in {broken}. The model is broken; train it again.")
