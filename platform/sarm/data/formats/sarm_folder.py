@@ -6,6 +6,7 @@ Apart from SAE folders, since `transformers`' models take seconds to import, whi
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,8 @@ def read_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
     model = load_sarm(folder, dtype)
     if model.config.head != "sae" or not isinstance(model.sae, AbsTopKSae):
         return model
-    config, sae = copy.deepcopy(model.config), model.sae.unfolded()
+    config: Any = copy.deepcopy(model.config)
+    sae = model.sae.unfolded()
     config.d_sae, config.sae = sae.d_sae, sae.describe()
     unfolded = SarmForSequenceClassification(config, model.model, sae)
     unfolded.score.weight.copy_(torch.cat([model.score.weight, -model.score.weight], 1))
