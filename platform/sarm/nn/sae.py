@@ -98,8 +98,6 @@ class Sae(nn.Module, ABC):
     """Hyperparameters beside d_sae and k: arguments, attributes, settings, and fields of `cfg.json`."""
     exported_as: str
     """The rule by which a reader who knows nothing of training gets the codes; file formats list the rules they can hold."""
-    is_bidirectional: ClassVar[bool] = False
-    """Whether a negative value of a latent has a meaning of its own."""
     is_tied: ClassVar[bool] = False
     """Whether the encoder is the decoder's transpose, and neither W_enc nor b_enc a parameter."""
     prefixes: tuple[int, ...] = ()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sarm.contracts.passes import Beat, Cost
-from sarm.data.formats.sarm_folder import load_sarm
+from sarm.data.formats.sarm_folder import read_sarm
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.tokens.packing import Row, TokenBatch, collate, row_batches
 from sarm.nn.backbone import residual_stream
@@ -66,8 +66,8 @@ class Reader:
 
     @cached_property
     def model(self) -> SarmForSequenceClassification:
-        """The reward model, in evaluation mode."""
-        return load_sarm(self.folder, getattr(torch, self.dtype)).to(device_of_worker())  # type: ignore[arg-type]
+        """The reward model, in evaluation mode; its latents have one meaning each (`read_sarm`)."""
+        return read_sarm(self.folder, getattr(torch, self.dtype)).to(device_of_worker())  # type: ignore[arg-type]
 
     @property
     def row_tokens(self) -> int:

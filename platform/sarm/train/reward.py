@@ -11,17 +11,17 @@ full; all ranks plan the same step and take their share, so a step's gradient do
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sarm.data.tokens.groups import PromptGroup, split_group
-from sarm.data.tokens.packing import Row, collate, padded_tokens
+from sarm.data.tokens.groups import PromptGroup
+from sarm.data.tokens.packing import collate
 from sarm.settings.reward import RewardSettings
 from sarm.train.objective import Objective, objective_of
+from sarm.train.reward_batches import MicroBatch, cut_into_steps, deal
 from sarm.train.reward_checks import LossGuard, Outcome, Sums, Validation
 from sarm.train.schedule import warmup_cosine
 
@@ -69,13 +69,6 @@ class LocalEngine:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
-
-
-class MicroBatch(NamedTuple):
-    """Whole groups whose rows fit one forward and backward pass."""
-
-    groups: list[PromptGroup]
-    rows: list[Row]
 
 
 class RewardTraining:
@@ -196,11 +189,11 @@ class RewardTraining:
                 outcomes += [_forward(self._engine, micro, self._pad_id, self._objective)[0] for micro in share]
         self._engine.train(True)
         sums = Sums.of(outcomes).over_ranks(self._engine.device)
-        found = sums.metrics()
-        if self.validation.add(self.num_steps, found["loss"]):
+        measured = sums.metrics()
+        if self.validation.add(self.num_steps, measured["loss"]):
             self._on_best()
         self._validation_seconds += time.monotonic() - started
-        return {f"validation_{name}": found[name] for name in ("loss", "accuracy", "margin")}
+        return {f"validation_{name}": measured[name] for name in ("loss", "accuracy", "margin")}
 
 
 def train_reward(
@@ -244,40 +237,6 @@ def parameter_groups(model: torch.nn.Module, config: RewardSettings) -> list[dic
             for parameter in parameters:
                 parameter.requires_grad_(True)
     return groups
-
-
-def cut_into_steps(groups: Sequence[PromptGroup], batch_pairs: int, seed: int, epoch: int) -> list[list[PromptGroup]]:
-    """Groups in random order, cut so that a step holds at most `batch_pairs` pairs (more only if one prompt has more)."""
-    steps: list[list[PromptGroup]] = []
-    room = 0
-    for index in np.random.default_rng([seed, epoch]).permutation(len(groups)):
-        group = groups[index]
-        if not steps or len(group.pairs) > room:
-            steps.append([])
-            room = batch_pairs
-        steps[-1].append(group)
-        room -= len(group.pairs)
-    return steps
-
-
-def deal(step: Sequence[PromptGroup], world: int, row_tokens: int, batch_tokens: int) -> list[list[MicroBatch]]:
-    """The step as micro-batches of at most `batch_tokens` tokens for each rank, as many on every rank: collectives must meet.
-
-    Ranks that run out of work repeat a micro-batch with its pairs left out, which adds nothing to the gradient.
-    """
-    parts = [part for group in step for part in split_group(group, row_tokens, batch_tokens)]
-    packed = [MicroBatch([part], part.rows(row_tokens)) for part in parts]
-    micros: list[MicroBatch] = []
-    for item in sorted(packed, key=lambda m: sum(len(row.ids) for row in m.rows), reverse=True):
-        for i, micro in enumerate(micros):
-            if padded_tokens(micro.rows + item.rows) <= batch_tokens:
-                micros[i] = MicroBatch(micro.groups + item.groups, micro.rows + item.rows)
-                break
-        else:
-            micros.append(item)
-    idle = MicroBatch([g._replace(pairs=[]) for g in micros[-1].groups], micros[-1].rows)
-    micros += [idle] * (-len(micros) % world)
-    return [micros[rank::world] for rank in range(world)]
 
 
 def _backward(
