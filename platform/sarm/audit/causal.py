@@ -70,7 +70,8 @@ def upstream(
         change_R = (
             upstream_rewards(model=model, residual_RD=residual_RD, z_RE=z_RE, latents=latents, sign=sign) - reward_R
         )
-        return change_R[chosen] - change_R[rejected]
+        change_N: NDArray[np.float64] = change_R[chosen] - change_R[rejected]
+        return change_N
 
     out: dict[str, Any] = {}
     for name, sign in (("removed", -1.0), ("added", 1.0)):
@@ -95,7 +96,8 @@ def swap(codes: AuditCodes, selected: NDArray[np.int64], control_sets_GE: NDArra
     before_N = codes.margins
 
     def changed(latents: NDArray[np.int64]) -> NDArray[np.float64]:
-        return -2 * (codes.difference[:, latents] @ codes.weight[latents])
+        change_N: NDArray[np.float64] = -2 * (codes.difference[:, latents] @ codes.weight[latents])
+        return change_N
 
     own_N = changed(selected)
     controls = [changed(latents) for latents in control_sets_GE]
@@ -143,7 +145,8 @@ def contribution_order(codes: AuditCodes) -> NDArray[np.int64]:
     """Latents by the size of their mean contribution to the margin of these pairs, largest first; silent ones left out."""
     mean_S = np.asarray(codes.difference.mean(axis=0)).ravel() * codes.weight
     order = np.argsort(-np.abs(mean_S), kind="stable")
-    return order[np.abs(mean_S[order]) > 0]
+    ordered: NDArray[np.int64] = order[np.abs(mean_S[order]) > 0]
+    return ordered
 
 
 def sentence_edits(

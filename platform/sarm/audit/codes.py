@@ -82,13 +82,15 @@ class AuditCodes:
 
     @property
     def margins(self) -> Float[np.ndarray, " pairs"]:
-        return self.reward[self.chosen] - self.reward[self.rejected]
+        margins_N: Float[np.ndarray, " pairs"] = self.reward[self.chosen] - self.reward[self.rejected]
+        return margins_N
 
     @property
     def log_length(self) -> Float[np.ndarray, " pairs"]:
         """log tokens of the chosen answer minus that of the rejected one: whole conversations would hide it behind a long prompt."""
         log_R = np.log(np.maximum(self.tokens, 1.0))
-        return log_R[self.chosen] - log_R[self.rejected]
+        difference_N: Float[np.ndarray, " pairs"] = log_R[self.chosen] - log_R[self.rejected]
+        return difference_N
 
     def at(self, site: str) -> sparse.csr_array:
         """Positive latents of each response: at the rewarded token, or their sums over sentence ends."""

@@ -55,7 +55,10 @@ def reference_scores(codes: AuditCodes, site: str) -> Float[np.ndarray, " d_sae"
     chosen_S, rejected_S = (_sums(z_RS, rows) for rows in (codes.chosen, codes.rejected))
     total_S = chosen_S + rejected_S
     damping = total_S.mean()
-    return np.divide(chosen_S - rejected_S, total_S + damping, out=np.zeros_like(total_S), where=total_S > 0)
+    contrast_S: Float[np.ndarray, " d_sae"] = np.divide(
+        chosen_S - rejected_S, total_S + damping, out=np.zeros_like(total_S), where=total_S > 0
+    )
+    return contrast_S
 
 
 def contrast(codes: AuditCodes, site: str, permutations: int, seed: int) -> Contrast:
@@ -124,7 +127,8 @@ def _half_width(d_NF: NDArray[np.float64], x_N: NDArray[np.float64], prompt_N: N
     slope = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > _NO_SPREAD)[:, None] * (xd - (x / n)[:, None] * d)  # fmt: skip
     without_UF = (d - slope * x[:, None]) / n[:, None]
     variance_F = (num - 1) / num * np.square(without_UF - without_UF.mean(axis=0)).sum(axis=0)
-    return student(float(weight_U.sum() ** 2 / np.square(weight_U).sum())) * np.sqrt(variance_F)
+    half_F: NDArray[np.float64] = student(float(weight_U.sum() ** 2 / np.square(weight_U).sum())) * np.sqrt(variance_F)
+    return half_F
 
 
 def off_target_firing(codes: AuditCodes) -> Float[np.ndarray, " d_sae"]:

@@ -106,4 +106,5 @@ def _solve(
     found = optimize.linprog(cost, np.hstack([rows_CM, -rows_CM]), limit_C, bounds=(0, bound), method="highs")
     if found.status != 0:
         raise UserError(f"the solver found no edit: {found.message}")
-    return found.x[:size] - found.x[size:]
+    step_M: NDArray[np.float64] = found.x[:size] - found.x[size:]
+    return step_M

@@ -36,7 +36,8 @@ CHANGES = pa.schema(
 def pair_scores(codes: AuditCodes, selection: Selection, site: str) -> Float[np.ndarray, " pairs"]:
     """Safe minus unsafe features of the chosen response minus the same of the rejected one."""
     g_R = codes.per_end(site)[:, selection.latent] @ selection.sign.astype(np.float64)
-    return g_R[codes.chosen] - g_R[codes.rejected]
+    score_N: Float[np.ndarray, " pairs"] = g_R[codes.chosen] - g_R[codes.rejected]
+    return score_N
 
 
 def feature_scores(codes: AuditCodes, picked: Selection) -> dict[str, Float[np.ndarray, " pairs"]]:

@@ -76,7 +76,8 @@ class CachedHead:
         return {name: pair_credit((x @ weight_F).astype(np.float64)) for name, x in self.heldout.items()}
 
     def _turned(self, rows: NDArray[np.int64], sign_N: NDArray[np.float64]) -> NDArray[np.float32]:
-        return self.x[rows] * sign_N[rows, None].astype(np.float32)
+        turned_NF: NDArray[np.float32] = self.x[rows] * sign_N[rows, None].astype(np.float32)
+        return turned_NF
 
 
 def cross_fitted(
@@ -91,7 +92,8 @@ def cross_fitted(
 
 def root_mean_square(x_ND: NDArray[np.floating]) -> NDArray[np.floating]:
     """Of each column, never 0; turning rows around does not change it, as it would a standard deviation."""
-    return np.sqrt(np.square(x_ND, dtype=np.float64).mean(axis=0)).astype(x_ND.dtype) + 1e-12
+    size_F: NDArray[np.floating] = np.sqrt(np.square(x_ND, dtype=np.float64).mean(axis=0)).astype(x_ND.dtype) + 1e-12
+    return size_F
 
 
 def _cross_fitted(

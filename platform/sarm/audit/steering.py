@@ -69,7 +69,8 @@ def make_edit(kind: str, strength: float, latents: NDArray[np.int64], weight_S: 
 
 def steered_rewards(codes: AuditCodes, edit: Edit) -> Float[np.ndarray, " responses"]:
     """Rewards of all responses under the edited head, without running the model."""
-    return codes.reward + codes.z[:, edit.latent] @ (edit.after - edit.before)
+    reward_R: Float[np.ndarray, " responses"] = codes.reward + codes.z[:, edit.latent] @ (edit.after - edit.before)
+    return reward_R
 
 
 def _parts(kind: str, weight: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -113,16 +114,21 @@ class Sweep:
 
     def shift(self, strength: float) -> Float[np.ndarray, "responses sets"]:
         """Change of the rewards of `codes.responses`."""
-        return self.constant_RG + strength * self.slope_RG
+        shift_RG: Float[np.ndarray, "responses sets"] = self.constant_RG + strength * self.slope_RG
+        return shift_RG
 
     def margins(self, strength: float) -> Float[np.ndarray, "pairs sets"]:
         """Margins after the edit."""
         shift_RG = self.shift(strength)
-        return self.codes.margins[:, None] + shift_RG[self._chosen] - shift_RG[self._rejected]
+        margins_NG: Float[np.ndarray, "pairs sets"] = (
+            self.codes.margins[:, None] + shift_RG[self._chosen] - shift_RG[self._rejected]
+        )
+        return margins_NG
 
     def pair_slopes(self) -> Float[np.ndarray, " pairs"]:
         """How far each pair's margin moves per unit of strength, under the first set."""
-        return self.slope_RG[self._chosen, 0] - self.slope_RG[self._rejected, 0]
+        slopes_N: Float[np.ndarray, " pairs"] = self.slope_RG[self._chosen, 0] - self.slope_RG[self._rejected, 0]
+        return slopes_N
 
     def summary(self) -> dict[str, Float[np.ndarray, "strengths sets"]]:
         """Mean shifts, share of responses affected, flips and accuracy at every strength, for every set.

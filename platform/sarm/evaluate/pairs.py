@@ -137,7 +137,8 @@ def _margins(scores: pa.Table) -> NDArray[np.float64]:
 
 
 def _numbers(scores: pa.Table, column: str) -> NDArray[np.float64]:
-    return scores[column].to_numpy().astype(np.float64)
+    numbers_N: NDArray[np.float64] = scores[column].to_numpy().astype(np.float64)
+    return numbers_N
 
 
 def _ids(scores: pa.Table, column: str) -> NDArray[Any]:

@@ -100,7 +100,9 @@ def fit_head(
     turned_ND = np.where(labels_N[:, None] == 1, x_ND, -x_ND)
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(turned_ND, labels_N).coef_[0]
+    weight_D: Float[np.ndarray, " d_in"]
+    (weight_D,) = LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(turned_ND, labels_N).coef_
+    return weight_D
 
 
 def _fit_with_margins(
@@ -119,4 +121,6 @@ def _fit_with_margins(
 
     start_D = np.zeros(x_ND.shape[1])
     options = {"maxiter": 1000, "gtol": 1e-6, "ftol": 0.0}
-    return minimize(loss_and_gradient, start_D, jac=True, method="L-BFGS-B", options=options).x.astype(np.float32)
+    found = minimize(loss_and_gradient, start_D, jac=True, method="L-BFGS-B", options=options)
+    weight_D: NDArray[np.float32] = found.x.astype(np.float32)
+    return weight_D

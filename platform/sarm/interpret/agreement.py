@@ -35,7 +35,7 @@ def krippendorff_alpha(ratings_RN: Ratings, levels: int = LEVELS) -> float | Non
     expected = float((np.outer(total_Q, total_Q) * delta_QQ).sum())
     if expected == 0:
         return None
-    return 1 - (total_Q.sum() - 1) * float((observed_QQ * delta_QQ).sum()) / expected
+    return float(1 - (total_Q.sum() - 1) * float((observed_QQ * delta_QQ).sum()) / expected)
 
 
 def gwet_ac2(ratings_RN: Ratings, levels: int = LEVELS, weights_QQ: NDArray[np.float64] | None = None) -> float | None:

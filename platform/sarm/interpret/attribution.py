@@ -119,7 +119,8 @@ def top_features(features: pa.Table, n: int) -> TopFeatures:
 def mean_contribution(features: pa.Table) -> Float[np.ndarray, " features"]:
     """Mean contribution over chosen and rejected responses together, in reward units."""
     chosen_F = features["mean_contribution_chosen"].to_numpy().astype(np.float64)
-    return (chosen_F + features["mean_contribution_rejected"].to_numpy()) / 2
+    mean_F: Float[np.ndarray, " features"] = (chosen_F + features["mean_contribution_rejected"].to_numpy()) / 2
+    return mean_F
 
 
 def pair_explanation(scores: pa.Table, pair_id: str, weight_S: Float[np.ndarray, " d_sae"], n: int) -> PairExplanation:

@@ -194,7 +194,8 @@ def _texts(contexts: pa.Table, latents: Sequence[int]) -> dict[int, list[dict[st
 
 def _driving(row: Mapping[str, Any]) -> str:
     """The part of a text that drives the latent, the whole where it is not known."""
-    return row["text"][row["span_start"] : row["span_end"]] if row["span_start"] >= 0 else row["text"]
+    text: str = row["text"]
+    return text[row["span_start"] : row["span_end"]] if row["span_start"] >= 0 else text
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -151,7 +151,8 @@ class Pool:
             near = (self._tfidf[free] @ self._words.transform([one.text for one in positives]).T).max(axis=1)
             near_F = np.asarray(near.todense()).ravel()
             best = np.argsort(-near_F, kind="stable")
-            return free[best[near_F[best] > 0]].tolist()
+            found: list[int] = free[best[near_F[best] > 0]].tolist()
+            return found
         # Of a few at random, the one whose length is nearest to that of a positive.
         lengths = [len(one.text) for one in positives]
         picks = []

@@ -67,7 +67,8 @@ class Reader:
     @cached_property
     def model(self) -> SarmForSequenceClassification:
         """The reward model, in evaluation mode."""
-        return load_sarm(self.folder, getattr(torch, self.dtype)).to(device_of_worker())  # type: ignore[arg-type]
+        model: SarmForSequenceClassification = load_sarm(self.folder, getattr(torch, self.dtype)).to(device_of_worker())  # type: ignore[arg-type]
+        return model
 
     @property
     def row_tokens(self) -> int:

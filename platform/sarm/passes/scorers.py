@@ -226,7 +226,8 @@ class TorchScorer:
 
     def _apply(self, turns: Sequence[Message]) -> str:
         try:
-            return self._tokenizer.apply_chat_template(list(turns), tokenize=False)
+            text: str = self._tokenizer.apply_chat_template(list(turns), tokenize=False)
+            return text
         except Exception as error:  # a template raises whatever its author chose
             raise ConversationError(f"the chat template refuses {[turn['role'] for turn in turns]}: {error}") from error
 

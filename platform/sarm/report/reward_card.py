@@ -36,7 +36,8 @@ class Prefixes:
 
     def rewards(self) -> Float[np.ndarray, " prefixes"]:
         """Reward after each number of tokens."""
-        return self.contribution.sum(1)
+        rewards_T: Float[np.ndarray, " prefixes"] = self.contribution.sum(1)
+        return rewards_T
 
 
 def card(

@@ -58,4 +58,5 @@ def write_codes(pairs: pa.Table, reader: Reader, folder: Path, run_pass: RunPass
 
 
 def _pair_ids(table: pa.Table) -> list[str]:
-    return table.column("pair_id").to_pylist()
+    pair_ids: list[str] = table.column("pair_id").to_pylist()
+    return pair_ids

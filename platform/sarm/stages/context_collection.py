@@ -238,11 +238,13 @@ def _pair_ids(table: pa.Table) -> list[int]:
 
 
 def _row_ids(table: pa.Table) -> list[int]:
-    return table["row_id"].to_pylist()
+    row_ids: list[int] = table["row_id"].to_pylist()
+    return row_ids
 
 
 def _refs(table: pa.Table) -> list[int]:
-    return table["ref"].to_pylist()
+    refs: list[int] = table["ref"].to_pylist()
+    return refs
 
 
 def _units_of(work: Pass) -> Iterator[pa.Table]:

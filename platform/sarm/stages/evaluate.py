@@ -207,7 +207,8 @@ def _heldout(table: pa.Table) -> pa.Table:
 
 
 def _pair_ids(table: pa.Table) -> list[str]:
-    return table.column("pair_id").to_pylist()
+    pair_ids: list[str] = table.column("pair_id").to_pylist()
+    return pair_ids
 
 
 def _answers(session: Session, scores: pa.Table) -> pa.Table:

@@ -212,7 +212,8 @@ def _of_split(table: pa.Table, split: str) -> pa.Table:
 
 
 def _text_ids(table: pa.Table) -> list[int]:
-    return table.column("row_id").to_pylist()
+    row_ids: list[int] = table.column("row_id").to_pylist()
+    return row_ids
 
 
 def _pair_ids(table: pa.Table) -> list[int]:

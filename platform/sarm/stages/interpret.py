@@ -119,7 +119,7 @@ def _latents(settings: Interpret, store: ContextStore) -> list[int]:
         raise UserError(f"{settings.contexts} holds no latent at the place {settings.place}. Pass another --place, or collect contexts there.")  # fmt: skip
 
     def effect(row: dict[str, Any]) -> float:  # fmt: skip
-        return (1.0 if row["weight"] is None else abs(row["weight"])) * row["mean"] * row["density"]
+        return float((1.0 if row["weight"] is None else abs(row["weight"])) * row["mean"] * row["density"])
 
     ranked = sorted(rows.values(), key=lambda row: (-effect(row), row["latent"]))
     return [row["latent"] for row in ranked[: settings.max_latents]]
@@ -296,4 +296,5 @@ def _write(
     for key, value in content["figures"].items():
         if value["mean"] is not None:
             say(f"{key:<16} {value['mean']:.3f}   ({value['num']} of {value['of']} latents)")
-    return content["failed_answers"]
+    failed: int = content["failed_answers"]
+    return failed

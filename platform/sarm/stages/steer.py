@@ -221,7 +221,8 @@ def _worst_change(off: AuditCodes, settings: Steer, sets_GE: NDArray[np.int64]) 
     for codes in _subsets(off).values():
         after_AG = Sweep(codes, settings.edit, settings.strengths, sets_GE).summary()["accuracy"]
         changes.append(np.abs(after_AG - (codes.margins > 0).mean()))
-    return np.max(changes, axis=0)
+    largest_AG: NDArray[np.float64] = np.max(changes, axis=0)
+    return largest_AG
 
 
 def _sarm_folder(folder: Path, source: Path, steering: Mapping[str, Any]) -> StageFolder:

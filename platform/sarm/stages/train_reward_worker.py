@@ -84,7 +84,7 @@ def train_on_cluster(task: RewardTask, cluster: Cluster, callbacks: Sequence[Any
     Goes on from the newest of `task.states` if there is one.
     """
     threads = cluster.cpus_each(task.run, task.run.num_workers)
-    return run_workers(
+    trained: dict[str, Any] = run_workers(
         name=task.name,
         worker=reward_worker,
         task=task,
@@ -95,6 +95,7 @@ def train_on_cluster(task: RewardTask, cluster: Cluster, callbacks: Sequence[Any
         states=task.states,
         callbacks=callbacks,
     )
+    return trained
 
 
 def load_pairs(folder: Path, split: str) -> pa.Table:

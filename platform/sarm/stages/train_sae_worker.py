@@ -90,7 +90,7 @@ def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
     Goes on from the newest of `task.states` if there is one.
     """
     threads = cluster.cpus_each(task.run, task.run.num_workers)
-    return run_workers(
+    trained: dict[str, Any] = run_workers(
         name="sae",
         worker=sae_worker,
         task=task,
@@ -100,6 +100,7 @@ def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
         threads=threads,
         states=task.states,
     )
+    return trained
 
 
 def sae_worker(task: SaeTask) -> dict[str, Any] | None:

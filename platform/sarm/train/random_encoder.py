@@ -71,11 +71,12 @@ def read_through_codes(
 
     def fitted(penalty: float, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         read_R = z_NS[rows] @ plain_S
-        start_S = plain_S * (read_R @ y_N[rows]) / max(read_R @ read_R, 1e-12)
+        start_S: NDArray[np.float64] = plain_S * (read_R @ y_N[rows]) / max(read_R @ read_R, 1e-12)
         if not np.isfinite(penalty):
             return start_S
         model = Ridge(alpha=max(penalty * unit, 1e-12), fit_intercept=False, solver="lsqr", tol=1e-6)
-        return start_S + model.fit(z_NS[rows], y_N[rows] - z_NS[rows] @ start_S).coef_
+        fitted_S: NDArray[np.float64] = start_S + model.fit(z_NS[rows], y_N[rows] - z_NS[rows] @ start_S).coef_
+        return fitted_S
 
     num_folds = min(_FOLDS, len(np.unique(prompts_N)))
     folds = list(GroupKFold(num_folds, shuffle=True, random_state=seed).split(y_N, groups=prompts_N))

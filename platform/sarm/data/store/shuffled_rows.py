@@ -215,7 +215,7 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that this process may still take on the device, as far as the machine or its container tells."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
