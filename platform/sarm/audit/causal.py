@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def upstream_rewards(
     model: SarmForSequenceClassification,
     residual_RD: Float[Tensor, "responses d_in"],
     z_RE: Float[Tensor, "responses edited"],
-    latents: NDArray[np.int64],
+    latents: Int64[NDArray[np.int64], " edited"],
     sign: float,
 ) -> Float[np.ndarray, " responses"]:
     """Rewards after sum_i z_i d_i was added to (`sign` 1) or taken from (-1) the residual, through TopK again."""
@@ -51,8 +51,8 @@ def upstream_rewards(
 def upstream(
     model: SarmForSequenceClassification,
     codes: AuditCodes,
-    selected: NDArray[np.int64],
-    control_sets_GE: NDArray[np.int64],
+    selected: Int64[NDArray[np.int64], " edited"],
+    control_sets_GE: Int64[NDArray[np.int64], "sets edited"],
 ) -> dict[str, Any]:
     """Margins of these pairs after each set's directions are removed, and added once more, beside matched sets.
 
@@ -65,7 +65,9 @@ def upstream(
     residual_RD = torch.from_numpy(codes.residual[rows].copy())
     reward_R = codes.reward[rows]
 
-    def margin_change(latents: NDArray[np.int64], sign: float) -> NDArray[np.float64]:
+    def margin_change(
+        latents: Int64[NDArray[np.int64], " edited"], sign: float
+    ) -> Float64[NDArray[np.float64], " pairs"]:
         z_RE = torch.from_numpy(codes.z[rows][:, latents].toarray()).float()
         change_R = (
             upstream_rewards(model=model, residual_RD=residual_RD, z_RE=z_RE, latents=latents, sign=sign) - reward_R
@@ -91,11 +93,15 @@ def upstream(
     return out
 
 
-def swap(codes: AuditCodes, selected: NDArray[np.int64], control_sets_GE: NDArray[np.int64]) -> dict[str, Any]:
+def swap(
+    codes: AuditCodes,
+    selected: Int64[NDArray[np.int64], " edited"],
+    control_sets_GE: Int64[NDArray[np.int64], "sets edited"],
+) -> dict[str, Any]:
     """Margins and orders of the pairs after a set's latents change places between chosen and rejected."""
     before_N = codes.margins
 
-    def changed(latents: NDArray[np.int64]) -> NDArray[np.float64]:
+    def changed(latents: Int64[NDArray[np.int64], " edited"]) -> Float64[NDArray[np.float64], " pairs"]:
         change_N: NDArray[np.float64] = -2 * (codes.difference[:, latents] @ codes.weight[latents])
         return change_N
 
@@ -111,7 +117,10 @@ def swap(codes: AuditCodes, selected: NDArray[np.int64], control_sets_GE: NDArra
 
 
 def deletion_curves(
-    codes: AuditCodes, order: NDArray[np.int64], random_orders: Sequence[NDArray[np.int64]], sizes: Sequence[int]
+    codes: AuditCodes,
+    order: Int64[NDArray[np.int64], " ordered"],
+    random_orders: Sequence[Int64[NDArray[np.int64], " shuffled"]],
+    sizes: Sequence[int],
 ) -> dict[str, Any]:
     """What the first m latents of an order carry, beside random orders: their share of the mean margin, and two accuracies.
 
@@ -120,7 +129,7 @@ def deletion_curves(
     """
     whole = float(codes.margins.mean())
 
-    def curve(latents: NDArray[np.int64]) -> dict[str, list[float]]:
+    def curve(latents: Int64[NDArray[np.int64], " ordered"]) -> dict[str, list[float]]:
         terms_NM = (codes.difference[:, latents] * codes.weight[latents]).toarray().cumsum(axis=1)
         kept_MN = [terms_NM[:, min(m, len(latents)) - 1] for m in sizes]
         return {
@@ -141,7 +150,7 @@ def deletion_curves(
     }
 
 
-def contribution_order(codes: AuditCodes) -> NDArray[np.int64]:
+def contribution_order(codes: AuditCodes) -> Int64[NDArray[np.int64], " ordered"]:
     """Latents by the size of their mean contribution to the margin of these pairs, largest first; silent ones left out."""
     mean_S = np.asarray(codes.difference.mean(axis=0)).ravel() * codes.weight
     order = np.argsort(-np.abs(mean_S), kind="stable")

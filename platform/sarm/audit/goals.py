@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 from scipy import optimize
 
@@ -91,15 +91,18 @@ def certificate(
     }
 
 
-def _shift(codes: AuditCodes, delta_S: NDArray[np.float64]) -> dict[str, Any]:
+def _shift(codes: AuditCodes, delta_S: Float64[NDArray[np.float64], " d_sae"]) -> dict[str, Any]:
     moved_N = np.asarray(codes.difference @ delta_S)
     found = {"value": float(moved_N.mean()), "ci95": list(mean_interval(moved_N, codes.prompts))}
     return found | {"num_pairs": codes.num_pairs, "num_prompts": len(np.unique(codes.prompts))}
 
 
 def _solve(
-    gain_M: NDArray[np.float64] | None, rows_CM: NDArray[np.float64], limit_C: NDArray[np.float64], bound: float
-) -> NDArray[np.float64]:
+    gain_M: Float64[NDArray[np.float64], " moved"] | None,
+    rows_CM: Float64[NDArray[np.float64], "limits moved"],
+    limit_C: Float64[NDArray[np.float64], " limits"],
+    bound: float,
+) -> Float64[NDArray[np.float64], " moved"]:
     """delta = p - n >= 0 that minimises `gain . delta`, or |delta|_1 without a gain, under rows . delta <= limit."""
     size = rows_CM.shape[1]
     cost = np.ones(2 * size) if gain_M is None else np.concatenate([gain_M, -gain_M])

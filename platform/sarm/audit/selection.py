@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
 from sarm.audit.contrast import Contrast
@@ -25,8 +25,8 @@ _FIELDS = {"latent", "rating"}
 class Selection:
     """Selected latents, strongest first, and on which side each stands."""
 
-    latent: NDArray[np.int64]
-    sign: NDArray[np.int64]
+    latent: Int64[NDArray[np.int64], " latents"]
+    sign: Int64[NDArray[np.int64], " latents"]
     """1 where the latent speaks for chosen responses (safe), -1 where for rejected ones (unsafe)."""
 
 
@@ -100,13 +100,13 @@ def sensitivity(base: Selection, others: Mapping[str, Selection]) -> list[dict[s
 
 
 def matched_sets(
-    selected: Sequence[int] | NDArray[np.int64],
+    selected: Sequence[int] | Int64[NDArray[np.int64], " edited"],
     density_S: Float[np.ndarray, " d_sae"],
     weight_S: Float[np.ndarray, " d_sae"],
     count: int,
     seed: int,
     neighbours: int = 8,
-) -> NDArray[np.int64]:
+) -> Int64[NDArray[np.int64], "sets edited"]:
     """`count` random sets as large as `selected`: each latent is replaced by one of its nearest in log density and log |weight|.
 
     A set draws without repetition, nearest free neighbours first. [count, len(selected)].

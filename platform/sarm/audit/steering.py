@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64, Shaped
 from numpy.typing import NDArray
 
 from sarm.audit.codes import AuditCodes
@@ -23,9 +23,9 @@ from sarm.settings.checks import UserError
 class Edit:
     """Head weights of some latents before and after."""
 
-    latent: NDArray[np.int64]
-    before: NDArray[np.float64]
-    after: NDArray[np.float64]
+    latent: Int64[NDArray[np.int64], " edited"]
+    before: Float64[NDArray[np.float64], " edited"]
+    after: Float64[NDArray[np.float64], " edited"]
 
     def as_json(self) -> list[dict[str, Any]]:
         """One record per latent; float32 values survive the round trip exactly."""
@@ -59,7 +59,9 @@ class Edit:
         return Edit(self.latent, self.after, self.before)
 
 
-def make_edit(kind: str, strength: float, latents: NDArray[np.int64], weight_S: Float[np.ndarray, " d_sae"]) -> Edit:
+def make_edit(
+    kind: str, strength: float, latents: Int64[NDArray[np.int64], " edited"], weight_S: Float[np.ndarray, " d_sae"]
+) -> Edit:
     """The edit of `kind` (scale, add, zero, set) at one strength."""
     before = weight_S[latents].astype(np.float64)
     constant, factor = _parts(kind, before)
@@ -73,7 +75,9 @@ def steered_rewards(codes: AuditCodes, edit: Edit) -> Float[np.ndarray, " respon
     return reward_R
 
 
-def _parts(kind: str, weight: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _parts(
+    kind: str, weight: Float64[NDArray[np.float64], " edited"]
+) -> tuple[Float64[NDArray[np.float64], " edited"], Float64[NDArray[np.float64], " edited"]]:
     """(constant, slope): the change of the weights is constant + strength * slope."""
     if kind == "scale":
         return -weight, weight
@@ -92,7 +96,7 @@ class Sweep:
     `sets_GE` [G, E]: one edited set a row; `signs_GE`, where given, says on which side each latent is added to (for `add`).
     """
 
-    def __init__(self, codes: AuditCodes, kind: str, strengths: Sequence[float], sets_GE: NDArray[np.int64], signs_GE: NDArray[np.float64] | None = None):  # fmt: skip
+    def __init__(self, codes: AuditCodes, kind: str, strengths: Sequence[float], sets_GE: Int64[NDArray[np.int64], "sets edited"], signs_GE: Float64[NDArray[np.float64], "sets edited"] | None = None):  # fmt: skip
         num_sets, size = sets_GE.shape
         weight_E = codes.weight[sets_GE.ravel()]
         constant_E, slope_E = _parts(kind, weight_E)
@@ -177,7 +181,7 @@ def by_subset(codes: AuditCodes, after_R: Float[np.ndarray, " responses"]) -> di
     }
 
 
-def against_controls(value: float, controls: NDArray[np.float64]) -> dict[str, float]:
+def against_controls(value: float, controls: Float64[NDArray[np.float64], " sets"]) -> dict[str, float]:
     """An effect beside those of matched controls: their median and 95th percentile by size, the ratio, and a permutation p-value.
 
     The ratio is infinite where half of the controls do nothing at all.
@@ -194,7 +198,9 @@ def against_controls(value: float, controls: NDArray[np.float64]) -> dict[str, f
     }
 
 
-def ratio_interval(per_pair_NG: Float[np.ndarray, "pairs sets"], prompts_N: NDArray[Any]) -> list[float]:
+def ratio_interval(
+    per_pair_NG: Float[np.ndarray, "pairs sets"], prompts_N: Shaped[NDArray[Any], " pairs"]
+) -> list[float]:
     """95 % interval, over prompts, of |mean of column 0| over the median |mean| of the other columns; NaN where there is one prompt.
 
     A ratio's errors are lopsided, so it is taken on the logarithm: the ratio without each prompt gives its variance (the jackknife), with
@@ -212,7 +218,7 @@ def ratio_interval(per_pair_NG: Float[np.ndarray, "pairs sets"], prompts_N: NDAr
     return [float(np.exp(log_ratio - half)), float(np.exp(log_ratio + half))]
 
 
-def _ratio(sums_G: NDArray[np.float64]) -> float:
+def _ratio(sums_G: Float64[NDArray[np.float64], " sets"]) -> float:
     size_G = np.maximum(np.abs(sums_G), 1e-12)
     return float(size_G[0] / np.median(size_G[1:]))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float64, Shaped
 from numpy.typing import NDArray
 
 from sarm.evaluate.intervals import difference_interval, share_interval
@@ -95,7 +96,7 @@ def accuracy_difference(scores_a: pa.Table, scores_b: pa.Table) -> Measures:
     return {**measures, "difference": float(gain_N.mean()), "difference_ci95": list(interval)}
 
 
-def _accuracy(margins_N: NDArray[np.float64], prompts_N: NDArray[Any]) -> Measures:
+def _accuracy(margins_N: Float64[NDArray[np.float64], " pairs"], prompts_N: Shaped[NDArray[Any], " pairs"]) -> Measures:
     measures: Measures = {"num_pairs": len(margins_N), "num_prompts": len(np.unique(prompts_N))}
     if not len(margins_N):
         return {**measures, "note": "no pair with finite rewards"}
@@ -118,28 +119,28 @@ def _with_subsets(scores: pa.Table, measure: Callable[[pa.Table], Measures]) -> 
     }
 
 
-def _unique_rows(scores: pa.Table) -> NDArray[Any]:
+def _unique_rows(scores: pa.Table) -> Shaped[NDArray[Any], " pairs"]:
     ids_N = _ids(scores, "pair_id")
     if len(np.unique(ids_N)) != len(ids_N):
         raise UserError("a table of pair scores has a pair_id twice. Score the pairs again into an empty folder.")
     return ids_N
 
 
-def _rewards(scores: pa.Table) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _rewards(scores: pa.Table) -> tuple[Float64[NDArray[np.float64], " pairs"], Float64[NDArray[np.float64], " pairs"]]:
     return _numbers(scores, "chosen_reward"), _numbers(scores, "rejected_reward")
 
 
-def _margins(scores: pa.Table) -> NDArray[np.float64]:
+def _margins(scores: pa.Table) -> Float64[NDArray[np.float64], " pairs"]:
     chosen_N, rejected_N = _rewards(scores)
     # inf - inf is a NaN that the caller counts, not a surprise worth a warning.
     with np.errstate(invalid="ignore"):
         return chosen_N - rejected_N
 
 
-def _numbers(scores: pa.Table, column: str) -> NDArray[np.float64]:
+def _numbers(scores: pa.Table, column: str) -> Float64[NDArray[np.float64], " pairs"]:
     numbers_N: NDArray[np.float64] = scores[column].to_numpy().astype(np.float64)
     return numbers_N
 
 
-def _ids(scores: pa.Table, column: str) -> NDArray[Any]:
+def _ids(scores: pa.Table, column: str) -> Shaped[NDArray[Any], " pairs"]:
     return np.array(scores[column].to_pylist(), dtype=str)

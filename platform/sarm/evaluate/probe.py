@@ -6,7 +6,7 @@ w = argmin C sum_n log(1 + exp(-w.(x_c - x_r)_n / s)) + |w|^2 / 2    s = std of 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float32, Float64, Shaped
 from numpy.typing import NDArray
 
 from sarm.settings.checks import UserError
@@ -20,7 +20,7 @@ NUM_FOLDS = 5
 class Probe:
     """A linear reward on activations."""
 
-    weight: NDArray[np.float32]
+    weight: Float32[NDArray[np.float32], " d_in"]
     """Direction of the reward, [d_in], training scale included."""
     C: float
     """Inverse strength of the penalty that cross-validation chose."""
@@ -106,14 +106,19 @@ def fit_head(
 
 
 def _fit_with_margins(
-    x_ND: NDArray[np.float64], C: float, margin_N: NDArray[np.float64], label_smoothing: float
-) -> NDArray[np.float32]:
+    x_ND: Float64[NDArray[np.float64], "pairs d_in"],
+    C: float,
+    margin_N: Float64[NDArray[np.float64], " pairs"],
+    label_smoothing: float,
+) -> Float32[NDArray[np.float32], " d_in"]:
     """`fit_head` where a pair asks for a margin or labels are smoothed, which scikit-learn's logistic regression does not know."""
     from scipy.optimize import minimize
 
     num = len(x_ND)
 
-    def loss_and_gradient(w_D: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    def loss_and_gradient(
+        w_D: Float64[NDArray[np.float64], " d_in"],
+    ) -> tuple[float, Float64[NDArray[np.float64], " d_in"]]:
         m_N = x_ND @ w_D - margin_N
         loss = np.logaddexp(0.0, -m_N) + label_smoothing * m_N
         slope_N = label_smoothing - np.exp(-np.logaddexp(0.0, m_N))

@@ -85,7 +85,11 @@ def nearest(
 
 
 def add_pairs(
-    shown: Sequence[dict[str, Any]], scores: pa.Table, pairs: pa.Table, weight_S: NDArray[np.floating], num: int
+    shown: Sequence[dict[str, Any]],
+    scores: pa.Table,
+    pairs: pa.Table,
+    weight_S: Float[NDArray[np.floating], " d_sae"],
+    num: int,
 ) -> None:
     """Give each feature the pairs whose margins it moves most, from PAIR_SCORES and the pairs/v1 they are of."""
     places = {pair_id: row for row, pair_id in enumerate(pairs["pair_id"].to_pylist())}

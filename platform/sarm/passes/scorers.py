@@ -10,7 +10,7 @@ import time
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -50,6 +50,7 @@ class Scored(NamedTuple):
     reason: str | None = None
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Scores of every completion of every request, and what the forward passes took."""
 

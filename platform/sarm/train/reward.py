@@ -11,11 +11,12 @@ full; all ranks plan the same step and take their share, so a step's gradient do
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
 
 from sarm.data.tokens.groups import PromptGroup, split_group
@@ -28,6 +29,7 @@ from sarm.train.schedule import warmup_cosine
 Log = Callable[[int, dict[str, float]], None]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A model with its optimizer: `sarm.engine.deepspeed.zero.ZeroEngine`, or `LocalEngine` in one process without DeepSpeed.
 
@@ -38,7 +40,7 @@ class Engine(Protocol):
 
     def __call__(self, **inputs: Tensor) -> Any: ...
     def train(self, mode: bool) -> None: ...
-    def backward(self, loss: Tensor, *, last: bool) -> None: ...
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None: ...
     def step(self, rate_factor: float, norm_factor: float = 1.0) -> float: ...
 
 
@@ -58,7 +60,7 @@ class LocalEngine:
     def train(self, mode: bool) -> None:
         self.model.train(mode)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
         loss.backward()
 
     def step(self, rate_factor: float, norm_factor: float = 1.0) -> float:
@@ -289,7 +291,7 @@ def _backward(
     return outcome
 
 
-def _forward(engine: Engine, micro: MicroBatch, pad_id: int, objective: Objective) -> tuple[Outcome, Tensor]:
+def _forward(engine: Engine, micro: MicroBatch, pad_id: int, objective: Objective) -> tuple[Outcome, Float[Tensor, ""]]:
     """One micro-batch's outcome, and the sum of its losses to differentiate."""
     started = time.monotonic()
     batch = collate(micro.rows, pad_id)
