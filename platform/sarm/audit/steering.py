@@ -5,7 +5,7 @@ one product per set. That rewards move is therefore exact by construction; what 
 and further than under random latents of the same density and weight.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64, Int64, Shaped
 from numpy.typing import NDArray
 
 from sarm.audit.codes import AuditCodes
-from sarm.evaluate.intervals import Interval, difference_interval, mean_interval, share_interval, student
+from sarm.evaluate.intervals import Estimate, Interval, difference_interval, estimated, share_interval, student
 from sarm.evaluate.statistics import cluster_sums, pair_credit
 from sarm.settings.checks import UserError
 
@@ -57,6 +57,42 @@ class Edit:
     def undone(self) -> "Edit":
         """The edit back."""
         return Edit(self.latent, self.after, self.before)
+
+
+@dataclass(frozen=True)
+class EditFigures:
+    """What an edit does to some pairs, with intervals over prompts.
+
+    Shifts are mean changes of margins and rewards, in reward units. All else are shares of pairs: `accuracy_change` is after minus before,
+    `flips` have the other order, the margins of `affected` move at all.
+    """
+
+    num_pairs: int
+    num_prompts: int
+    margin_shift: Estimate
+    chosen_shift: Estimate
+    rejected_shift: Estimate
+    accuracy_before: Estimate
+    accuracy_after: Estimate
+    accuracy_change: Estimate
+    flips: Estimate
+    affected: Estimate
+
+
+@dataclass(frozen=True)
+class BesideControls:
+    """An effect beside those of matched controls, in the effect's unit."""
+
+    value: float
+    control_median: float
+    control_95: float
+    """Median and 95th percentile of the controls' sizes."""
+    control_mean: float
+    """Mean of their effects, with signs."""
+    ratio: float
+    """Size over the controls' median size; infinite where half of the controls do nothing at all."""
+    p: float
+    """Permutation p-value: how often a control is as large."""
 
 
 def make_edit(
@@ -153,54 +189,48 @@ class Sweep:
         return out
 
 
-def measure_edit(codes: AuditCodes, after_R: Float[np.ndarray, " responses"]) -> dict[str, Any]:
+def measure_edit(codes: AuditCodes, after_R: Float[np.ndarray, " responses"]) -> EditFigures:
     """What new rewards of all responses do to these pairs, with 95 % intervals over prompts."""
     before_N, after_N = codes.margins, after_R[codes.chosen] - after_R[codes.rejected]
     moved_R = after_R - codes.reward
-    columns: dict[str, tuple[Callable[..., Interval], NDArray[np.float64]]] = {
-        "margin_shift": (mean_interval, after_N - before_N),
-        "chosen_shift": (mean_interval, moved_R[codes.chosen]),
-        "rejected_shift": (mean_interval, moved_R[codes.rejected]),
-        "accuracy_before": (share_interval, pair_credit(before_N)),
-        "accuracy_after": (share_interval, pair_credit(after_N)),
-        "accuracy_change": (difference_interval, pair_credit(after_N) - pair_credit(before_N)),
-        "flips": (share_interval, (np.sign(after_N) != np.sign(before_N)).astype(np.float64)),
-        "affected": (share_interval, (np.abs(after_N - before_N) > 1e-9).astype(np.float64)),
-    }
-    figures = {
-        name: {"value": float(value_N.mean()), "ci95": list(interval(value_N, codes.prompts))}
-        for name, (interval, value_N) in columns.items()
-    }
-    return {"num_pairs": codes.num_pairs, "num_prompts": len(np.unique(codes.prompts)), **figures}
+    is_flipped_N, is_affected_N = np.sign(after_N) != np.sign(before_N), np.abs(after_N - before_N) > 1e-9
+    prompts = codes.prompts
+    return EditFigures(
+        num_pairs=codes.num_pairs,
+        num_prompts=len(np.unique(prompts)),
+        margin_shift=estimated(after_N - before_N, prompts),
+        chosen_shift=estimated(moved_R[codes.chosen], prompts),
+        rejected_shift=estimated(moved_R[codes.rejected], prompts),
+        accuracy_before=estimated(pair_credit(before_N), prompts, share_interval),
+        accuracy_after=estimated(pair_credit(after_N), prompts, share_interval),
+        accuracy_change=estimated(pair_credit(after_N) - pair_credit(before_N), prompts, difference_interval),
+        flips=estimated(is_flipped_N.astype(np.float64), prompts, share_interval),
+        affected=estimated(is_affected_N.astype(np.float64), prompts, share_interval),
+    )
 
 
-def by_subset(codes: AuditCodes, after_R: Float[np.ndarray, " responses"]) -> dict[str, Any]:
+def by_subset(codes: AuditCodes, after_R: Float[np.ndarray, " responses"]) -> dict[str, EditFigures]:
     """`measure_edit` of every subset."""
     return {
         name: measure_edit(codes.keep(codes.subsets == name), after_R) for name in sorted(set(codes.subsets.tolist()))
     }
 
 
-def against_controls(value: float, controls: Float64[NDArray[np.float64], " sets"]) -> dict[str, float]:
-    """An effect beside those of matched controls: their median and 95th percentile by size, the ratio, and a permutation p-value.
-
-    The ratio is infinite where half of the controls do nothing at all.
-    """
+def against_controls(value: float, controls: Float64[NDArray[np.float64], " sets"]) -> BesideControls:
+    """An effect beside those of matched controls."""
     size = np.abs(controls)
     median = float(np.median(size))
-    return {
-        "value": float(value),
-        "control_median": median,
-        "control_95": float(np.quantile(size, 0.95)),
-        "control_mean": float(controls.mean()),
-        "ratio": abs(value) / median if median > 0 else float("inf"),
-        "p": float((np.count_nonzero(size >= abs(value) - 1e-12) + 1) / (len(size) + 1)),
-    }
+    return BesideControls(
+        value=float(value),
+        control_median=median,
+        control_95=float(np.quantile(size, 0.95)),
+        control_mean=float(controls.mean()),
+        ratio=abs(value) / median if median > 0 else float("inf"),
+        p=float((np.count_nonzero(size >= abs(value) - 1e-12) + 1) / (len(size) + 1)),
+    )
 
 
-def ratio_interval(
-    per_pair_NG: Float[np.ndarray, "pairs sets"], prompts_N: Shaped[NDArray[Any], " pairs"]
-) -> list[float]:
+def ratio_interval(per_pair_NG: Float[np.ndarray, "pairs sets"], prompts_N: Shaped[NDArray[Any], " pairs"]) -> Interval:
     """95 % interval, over prompts, of |mean of column 0| over the median |mean| of the other columns; NaN where there is one prompt.
 
     A ratio's errors are lopsided, so it is taken on the logarithm: the ratio without each prompt gives its variance (the jackknife), with
@@ -209,13 +239,13 @@ def ratio_interval(
     _, prompt_N = np.unique(prompts_N, return_inverse=True)
     size_C = np.bincount(prompt_N)
     if (num := len(size_C)) == 1:
-        return [float("nan"), float("nan")]
+        return Interval(float("nan"), float("nan"))
     sums_CG = cluster_sums(per_pair_NG, prompt_N)
     total_G = sums_CG.sum(axis=0)
     log_ratio, *without_C = np.log([_ratio(sums_G) for sums_G in (total_G, *(total_G - sums_CG))])
     variance = (num - 1) / num * np.square(without_C - np.mean(without_C)).sum()
     half = student(size_C.sum() ** 2 / np.square(size_C).sum() - 1) * np.sqrt(variance)
-    return [float(np.exp(log_ratio - half)), float(np.exp(log_ratio + half))]
+    return Interval(float(np.exp(log_ratio - half)), float(np.exp(log_ratio + half)))
 
 
 def _ratio(sums_G: Float64[NDArray[np.float64], " sets"]) -> float:
