@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tests.checked  # noqa: F401  # the hook names it
 from jaxtyping import install_import_hook
 
 # Before anything imports sarm: the hook rewrites modules as they load. `engine`, `contracts` and `settings` hold no arrays.
 _WITH_ARRAYS = ("nn", "data", "evaluate", "train", "interpret", "audit", "passes", "report", "stages")
-install_import_hook([f"sarm.{room}" for room in _WITH_ARRAYS], "beartype.beartype")
+install_import_hook([f"sarm.{room}" for room in _WITH_ARRAYS], "tests.checked.checked")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -58,6 +58,8 @@ def real(model):
         prompts=names,
         roles=np.array(["target"] * num),
         subsets=np.array(["a"] * num),
+        ends=np.ones(60, dtype=np.int64),
+        required=np.zeros(num),
         chosen=np.arange(num),
         rejected=np.arange(num, 60),
     )

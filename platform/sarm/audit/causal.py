@@ -12,6 +12,7 @@ makes them tests is the comparison with matched sets, and that order and sets we
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,10 +25,20 @@ from sarm.audit.steering import BesideControls, against_controls
 from sarm.contracts.figures import OPTIONAL, SPREAD
 from sarm.evaluate.intervals import Estimate, Interval, estimated, mean_interval
 from sarm.evaluate.statistics import pair_credit
-from sarm.nn.modeling_sarm import SarmForSequenceClassification
-from sarm.nn.sae import STANDARDISE_EPS, standardise
+from sarm.nn.sae import STANDARDISE_EPS, Codes, Sae, standardise
 
 _ROWS_AT_ONCE = 512
+
+
+@runtime_checkable
+class RewardModel(Protocol):
+    """What the tests need of a SARM: its encoder, and the head that sums latents into a reward."""
+
+    @property
+    def sae(self) -> Sae: ...
+
+    @property
+    def score(self) -> Callable[[Codes], Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ class SentenceFigures:
 
 @torch.inference_mode()
 def upstream_rewards(
-    model: SarmForSequenceClassification,
+    model: RewardModel,
     residual_RD: Float[Tensor, "responses d_in"],
     z_RE: Float[Tensor, "responses edited"],
     latents: Int64[NDArray[np.int64], " edited"],
@@ -117,7 +128,7 @@ def upstream_rewards(
 
 
 def upstream(
-    model: SarmForSequenceClassification,
+    model: RewardModel,
     codes: AuditCodes,
     selected: Int64[NDArray[np.int64], " edited"],
     control_sets_GE: Int64[NDArray[np.int64], "sets edited"],

@@ -26,8 +26,8 @@ _FOLDS = 5
 class Repetition(NamedTuple):
     """One seed of a study: the training pairs it uses, and the credits of its head on their unchanged labels."""
 
-    rows: Int64[NDArray[np.int64], " pairs"]
-    credits: dict[str, Float64[NDArray[np.float64], " pairs"]]
+    rows: Int64[NDArray[np.int64], " rows"]
+    credits: dict[str, Float64[NDArray[np.float64], " heldout"]]
 
 
 class CachedHead:
@@ -48,14 +48,14 @@ class CachedHead:
         self.penalty = self.penalty_for(np.arange(train.num_pairs), np.ones(train.num_pairs))
 
     def penalty_for(
-        self, rows: Int64[NDArray[np.int64], " pairs"], sign_N: Float64[NDArray[np.float64], " pairs"]
+        self, rows: Int64[NDArray[np.int64], " rows"], sign_N: Float64[NDArray[np.float64], " pairs"]
     ) -> float:
         """The C that cross-validation over prompts chooses on these pairs and labels alone."""
         return choose_penalty(x_ND=self._turned(rows, sign_N), prompt_ids_N=self.prompts[rows], seed=self._seed, margin_N=self.margins[rows], label_smoothing=self.label_smoothing)[0]  # fmt: skip
 
     def fit(
         self,
-        rows: Int64[NDArray[np.int64], " pairs"],
+        rows: Int64[NDArray[np.int64], " rows"],
         sign_N: Float64[NDArray[np.float64], " pairs"],
         penalty: float | None = None,
     ) -> Float32[NDArray[np.float32], " latents"]:
@@ -64,8 +64,8 @@ class CachedHead:
         return fit_head(self._turned(rows, sign_N), C, self.margins[rows], self.label_smoothing)
 
     def cross_fitted(
-        self, rows: Int64[NDArray[np.int64], " pairs"], sign_N: Float64[NDArray[np.float64], " pairs"], penalty: float
-    ) -> Float64[NDArray[np.float64], " pairs"]:  # fmt: skip
+        self, rows: Int64[NDArray[np.int64], " rows"], sign_N: Float64[NDArray[np.float64], " pairs"], penalty: float
+    ) -> Float64[NDArray[np.float64], " rows"]:  # fmt: skip
         """Margins of these pairs, under the given labels, of heads that have not seen the pair's prompt."""
         x_RF = self._turned(rows, sign_N)
         return _cross_fitted(
@@ -84,8 +84,8 @@ class CachedHead:
         return {name: pair_credit((x @ weight_F).astype(np.float64)) for name, x in self.heldout.items()}
 
     def _turned(
-        self, rows: Int64[NDArray[np.int64], " pairs"], sign_N: Float64[NDArray[np.float64], " pairs"]
-    ) -> Float32[NDArray[np.float32], "pairs latents"]:
+        self, rows: Int64[NDArray[np.int64], " rows"], sign_N: Float64[NDArray[np.float64], " pairs"]
+    ) -> Float32[NDArray[np.float32], "rows latents"]:
         turned_NF: NDArray[np.float32] = self.x[rows] * sign_N[rows, None].astype(np.float32)
         return turned_NF
 

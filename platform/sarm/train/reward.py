@@ -38,7 +38,7 @@ class Engine(Protocol):
 
     device: torch.device
 
-    def __call__(self, **inputs: Tensor) -> Any: ...
+    def __call__(self, **inputs: Any) -> Any: ...
     def train(self, mode: bool) -> None: ...
     def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None: ...
     def step(self, rate_factor: float, norm_factor: float = 1.0) -> float: ...
@@ -54,7 +54,7 @@ class LocalEngine:
         self._parameters = [p for group in parameter_groups for p in group["params"]]
         self._max_grad_norm = max_grad_norm
 
-    def __call__(self, **inputs: Tensor) -> Any:
+    def __call__(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
     def train(self, mode: bool) -> None:
