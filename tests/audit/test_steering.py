@@ -16,7 +16,7 @@ from sarm.audit.steering import (
     specificity,
     steered_rewards,
 )
-from sarm.contracts.figures import as_json
+from sarm.contracts.figures import plain_values
 from sarm.contracts.manifest import finite_or_null
 from sarm.contracts.untrusted import parse_json
 from sarm.evaluate.statistics import pair_credit
@@ -225,9 +225,9 @@ def test_a_certificate_of_too_few_prompts_is_strict_json_and_says_so_on_the_page
         "edit": {"kind": "goal", "goal": 1.0, "tolerance": 0.1, "weights": []},
         **dict.fromkeys(("target", "off_target"), measured), "target_subsets": {}, "off_subsets": {}, "over_refusal": {},
         "specificity": {"margin": None, "accuracy": None},
-        "certificate": {"solved_on": {"target_shift": 1.0, "largest_other_shift": 0.0}, **as_json(certificate(np.array([1.0, 0.0]), one, {"still": still}, 1.0, 0.1))},
+        "certificate": {"solved_on": {"target_shift": 1.0, "largest_other_shift": 0.0}, **plain_values(certificate(np.array([1.0, 0.0]), one, {"still": still}, 1.0, 0.1))},
     }  # fmt: skip
-    content = parse_json(json.dumps(finite_or_null(as_json(content)), allow_nan=False))
+    content = parse_json(json.dumps(finite_or_null(plain_values(content)), allow_nan=False))
     steering, proof = steering_sections("goal", content)
     assert steering.rows[0][3] == "n/a"
     assert [row[4] for row in proof.rows] == ["n/a", "n/a"]

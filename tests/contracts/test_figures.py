@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from sarm.contracts.figures import OPTIONAL, SPREAD, as_json
+from sarm.contracts.figures import OPTIONAL, SPREAD, plain_values
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Measured:
 
 def test_fields_keep_their_order_and_spread_ones_their_place():
     mean = Mean(1.5, (1.0, math.inf))
-    found = as_json([Measured(num_pairs=3, mean=mean, share=None, by_subset={"b": mean, "a": mean})])
+    found = plain_values([Measured(num_pairs=3, mean=mean, share=None, by_subset={"b": mean, "a": mean})])
     expected = {"num_pairs": 3, "value": 1.5, "ci95": [1.0, math.inf], "share": None}
     own = {"value": 1.5, "ci95": [1.0, math.inf]}
     assert found == [expected | {"by_subset": {"b": own, "a": own}}]
@@ -32,6 +32,6 @@ def test_fields_keep_their_order_and_spread_ones_their_place():
 
 
 def test_optional_and_spread_figures_without_a_value_have_no_key():
-    assert as_json(Measured(num_pairs=0, mean=None, note="no pair", share=None, by_subset={})) == {
+    assert plain_values(Measured(num_pairs=0, mean=None, note="no pair", share=None, by_subset={})) == {
         "num_pairs": 0, "note": "no pair", "share": None, "by_subset": {},
     }  # fmt: skip

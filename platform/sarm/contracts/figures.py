@@ -12,14 +12,14 @@ SPREAD = {"figures": "spread"}
 OPTIONAL = {"figures": "optional"}
 
 
-def as_json(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """The value with mappings for dataclasses and lists for tuples; numbers stay as they are (`finite_or_null`)."""
     if dataclasses.is_dataclass(value):
         return _of_fields(value)
     if isinstance(value, Mapping):
-        return {key: as_json(item) for key, item in value.items()}
+        return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
+        return [plain_values(item) for item in value]
     return value
 
 
@@ -29,5 +29,5 @@ def _of_fields(figures: Any) -> dict[str, Any]:
         value, kind = getattr(figures, one.name), one.metadata.get("figures")
         if kind is not None and value is None:
             continue
-        found |= as_json(value) if kind == "spread" else {one.name: as_json(value)}
+        found |= plain_values(value) if kind == "spread" else {one.name: plain_values(value)}
     return found

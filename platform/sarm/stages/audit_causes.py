@@ -25,7 +25,7 @@ from sarm.audit.steering import (
     ratio_interval,
     steered_rewards,
 )
-from sarm.contracts.figures import SPREAD, as_json
+from sarm.contracts.figures import SPREAD, plain_values
 from sarm.contracts.ids import response_id_of, stable_id
 from sarm.contracts.manifest import StageFolder, finite_or_null, write_atomically
 from sarm.data.tokens.sentences import sentence_ends
@@ -85,8 +85,8 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
             "num_features": len(latents),
             "num_controls": settings.controls,
             "num_upstream_controls": settings.upstream_controls,
-            "zeroed": {**as_json(zeroed), "rerun_gap": rerun_gap},
-            "strongest": {"latent": int(latents[0]), **as_json(strongest)},
+            "zeroed": {**plain_values(zeroed), "rerun_gap": rerun_gap},
+            "strongest": {"latent": int(latents[0]), **plain_values(strongest)},
             "swap": causal.swap(target, latents, sets_GE),
             "upstream": upstream,
             "curves": curves,
@@ -95,7 +95,7 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
             ),
         }
         write_atomically(
-            folder.folder / "causal.json", json.dumps(finite_or_null(as_json(content)), indent=2, allow_nan=False)
+            folder.folder / "causal.json", json.dumps(finite_or_null(plain_values(content)), indent=2, allow_nan=False)
         )
         child.log_artifact(folder.folder / "causal.json")
         figures = {

@@ -24,7 +24,7 @@ from sarm.audit.steering import (
     specificity,
     steered_rewards,
 )
-from sarm.contracts.figures import as_json
+from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import SARM_FOLDER
 from sarm.contracts.manifest import StageFolder, finite_or_null, read_manifest, write_atomically
 from sarm.data.formats.sarm_folder import load_sarm, save_sarm
@@ -72,7 +72,7 @@ def steer(session: Session, settings: Steer) -> Path:
         if goal is not None:
             content["certificate"] = goal
         write_atomically(
-            folder.folder / STEERING, json.dumps(finite_or_null(as_json(content)), indent=2, allow_nan=False)
+            folder.folder / STEERING, json.dumps(finite_or_null(plain_values(content)), indent=2, allow_nan=False)
         )
         _save(found.sarm, edit, folder.folder)
         for name in (STEERING, EDIT):
@@ -122,7 +122,7 @@ def _goal_edit(found: Audited, settings: Steer, seed: int) -> tuple[Edit, dict[s
     unseen = target.keep(~is_seen)
     return edit, {
         "solved_on": solved_on,
-        **as_json(
+        **plain_values(
             certificate(delta_S=delta_S, target=unseen, others=others, goal=settings.goal, tolerance=settings.tolerance)
         ),
     }
