@@ -6,6 +6,7 @@ sign flips: p = share of signs e in {-1, 1}^C with |sum_c e_c t_c| >= |sum_c t_c
 """
 
 import itertools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ EXACT_CLUSTERS = 12
 _FLIPS_AT_ONCE = 500
 
 
-class Calibration(NamedTuple):
+@dataclass(frozen=True)
+class Calibration:
     """How well sigmoid(margin) states the chance that the chosen response wins; all in nats or shares, lower is better."""
 
     nll: float

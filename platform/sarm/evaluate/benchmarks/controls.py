@@ -7,6 +7,7 @@ A function as reward model counts no tokens (NaN): what needs a length is then N
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -111,9 +112,9 @@ def calibrated(rows: Sequence[ScoredRow]) -> dict[str, Any] | None:
     temperature = fit_temperature(fit)
     return {
         "num_pairs": len(test),
-        "raw": calibration(test)._asdict(),
+        "raw": asdict(calibration(test)),
         "temperature": temperature,
-        "scaled": calibration(test / temperature)._asdict(),
+        "scaled": asdict(calibration(test / temperature)),
     }
 
 
