@@ -1,4 +1,4 @@
-"""What all tests share: a tiny model, its tokenizer, and shape annotations of `sarm.nn` that are checked while tests run."""
+"""What all tests share: a tiny model, its tokenizer, and shape annotations of `sarm` that are checked while tests run."""
 
 import functools
 import os
@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tests.checked  # noqa: F401  # the hook names it
 from jaxtyping import install_import_hook
 
-# Before anything imports sarm.nn: the hook rewrites modules as they load.
-install_import_hook("sarm.nn", "beartype.beartype")
+# Before anything imports sarm: the hook rewrites modules as they load. `engine`, `contracts` and `settings` hold no arrays.
+_WITH_ARRAYS = ("nn", "data", "evaluate", "train", "interpret", "audit", "passes", "report", "stages")
+install_import_hook([f"sarm.{room}" for room in _WITH_ARRAYS], "tests.checked.checked")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

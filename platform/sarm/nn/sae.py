@@ -77,9 +77,10 @@ def bag_weight_gradient(
     One threaded call without an entries x d_in tensor.
     """
     none = latents_N.new_empty(0)
-    return torch.ops.aten._embedding_bag_dense_backward(
+    gradient_SD: Tensor = torch.ops.aten._embedding_bag_dense_backward(
         rows_GD.contiguous(), latents_N, bags_N, none, none, num_latents, False, 0, weights_N, -1
     )
+    return gradient_SD
 
 
 class Sae(nn.Module, ABC):
@@ -202,7 +203,8 @@ class Sae(nn.Module, ABC):
 
     def _shift_direction(self, rows_ND: Tensor) -> Tensor:
         shift_D = rows_ND.to(self.b_dec.dtype).mean(0) - self.b_dec
-        return shift_D / shift_D.norm().clamp_min(1e-12)
+        direction_D: Tensor = shift_D / shift_D.norm().clamp_min(1e-12)
+        return direction_D
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:

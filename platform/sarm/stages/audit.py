@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from sarm.audit.codes import CODES, AuditCodes, completeness, read_codes
 from sarm.audit.contrast import Contrast, contrast, off_target_firing
 from sarm.audit.pairs import ROLES, audit_pairs
-from sarm.audit.selection import Selection, select, sensitivity
+from sarm.audit.selection import Selection, Sensitivity, select, sensitivity
+from sarm.contracts.figures import plain_values
 from sarm.contracts.manifest import StageFolder, difference_of, record_of, write_atomically
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import RUN_FILE, Session
@@ -132,7 +133,7 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
             "rated": len(ratings) if ratings is not None else None,
             "agreement": given and given.agreement,
         }
-        write_atomically(folder.folder / "selection.json", json.dumps(content, indent=2))
+        write_atomically(folder.folder / "selection.json", json.dumps(plain_values(content), indent=2))
         child.log_artifact(folder.folder / "selection.json")
         rows = tables[SITES.index(settings.site)].to_pylist()
         child.log_table([row for row in rows if row["sign"]][:200] or rows[:20], "features.json")
@@ -153,7 +154,7 @@ def _select(
 
 def _thresholds(
     contrasts: Mapping[str, Contrast], off_S: np.ndarray, weight_S: np.ndarray, settings: AuditFeatures, ratings: Mapping[int, float] | None, picked: Selection
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[Sensitivity]:  # fmt: skip
     variants: dict[str, dict[str, Any]] = {
         **{f"false discoveries {share:g}": {"fdr": share} for share in (0.01, 0.05, 0.2)},
         **{f"off-target firing up to {share:g}": {"max_off_target": share} for share in (0.1, 0.25, 0.5, 1.0)},

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import BASELINES, SARM_FOLDER
 from sarm.contracts.ids import stable_int
 from sarm.contracts.manifest import Manifest, read_manifest
@@ -89,21 +90,21 @@ def _measure(
     contexts = strongest_texts(answers, evaluation.contexts_per_feature)
     pq.write_table(features, folder / "features.parquet", write_page_checksum=True)
     pq.write_table(contexts, folder / "contexts.parquet", write_page_checksum=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    (folder / "metrics.json").write_text(json.dumps(plain_values(metrics), indent=2))
     child.log_artifact(folder / "metrics.json")
     child.log_artifact(folder / "features.parquet")
     child.log_table(
         features.sort_by([("mean_margin_contribution", "descending")]).slice(0, 200).to_pylist(), "features.json"
     )
     figures = {
-        "heldout_accuracy": metrics["sarm"].get("accuracy"),
-        "length_baseline_accuracy": metrics["shorter_answer"].get("accuracy"),
+        "heldout_accuracy": metrics["sarm"].accuracy,
+        "length_baseline_accuracy": metrics["shorter_answer"].accuracy,
         "accuracy_without_near_duplicates": (metrics["near_duplicates"] or {})
         .get("without", {})
         .get("sarm", {})
         .get("accuracy"),
-        "probe_accuracy": metrics["probe"].get("accuracy"),
-        "scalar_head_accuracy": metrics.get("scalar_head", {}).get("accuracy"),
+        "probe_accuracy": metrics["probe"].accuracy,
+        "scalar_head_accuracy": metrics["scalar_head"].accuracy if "scalar_head" in metrics else None,
         "fvu_heldout": quality.fvu,
         "num_features": features.num_rows,
         "completeness": metrics["completeness"],
@@ -134,7 +135,7 @@ def without_near_duplicates(scores: Mapping[str, pa.Table], pairs: Path) -> dict
         "of_prompts": pc.count_distinct(prompts).as_py(),
         "pairs": pc.sum(is_near).as_py() or 0,
         "of_pairs": len(prompts),
-        "without": {name: {key: accuracies.get(key) for key in kept} for name, accuracies in measured.items()},
+        "without": {name: {key: getattr(accuracies, key) for key in kept} for name, accuracies in measured.items()},
     }
 
 

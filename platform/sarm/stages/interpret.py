@@ -97,7 +97,7 @@ def _latents(settings: Interpret, store: ContextStore) -> list[int]:
         raise UserError(f"{settings.contexts} holds no latent at the place {settings.place}. Pass another --place, or collect contexts there.")  # fmt: skip
 
     def effect(row: dict[str, Any]) -> float:  # fmt: skip
-        return (1.0 if row["weight"] is None else abs(row["weight"])) * row["mean"] * row["density"]
+        return float((1.0 if row["weight"] is None else abs(row["weight"])) * row["mean"] * row["density"])
 
     ranked = sorted(rows.values(), key=lambda row: (-effect(row), row["latent"]))
     return [row["latent"] for row in ranked[: settings.max_latents]]

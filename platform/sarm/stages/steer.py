@@ -24,6 +24,7 @@ from sarm.audit.steering import (
     specificity,
     steered_rewards,
 )
+from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import SARM_FOLDER
 from sarm.contracts.manifest import StageFolder, finite_or_null, read_manifest, write_atomically
 from sarm.data.formats.sarm_folder import read_sarm, save_sarm
@@ -31,7 +32,7 @@ from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
-from sarm.evaluate.intervals import mean_interval
+from sarm.evaluate.intervals import estimated
 from sarm.passes.models import hash_of_folder, sarm_settings
 from sarm.report import audit_figures as figures
 from sarm.report.audit_page import write_audit_page
@@ -66,17 +67,19 @@ def steer(session: Session, settings: Steer) -> Path:
         content = _measure(audited=audited, edit=edit, settings=settings, seed=session.run.seed, folder=folder.folder)
         if goal is not None:
             content["certificate"] = goal
-        write_atomically(folder.folder / STEERING, json.dumps(finite_or_null(content), indent=2, allow_nan=False))
+        write_atomically(
+            folder.folder / STEERING, json.dumps(finite_or_null(plain_values(content)), indent=2, allow_nan=False)
+        )
         _save(audited.sarm, edit, folder.folder)
         for name in (STEERING, EDIT):
             child.log_artifact(folder.folder / name)
         for path in folder.folder.glob("*.svg"):
             child.log_artifact(path)
         if content["sweep"]:
-            child.log_table([{k: v for k, v in row.items() if k != "control"} | {"control_median": row["control"]["control_median"]} for row in content["sweep"]], "sweep.json")  # fmt: skip
+            child.log_table([{k: v for k, v in row.items() if k != "control"} | {"control_median": row["control"].control_median} for row in content["sweep"]], "sweep.json")  # fmt: skip
         target = content["target"]
-        shown = {f"target_{name}": target[name]["value"] for name in ("margin_shift", "accuracy_change", "flips")}
-        return {"figures": {**shown, "off_accuracy_change": content["off_target"]["accuracy_change"]["value"], "weights_changed": len(edit.latent)}}  # fmt: skip
+        shown = {f"target_{name}": getattr(target, name).value for name in ("margin_shift", "accuracy_change", "flips")}
+        return {"figures": {**shown, "off_accuracy_change": content["off_target"].accuracy_change.value, "weights_changed": len(edit.latent)}}  # fmt: skip
 
     session.stage(f"steer {settings.name}", folder, body)
     page = write_audit_page(out)
@@ -118,7 +121,9 @@ def _goal_edit(audited: Audited, settings: Steer) -> tuple[Edit, dict[str, Any]]
     unseen = target.keep(~is_seen)
     return edit, {
         "solved_on": solved_on,
-        **certificate(delta_S=delta_S, target=unseen, others=others, goal=settings.goal, tolerance=settings.tolerance),
+        **plain_values(
+            certificate(delta_S=delta_S, target=unseen, others=others, goal=settings.goal, tolerance=settings.tolerance)
+        ),
     }
 
 
@@ -129,13 +134,9 @@ def _subsets(codes: AuditCodes) -> dict[str, AuditCodes]:
 def _measure(audited: Audited, edit: Edit, settings: Steer, seed: int, folder: Path) -> dict[str, Any]:
     target, off = audited.codes.role("target"), audited.codes.role("off_target")
     after_R = steered_rewards(audited.codes, edit)
-    parts = {
-        "target": measure_edit(target, after_R),
-        "target_subsets": by_subset(target, after_R),
-        "off_target": measure_edit(off, after_R),
-        "off_subsets": by_subset(off, after_R),
-    }
-    subsets = {**parts["target_subsets"], **parts["off_subsets"]}
+    on_target, on_off = measure_edit(target, after_R), measure_edit(off, after_R)
+    target_subsets, off_subsets = by_subset(target, after_R), by_subset(off, after_R)
+    subsets = {**target_subsets, **off_subsets}
     histogram = figures.reward_shift(
         {"target": target.reward[target.chosen], "off target": off.reward[off.chosen]},
         {"target": after_R[target.chosen], "off target": after_R[off.chosen]},
@@ -149,11 +150,14 @@ def _measure(audited: Audited, edit: Edit, settings: Steer, seed: int, folder: P
             "tolerance": settings.tolerance,
             "weights": edit.as_json(),
         },
-        **parts,
+        "target": on_target,
+        "target_subsets": target_subsets,
+        "off_target": on_off,
+        "off_subsets": off_subsets,
         "over_refusal": {name: subsets[name] for name in settings.over_refusal if name in subsets},
         "specificity": {
             name: specificity(
-                parts["target"][figure]["value"], [subset[figure]["value"] for subset in parts["off_subsets"].values()]
+                getattr(on_target, figure).value, [getattr(subset, figure).value for subset in off_subsets.values()]
             )
             for name, figure in (("margin", "margin_shift"), ("accuracy", "accuracy_change"))
         },
@@ -189,11 +193,10 @@ def _sweep(
                     for name in swept
                     for figure in ("margin", "chosen", "affected", "flips", "accuracy")
                 },
-                "control": control | {"ratio": control["ratio"] if np.isfinite(control["ratio"]) else None},
+                "control": control,
             }
         )
     slope_N = swept["target"].pair_slopes()
-    low, high = mean_interval(slope_N, target.prompts)
     own = {f"{name}_{figure}": found_AG[name][figure][:, 0] for name in swept for figure in ("margin", "accuracy")}
     controls = {f"target_{figure}": found_AG["target"][figure][:, 1:] for figure in ("margin", "accuracy")}
     dose = figures.dose_response(settings.strengths, own, controls, settings.edit)
@@ -208,7 +211,7 @@ def _sweep(
     rank = stats.spearmanr(settings.strengths, own["target_accuracy"]).statistic if len(set(own["target_accuracy"])) > 1 else np.nan  # fmt: skip
     return {
         "sweep": rows,
-        "slope": {"value": float(slope_N.mean()), "ci95": [low, high]},
+        "slope": estimated(slope_N, target.prompts),
         "monotonic": float(rank) if np.isfinite(rank) else None,
         "num_controls": settings.controls,
     }
@@ -220,7 +223,8 @@ def _worst_change(off: AuditCodes, settings: Steer, sets_GE: NDArray[np.int64]) 
     for codes in _subsets(off).values():
         after_AG = Sweep(codes, settings.edit, settings.strengths, sets_GE).summary()["accuracy"]
         changes.append(np.abs(after_AG - (codes.margins > 0).mean()))
-    return np.max(changes, axis=0)
+    largest_AG: NDArray[np.float64] = np.max(changes, axis=0)
+    return largest_AG
 
 
 def _sarm_folder(folder: Path, source: Path, steering: Mapping[str, Any]) -> StageFolder:

@@ -11,10 +11,11 @@ full; all ranks plan the same step and take their share, so a step's gradient do
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
 
 from sarm.data.tokens.groups import PromptGroup
@@ -28,6 +29,7 @@ from sarm.train.schedule import warmup_cosine
 Log = Callable[[int, dict[str, float]], None]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A model with its optimizer: `sarm.engine.deepspeed.zero.ZeroEngine`, or `LocalEngine` in one process without DeepSpeed.
 
@@ -36,9 +38,9 @@ class Engine(Protocol):
 
     device: torch.device
 
-    def __call__(self, **inputs: Tensor) -> Any: ...
+    def __call__(self, **inputs: Any) -> Any: ...
     def train(self, mode: bool) -> None: ...
-    def backward(self, loss: Tensor, *, last: bool) -> None: ...
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None: ...
     def step(self, rate_factor: float, norm_factor: float = 1.0) -> float: ...
 
 
@@ -52,13 +54,13 @@ class LocalEngine:
         self._parameters = [p for group in parameter_groups for p in group["params"]]
         self._max_grad_norm = max_grad_norm
 
-    def __call__(self, **inputs: Tensor) -> Any:
+    def __call__(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
     def train(self, mode: bool) -> None:
         self.model.train(mode)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
         loss.backward()
 
     def step(self, rate_factor: float, norm_factor: float = 1.0) -> float:
@@ -248,7 +250,7 @@ def _backward(
     return outcome
 
 
-def _forward(engine: Engine, micro: MicroBatch, pad_id: int, objective: Objective) -> tuple[Outcome, Tensor]:
+def _forward(engine: Engine, micro: MicroBatch, pad_id: int, objective: Objective) -> tuple[Outcome, Float[Tensor, ""]]:
     """One micro-batch's outcome, and the sum of its losses to differentiate."""
     started = time.monotonic()
     batch = collate(micro.rows, pad_id)

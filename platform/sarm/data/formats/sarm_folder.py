@@ -82,7 +82,8 @@ def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
         raise UserError(f"{folder} holds NaN or infinite values in {broken}. The model is broken; train it again.")
     model.load_state_dict(weights)
     model.model.to(dtype)
-    return model.eval()
+    model.eval()
+    return model
 
 
 @torch.no_grad()

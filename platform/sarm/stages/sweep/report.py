@@ -109,7 +109,7 @@ def _minus_centre(plan: SweepPlan, cell: Cell) -> tuple[float | None, ...]:
     if other is None or other == cell or other not in plan.cells or status_of(plan, other)[0] != "done":
         return None, None, None
     found = accuracy_difference(_scores(plan, cell), _scores(plan, other))
-    return found["difference"], *found["difference_ci95"]
+    return found.difference, *(found.difference_ci95 or (None, None))
 
 
 def _scores(plan: SweepPlan, cell: Cell) -> pa.Table:
