@@ -101,7 +101,8 @@ def read_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
     config.d_sae, config.sae = sae.d_sae, sae.describe()
     unfolded = SarmForSequenceClassification(config, model.model, sae)
     unfolded.score.weight.copy_(torch.cat([model.score.weight, -model.score.weight], 1))
-    return unfolded.eval()
+    unfolded.eval()
+    return unfolded
 
 
 def read_latents(folder: Path, *names: str) -> list[NDArray[np.float32]]:
