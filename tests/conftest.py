@@ -1,4 +1,4 @@
-"""What all tests share: a tiny model, its tokenizer, and shape annotations of `sarm.nn` that are checked while tests run."""
+"""What all tests share: a tiny model, its tokenizer, and shape annotations of `sarm` that are checked while tests run."""
 
 import functools
 import os
@@ -9,10 +9,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tests.checked  # noqa: F401  # the hook names it
 from jaxtyping import install_import_hook
 
-# Before anything imports sarm.nn: the hook rewrites modules as they load.
-install_import_hook("sarm.nn", "beartype.beartype")
+_SARM = Path(__file__).parents[1] / "platform" / "sarm"
+# Coverage tests call these for each row of thousands of tables: checks would make the tests several times as slow.
+_UNCHECKED = ("evaluate/influence.py", "evaluate/benchmarks/")
+
+
+def _modules_with_shapes() -> list[str]:
+    """Of the other modules a check would find what mypy finds, and each call would take longer."""
+    with_shapes = {
+        path.relative_to(_SARM) for path in _SARM.rglob("*.py") if "from jaxtyping import" in path.read_text()
+    }
+    kept = [path for path in with_shapes if not path.as_posix().startswith(_UNCHECKED)]
+    return ["sarm.nn", *sorted(".".join(("sarm", *path.with_suffix("").parts)) for path in kept)]
+
+
+# Before anything imports sarm: the hook rewrites modules as they load.
+install_import_hook(_modules_with_shapes(), "tests.checked.checked")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "platform" / "sarm"
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 SCRIPTS = [*JOBS, *sorted((ROOT / "tune").glob("*.py"))]
-MAX_LINES = 320
+MAX_LINES = 300
+MAX_LINES_OF_FUNCTION = 60
 
 # From the ground up. What stands on one floor does not know its neighbours; everything may read what lies below.
 FLOORS = (
@@ -187,6 +188,28 @@ def test_no_files_import_each_other_in_a_circle():
 def test_no_file_outgrows_a_head():
     lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in modules().values()}
     assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def long_functions(source: str) -> list[str]:
+    """Names of the functions of a source that are longer than one may be, from `def` to the last line."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or node.lineno) - node.lineno >= MAX_LINES_OF_FUNCTION
+    ]
+
+
+def test_no_function_outgrows_a_head():
+    long = {name: functions for name, path in modules().items() if (functions := long_functions(path.read_text()))}
+    assert long == {}
+
+
+def test_a_long_function_is_noticed():
+    body = "        pass\n" * (MAX_LINES_OF_FUNCTION - 1)
+    for begun in ("class C:\n    def f(self):\n", "async def f():\n"):
+        assert long_functions(begun + body) == []
+        assert long_functions(f"{begun}{body}        pass\n") == ["f"]
 
 
 def run_python(code: str, *arguments: object) -> str:

@@ -58,6 +58,8 @@ def real(model):
         prompts=names,
         roles=np.array(["target"] * num),
         subsets=np.array(["a"] * num),
+        ends=np.ones(60, dtype=np.int64),
+        required=np.zeros(num),
         chosen=np.arange(num),
         rejected=np.arange(num, 60),
     )
@@ -81,11 +83,11 @@ def test_removing_a_direction_before_topk_lets_competitors_in(model, real):
 def test_upstream_reports_the_realised_share_beside_controls(model, real):
     found = causal.upstream(model, real, np.array([1, 2]), np.array([[7, 8], [9, 10], [11, 12]]))
     for name, sign in (("removed", -1), ("added", 1)):
-        one = found[name]
-        assert one["realised_ci95"][0] <= one["value"] <= one["realised_ci95"][1]
+        one = getattr(found, name)
+        assert one.realised_ci95[0] <= one.change.value <= one.realised_ci95[1]
         expected = sign * (real.difference[:, [1, 2]] @ real.weight[[1, 2]]).mean()
-        assert one["linear"] == pytest.approx(expected)
-        assert one["realised_share"] == pytest.approx(one["value"] / expected)
+        assert one.linear == pytest.approx(expected)
+        assert one.realised_share == pytest.approx(one.change.value / expected)
 
 
 def test_a_swap_is_scoring_with_the_values_changed_over(real):
@@ -95,8 +97,8 @@ def test_a_swap_is_scoring_with_the_values_changed_over(real):
     chosen[:, latents], rejected[:, latents] = z[real.rejected][:, latents], z[real.chosen][:, latents]
     brute = (chosen - rejected) @ real.weight
     found = causal.swap(real, latents, np.array([[7, 8, 9]] * 3))
-    assert found["value"] == pytest.approx((brute - real.margins).mean())
-    assert found["flips"] == pytest.approx((np.sign(brute) != np.sign(real.margins)).mean())
+    assert found.change.value == pytest.approx((brute - real.margins).mean())
+    assert found.flips == pytest.approx((np.sign(brute) != np.sign(real.margins)).mean())
 
 
 def test_deleting_in_order_loses_the_margin_sooner_than_at_random(codes):
@@ -104,14 +106,14 @@ def test_deleting_in_order_loses_the_margin_sooner_than_at_random(codes):
     order = causal.contribution_order(codes.role("select"))
     assert order[:2].tolist() == [2, 1]
     found = causal.deletion_curves(target, order, [rng.permutation(order) for _ in range(50)], (1, 2, 32))
-    own = found["ordered"]
-    assert own["margin_share"][-1] == pytest.approx(1.0)
+    own = found.ordered
+    assert own.margin_share[-1] == pytest.approx(1.0)
     kept = target.difference[:, [2]] @ target.weight[[2]]
-    assert own["margin_share"][0] == pytest.approx(kept.mean() / target.margins.mean())
-    assert own["accuracy_only"][0] == pytest.approx(pair_credit(kept).mean())
-    assert own["accuracy_without"][0] == pytest.approx(pair_credit(target.margins - kept).mean())
-    assert own["accuracy_only"][-1] == found["accuracy"] == pytest.approx(pair_credit(target.margins).mean())
-    assert found["aopc"]["value"] > 1.3 * found["aopc"]["control_median"]
+    assert own.margin_share[0] == pytest.approx(kept.mean() / target.margins.mean())
+    assert own.accuracy_only[0] == pytest.approx(pair_credit(kept).mean())
+    assert own.accuracy_without[0] == pytest.approx(pair_credit(target.margins - kept).mean())
+    assert own.accuracy_only[-1] == found.accuracy == pytest.approx(pair_credit(target.margins).mean())
+    assert found.aopc.value > 1.3 * found.aopc.control_median
 
 
 def test_sentences_are_cut_where_the_features_fire_and_elsewhere():
@@ -125,7 +127,7 @@ def test_sentences_are_cut_where_the_features_fire_and_elsewhere():
     assert own == "One is here. Three is last."
     assert placebo in ("Two is there! Three is last.", "One is here. Two is there!")
     effect = causal.deletion_effect(np.array([[-2.0, -0.5], [-1.0, 0.5]]), ["a", "b"])
-    assert effect["own_sentence"]["value"] == -1.5
-    assert effect["difference"]["value"] == -1.5
-    low, high = effect["placebo"]["ci95"]
+    assert effect.own_sentence.value == -1.5
+    assert effect.difference.value == -1.5
+    low, high = effect.placebo.ci95
     assert low == -high < -0.5, "two prompts say little"

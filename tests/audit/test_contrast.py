@@ -147,7 +147,7 @@ def test_a_failed_rating_is_never_a_safety_feature(codes, tmp_path):
     assert pick(codes, ratings=ratings).latent.tolist() == [1]
     assert not len(pick(codes, ratings={1: 4.0}).latent)
     rows = sensitivity(pick(codes), {"rated": pick(codes, ratings=ratings), "none": pick(codes, ratings={7: 5.0})})
-    assert [(row["features"], row["jaccard"]) for row in rows] == [(1, 0.5), (0, 0.0)]
+    assert [(row.features, row.jaccard) for row in rows] == [(1, 0.5), (0, 0.0)]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from sarm.audit.steering import (
     specificity,
     steered_rewards,
 )
+from sarm.contracts.figures import plain_values
 from sarm.contracts.manifest import finite_or_null
 from sarm.contracts.untrusted import parse_json
 from sarm.evaluate.statistics import pair_credit
@@ -70,27 +71,27 @@ def test_an_edit_of_the_features_moves_the_target_and_nothing_else(codes):
     target, off = codes.role("target"), codes.role("off_target")
     after = steered_rewards(codes, make_edit("scale", 2.0, LATENTS, codes.weight))
     on_target, on_off = (measure_edit(part, after) for part in (target, off))
-    low, high = on_target["margin_shift"]["ci95"]
-    assert 0 < low < on_target["margin_shift"]["value"] < high
-    assert on_off["margin_shift"]["value"] == 0
-    assert on_off["num_prompts"] < 20
-    assert np.isnan(on_off["margin_shift"]["ci95"]).all(), "that so few prompts do not move bounds no other"
-    assert on_target["affected"]["value"] == 1.0
-    assert on_off["affected"]["value"] == 0.0
-    assert on_target["accuracy_change"]["value"] == pytest.approx(
-        on_target["accuracy_after"]["value"] - on_target["accuracy_before"]["value"]
+    low, high = on_target.margin_shift.ci95
+    assert 0 < low < on_target.margin_shift.value < high
+    assert on_off.margin_shift.value == 0
+    assert on_off.num_prompts < 20
+    assert np.isnan(on_off.margin_shift.ci95).all(), "that so few prompts do not move bounds no other"
+    assert on_target.affected.value == 1.0
+    assert on_off.affected.value == 0.0
+    assert on_target.accuracy_change.value == pytest.approx(
+        on_target.accuracy_after.value - on_target.accuracy_before.value
     )
-    assert specificity(on_target["margin_shift"]["value"], [on_off["margin_shift"]["value"]]) == 1.0
+    assert specificity(on_target.margin_shift.value, [on_off.margin_shift.value]) == 1.0
     assert specificity(-0.2, [0.1, -0.2]) == 0.5
     assert specificity(0.0, [0.0]) is None
 
 
 def test_an_effect_beside_its_controls():
     found = against_controls(-3.0, np.array([1.0, -1.0, 0.5, 2.0]))
-    assert found["control_median"] == 1.0
-    assert found["ratio"] == 3.0
-    assert found["p"] == pytest.approx(1 / 5)
-    assert against_controls(1.0, np.zeros(3))["ratio"] == float("inf")
+    assert found.control_median == 1.0
+    assert found.ratio == 3.0
+    assert found.p == pytest.approx(1 / 5)
+    assert against_controls(1.0, np.zeros(3)).ratio == float("inf")
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.arange(30), 2)
     per_pair = np.column_stack([rng.normal(3, 1, 60), rng.normal(1, 0.1, (60, 5))])
@@ -202,19 +203,19 @@ def test_a_certificate_is_of_unseen_pairs_and_keeps_a_tolerance_only_with_its_wh
         group_of(np.array([[2.0, 0.0], [-2.0, 0.0], [0.2, 0.0], [-0.1, 0.0]])),
     )
     found = certificate(delta, target, {"steady": steady}, 1.0, 0.1)
-    assert found["target"]["value"] == pytest.approx(1.05)
-    assert found["goal_within"]
-    assert found["others"]["steady"]["ci95"] == pytest.approx([0.05, 0.05])
-    assert found["tolerance_kept"] == "yes"
+    assert found.target.moved.value == pytest.approx(1.05)
+    assert found.goal_within
+    assert found.others["steady"].moved.ci95 == pytest.approx([0.05, 0.05])
+    assert found.tolerance_kept == "yes"
     # No pair of two prompts moved, which says nothing of the next prompt.
     still = group_of(np.array([[0.0, 1.0]] * 6), list("aaabbb"))
     found = certificate(delta, target, {"steady": steady, "still": still}, 1.0, 0.1)
-    assert np.isnan(found["others"]["still"]["ci95"]).all()
-    assert found["tolerance_kept"] == "undecided"
-    assert certificate(delta, still, {"steady": steady}, 1.0, 0.1)["goal_within"] is None
+    assert np.isnan(found.others["still"].moved.ci95).all()
+    assert found.tolerance_kept == "undecided"
+    assert certificate(delta, still, {"steady": steady}, 1.0, 0.1).goal_within is None
     # The mean is within the tolerance; what four such prompts say about it is not.
-    assert certificate(delta, target, {"steady": steady, "wild": wild}, 1.0, 0.1)["tolerance_kept"] == "undecided"
-    assert certificate(delta, target, {"steady": steady}, 1.0, 0.01)["tolerance_kept"] == "no"
+    assert certificate(delta, target, {"steady": steady, "wild": wild}, 1.0, 0.1).tolerance_kept == "undecided"
+    assert certificate(delta, target, {"steady": steady}, 1.0, 0.01).tolerance_kept == "no"
 
 
 def test_a_certificate_of_too_few_prompts_is_strict_json_and_says_so_on_the_page():
@@ -224,9 +225,9 @@ def test_a_certificate_of_too_few_prompts_is_strict_json_and_says_so_on_the_page
         "edit": {"kind": "goal", "goal": 1.0, "tolerance": 0.1, "weights": []},
         **dict.fromkeys(("target", "off_target"), measured), "target_subsets": {}, "off_subsets": {}, "over_refusal": {},
         "specificity": {"margin": None, "accuracy": None},
-        "certificate": {"solved_on": {"target_shift": 1.0, "largest_other_shift": 0.0}, **certificate(np.array([1.0, 0.0]), one, {"still": still}, 1.0, 0.1)},
+        "certificate": {"solved_on": {"target_shift": 1.0, "largest_other_shift": 0.0}, **plain_values(certificate(np.array([1.0, 0.0]), one, {"still": still}, 1.0, 0.1))},
     }  # fmt: skip
-    content = parse_json(json.dumps(finite_or_null(content), allow_nan=False))
+    content = parse_json(json.dumps(finite_or_null(plain_values(content)), allow_nan=False))
     steering, proof = steering_sections("goal", content)
     assert steering.rows[0][3] == "n/a"
     assert [row[4] for row in proof.rows] == ["n/a", "n/a"]

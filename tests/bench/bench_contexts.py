@@ -34,7 +34,8 @@ from sarm.nn.sae import standardise
 from sarm.passes.contexts import UNITS, PairUnits, TextUnits
 from sarm.passes.reader import sarm_reader
 from sarm.settings.contexts import ContextsSettings
-from sarm.stages.context_collection import pair_blocks, tally_units, text_blocks
+from sarm.stages.context_blocks import pair_blocks, text_blocks
+from sarm.stages.context_collection import tally_units
 
 DEMO = Path("outputs/demo")
 OUT = Path("outputs/bench/contexts.json")

@@ -19,9 +19,9 @@ from sklearn.model_selection import GroupKFold
 from sarm.contracts.ids import stable_int
 from sarm.data.formats.sae_folder import load_sae
 from sarm.data.store.activations import ActivationStore
+from sarm.data.store.pairs import load_pairs
 from sarm.evaluate.probe import fit_probe
 from sarm.nn.sae import dense, standardise
-from sarm.stages.train_reward_worker import load_pairs
 
 DEMO = Path("outputs/demo")
 OUT = Path("outputs/bench/head_start.json")

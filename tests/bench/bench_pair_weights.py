@@ -24,6 +24,7 @@ import torch
 
 from sarm.data.formats.models import model_folder
 from sarm.data.sources.prepare import prepare_pairs
+from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.tokens.groups import PromptGroup, prompt_groups
 from sarm.data.tokens.packing import token_batches
@@ -33,9 +34,9 @@ from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.settings.presets import PRESETS
 from sarm.settings.reward import RewardSettings
 from sarm.stages.reward_models import build_model
-from sarm.stages.train_reward_worker import load_pairs
 from sarm.train.head_start import start_head_
-from sarm.train.reward import LocalEngine, cut_into_steps, parameter_groups, train_reward
+from sarm.train.reward import LocalEngine, parameter_groups, train_reward
+from sarm.train.reward_batches import cut_into_steps
 from sarm.train.schedule import warmup_cosine
 
 OUT = Path("outputs/bench")

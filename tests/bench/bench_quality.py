@@ -26,6 +26,7 @@ import torch
 from quality_data import FULL_DEPTH, chat_of, prepare, preset
 
 from sarm.data.formats.models import model_folder
+from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.groups import PromptGroup, prompt_groups
 from sarm.data.tokens.packing import token_batches
 from sarm.engine.mlflow.tracker import Tracker
@@ -37,7 +38,6 @@ from sarm.settings.reward import RewardSettings
 from sarm.settings.run import RunSettings
 from sarm.stages.evaluate import probe_scores
 from sarm.stages.reward_models import build_model
-from sarm.stages.train_reward_worker import load_pairs
 from sarm.train.head_start import start_head_
 from sarm.train.reward import LocalEngine, parameter_groups, train_reward
 

@@ -101,8 +101,7 @@ def main() -> None:
             Tracker(run, "bench").parent, states,
         )  # fmt: skip
         with connect(run) as cluster:
-            threads = cluster.cpus_each(run, 1)
-            run_workers("sarm", worker, task, run, folder, cluster, threads, states)
+            run_workers(worker, task, cluster)
         diary = [json.loads(line) for line in (folder / "diary.jsonl").read_text().splitlines()]
     killed = next(entry["at"] for entry in diary if "killed" in entry)
     steps = [entry for entry in diary if "step" in entry]

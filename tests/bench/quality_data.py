@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sarm.data.formats.models import model_folder
 from sarm.data.sources.prepare import prepare_pairs
+from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.tokens.groups import prompt_groups
 from sarm.engine.session import open_session
@@ -15,7 +16,6 @@ from sarm.settings.presets import PRESETS
 from sarm.settings.run import RunSettings
 from sarm.stages.extract import extract
 from sarm.stages.prepare import prepare as prepare_sources
-from sarm.stages.train_reward_worker import load_pairs
 from sarm.stages.train_sae import train_sae
 
 # A pair's tokens at most, prompt counted once: what fits a study of twelve trainings on two cores.

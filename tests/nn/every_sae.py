@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sarm.nn.abs_topk import AbsTopKSae
 from sarm.nn.architectures import ARCHITECTURES, OPTIONS, build_sae
 from sarm.nn.sae import Sae
 from sarm.settings.sae import SaeSettings
@@ -33,7 +34,7 @@ def silence_(sae: Sae, num: int) -> None:
     if sae.is_tied:
         # Standardised rows have no mean, so hardly anything of them lies along this direction.
         sae.W_dec[:num] = torch.nn.functional.normalize(1 + 0.3 * sae.W_dec[:num], dim=1)
-    elif sae.is_bidirectional:
+    elif isinstance(sae, AbsTopKSae):
         sae.W_enc[:, :num] *= 0.02
     else:
         sae.b_enc[:num] = -3.0
@@ -115,5 +116,5 @@ def auxk_by_definition(sae: Sae, x: Tensor, z: Tensor, dead: list[int], aux_k: i
     """What the strongest `aux_k` dead latents make of the rows, or, where latents are tied, of what is left of them."""
     rest = (x - z @ sae.W_dec - sae.b_dec).detach()
     pre = (rest @ sae.W_dec.T if sae.is_tied else pre_acts(sae, x))[:, dead]
-    z_dead = kept(pre, pre.abs(), aux_k) if sae.is_bidirectional else kept(pre, pre, aux_k).relu()
+    z_dead = kept(pre, pre.abs(), aux_k) if isinstance(sae, AbsTopKSae) else kept(pre, pre, aux_k).relu()
     return z_dead @ sae.W_dec[dead]

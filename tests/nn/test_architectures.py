@@ -116,12 +116,8 @@ def test_abs_topk_by_hand():
 def test_abs_topk_is_topk_over_every_direction_and_its_opposite(seed, num, k, shift):
     sae = random_sae("abs_topk", seed, k)
     sae.b_enc.data.add_(shift)
-    both = TopKSae(D, 2 * S, k).double()
-    with torch.no_grad():
-        both.W_enc.copy_(torch.cat([sae.W_enc, -sae.W_enc], 1))
-        both.b_enc.copy_(torch.cat([sae.b_enc, -sae.b_enc]))
-        both.W_dec.copy_(torch.cat([sae.W_dec, -sae.W_dec]))
-        both.b_dec.copy_(sae.b_dec)
+    both = sae.unfolded()
+    assert (type(both), both.d_sae, both.k, both.W_dec.dtype) == (TopKSae, 2 * S, k, sae.W_dec.dtype)
     x = rows(seed + 1, num)
     codes, doubled = sae(x), dense(both(x), 2 * S)
     torch.testing.assert_close(dense(codes, S), doubled[:, :S] - doubled[:, S:], rtol=0, atol=1e-12)

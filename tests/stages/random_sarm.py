@@ -14,18 +14,24 @@ D_SAE, K = 96, 6
 
 
 def random_sarm(
-    folder: Path, tiny_folder: Path, tiny_chat: ChatTokenizer, *, bias: float = 0.0, head: str = "sae"
+    folder: Path,
+    tiny_folder: Path,
+    tiny_chat: ChatTokenizer,
+    *,
+    bias: float = 0.0,
+    head: str = "sae",
+    architecture: str = "topk",
 ) -> Path:
     """Write it to a folder; `bias` is that of every latent."""
     backbone = load_backbone(str(tiny_folder), 1)
     torch.manual_seed(0)
-    sae = build_sae("topk", backbone.config.hidden_size, D_SAE, K)
+    sae = build_sae(architecture, backbone.config.hidden_size, D_SAE, K)
     torch.nn.init.normal_(sae.W_enc)
     torch.nn.init.normal_(sae.W_dec)
     torch.nn.init.constant_(sae.b_enc, bias)
     provenance = {"max_length": 128, "template": tiny_chat.template_hash, "tokenizer": tiny_chat.tokenizer_hash}
     config = SarmConfig(
-        backbone=backbone.config.to_dict(), layer=1, d_sae=D_SAE, k=K, head=head, sae={"architecture": "topk", "signed": False},
+        backbone=backbone.config.to_dict(), layer=1, d_sae=D_SAE, k=K, head=head, sae=sae.describe(),
         end_of_turn_id=tiny_chat.end_of_turn_id, provenance=provenance,
     )  # fmt: skip
     model = SarmForSequenceClassification(config, backbone, sae if head == "sae" else None)

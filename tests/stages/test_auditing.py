@@ -20,6 +20,7 @@ from sarm.contracts.untrusted import read_json
 from sarm.data.formats.models import model_folder
 from sarm.data.formats.sae_folder import save_sae
 from sarm.data.formats.sarm_folder import load_sarm, save_sarm
+from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.engine.session import open_session
 from sarm.interpret.agreement import agreement
@@ -40,7 +41,6 @@ from sarm.stages.relabel import relabel
 from sarm.stages.reward_models import build_model
 from sarm.stages.safety_ratings import SafetyRatings
 from sarm.stages.steer import steer
-from sarm.stages.train_reward_worker import load_pairs
 from sarm.train.head_start import start_head_
 
 

@@ -249,30 +249,6 @@ def test_who_is_refused_keeps_what_is_there(tmp_path: Path) -> None:
     assert not (tmp_path / "out.aside").exists()
 
 
-@pytest.mark.parametrize("job", [CollectContexts, Pipeline])
-def test_contexts_of_latents_with_two_meanings_are_refused_before_anything_is_paid_for(
-    job: type, tmp_path: Path
-) -> None:
-    from sarm.stages.chain import run_chain
-
-    with pytest.raises(
-        UserError, match="contexts take a latent to have one meaning, and those of abs_topk SAEs have two"
-    ):
-        run_chain(config_of(tmp_path / "out", job, sae={"architecture": "abs_topk"}))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_reward_model_on_latents_with_two_meanings_is_known_by_its_folder(tmp_path: Path) -> None:
-    from sarm.stages.one_sided import check_sarm
-
-    for sae in ({"architecture": "topk", "signed": True}, {"architecture": "matching_pursuit"}, None):
-        (tmp_path / "config.json").write_text(json.dumps({"sae": sae}))
-        check_sarm(tmp_path, "audits")
-    (tmp_path / "config.json").write_text(json.dumps({"sae": {"architecture": "abs_topk"}}))
-    with pytest.raises(UserError, match="audits take a latent to have one meaning"):
-        check_sarm(tmp_path, "audits")
-
-
 def test_a_folder_that_is_being_written_is_not_moved(tmp_path: Path) -> None:
     import multiprocessing
 

@@ -27,7 +27,8 @@ from sarm.passes.reader import sarm_reader
 from sarm.settings.checks import UserError
 from sarm.settings.contexts import ContextsSettings
 from sarm.settings.run import RunSettings
-from sarm.stages.context_collection import collect_contexts, pair_blocks
+from sarm.stages.context_blocks import pair_blocks
+from sarm.stages.context_collection import collect_contexts
 
 SETTINGS = ContextsSettings(corpus=True, max_texts=30, top=4, per_decile=1, sampled=20, batch_tokens=512)
 
@@ -166,6 +167,32 @@ def test_answers_of_one_word_have_contexts_without_a_driving_part(sarm, tmp_path
     assert set(table["text"].to_pylist()) == {"yes", "no"}
     assert set(table["span_start"].to_pylist()) == {-1}
     assert counts["places"] == {"rewarded": 2}
+
+
+def test_contexts_of_an_abs_topk_model_are_apart_by_sign(files, tiny_folder, tiny_chat, tmp_path):
+    folder = random_sarm(tmp_path / "sarm", tiny_folder, tiny_chat, architecture="abs_topk")
+    (tmp_path / "contexts").mkdir()
+    settings = dataclasses.replace(SETTINGS, corpus=False, span_answers=0)
+    counts = collect_contexts(
+        settings, sarm_reader(folder, settings.batch_tokens), *files, tmp_path / "contexts", run_alone
+    )
+    assert counts["d_sae"] == 2 * D_SAE
+    pairs = {pair["pair_id"]: pair for path in files[0] for pair in pq.read_table(path).to_pylist()}
+    rows = [
+        r for r in pq.read_table(tmp_path / "contexts" / "contexts.parquet").to_pylist() if r["place"] == "rewarded"
+    ]
+    model = load_sarm(folder)
+    signs = set()
+    for row in random.Random(1).sample(rows, 20):
+        (tokens,) = tiny_chat.encode_responses(pairs[row["pair_id"]]["prompt"], [row["text"]])
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([tokens.ids]))
+        of_latent = dict(zip(output.latent_indices[0].tolist(), output.latent_values[0].tolist(), strict=True))
+        sign = 1 if row["latent"] < D_SAE else -1
+        assert sign * of_latent[row["latent"] % D_SAE] == pytest.approx(row["activation"], abs=1e-4)
+        assert row["activation"] > 0
+        signs.add(sign)
+    assert signs == {1, -1}
 
 
 def test_nothing_to_read_no_latents_and_latents_that_never_fire_are_one_line(

@@ -8,8 +8,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,17 @@ REWARD = RewardSettings(
 )
 STOP_AT = 3
 STAGES = (0, 1, 2, 3)
-Trainings = list[tuple[Callable[[Any], Any], RewardTask]]
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Several trainings in one group of workers, whose start costs more than they do."""
+
+    run: RunSettings
+    folder: Path
+    trainings: Sequence[tuple[Callable[[Any], Any], RewardTask]]
+    states: Checkpoints | None = None
+    name: str = "resume"
 
 
 def stopped_after_every_step(task: RewardTask) -> dict[str, Any] | None:
@@ -109,9 +119,9 @@ def killed_then_hung(task: RewardTask) -> dict[str, Any] | None:
         RewardTraining._step = take  # type: ignore[method-assign]
 
 
-def one_after_another(trainings: Trainings) -> None:
-    """Several trainings in one group of workers, whose start costs more than they do; each leaves its result beside its folder."""
-    for worker, task in trainings:
+def one_after_another(together: Trainings) -> None:
+    """Each leaves its result beside its folder."""
+    for worker, task in together.trainings:
         result = task.folder.with_name(f"{task.folder.name}.json")
         if not result.exists():
             found = worker(task)
@@ -141,9 +151,11 @@ class Trained:
             self.root / name, self._tracking, Checkpoints(self.root / f"{states or name}_states", {"stage": stage}),
         )  # fmt: skip
 
-    def train(self, trainings: Trainings, states: Checkpoints | None = None) -> None:
-        run = trainings[0][1].run
-        run_workers("resume", one_after_another, trainings, run, self.root / "ray", CLUSTER, 1, states)
+    def train(
+        self, trainings: Sequence[tuple[Callable[[Any], Any], RewardTask]], states: Checkpoints | None = None
+    ) -> None:
+        together = Trainings(trainings[0][1].run, self.root / "ray", trainings, states)
+        run_workers(one_after_another, together, CLUSTER)
 
     def losses(self, name: str) -> list[float]:
         return [entry["loss"] for entry in self.result(name)["history"]]

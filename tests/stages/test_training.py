@@ -5,8 +5,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from sarm.data.formats.models import model_folder
 from sarm.data.formats.sae_folder import load_sae
 from sarm.data.store.checkpoints import Checkpoints
+from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.data.tokens.groups import prompt_groups
 from sarm.engine.mlflow.tracker import Tracker
@@ -31,10 +32,8 @@ from sarm.settings.reward import RewardSettings
 from sarm.settings.run import RunSettings
 from sarm.settings.sae import SaeSettings
 from sarm.stages.reward_models import build_model, merge_adapters_
-from sarm.stages.train_reward_worker import RewardTask, load_pairs, reward_worker
-from sarm.stages.train_reward_worker import train_on_cluster as train_reward_on_cluster
+from sarm.stages.train_reward_worker import RewardTask, reward_worker
 from sarm.stages.train_sae_worker import SaeMember, SaeTask, sae_worker
-from sarm.stages.train_sae_worker import train_on_cluster as train_sae_on_cluster
 from sarm.train.reward import LocalEngine, parameter_groups, train_reward
 from sarm.train.sae import SaeTraining
 
@@ -71,7 +70,7 @@ def undisturbed(
 ) -> tuple[Path, dict[str, Any]]:
     """Folder and result of an SAE trained by one worker."""
     folder = tmp_path_factory.mktemp("sae") / "one"
-    result = train_sae_on_cluster(sae_task(extracted, folder, tracking, preset.sae, 1), CLUSTER)
+    result = run_workers(sae_worker, sae_task(extracted, folder, tracking, preset.sae, 1), CLUSTER)
     assert result["figures"]["fvu_chat"] < 1
     return folder, result
 
@@ -141,7 +140,7 @@ def killed(extracted: Path, tmp_path_factory: pytest.TempPathFactory, tracking: 
     folder = tmp_path_factory.mktemp("killed") / "one"
     task = sae_task(extracted, folder, tracking, replace(preset.sae, checkpoint_every_steps=SAVE_EVERY), 1)
     with pytest.raises(Exception, match="worker"):
-        run_workers("sae", worker_that_is_killed, task, task.run, folder, CLUSTER, 1)
+        run_workers(worker_that_is_killed, replace(task, run=replace(task.run, max_restarts=0)), CLUSTER)
     assert not (folder / "cfg.json").exists()
     states = folder.with_name("one_states")
     assert len(list(states.glob("step-*"))) == 2
@@ -185,9 +184,19 @@ def reference(
     return in_one_process(extracted, sae_folder, tracking, preset, REWARD)
 
 
-def one_after_another(trainings: list[tuple[Callable[[Any], Any], Any]]) -> list[Any]:
+@dataclass(frozen=True)
+class Trainings:
     """Several trainings in one group of workers, since starting a group costs more than they do."""
-    return [worker(task) for worker, task in trainings]
+
+    run: RunSettings
+    folder: Path
+    trainings: Sequence[tuple[Callable[[Any], Any], Any]] = ()
+    states: Checkpoints | None = None
+    name: str = "trained"
+
+
+def one_after_another(task: Trainings) -> list[Any]:
+    return [worker(own) for worker, own in task.trainings]
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +249,8 @@ def trained(
                 task = reward_task(extracted, sae_folder, root / name, tracking, preset, reward, workers)
                 trainings[name] = reward_worker, task
         run = RunSettings(out=extracted, num_workers=workers, cpus_per_worker=1)
-        results = run_workers(
-            "trained", one_after_another, list(trainings.values()), run, root / f"run{workers}", CLUSTER, 1
-        )
+        together = Trainings(run, root / f"run{workers}", list(trainings.values()))
+        results = run_workers(one_after_another, together, CLUSTER)
         found |= {name: (root / name, result) for name, result in zip(trainings, results, strict=True)}
     return found
 
@@ -380,7 +388,7 @@ def test_a_worker_s_error_comes_back_as_itself(
 ) -> None:
     task = reward_task(extracted, tmp_path / "no_such_sae", tmp_path, tracking, preset, REWARD, 1)
     with pytest.raises(ValueError, match="not a readable SAE"):
-        train_reward_on_cluster(task, CLUSTER)
+        run_workers(reward_worker, task, CLUSTER)
 
 
 def test_workers_for_whom_there_is_no_room_are_not_waited_for_without_end(
@@ -388,8 +396,8 @@ def test_workers_for_whom_there_is_no_room_are_not_waited_for_without_end(
 ) -> None:
     """As when a node has gone for good: the check before the start saw it, and Ray Train would wait for another."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
-    run = RunSettings(out=tmp_path, num_workers=2, cpus_per_worker=1)
+    run = RunSettings(out=tmp_path, num_workers=2, cpus_per_worker=40)
     with pytest.raises(
         TimeoutError, match=r"lost: no room for 2 workers of 40 CPUs each: the cluster has \d+ CPUs and"
     ):
-        run_workers("lost", print, None, run, tmp_path, CLUSTER, threads=40)
+        run_workers(print, Trainings(run, tmp_path, name="lost"), replace(CLUSTER, num_cpus=100))

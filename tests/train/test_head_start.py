@@ -8,6 +8,7 @@ import torch
 
 from sarm.contracts.ids import stable_int
 from sarm.data.store.activations import ActivationStore
+from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.evaluate.probe import fit_probe
 from sarm.nn.backbone import load_backbone
@@ -15,7 +16,6 @@ from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.sae import standardise
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
-from sarm.stages.train_reward_worker import load_pairs
 from sarm.train.head_start import start_head_
 
 

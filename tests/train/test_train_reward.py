@@ -24,15 +24,8 @@ from sarm.nn.topk import TopKSae
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.reward import RewardSettings
 from sarm.train.objective import Objective
-from sarm.train.reward import (
-    LocalEngine,
-    RewardTraining,
-    _backward,
-    cut_into_steps,
-    deal,
-    parameter_groups,
-    train_reward,
-)
+from sarm.train.reward import LocalEngine, RewardTraining, _backward, parameter_groups, train_reward
+from sarm.train.reward_batches import cut_into_steps, deal
 from sarm.train.reward_checks import LossGuard
 
 ROW_TOKENS, END = 256, 1

@@ -11,30 +11,109 @@ makes them tests is the comparison with matched sets, and that order and sets we
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sarm.audit.codes import AuditCodes
-from sarm.audit.steering import against_controls
-from sarm.evaluate.intervals import mean_interval
+from sarm.audit.steering import BesideControls, against_controls
+from sarm.contracts.figures import OPTIONAL, SPREAD
+from sarm.evaluate.intervals import Estimate, Interval, estimated, mean_interval
 from sarm.evaluate.statistics import pair_credit
-from sarm.nn.modeling_sarm import SarmForSequenceClassification
-from sarm.nn.sae import STANDARDISE_EPS, standardise
+from sarm.nn.sae import STANDARDISE_EPS, Codes, Sae, standardise
 
 _ROWS_AT_ONCE = 512
 
 
+@runtime_checkable
+class RewardModel(Protocol):
+    """What the tests need of a SARM: its encoder, and the head that sums latents into a reward."""
+
+    @property
+    def sae(self) -> Sae: ...
+
+    @property
+    def score(self) -> Callable[[Codes], Tensor]: ...
+
+
+@dataclass(frozen=True)
+class DirectionFigures:
+    """Margins after directions were removed or added upstream of TopK; in reward units, accuracies are shares of pairs."""
+
+    realised_ci95: Interval
+    """Of `change.value`, over prompts."""
+    linear: float
+    """What the head alone would give."""
+    realised_share: float | None
+    """Realised over linear change; None where the latter is 0."""
+    accuracy_before: float
+    accuracy_after: float
+    change: BesideControls = field(metadata=SPREAD)
+    """The mean change of the margin."""
+
+
+@dataclass(frozen=True)
+class UpstreamFigures:
+    """Directions of a set, once taken from the residual and once added to it."""
+
+    removed: DirectionFigures
+    added: DirectionFigures
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapFigures:
+    """Pairs whose latents changed places: the mean change of the margin, in reward units, and the share of orders that turned."""
+
+    margin_ci95: Interval
+    """Of `change.value`, over prompts."""
+    change: BesideControls = field(metadata=SPREAD)
+    flips: float
+    flips_control_median: float
+
+
+@dataclass(frozen=True)
+class DeletionCurve:
+    """By number of latents: what they carry of the mean margin, and the accuracy without them and with them alone."""
+
+    margin_share: list[float]
+    accuracy_without: list[float]
+    accuracy_only: list[float]
+
+
+@dataclass(frozen=True)
+class DeletionFigures:
+    """Curves of an order and, on average, of random ones, at `sizes` latents."""
+
+    sizes: list[int]
+    accuracy: float
+    """With all latents."""
+    ordered: DeletionCurve
+    random: DeletionCurve
+    aopc: BesideControls
+    """The mean share of the margin over `sizes`."""
+
+
+@dataclass(frozen=True)
+class SentenceFigures:
+    """Changes of the features' reward, in reward units, by cutting a sentence; no estimates without a response to cut."""
+
+    num_responses: int
+    own_sentence: Estimate | None = field(default=None, metadata=OPTIONAL)
+    placebo: Estimate | None = field(default=None, metadata=OPTIONAL)
+    difference: Estimate | None = field(default=None, metadata=OPTIONAL)
+
+
 @torch.inference_mode()
 def upstream_rewards(
-    model: SarmForSequenceClassification,
+    model: RewardModel,
     residual_RD: Float[Tensor, "responses d_in"],
     z_RE: Float[Tensor, "responses edited"],
-    latents: NDArray[np.int64],
+    latents: Int64[NDArray[np.int64], " edited"],
     sign: float,
 ) -> Float[np.ndarray, " responses"]:
     """Rewards after sum_i z_i d_i was added to (`sign` 1) or taken from (-1) the residual, through TopK again."""
@@ -49,68 +128,75 @@ def upstream_rewards(
 
 
 def upstream(
-    model: SarmForSequenceClassification,
+    model: RewardModel,
     codes: AuditCodes,
-    selected: NDArray[np.int64],
-    control_sets_GE: NDArray[np.int64],
-) -> dict[str, Any]:
-    """Margins of these pairs after each set's directions are removed, and added once more, beside matched sets.
-
-    `realised` is the mean change of the margin, `linear` what the head alone would give, `realised_share` their ratio, with an
-    interval over prompts.
-    """
+    selected: Int64[NDArray[np.int64], " edited"],
+    control_sets_GE: Int64[NDArray[np.int64], "sets edited"],
+) -> UpstreamFigures:
+    """Margins of these pairs after each set's directions are removed, and added once more, beside matched sets."""
     rows = codes.responses
     place = {int(row): i for i, row in enumerate(rows)}
     chosen, rejected = (np.array([place[int(i)] for i in side]) for side in (codes.chosen, codes.rejected))
     residual_RD = torch.from_numpy(codes.residual[rows].copy())
     reward_R = codes.reward[rows]
 
-    def margin_change(latents: NDArray[np.int64], sign: float) -> NDArray[np.float64]:
+    def margin_change(
+        latents: Int64[NDArray[np.int64], " edited"], sign: float
+    ) -> Float64[NDArray[np.float64], " pairs"]:
         z_RE = torch.from_numpy(codes.z[rows][:, latents].toarray()).float()
         change_R = (
             upstream_rewards(model=model, residual_RD=residual_RD, z_RE=z_RE, latents=latents, sign=sign) - reward_R
         )
-        return change_R[chosen] - change_R[rejected]
+        change_N: NDArray[np.float64] = change_R[chosen] - change_R[rejected]
+        return change_N
 
-    out: dict[str, Any] = {}
-    for name, sign in (("removed", -1.0), ("added", 1.0)):
+    def moved(sign: float) -> DirectionFigures:
         realised_N = margin_change(selected, sign)
         linear_N = sign * (codes.difference[:, selected] @ codes.weight[selected])
         controls = np.array([margin_change(latents, sign).mean() for latents in control_sets_GE])
         linear = float(linear_N.mean())
         before_N = codes.margins
-        out[name] = {
-            "realised_ci95": list(mean_interval(realised_N, codes.prompts)),
-            "linear": linear,
-            "realised_share": float(realised_N.mean() / linear) if abs(linear) > 1e-9 else None,
-            "accuracy_before": float(pair_credit(before_N).mean()),
-            "accuracy_after": float(pair_credit(before_N + realised_N).mean()),
-            **against_controls(float(realised_N.mean()), controls),
-        }
-    return out
+        return DirectionFigures(
+            realised_ci95=mean_interval(realised_N, codes.prompts),
+            linear=linear,
+            realised_share=float(realised_N.mean() / linear) if abs(linear) > 1e-9 else None,
+            accuracy_before=float(pair_credit(before_N).mean()),
+            accuracy_after=float(pair_credit(before_N + realised_N).mean()),
+            change=against_controls(float(realised_N.mean()), controls),
+        )
+
+    return UpstreamFigures(removed=moved(-1.0), added=moved(1.0))
 
 
-def swap(codes: AuditCodes, selected: NDArray[np.int64], control_sets_GE: NDArray[np.int64]) -> dict[str, Any]:
+def swap(
+    codes: AuditCodes,
+    selected: Int64[NDArray[np.int64], " edited"],
+    control_sets_GE: Int64[NDArray[np.int64], "sets edited"],
+) -> SwapFigures:
     """Margins and orders of the pairs after a set's latents change places between chosen and rejected."""
     before_N = codes.margins
 
-    def changed(latents: NDArray[np.int64]) -> NDArray[np.float64]:
-        return -2 * (codes.difference[:, latents] @ codes.weight[latents])
+    def changed(latents: Int64[NDArray[np.int64], " edited"]) -> Float64[NDArray[np.float64], " pairs"]:
+        change_N: NDArray[np.float64] = -2 * (codes.difference[:, latents] @ codes.weight[latents])
+        return change_N
 
     own_N = changed(selected)
     controls = [changed(latents) for latents in control_sets_GE]
     flips = [float((np.sign(before_N + one) != np.sign(before_N)).mean()) for one in [own_N, *controls]]
-    return {
-        "margin_ci95": list(mean_interval(own_N, codes.prompts)),
-        **against_controls(float(own_N.mean()), np.array([one.mean() for one in controls])),
-        "flips": flips[0],
-        "flips_control_median": float(np.median(flips[1:])),
-    }
+    return SwapFigures(
+        margin_ci95=mean_interval(own_N, codes.prompts),
+        change=against_controls(float(own_N.mean()), np.array([one.mean() for one in controls])),
+        flips=flips[0],
+        flips_control_median=float(np.median(flips[1:])),
+    )
 
 
 def deletion_curves(
-    codes: AuditCodes, order: NDArray[np.int64], random_orders: Sequence[NDArray[np.int64]], sizes: Sequence[int]
-) -> dict[str, Any]:
+    codes: AuditCodes,
+    order: Int64[NDArray[np.int64], " ordered"],
+    random_orders: Sequence[Int64[NDArray[np.int64], " shuffled"]],
+    sizes: Sequence[int],
+) -> DeletionFigures:
     """What the first m latents of an order carry, beside random orders: their share of the mean margin, and two accuracies.
 
     Under a linear head the share that is lost without them (comprehensiveness) is the share that they keep alone (sufficiency), so
@@ -118,32 +204,36 @@ def deletion_curves(
     """
     whole = float(codes.margins.mean())
 
-    def curve(latents: NDArray[np.int64]) -> dict[str, list[float]]:
+    def curve(latents: Int64[NDArray[np.int64], " ordered"]) -> DeletionCurve:
         terms_NM = (codes.difference[:, latents] * codes.weight[latents]).toarray().cumsum(axis=1)
         kept_MN = [terms_NM[:, min(m, len(latents)) - 1] for m in sizes]
-        return {
-            "margin_share": [float(kept.mean() / whole) if whole else 0.0 for kept in kept_MN],
-            "accuracy_without": [float(pair_credit(codes.margins - kept).mean()) for kept in kept_MN],
-            "accuracy_only": [float(pair_credit(kept).mean()) for kept in kept_MN],
-        }
+        return DeletionCurve(
+            margin_share=[float(kept.mean() / whole) if whole else 0.0 for kept in kept_MN],
+            accuracy_without=[float(pair_credit(codes.margins - kept).mean()) for kept in kept_MN],
+            accuracy_only=[float(pair_credit(kept).mean()) for kept in kept_MN],
+        )
 
     own, controls = curve(order), [curve(latents) for latents in random_orders]
-    means = {name: np.mean([one[name] for one in controls], axis=0).tolist() for name in own}
-    aopc = [float(np.mean(one["margin_share"])) for one in [own, *controls]]
-    return {
-        "sizes": list(sizes),
-        "accuracy": float(pair_credit(codes.margins).mean()),
-        "ordered": own,
-        "random": means,
-        "aopc": against_controls(aopc[0], np.array(aopc[1:])),
-    }
+    aopc = [float(np.mean(one.margin_share)) for one in [own, *controls]]
+    return DeletionFigures(
+        sizes=list(sizes),
+        accuracy=float(pair_credit(codes.margins).mean()),
+        ordered=own,
+        random=DeletionCurve(
+            margin_share=np.mean([one.margin_share for one in controls], axis=0).tolist(),
+            accuracy_without=np.mean([one.accuracy_without for one in controls], axis=0).tolist(),
+            accuracy_only=np.mean([one.accuracy_only for one in controls], axis=0).tolist(),
+        ),
+        aopc=against_controls(aopc[0], np.array(aopc[1:])),
+    )
 
 
-def contribution_order(codes: AuditCodes) -> NDArray[np.int64]:
+def contribution_order(codes: AuditCodes) -> Int64[NDArray[np.int64], " ordered"]:
     """Latents by the size of their mean contribution to the margin of these pairs, largest first; silent ones left out."""
     mean_S = np.asarray(codes.difference.mean(axis=0)).ravel() * codes.weight
     order = np.argsort(-np.abs(mean_S), kind="stable")
-    return order[np.abs(mean_S[order]) > 0]
+    ordered: NDArray[np.int64] = order[np.abs(mean_S[order]) > 0]
+    return ordered
 
 
 def sentence_edits(
@@ -175,14 +265,9 @@ def _without(text: str, ends: Sequence[int], i: int) -> str:
     return text[:start].rstrip() + text[ends[i] + 1 :] if i else text[ends[i] + 1 :].lstrip()
 
 
-def deletion_effect(change_D2: Float[np.ndarray, "deletions 2"], prompts: Sequence[str]) -> dict[str, Any]:
+def deletion_effect(change_D2: Float[np.ndarray, "deletions 2"], prompts: Sequence[str]) -> SentenceFigures:
     """Mean change of the features' reward by cutting their own sentence, the placebo, and the difference, with intervals over prompts."""
-    columns = np.column_stack([change_D2, change_D2[:, 0] - change_D2[:, 1]])
-    names = ("own_sentence", "placebo", "difference")
-    return {
-        "num_responses": len(columns),
-        **{
-            name: {"value": float(column.mean()), "ci95": list(mean_interval(column, np.array(prompts)))}
-            for name, column in zip(names, columns.T, strict=True)
-        },
-    }
+    # One block, so that its columns lie in memory as before they are summed: their means depend on it in the last bit.
+    columns_D3 = np.column_stack([change_D2, change_D2[:, 0] - change_D2[:, 1]])
+    own, placebo, difference = (estimated(column, np.array(prompts)) for column in columns_D3.T)
+    return SentenceFigures(len(columns_D3), own_sentence=own, placebo=placebo, difference=difference)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64, Shaped
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -64,15 +64,15 @@ class AuditCodes:
     """Latents at the rewarded token."""
     sentence: sparse.csr_array
     """Sums of the positive latents over the response's sentence ends (SAFER)."""
-    ends: NDArray[np.int64]
+    ends: Int64[NDArray[np.int64], " responses"]
     """Number of sentence ends."""
     residual: Float[np.ndarray, "responses d_in"]
-    pair_ids: NDArray[Any]
-    prompts: NDArray[Any]
-    roles: NDArray[Any]
-    subsets: NDArray[Any]
-    chosen: NDArray[np.int64]
-    rejected: NDArray[np.int64]
+    pair_ids: Shaped[NDArray[Any], " pairs"]
+    prompts: Shaped[NDArray[Any], " pairs"]
+    roles: Shaped[NDArray[Any], " pairs"]
+    subsets: Shaped[NDArray[Any], " pairs"]
+    chosen: Int64[NDArray[np.int64], " pairs"]
+    rejected: Int64[NDArray[np.int64], " pairs"]
     required: Float[np.ndarray, " pairs"]
     """The annotated margin of each pair, which training takes off the difference of rewards; 0 without one."""
 
@@ -82,13 +82,15 @@ class AuditCodes:
 
     @property
     def margins(self) -> Float[np.ndarray, " pairs"]:
-        return self.reward[self.chosen] - self.reward[self.rejected]
+        margins_N: Float[np.ndarray, " pairs"] = self.reward[self.chosen] - self.reward[self.rejected]
+        return margins_N
 
     @property
     def log_length(self) -> Float[np.ndarray, " pairs"]:
         """log tokens of the chosen answer minus that of the rejected one: whole conversations would hide it behind a long prompt."""
         log_R = np.log(np.maximum(self.tokens, 1.0))
-        return log_R[self.chosen] - log_R[self.rejected]
+        difference_N: Float[np.ndarray, " pairs"] = log_R[self.chosen] - log_R[self.rejected]
+        return difference_N
 
     def at(self, site: str) -> sparse.csr_array:
         """Positive latents of each response: at the rewarded token, or their sums over sentence ends."""
@@ -106,7 +108,7 @@ class AuditCodes:
         return (self.z[self.chosen] - self.z[self.rejected]).tocsr()
 
     @cached_property
-    def responses(self) -> NDArray[np.int64]:
+    def responses(self) -> Int64[NDArray[np.int64], " used"]:
         """The responses of these pairs."""
         return np.unique(np.concatenate([self.chosen, self.rejected]))
 
@@ -185,7 +187,7 @@ def completeness(codes: AuditCodes) -> float:
     return float(np.max(np.abs(codes.reward - codes.z @ codes.weight), initial=0.0))
 
 
-def check_latents(codes: AuditCodes, latents: Sequence[int]) -> NDArray[np.int64]:
+def check_latents(codes: AuditCodes, latents: Sequence[int]) -> Int64[NDArray[np.int64], " latents"]:
     """The latents as an array, in order.
 
     Raises UserError for none, repeated or unknown ones, and for those that never fire at a rewarded token: editing them does nothing.

@@ -13,7 +13,7 @@ interval    leaving out one prompt at a time (jackknife), with Student's t of th
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int, Int64
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -30,7 +30,7 @@ _NO_SPREAD = 1e-9
 class Contrast:
     """Scores of the latents that fire at one site, all arrays [F]."""
 
-    latent: NDArray[np.int64]
+    latent: Int64[NDArray[np.int64], " latents"]
     score: Float[np.ndarray, " latents"]
     """The reference's s."""
     paired: Float[np.ndarray, " latents"]
@@ -55,7 +55,10 @@ def reference_scores(codes: AuditCodes, site: str) -> Float[np.ndarray, " d_sae"
     chosen_S, rejected_S = (_sums(z_RS, rows) for rows in (codes.chosen, codes.rejected))
     total_S = chosen_S + rejected_S
     damping = total_S.mean()
-    return np.divide(chosen_S - rejected_S, total_S + damping, out=np.zeros_like(total_S), where=total_S > 0)
+    contrast_S: Float[np.ndarray, " d_sae"] = np.divide(
+        chosen_S - rejected_S, total_S + damping, out=np.zeros_like(total_S), where=total_S > 0
+    )
+    return contrast_S
 
 
 def contrast(codes: AuditCodes, site: str, permutations: int, seed: int) -> Contrast:
@@ -93,25 +96,31 @@ def contrast(codes: AuditCodes, site: str, permutations: int, seed: int) -> Cont
     )
 
 
-def _has_slope(x_N: NDArray[np.float64]) -> bool:
+def _has_slope(x_N: Float64[NDArray[np.float64], " pairs"]) -> bool:
     return float(np.square(x_N - x_N.mean()).sum()) > _NO_SPREAD
 
 
-def _intercept_weights(x_N: NDArray[np.float64]) -> NDArray[np.float64]:
+def _intercept_weights(x_N: Float64[NDArray[np.float64], " pairs"]) -> Float64[NDArray[np.float64], " pairs"]:
     """What the intercept of a regression on x takes of each pair; the mean's where all ratios are equal."""
     centred_N = x_N - x_N.mean()
     slope_N = centred_N / float(np.square(centred_N).sum()) if _has_slope(x_N) else np.zeros_like(x_N)
     return np.asarray(1 / len(x_N) - x_N.mean() * slope_N)
 
 
-def _null_terms(d_NF: NDArray[np.float64], x_N: NDArray[np.float64]) -> NDArray[np.float64]:
+def _null_terms(
+    d_NF: Float64[NDArray[np.float64], "pairs latents"], x_N: Float64[NDArray[np.float64], " pairs"]
+) -> Float64[NDArray[np.float64], "pairs latents"]:
     """What each pair adds to a, after length alone has explained what it can: their sum is a, whatever that was."""
     # Where all ratios are equal a slope and an intercept cannot be told apart: nothing is taken out.
     slope_F = (x_N @ d_NF) / (x_N @ x_N) if _has_slope(x_N) else np.zeros(d_NF.shape[1])
     return np.asarray(_intercept_weights(x_N)[:, None] * (d_NF - x_N[:, None] * slope_F))
 
 
-def _half_width(d_NF: NDArray[np.float64], x_N: NDArray[np.float64], prompt_N: NDArray[np.intp]) -> NDArray[np.float64]:
+def _half_width(
+    d_NF: Float64[NDArray[np.float64], "pairs latents"],
+    x_N: Float64[NDArray[np.float64], " pairs"],
+    prompt_N: Int[NDArray[np.intp], " pairs"],
+) -> Float64[NDArray[np.float64], " latents"]:
     """Half of the 95 % interval of a: its variance from leaving out each prompt, in the latents' unit."""
     columns = np.stack([np.ones_like(x_N), x_N, x_N**2, np.square(_intercept_weights(x_N))], axis=1)
     n_U, x_U, xx_U, weight_U = cluster_sums(columns, prompt_N).T
@@ -124,7 +133,8 @@ def _half_width(d_NF: NDArray[np.float64], x_N: NDArray[np.float64], prompt_N: N
     slope = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > _NO_SPREAD)[:, None] * (xd - (x / n)[:, None] * d)  # fmt: skip
     without_UF = (d - slope * x[:, None]) / n[:, None]
     variance_F = (num - 1) / num * np.square(without_UF - without_UF.mean(axis=0)).sum(axis=0)
-    return student(float(weight_U.sum() ** 2 / np.square(weight_U).sum())) * np.sqrt(variance_F)
+    half_F: NDArray[np.float64] = student(float(weight_U.sum() ** 2 / np.square(weight_U).sum())) * np.sqrt(variance_F)
+    return half_F
 
 
 def off_target_firing(codes: AuditCodes) -> Float[np.ndarray, " d_sae"]:
@@ -132,5 +142,5 @@ def off_target_firing(codes: AuditCodes) -> Float[np.ndarray, " d_sae"]:
     return codes.role("off_select").density
 
 
-def _sums(z_RS: object, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+def _sums(z_RS: object, rows: Int64[NDArray[np.int64], " rows"]) -> Float64[NDArray[np.float64], " d_sae"]:
     return np.asarray(z_RS[rows].sum(axis=0)).ravel()  # type: ignore[index]

@@ -8,16 +8,17 @@ The certificate is the same sums on pairs that the solver has not seen, with int
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 from scipy import optimize
 
 from sarm.audit.codes import AuditCodes
-from sarm.evaluate.intervals import mean_interval
+from sarm.contracts.figures import SPREAD
+from sarm.evaluate.intervals import Estimate, estimated
 from sarm.settings.checks import UserError
 
 _ZERO = 1e-9
@@ -32,6 +33,26 @@ class GoalEdit:
     delta: Float[np.ndarray, " d_sae"]
     target_shift: float
     largest_other_shift: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift:
+    """How far an edit moves a group's mean margin, in reward units."""
+
+    moved: Estimate = field(metadata=SPREAD)
+    num_pairs: int
+    num_prompts: int
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What an edit does to pairs that it was not solved on."""
+
+    target: Shift
+    goal_within: bool | None
+    """Whether the goal is in the target's interval; None where the target has none."""
+    others: dict[str, Shift]
+    tolerance_kept: Literal["yes", "no", "undecided"]
 
 
 def mean_difference(codes: AuditCodes) -> Float[np.ndarray, " d_sae"]:
@@ -69,7 +90,7 @@ def edit_for(
 
 def certificate(
     delta_S: Float[np.ndarray, " d_sae"], target: AuditCodes, others: Mapping[str, AuditCodes], goal: float, tolerance: float
-) -> dict[str, Any]:  # fmt: skip
+) -> Certificate:  # fmt: skip
     """What an edit does to pairs that it was not solved on: the shift of every group's mean margin, with a 95 % interval over prompts.
 
     An interval is NaN where the group has too few prompts to show one; `goal_within` is then None, and the tolerance undecided.
@@ -79,31 +100,35 @@ def certificate(
     """
     rows = {name: _shift(codes, delta_S) for name, codes in {"target": target, **others}.items()}
     moved = rows.pop("target")
-    low, high = moved["ci95"]
-    is_off = any(abs(row["value"]) > tolerance for row in rows.values())
+    low, high = moved.moved.ci95
+    is_off = any(abs(row.moved.value) > tolerance for row in rows.values())
     # A group without an interval leaves it open.
-    is_wide = not all(max(np.abs(row["ci95"])) <= tolerance for row in rows.values())
-    return {
-        "target": moved,
-        "goal_within": None if np.isnan(low) else low <= goal <= high,
-        "others": rows,
-        "tolerance_kept": "no" if is_off else "undecided" if is_wide else "yes",
-    }
+    is_wide = not all(max(np.abs(row.moved.ci95)) <= tolerance for row in rows.values())
+    return Certificate(
+        target=moved,
+        goal_within=None if np.isnan(low) else low <= goal <= high,
+        others=rows,
+        tolerance_kept="no" if is_off else "undecided" if is_wide else "yes",
+    )
 
 
-def _shift(codes: AuditCodes, delta_S: NDArray[np.float64]) -> dict[str, Any]:
+def _shift(codes: AuditCodes, delta_S: Float64[NDArray[np.float64], " d_sae"]) -> Shift:
     moved_N = np.asarray(codes.difference @ delta_S)
-    found = {"value": float(moved_N.mean()), "ci95": list(mean_interval(moved_N, codes.prompts))}
-    return found | {"num_pairs": codes.num_pairs, "num_prompts": len(np.unique(codes.prompts))}
+    moved = estimated(moved_N, codes.prompts)
+    return Shift(moved=moved, num_pairs=codes.num_pairs, num_prompts=len(np.unique(codes.prompts)))
 
 
 def _solve(
-    gain_M: NDArray[np.float64] | None, rows_CM: NDArray[np.float64], limit_C: NDArray[np.float64], bound: float
-) -> NDArray[np.float64]:
+    gain_M: Float64[NDArray[np.float64], " moved"] | None,
+    rows_CM: Float64[NDArray[np.float64], "limits moved"],
+    limit_C: Float64[NDArray[np.float64], " limits"],
+    bound: float,
+) -> Float64[NDArray[np.float64], " moved"]:
     """delta = p - n >= 0 that minimises `gain . delta`, or |delta|_1 without a gain, under rows . delta <= limit."""
     size = rows_CM.shape[1]
     cost = np.ones(2 * size) if gain_M is None else np.concatenate([gain_M, -gain_M])
     found = optimize.linprog(cost, np.hstack([rows_CM, -rows_CM]), limit_C, bounds=(0, bound), method="highs")
     if found.status != 0:
         raise UserError(f"the solver found no edit: {found.message}")
-    return found.x[:size] - found.x[size:]
+    step_M: NDArray[np.float64] = found.x[:size] - found.x[size:]
+    return step_M

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 
 from sarm.contracts.folders import PAIRS_FOLDER
 from sarm.contracts.ids import hash_share, stable_id
 from sarm.contracts.manifest import read_manifest
 from sarm.contracts.tables import PAIRS_TABLE
+from sarm.data.store.pairs import load_pairs
 from sarm.evaluate.benchmarks.benchmark import BenchmarkRow
 from sarm.evaluate.benchmarks.sources import load_benchmark, parse_source
 from sarm.settings.checks import UserError
@@ -70,10 +70,8 @@ def _pairs_of(source: str, limit: int | None, role: str) -> Iterator[dict[str, A
         place, split = source, "train" if role == "select" else "heldout"
     folder = Path(place).expanduser().absolute()
     read_manifest(folder, PAIRS_FOLDER)
-    table = ds.dataset([str(path) for path in sorted(folder.glob("*.parquet"))]).to_table()
-    for pair in table.to_pylist():
-        if split in ("all", pair["split"]):
-            yield {**pair, "subset": pair["subset"] or pair["source"]}
+    for pair in load_pairs(folder, split).to_pylist():
+        yield {**pair, "subset": pair["subset"] or pair["source"]}
 
 
 def _of_row(row: BenchmarkRow, benchmark: str) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64, Shaped
 from numpy.typing import NDArray
 
 from sarm.audit.codes import AuditCodes
@@ -36,7 +36,8 @@ CHANGES = pa.schema(
 def pair_scores(codes: AuditCodes, selection: Selection, site: str) -> Float[np.ndarray, " pairs"]:
     """Safe minus unsafe features of the chosen response minus the same of the rejected one."""
     g_R = codes.per_end(site)[:, selection.latent] @ selection.sign.astype(np.float64)
-    return g_R[codes.chosen] - g_R[codes.rejected]
+    score_N: Float[np.ndarray, " pairs"] = g_R[codes.chosen] - g_R[codes.rejected]
+    return score_N
 
 
 def feature_scores(codes: AuditCodes, picked: Selection) -> dict[str, Float[np.ndarray, " pairs"]]:
@@ -78,8 +79,8 @@ def rankings(
 
 
 def changed_pairs(
-    suspicion_N: Float[np.ndarray, " pairs"], share: float, action: str, pair_ids: NDArray[Any]
-) -> NDArray[np.int64]:
+    suspicion_N: Float[np.ndarray, " pairs"], share: float, action: str, pair_ids: Shaped[NDArray[Any], " pairs"]
+) -> Int64[NDArray[np.int64], " changed"]:
     """The int(N share) pairs that `flip` or `drop` takes, first to go first; equal suspicions in order of ids.
 
     Raises UserError if a pair has no score, or the share is less than one pair.
@@ -95,7 +96,10 @@ def changed_pairs(
 
 
 def changes_table(
-    changed: NDArray[np.int64], action: str, suspicion_N: Float[np.ndarray, " pairs"], pair_ids: NDArray[Any]
+    changed: Int64[NDArray[np.int64], " changed"],
+    action: str,
+    suspicion_N: Float[np.ndarray, " pairs"],
+    pair_ids: Shaped[NDArray[Any], " pairs"],
 ) -> pa.Table:
     """The manifest of what was changed, in order: enough to do it again and to take it back."""
     rows = [
@@ -124,7 +128,9 @@ def apply_changes(pairs: pa.Table, changes: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(kept, schema=pairs.schema)
 
 
-def precision_recall(dropped: NDArray[np.int64], is_noisy_N: Bool[np.ndarray, " pairs"]) -> dict[str, float]:
+def precision_recall(
+    dropped: Int64[NDArray[np.int64], " dropped"], is_noisy_N: Bool[np.ndarray, " pairs"]
+) -> dict[str, float]:
     """Of the dropped pairs the share that was noisy, and of the noisy pairs the share that was dropped."""
     hits = int(is_noisy_N[dropped].sum())
     return {"precision": hits / max(1, len(dropped)), "recall": hits / max(1, int(is_noisy_N.sum()))}

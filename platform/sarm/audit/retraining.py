@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float32, Float64, Int64, Shaped
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold
 
@@ -25,8 +26,8 @@ _FOLDS = 5
 class Repetition(NamedTuple):
     """One seed of a study: the training pairs it uses, and the credits of its head on their unchanged labels."""
 
-    rows: NDArray[np.int64]
-    credits: dict[str, NDArray[np.float64]]
+    rows: Int64[NDArray[np.int64], " rows"]
+    credits: dict[str, Float64[NDArray[np.float64], " heldout"]]
 
 
 class CachedHead:
@@ -46,20 +47,25 @@ class CachedHead:
         # The strength of the penalty of all poisoned and thinned trainings is that of the unchanged labels, as full retraining keeps its settings.
         self.penalty = self.penalty_for(np.arange(train.num_pairs), np.ones(train.num_pairs))
 
-    def penalty_for(self, rows: NDArray[np.int64], sign_N: NDArray[np.float64]) -> float:
+    def penalty_for(
+        self, rows: Int64[NDArray[np.int64], " rows"], sign_N: Float64[NDArray[np.float64], " pairs"]
+    ) -> float:
         """The C that cross-validation over prompts chooses on these pairs and labels alone."""
         return choose_penalty(x_ND=self._turned(rows, sign_N), prompt_ids_N=self.prompts[rows], seed=self._seed, margin_N=self.margins[rows], label_smoothing=self.label_smoothing)[0]  # fmt: skip
 
     def fit(
-        self, rows: NDArray[np.int64], sign_N: NDArray[np.float64], penalty: float | None = None
-    ) -> NDArray[np.float32]:
+        self,
+        rows: Int64[NDArray[np.int64], " rows"],
+        sign_N: Float64[NDArray[np.float64], " pairs"],
+        penalty: float | None = None,
+    ) -> Float32[NDArray[np.float32], " latents"]:
         """Weights trained on some pairs, those with sign -1 flipped."""
         C = self.penalty if penalty is None else penalty
         return fit_head(self._turned(rows, sign_N), C, self.margins[rows], self.label_smoothing)
 
     def cross_fitted(
-        self, rows: NDArray[np.int64], sign_N: NDArray[np.float64], penalty: float
-    ) -> NDArray[np.float64]:  # fmt: skip
+        self, rows: Int64[NDArray[np.int64], " rows"], sign_N: Float64[NDArray[np.float64], " pairs"], penalty: float
+    ) -> Float64[NDArray[np.float64], " rows"]:  # fmt: skip
         """Margins of these pairs, under the given labels, of heads that have not seen the pair's prompt."""
         x_RF = self._turned(rows, sign_N)
         return _cross_fitted(
@@ -71,17 +77,26 @@ class CachedHead:
             label_smoothing=self.label_smoothing,
         )
 
-    def credits(self, weight_F: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
+    def credits(
+        self, weight_F: Float32[NDArray[np.float32], " latents"]
+    ) -> dict[str, Float64[NDArray[np.float64], " heldout"]]:
         """1 for each held-out pair in the right order, by role."""
         return {name: pair_credit((x @ weight_F).astype(np.float64)) for name, x in self.heldout.items()}
 
-    def _turned(self, rows: NDArray[np.int64], sign_N: NDArray[np.float64]) -> NDArray[np.float32]:
-        return self.x[rows] * sign_N[rows, None].astype(np.float32)
+    def _turned(
+        self, rows: Int64[NDArray[np.int64], " rows"], sign_N: Float64[NDArray[np.float64], " pairs"]
+    ) -> Float32[NDArray[np.float32], "rows latents"]:
+        turned_NF: NDArray[np.float32] = self.x[rows] * sign_N[rows, None].astype(np.float32)
+        return turned_NF
 
 
 def cross_fitted(
-    x_ND: NDArray[np.floating], prompts_N: NDArray[Any], sign_N: NDArray[np.float64], seed: int, penalty: float = 1e-3
-) -> NDArray[np.float64]:
+    x_ND: Float[NDArray[np.floating], "pairs d_in"],
+    prompts_N: Shaped[NDArray[Any], " pairs"],
+    sign_N: Float64[NDArray[np.float64], " pairs"],
+    seed: int,
+    penalty: float = 1e-3,
+) -> Float64[NDArray[np.float64], " pairs"]:
     """Margins, under the given labels, of linear probes that have not seen the pair's prompt."""
     turned_ND = (x_ND / root_mean_square(x_ND) * sign_N[:, None]).astype(np.float32)
     return _cross_fitted(
@@ -89,14 +104,15 @@ def cross_fitted(
     )
 
 
-def root_mean_square(x_ND: NDArray[np.floating]) -> NDArray[np.floating]:
+def root_mean_square(x_ND: Float[NDArray[np.floating], "pairs columns"]) -> Float[NDArray[np.floating], " columns"]:
     """Of each column, never 0; turning rows around does not change it, as it would a standard deviation."""
-    return np.sqrt(np.square(x_ND, dtype=np.float64).mean(axis=0)).astype(x_ND.dtype) + 1e-12
+    size_F: NDArray[np.floating] = np.sqrt(np.square(x_ND, dtype=np.float64).mean(axis=0)).astype(x_ND.dtype) + 1e-12
+    return size_F
 
 
 def _cross_fitted(
-    x_ND: NDArray[np.float32], prompts_N: NDArray[Any], seed: int, penalty: float, margin_N: NDArray[np.float64] | None, label_smoothing: float
-) -> NDArray[np.float64]:  # fmt: skip
+    x_ND: Float32[NDArray[np.float32], "pairs columns"], prompts_N: Shaped[NDArray[Any], " pairs"], seed: int, penalty: float, margin_N: Float64[NDArray[np.float64], " pairs"] | None, label_smoothing: float
+) -> Float64[NDArray[np.float64], " pairs"]:  # fmt: skip
     found_N = np.empty(len(x_ND))
     folds = GroupKFold(min(_FOLDS, len(np.unique(prompts_N))), shuffle=True, random_state=seed)
     for fit, test in folds.split(x_ND, groups=prompts_N):

@@ -8,10 +8,9 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
 from sarm.audit.contrast import Contrast
@@ -25,9 +24,18 @@ _FIELDS = {"latent", "rating"}
 class Selection:
     """Selected latents, strongest first, and on which side each stands."""
 
-    latent: NDArray[np.int64]
-    sign: NDArray[np.int64]
+    latent: Int64[NDArray[np.int64], " latents"]
+    sign: Int64[NDArray[np.int64], " latents"]
     """1 where the latent speaks for chosen responses (safe), -1 where for rejected ones (unsafe)."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What another threshold would select: how many latents, and their Jaccard overlap with the selection in use."""
+
+    threshold: str
+    features: int
+    jaccard: float
 
 
 def select(
@@ -88,25 +96,25 @@ def read_ratings(path: Path) -> dict[int, float]:
     return {latent: float(np.median(ratings)) for latent, ratings in by_latent.items()}
 
 
-def sensitivity(base: Selection, others: Mapping[str, Selection]) -> list[dict[str, Any]]:
-    """How the selection changes under other thresholds: size, and Jaccard overlap with the selection in use."""
+def sensitivity(base: Selection, others: Mapping[str, Selection]) -> list[Sensitivity]:
+    """How the selection changes under other thresholds."""
     chosen = set(base.latent.tolist())
     rows = []
     for name, other in others.items():
         own = set(other.latent.tolist())
         union = chosen | own
-        rows.append({"threshold": name, "features": len(own), "jaccard": len(chosen & own) / len(union) if union else 1.0})  # fmt: skip
+        rows.append(Sensitivity(name, len(own), len(chosen & own) / len(union) if union else 1.0))
     return rows
 
 
 def matched_sets(
-    selected: Sequence[int] | NDArray[np.int64],
+    selected: Sequence[int] | Int64[NDArray[np.int64], " edited"],
     density_S: Float[np.ndarray, " d_sae"],
     weight_S: Float[np.ndarray, " d_sae"],
     count: int,
     seed: int,
     neighbours: int = 8,
-) -> NDArray[np.int64]:
+) -> Int64[NDArray[np.int64], "sets edited"]:
     """`count` random sets as large as `selected`: each latent is replaced by one of its nearest in log density and log |weight|.
 
     A set draws without repetition, nearest free neighbours first. [count, len(selected)].

@@ -5,16 +5,16 @@ one product per set. That rewards move is therefore exact by construction; what 
 and further than under random latents of the same density and weight.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64, Shaped
 from numpy.typing import NDArray
 
 from sarm.audit.codes import AuditCodes
-from sarm.evaluate.intervals import Interval, difference_interval, mean_interval, share_interval, student
+from sarm.evaluate.intervals import Estimate, Interval, difference_interval, estimated, share_interval, student
 from sarm.evaluate.statistics import cluster_sums, pair_credit
 from sarm.settings.checks import UserError
 
@@ -23,9 +23,9 @@ from sarm.settings.checks import UserError
 class Edit:
     """Head weights of some latents before and after."""
 
-    latent: NDArray[np.int64]
-    before: NDArray[np.float64]
-    after: NDArray[np.float64]
+    latent: Int64[NDArray[np.int64], " edited"]
+    before: Float64[NDArray[np.float64], " edited"]
+    after: Float64[NDArray[np.float64], " edited"]
 
     def as_json(self) -> list[dict[str, Any]]:
         """One record per latent; float32 values survive the round trip exactly."""
@@ -59,7 +59,45 @@ class Edit:
         return Edit(self.latent, self.after, self.before)
 
 
-def make_edit(kind: str, strength: float, latents: NDArray[np.int64], weight_S: Float[np.ndarray, " d_sae"]) -> Edit:
+@dataclass(frozen=True)
+class EditFigures:
+    """What an edit does to some pairs, with intervals over prompts.
+
+    Shifts are mean changes of margins and rewards, in reward units. All else are shares of pairs: `accuracy_change` is after minus before,
+    `flips` have the other order, the margins of `affected` move at all.
+    """
+
+    num_pairs: int
+    num_prompts: int
+    margin_shift: Estimate
+    chosen_shift: Estimate
+    rejected_shift: Estimate
+    accuracy_before: Estimate
+    accuracy_after: Estimate
+    accuracy_change: Estimate
+    flips: Estimate
+    affected: Estimate
+
+
+@dataclass(frozen=True)
+class BesideControls:
+    """An effect beside those of matched controls, in the effect's unit."""
+
+    value: float
+    control_median: float
+    control_95: float
+    """Median and 95th percentile of the controls' sizes."""
+    control_mean: float
+    """Mean of their effects, with signs."""
+    ratio: float
+    """Size over the controls' median size; infinite where half of the controls do nothing at all."""
+    p: float
+    """Permutation p-value: how often a control is as large."""
+
+
+def make_edit(
+    kind: str, strength: float, latents: Int64[NDArray[np.int64], " edited"], weight_S: Float[np.ndarray, " d_sae"]
+) -> Edit:
     """The edit of `kind` (scale, add, zero, set) at one strength."""
     before = weight_S[latents].astype(np.float64)
     constant, factor = _parts(kind, before)
@@ -69,10 +107,13 @@ def make_edit(kind: str, strength: float, latents: NDArray[np.int64], weight_S: 
 
 def steered_rewards(codes: AuditCodes, edit: Edit) -> Float[np.ndarray, " responses"]:
     """Rewards of all responses under the edited head, without running the model."""
-    return codes.reward + codes.z[:, edit.latent] @ (edit.after - edit.before)
+    reward_R: Float[np.ndarray, " responses"] = codes.reward + codes.z[:, edit.latent] @ (edit.after - edit.before)
+    return reward_R
 
 
-def _parts(kind: str, weight: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _parts(
+    kind: str, weight: Float64[NDArray[np.float64], " edited"]
+) -> tuple[Float64[NDArray[np.float64], " edited"], Float64[NDArray[np.float64], " edited"]]:
     """(constant, slope): the change of the weights is constant + strength * slope."""
     if kind == "scale":
         return -weight, weight
@@ -91,7 +132,7 @@ class Sweep:
     `sets_GE` [G, E]: one edited set a row; `signs_GE`, where given, says on which side each latent is added to (for `add`).
     """
 
-    def __init__(self, codes: AuditCodes, kind: str, strengths: Sequence[float], sets_GE: NDArray[np.int64], signs_GE: NDArray[np.float64] | None = None):  # fmt: skip
+    def __init__(self, codes: AuditCodes, kind: str, strengths: Sequence[float], sets_GE: Int64[NDArray[np.int64], "sets edited"], signs_GE: Float64[NDArray[np.float64], "sets edited"] | None = None):  # fmt: skip
         num_sets, size = sets_GE.shape
         weight_E = codes.weight[sets_GE.ravel()]
         constant_E, slope_E = _parts(kind, weight_E)
@@ -113,16 +154,21 @@ class Sweep:
 
     def shift(self, strength: float) -> Float[np.ndarray, "responses sets"]:
         """Change of the rewards of `codes.responses`."""
-        return self.constant_RG + strength * self.slope_RG
+        shift_RG: Float[np.ndarray, "responses sets"] = self.constant_RG + strength * self.slope_RG
+        return shift_RG
 
     def margins(self, strength: float) -> Float[np.ndarray, "pairs sets"]:
         """Margins after the edit."""
         shift_RG = self.shift(strength)
-        return self.codes.margins[:, None] + shift_RG[self._chosen] - shift_RG[self._rejected]
+        margins_NG: Float[np.ndarray, "pairs sets"] = (
+            self.codes.margins[:, None] + shift_RG[self._chosen] - shift_RG[self._rejected]
+        )
+        return margins_NG
 
     def pair_slopes(self) -> Float[np.ndarray, " pairs"]:
         """How far each pair's margin moves per unit of strength, under the first set."""
-        return self.slope_RG[self._chosen, 0] - self.slope_RG[self._rejected, 0]
+        slopes_N: Float[np.ndarray, " pairs"] = self.slope_RG[self._chosen, 0] - self.slope_RG[self._rejected, 0]
+        return slopes_N
 
     def summary(self) -> dict[str, Float[np.ndarray, "strengths sets"]]:
         """Mean shifts, share of responses affected, flips and accuracy at every strength, for every set.
@@ -143,52 +189,48 @@ class Sweep:
         return out
 
 
-def measure_edit(codes: AuditCodes, after_R: Float[np.ndarray, " responses"]) -> dict[str, Any]:
+def measure_edit(codes: AuditCodes, after_R: Float[np.ndarray, " responses"]) -> EditFigures:
     """What new rewards of all responses do to these pairs, with 95 % intervals over prompts."""
     before_N, after_N = codes.margins, after_R[codes.chosen] - after_R[codes.rejected]
     moved_R = after_R - codes.reward
-    columns: dict[str, tuple[Callable[..., Interval], NDArray[np.float64]]] = {
-        "margin_shift": (mean_interval, after_N - before_N),
-        "chosen_shift": (mean_interval, moved_R[codes.chosen]),
-        "rejected_shift": (mean_interval, moved_R[codes.rejected]),
-        "accuracy_before": (share_interval, pair_credit(before_N)),
-        "accuracy_after": (share_interval, pair_credit(after_N)),
-        "accuracy_change": (difference_interval, pair_credit(after_N) - pair_credit(before_N)),
-        "flips": (share_interval, (np.sign(after_N) != np.sign(before_N)).astype(np.float64)),
-        "affected": (share_interval, (np.abs(after_N - before_N) > 1e-9).astype(np.float64)),
-    }
-    figures = {
-        name: {"value": float(value_N.mean()), "ci95": list(interval(value_N, codes.prompts))}
-        for name, (interval, value_N) in columns.items()
-    }
-    return {"num_pairs": codes.num_pairs, "num_prompts": len(np.unique(codes.prompts)), **figures}
+    is_flipped_N, is_affected_N = np.sign(after_N) != np.sign(before_N), np.abs(after_N - before_N) > 1e-9
+    prompts = codes.prompts
+    return EditFigures(
+        num_pairs=codes.num_pairs,
+        num_prompts=len(np.unique(prompts)),
+        margin_shift=estimated(after_N - before_N, prompts),
+        chosen_shift=estimated(moved_R[codes.chosen], prompts),
+        rejected_shift=estimated(moved_R[codes.rejected], prompts),
+        accuracy_before=estimated(pair_credit(before_N), prompts, share_interval),
+        accuracy_after=estimated(pair_credit(after_N), prompts, share_interval),
+        accuracy_change=estimated(pair_credit(after_N) - pair_credit(before_N), prompts, difference_interval),
+        flips=estimated(is_flipped_N.astype(np.float64), prompts, share_interval),
+        affected=estimated(is_affected_N.astype(np.float64), prompts, share_interval),
+    )
 
 
-def by_subset(codes: AuditCodes, after_R: Float[np.ndarray, " responses"]) -> dict[str, Any]:
+def by_subset(codes: AuditCodes, after_R: Float[np.ndarray, " responses"]) -> dict[str, EditFigures]:
     """`measure_edit` of every subset."""
     return {
         name: measure_edit(codes.keep(codes.subsets == name), after_R) for name in sorted(set(codes.subsets.tolist()))
     }
 
 
-def against_controls(value: float, controls: NDArray[np.float64]) -> dict[str, float]:
-    """An effect beside those of matched controls: their median and 95th percentile by size, the ratio, and a permutation p-value.
-
-    The ratio is infinite where half of the controls do nothing at all.
-    """
+def against_controls(value: float, controls: Float64[NDArray[np.float64], " sets"]) -> BesideControls:
+    """An effect beside those of matched controls."""
     size = np.abs(controls)
     median = float(np.median(size))
-    return {
-        "value": float(value),
-        "control_median": median,
-        "control_95": float(np.quantile(size, 0.95)),
-        "control_mean": float(controls.mean()),
-        "ratio": abs(value) / median if median > 0 else float("inf"),
-        "p": float((np.count_nonzero(size >= abs(value) - 1e-12) + 1) / (len(size) + 1)),
-    }
+    return BesideControls(
+        value=float(value),
+        control_median=median,
+        control_95=float(np.quantile(size, 0.95)),
+        control_mean=float(controls.mean()),
+        ratio=abs(value) / median if median > 0 else float("inf"),
+        p=float((np.count_nonzero(size >= abs(value) - 1e-12) + 1) / (len(size) + 1)),
+    )
 
 
-def ratio_interval(per_pair_NG: Float[np.ndarray, "pairs sets"], prompts_N: NDArray[Any]) -> list[float]:
+def ratio_interval(per_pair_NG: Float[np.ndarray, "pairs sets"], prompts_N: Shaped[NDArray[Any], " pairs"]) -> Interval:
     """95 % interval, over prompts, of |mean of column 0| over the median |mean| of the other columns; NaN where there is one prompt.
 
     A ratio's errors are lopsided, so it is taken on the logarithm: the ratio without each prompt gives its variance (the jackknife), with
@@ -197,16 +239,16 @@ def ratio_interval(per_pair_NG: Float[np.ndarray, "pairs sets"], prompts_N: NDAr
     _, prompt_N = np.unique(prompts_N, return_inverse=True)
     size_C = np.bincount(prompt_N)
     if (num := len(size_C)) == 1:
-        return [float("nan"), float("nan")]
+        return Interval(float("nan"), float("nan"))
     sums_CG = cluster_sums(per_pair_NG, prompt_N)
     total_G = sums_CG.sum(axis=0)
     log_ratio, *without_C = np.log([_ratio(sums_G) for sums_G in (total_G, *(total_G - sums_CG))])
     variance = (num - 1) / num * np.square(without_C - np.mean(without_C)).sum()
     half = student(size_C.sum() ** 2 / np.square(size_C).sum() - 1) * np.sqrt(variance)
-    return [float(np.exp(log_ratio - half)), float(np.exp(log_ratio + half))]
+    return Interval(float(np.exp(log_ratio - half)), float(np.exp(log_ratio + half)))
 
 
-def _ratio(sums_G: NDArray[np.float64]) -> float:
+def _ratio(sums_G: Float64[NDArray[np.float64], " sets"]) -> float:
     size_G = np.maximum(np.abs(sums_G), 1e-12)
     return float(size_G[0] / np.median(size_G[1:]))
 

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +81,10 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         raise UserError(f"{manifest.schema}: {folder / missing[0]} is missing. {again}")
     if strange := sorted(name for name in there - manifest.files.keys() if name.endswith(_DATA)):
         raise UserError(f"{manifest.schema}: {folder / strange[0]} is not of this folder. Move it away.")
-    for name, found in zip(manifest.files, _hashes(folder, list(manifest.files)), strict=True):
-        if found != manifest.files[name]:
+    for name, digest in zip(manifest.files, _hashes(folder, list(manifest.files)), strict=True):
+        if digest != manifest.files[name]:
             raise UserError(
-                f"{manifest.schema}: {folder / name} has changed (sha256 {found[:12]}, expected {manifest.files[name][:12]}). {again}"
+                f"{manifest.schema}: {folder / name} has changed (sha256 {digest[:12]}, expected {manifest.files[name][:12]}). {again}"
             )
 
 
@@ -121,9 +121,9 @@ class StageFolder:
 
         Raises UserError if the folder holds anything else: another config, other inputs, or files of nobody's.
         """
-        found = refuse_other_config(self.folder, self.schema, self.config)
-        if found is not None and found["inputs"] != self.inputs:
-            old = found["inputs"]
+        record = refuse_other_config(self.folder, self.schema, self.config)
+        if record is not None and record["inputs"] != self.inputs:
+            old = record["inputs"]
             changed = sorted(name for name in old.keys() | self.inputs.keys() if old.get(name) != self.inputs.get(name))
             raise UserError(
                 f"{self.folder} was made from another {', '.join(changed)}. Pass another --out, or delete the folder to make it again."
@@ -170,6 +170,18 @@ class StageFolder:
         write_atomically(self.folder / MANIFEST, _with_checksum(manifest))
         return manifest
 
+    def write(self, save: Callable[[], None]) -> Manifest:
+        """Claim the folder, let `save` write into it, and finish it: for conversions, which take seconds.
+
+        They have no run to track, nothing to go on with and no `--out` of their own, so a session (`Session.stage`) would add a cluster's,
+        MLflow's and a lock's care for nothing. Raises UserError if the folder is finished or holds anything else.
+        """
+        if self.finished():
+            raise UserError(f"{self.folder} is a finished {self.schema}. Pass another output folder.")
+        self.claim()
+        save()
+        return self.finish({"figures": {}})
+
     def _write_claim(self, notes: dict[str, str]) -> None:
         write_atomically(
             self.folder / CLAIM,
@@ -208,18 +220,18 @@ def record_of(folder: Path, schema: str) -> dict[str, Any] | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, expected a folder. Pass another --out.")
     if (folder / MANIFEST).exists():
-        found = dict(read_manifest(folder, schema).__dict__)
+        record = dict(read_manifest(folder, schema).__dict__)
     elif (folder / CLAIM).exists():
-        found = _read_claim(folder)
-        if found.get("schema") != schema:
-            raise UserError(f"{folder} is an unfinished {found.get('schema')}, not {schema}. Pass another --out.")
+        record = _read_claim(folder)
+        if record.get("schema") != schema:
+            raise UserError(f"{folder} is an unfinished {record.get('schema')}, not {schema}. Pass another --out.")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"{folder} holds files that no stage of this platform claimed. Pass another --out or empty it yourself."
         )
     else:
         return None
-    return {"inputs": {}, **found}
+    return {"inputs": {}, **record}
 
 
 def difference_of(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -229,12 +241,12 @@ def difference_of(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 def refuse_other_config(folder: Path, schema: str, config: dict[str, Any]) -> dict[str, Any] | None:
     """`record_of` the folder. Raises UserError unless the folder is new, or belongs to this very stage with this very config."""
-    found = record_of(folder, schema)
-    if found is not None and (difference := difference_of(found, config)):
+    record = record_of(folder, schema)
+    if record is not None and (difference := difference_of(record, config)):
         raise UserError(
             f"{folder} was made with {difference}. Pass another --out, or delete the folder to make it again."
         )
-    return found
+    return record
 
 
 def _read_claim(folder: Path) -> dict[str, Any]:
@@ -277,7 +289,7 @@ def first_difference(old: Any, new: Any, name: str = "") -> str:
     """The first setting that differs between two nested configs, with both values; empty if none does."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            if found := first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
-                return found
+            if difference := first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
+                return difference
         return ""
     return "" if old == new else f"{name}={old!r}, now asked for {name}={new!r}"

@@ -169,10 +169,10 @@ class Session:
                 children[key] = named[name]
                 folder.note(mlflow_run_id=children[key].run_id)
             with peak_memory() as memory:
-                found = body(children)
+                counted = body(children)
             took = {"seconds": round(time.monotonic() - started, 2), "peak_rss_gb": round(memory.peak / 1e9, 3)}
             for key, folder in folders.items():
-                counts = {**found[key], **took}
+                counts = {**counted[key], **took}
                 child, manifests[key] = children[key], folder.finish(counts)
                 self._verified.add(folder.folder)
                 figures = counts.get("figures", {})
@@ -208,6 +208,8 @@ def tracked_folder(folder: StageFolder, run: RunSettings) -> Iterator[StageRun]:
 
     The run ends as the body does; the body finishes the folder.
     """
+    # No session: such a folder is `--out` itself, where a session keeps `run.json` beside the folders of its stages, and claiming it would
+    # throw that away. Its one MLflow run would become a parent and a child. And one of these jobs asks judges in an event loop.
     with WriterLock(folder.folder, run.out.name):
         yield from _tracked(folder, run)
 

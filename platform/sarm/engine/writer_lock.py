@@ -132,7 +132,8 @@ def _is_gone(held: dict[str, Any], look: Any) -> bool:
     if held.get("place") == _this_process()["place"]:
         try:
             # The number may belong to another process by now.
-            return abs(psutil.Process(held["pid"]).create_time() - held["started"]) > 1.0
+            is_another: bool = abs(psutil.Process(held["pid"]).create_time() - held["started"]) > 1.0
+            return is_another
         except psutil.NoSuchProcess:
             return True
     deadline = time.monotonic() + _BEATS_MISSED * float(held["beat_seconds"])

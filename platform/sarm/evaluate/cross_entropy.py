@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sarm.nn.sae import STANDARDISE_EPS, Sae, standardise
@@ -48,7 +49,7 @@ def cross_entropies(model: nn.Module, layer: int, sae: Sae, texts: Sequence[Sequ
     return CrossEntropies(clean, spliced, zero, num_tokens)
 
 
-def reconstructed(sae: Sae, h: Tensor) -> Tensor:
+def reconstructed(sae: Sae, h: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
     """What the SAE makes of residual vectors [..., d_in], on their own scale and in their dtype."""
     flat_ND = h.reshape(-1, h.shape[-1]).float()
     std_N1, mean_N1 = torch.std_mean(flat_ND, dim=-1, keepdim=True)

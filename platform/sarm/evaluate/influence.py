@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float64, Int, Shaped
 from numpy.typing import NDArray
 
 from sarm.evaluate.benchmarks.benchmark import Benchmark
 from sarm.evaluate.benchmarks.rows import Observations, ScoredRow
 from sarm.evaluate.intervals import Interval, effective_wilson, share_interval
 
-Floats = NDArray[np.float64]
+PerPart = Float64[NDArray[np.float64], " parts"]
+PerPrompt = Float64[NDArray[np.float64], " prompts"]
 # A combination of subsets with fewer prompts stands together with the other rare combinations.
 _SMALLEST_STRATUM = 10
 _NO_VARIANCE = 1e-24
@@ -28,7 +30,7 @@ _NO_VARIANCE = 1e-24
 class Stratum(NamedTuple):
     """Prompts that occur in the same subsets: their places, their share of a figure, and how many of one size would say as much."""
 
-    prompts: NDArray[np.intp]
+    prompts: Int[NDArray[np.intp], " prompts"]
     weight: float
     effective: float
 
@@ -52,16 +54,16 @@ class Sums:
         self.strata = [np.flatnonzero([key == own for own in merged]) for key in dict.fromkeys(merged)]
 
     @property
-    def means(self) -> Floats:
+    def means(self) -> PerPart:
         """Mean of each part."""
         return np.asarray(self.sums.sum(axis=0) / self.counts.sum(axis=0))
 
-    def influence(self, gradient_P: Floats) -> Floats:
+    def influence(self, gradient_P: PerPart) -> PerPrompt:
         """How far each prompt moves a figure of this gradient, were it to count a little more."""
         centred_CP = self.sums - self.counts * self.means
         return np.asarray(centred_CP @ (gradient_P / self.counts.sum(axis=0)))
 
-    def strata_of(self, gradient_P: Floats) -> list[Stratum]:
+    def strata_of(self, gradient_P: PerPart) -> list[Stratum]:
         """The strata that a figure of this gradient rests on."""
         rows_C = self.counts[:, gradient_P != 0].sum(axis=1)
         weight_C = self.counts @ (gradient_P / self.counts.sum(axis=0))
@@ -71,7 +73,7 @@ class Sums:
             if rows_C[own].any()
         ]
 
-    def mean_of(self, stratum: Stratum, gradient_P: Floats) -> float:
+    def mean_of(self, stratum: Stratum, gradient_P: PerPart) -> float:
         """Mean of a stratum, its parts weighted as in the figure of this gradient."""
         return float((self.sums[stratum.prompts] @ (gradient_P / self.counts.sum(axis=0))).sum()) / stratum.weight
 
@@ -90,7 +92,7 @@ def effective_prompts(strata: Sequence[Stratum]) -> float:
     return total**2 / sum(one.weight**2 / one.effective for one in strata)
 
 
-def gradients(benchmark: Benchmark, parts: Sequence[str], means_P: Floats) -> dict[str, Floats]:
+def gradients(benchmark: Benchmark, parts: Sequence[str], means_P: PerPart) -> dict[str, PerPart]:
     """d figure / d mean of every figure, [P]. Figures are weighted sums of parts, so that a step of any size is exact."""
     stepped = means_P + np.vstack([np.zeros(len(parts)), np.eye(len(parts))])
     found = benchmark.combine(dict(zip(parts, stepped.T, strict=True)))
@@ -98,13 +100,13 @@ def gradients(benchmark: Benchmark, parts: Sequence[str], means_P: Floats) -> di
     return {name: np.where(np.abs(step) > 1e-12, step, 0.0) for name, step in steps.items()}
 
 
-def single_part(parts: Sequence[str], gradient_P: Floats) -> str | None:
+def single_part(parts: Sequence[str], gradient_P: PerPart) -> str | None:
     """The part that a figure is the mean of; None if it is made of several."""
     own = np.flatnonzero(gradient_P)
     return parts[own[0]] if len(own) == 1 and abs(gradient_P[own[0]] - 1) < 1e-9 else None
 
 
-def variance_of(influence_C: Floats, strata: Sequence[Stratum], unseen: Callable[[Stratum], float]) -> Variance:
+def variance_of(influence_C: PerPrompt, strata: Sequence[Stratum], unseen: Callable[[Stratum], float]) -> Variance:
     """Sum of the strata's variances; `unseen` is that of the mean of a stratum which shows none."""
     total = uncertain = 0.0
     for stratum in strata:
@@ -128,13 +130,15 @@ def figure_intervals(benchmark: Benchmark, rows: Sequence[ScoredRow]) -> dict[st
     return {name: _interval(value, by_figure[name], sums, observed) for name, value in benchmark.figures(rows).items()}
 
 
-def of_part(observed: Observations, part: str) -> tuple[Floats, NDArray[np.str_]]:
+def of_part(
+    observed: Observations, part: str
+) -> tuple[Float64[NDArray[np.float64], " values"], Shaped[NDArray[np.str_], " values"]]:
     """The values of one part and the prompt of each."""
     is_own = [i for i, name in enumerate(observed.parts) if name == part]
     return np.array([observed.values[i] for i in is_own]), np.array([observed.clusters[i] for i in is_own])
 
 
-def _interval(value: float, gradient_P: Floats, sums: Sums, observed: Observations) -> Interval:
+def _interval(value: float, gradient_P: PerPart, sums: Sums, observed: Observations) -> Interval:
     if (part := single_part(sums.parts, gradient_P)) is not None:
         return share_interval(*of_part(observed, part))
     strata = sums.strata_of(gradient_P)

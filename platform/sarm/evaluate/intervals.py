@@ -15,6 +15,8 @@ mean        mean -+ t sqrt(variance)
 How often they hold the truth is measured by tests/bench/bench_coverage.py.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +39,14 @@ class Interval(NamedTuple):
 
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % interval over prompts, both in the unit of what is averaged; the interval is NaN where none can be given."""
+
+    value: float
+    ci95: Interval
 
 
 class _Clustered(NamedTuple):
@@ -101,6 +111,15 @@ def mean_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.n
         return Interval(float("nan"), float("nan"))
     half = 0.0 if found.is_flat else student(found.df) * float(np.sqrt(found.variance))
     return Interval(found.mean - half, found.mean + half)
+
+
+def estimated(
+    values_N: Float[np.ndarray, " pairs"],
+    clusters_N: Shaped[np.ndarray, " pairs"],
+    interval: Callable[..., Interval] = mean_interval,
+) -> Estimate:
+    """The mean of the values with its interval. Raises as `interval`."""
+    return Estimate(float(values_N.mean()), interval(values_N, clusters_N))
 
 
 def wilson_interval(successes: float | int, total: float | int) -> Interval:

@@ -6,7 +6,7 @@ w = argmin C sum_n log(1 + exp(-w.(x_c - x_r)_n / s)) + |w|^2 / 2    s = std of 
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float32, Float64, Shaped
 from numpy.typing import NDArray
 
 from sarm.settings.checks import UserError
@@ -20,7 +20,7 @@ NUM_FOLDS = 5
 class Probe:
     """A linear reward on activations."""
 
-    weight: NDArray[np.float32]
+    weight: Float32[NDArray[np.float32], " d_in"]
     """Direction of the reward, [d_in], training scale included."""
     C: float
     """Inverse strength of the penalty that cross-validation chose."""
@@ -100,18 +100,25 @@ def fit_head(
     turned_ND = np.where(labels_N[:, None] == 1, x_ND, -x_ND)
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(turned_ND, labels_N).coef_[0]
+    weight_D: Float[np.ndarray, " d_in"]
+    (weight_D,) = LogisticRegression(C=C, fit_intercept=False, max_iter=1000).fit(turned_ND, labels_N).coef_
+    return weight_D
 
 
 def _fit_with_margins(
-    x_ND: NDArray[np.float64], C: float, margin_N: NDArray[np.float64], label_smoothing: float
-) -> NDArray[np.float32]:
+    x_ND: Float64[NDArray[np.float64], "pairs d_in"],
+    C: float,
+    margin_N: Float64[NDArray[np.float64], " pairs"],
+    label_smoothing: float,
+) -> Float32[NDArray[np.float32], " d_in"]:
     """`fit_head` where a pair asks for a margin or labels are smoothed, which scikit-learn's logistic regression does not know."""
     from scipy.optimize import minimize
 
     num = len(x_ND)
 
-    def loss_and_gradient(w_D: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    def loss_and_gradient(
+        w_D: Float64[NDArray[np.float64], " d_in"],
+    ) -> tuple[float, Float64[NDArray[np.float64], " d_in"]]:
         m_N = x_ND @ w_D - margin_N
         loss = np.logaddexp(0.0, -m_N) + label_smoothing * m_N
         slope_N = label_smoothing - np.exp(-np.logaddexp(0.0, m_N))
@@ -119,4 +126,6 @@ def _fit_with_margins(
 
     start_D = np.zeros(x_ND.shape[1])
     options = {"maxiter": 1000, "gtol": 1e-6, "ftol": 0.0}
-    return minimize(loss_and_gradient, start_D, jac=True, method="L-BFGS-B", options=options).x.astype(np.float32)
+    found = minimize(loss_and_gradient, start_D, jac=True, method="L-BFGS-B", options=options)
+    weight_D: NDArray[np.float32] = found.x.astype(np.float32)
+    return weight_D

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sarm.nn.losses import VarianceUnexplained, cosine
@@ -24,9 +24,9 @@ class LatentCounts:
 
     d_sae: int
     num_rows: int = 0
-    fired: Tensor = field(init=False)
-    total: Tensor = field(init=False)
-    peak: Tensor = field(init=False)
+    fired: Int[Tensor, " d_sae"] = field(init=False)
+    total: Float[Tensor, " d_sae"] = field(init=False)
+    peak: Float[Tensor, " d_sae"] = field(init=False)
 
     def __post_init__(self) -> None:
         self.fired = torch.zeros(self.d_sae, dtype=torch.int64)
@@ -93,7 +93,7 @@ def quality_metrics(quality: Measured) -> dict[str, float]:
     return {**found, "l0": quality.counts.l0(), "alive_share": alive, "dead_fraction": 1 - alive}
 
 
-def count_latents(sae: Sae, parts: Iterable[torch.Tensor]) -> LatentCounts:
+def count_latents(sae: Sae, parts: Iterable[Float[torch.Tensor, "rows d_in"]]) -> LatentCounts:
     """Counts over parts of standardised rows."""
     counts = LatentCounts(sae.d_sae)
     with torch.no_grad():

@@ -6,10 +6,11 @@ sign flips: p = share of signs e in {-1, 1}^C with |sum_c e_c t_c| >= |sum_c t_c
 """
 
 import itertools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int, Int64
 from numpy.typing import NDArray
 
 NUM_BINS = 15
@@ -18,7 +19,8 @@ EXACT_CLUSTERS = 12
 _FLIPS_AT_ONCE = 500
 
 
-class Calibration(NamedTuple):
+@dataclass(frozen=True)
+class Calibration:
     """How well sigmoid(margin) states the chance that the chosen response wins; all in nats or shares, lower is better."""
 
     nll: float
@@ -29,12 +31,12 @@ class Calibration(NamedTuple):
 class ReliabilityBins(NamedTuple):
     """Equal-mass bins by confidence: mean confidence, share won and number of pairs of each."""
 
-    confidence: NDArray[np.float64]
-    accuracy: NDArray[np.float64]
-    num_pairs: NDArray[np.int64]
+    confidence: Float64[NDArray[np.float64], " bins"]
+    accuracy: Float64[NDArray[np.float64], " bins"]
+    num_pairs: Int64[NDArray[np.int64], " bins"]
 
 
-def pair_credit(margins_N: Float[np.ndarray, " pairs"]) -> Float[np.ndarray, " pairs"]:
+def pair_credit(margins_N: Float[np.ndarray, "*pairs"]) -> Float[np.ndarray, "*pairs"]:
     """1 where the chosen response has the larger reward, 0.5 at an exact tie, 0 otherwise."""
     return np.where(margins_N > 0, 1.0, np.where(margins_N == 0, 0.5, 0.0))
 
@@ -73,12 +75,12 @@ def reliability_bins(margins_N: Float[np.ndarray, " pairs"]) -> ReliabilityBins:
     )
 
 
-def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sigmoid(x: Float64[NDArray[np.float64], " pairs"]) -> Float64[NDArray[np.float64], " pairs"]:
     return np.exp(-np.logaddexp(0.0, -x))
 
 
 def cluster_sums(
-    values_NF: Float[np.ndarray, "pairs figures"], cluster_N: NDArray[np.intp]
+    values_NF: Float[np.ndarray, "pairs figures"], cluster_N: Int[NDArray[np.intp], " pairs"]
 ) -> Float[np.ndarray, "clusters figures"]:
     """Column sums of each cluster's rows."""
     order = np.argsort(cluster_N, kind="stable")

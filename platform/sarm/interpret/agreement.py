@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 from sklearn.metrics import cohen_kappa_score
 
@@ -35,10 +35,12 @@ def krippendorff_alpha(ratings_RN: Ratings, levels: int = LEVELS) -> float | Non
     expected = float((np.outer(total_Q, total_Q) * delta_QQ).sum())
     if expected == 0:
         return None
-    return 1 - (total_Q.sum() - 1) * float((observed_QQ * delta_QQ).sum()) / expected
+    return float(1 - (total_Q.sum() - 1) * float((observed_QQ * delta_QQ).sum()) / expected)
 
 
-def gwet_ac2(ratings_RN: Ratings, levels: int = LEVELS, weights_QQ: NDArray[np.float64] | None = None) -> float | None:
+def gwet_ac2(
+    ratings_RN: Ratings, levels: int = LEVELS, weights_QQ: Float64[NDArray[np.float64], "levels levels"] | None = None
+) -> float | None:
     """AC2 with quadratic weights (with the identity: AC1); None where no item has two ratings."""
     if weights_QQ is None:
         place = np.arange(levels)
@@ -119,6 +121,6 @@ def agreement(rows: Sequence[Mapping[str, Any]], rubric: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _counts(ratings_RN: Ratings, levels: int) -> NDArray[np.float64]:
+def _counts(ratings_RN: Ratings, levels: int) -> Float64[NDArray[np.float64], "items levels"]:
     """Ratings of each level that each item has."""
     return np.stack([(ratings_RN == level).sum(axis=0) for level in range(1, levels + 1)], axis=1).astype(np.float64)

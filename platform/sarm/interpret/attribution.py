@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from numpy.typing import NDArray
 
 from sarm.contracts.tables import FEATURES_TABLE
@@ -21,9 +21,9 @@ from sarm.settings.checks import UserError
 class Active(NamedTuple):
     """Active latents of one side of all pairs, flat: row of the pair, latent, contribution w_i z_i."""
 
-    row: NDArray[np.int64]
-    latent: NDArray[np.int64]
-    contribution: NDArray[np.float64]
+    row: Int64[NDArray[np.int64], " active"]
+    latent: Int64[NDArray[np.int64], " active"]
+    contribution: Float64[NDArray[np.float64], " active"]
 
 
 class TopFeatures(NamedTuple):
@@ -67,7 +67,7 @@ def feature_table(scores: pa.Table, weight_S: Float[np.ndarray, " d_sae"]) -> pa
     """
     num_pairs = max(1, scores.num_rows)
 
-    def means(active: Active) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def means(active: Active) -> tuple[Float64[NDArray[np.float64], " d_sae"], Float64[NDArray[np.float64], " d_sae"]]:
         frequency_S = np.bincount(active.latent, minlength=len(weight_S)) / num_pairs
         return frequency_S, np.bincount(active.latent, active.contribution, len(weight_S)) / num_pairs
 
@@ -119,7 +119,8 @@ def top_features(features: pa.Table, n: int) -> TopFeatures:
 def mean_contribution(features: pa.Table) -> Float[np.ndarray, " features"]:
     """Mean contribution over chosen and rejected responses together, in reward units."""
     chosen_F = features["mean_contribution_chosen"].to_numpy().astype(np.float64)
-    return (chosen_F + features["mean_contribution_rejected"].to_numpy()) / 2
+    mean_F: Float[np.ndarray, " features"] = (chosen_F + features["mean_contribution_rejected"].to_numpy()) / 2
+    return mean_F
 
 
 def pair_explanation(scores: pa.Table, pair_id: str, weight_S: Float[np.ndarray, " d_sae"], n: int) -> PairExplanation:
@@ -160,7 +161,7 @@ def pair_explanation(scores: pa.Table, pair_id: str, weight_S: Float[np.ndarray,
     )
 
 
-def pair_contributions(scores: pa.Table, weight_S: NDArray[np.floating]) -> Active:
+def pair_contributions(scores: pa.Table, weight_S: Float[NDArray[np.floating], " d_sae"]) -> Active:
     """What each latent adds to each margin of a PAIR_SCORES table, an entry a pair and latent, by pair then latent.
 
     Raises as `feature_table`.
@@ -172,12 +173,16 @@ def pair_contributions(scores: pa.Table, weight_S: NDArray[np.floating]) -> Acti
     return Active(key // len(weight_S), key % len(weight_S), contribution.astype(np.float64))
 
 
-def _active(scores: pa.Table, side: str, weight_S: NDArray[np.floating]) -> Active:
+def _active(scores: pa.Table, side: str, weight_S: Float[NDArray[np.floating], " d_sae"]) -> Active:
     row_A, latent_A, value_A = _flat(scores, side, len(weight_S))
     return Active(row_A, latent_A, weight_S.astype(np.float64)[latent_A] * value_A)
 
 
-def _flat(scores: pa.Table, side: str, d_sae: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+def _flat(
+    scores: pa.Table, side: str, d_sae: int
+) -> tuple[
+    Int64[NDArray[np.int64], " active"], Int64[NDArray[np.int64], " active"], Float64[NDArray[np.float64], " active"]
+]:
     """Rows, latents and values of one side, without the slots that TopK left at zero."""
     latents, values = (scores[f"{side}_{name}"].combine_chunks() for name in ("latents", "values"))
     if latents.null_count or values.null_count:

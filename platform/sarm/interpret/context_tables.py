@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float, Float32, Float64, Int64, UInt64
 from numpy.typing import NDArray
 
 from sarm.contracts.tables import LATENT_CONTEXTS_TABLE, LATENT_SUMMARIES_TABLE
@@ -18,12 +19,12 @@ Spans = Mapping[tuple[int, int], tuple[int, int]]
 class Chosen(NamedTuple):
     """The contexts of one place, flat, by latent, then top before deciles, then rank."""
 
-    latent: NDArray[np.int64]
-    decile: NDArray[np.int64]
+    latent: Int64[NDArray[np.int64], " entries"]
+    decile: Int64[NDArray[np.int64], " entries"]
     """1 to 10, -1 for the top."""
-    rank: NDArray[np.int64]
-    ref: NDArray[np.int64]
-    value: NDArray[np.float32]
+    rank: Int64[NDArray[np.int64], " entries"]
+    ref: Int64[NDArray[np.int64], " entries"]
+    value: Float32[NDArray[np.float32], " entries"]
 
 
 def choose(tally: Tally, per_decile: int) -> Chosen:
@@ -52,7 +53,9 @@ def choose(tally: Tally, per_decile: int) -> Chosen:
     )
 
 
-def strongest(chosen: Chosen, size_S: NDArray[np.float64], num: int, num_refs: int) -> dict[int, list[int]]:
+def strongest(
+    chosen: Chosen, size_S: Float64[NDArray[np.float64], " d_sae"], num: int, num_refs: int
+) -> dict[int, list[int]]:
     """Reference -> latents of which it is among the `num` strongest texts; `num_refs` at most, those of the largest latents first."""
     found: dict[int, list[int]] = {}
     wanted = np.flatnonzero((chosen.decile == -1) & (chosen.rank < num))
@@ -94,7 +97,7 @@ def context_tables(
             yield table.take(pa.array(np.argsort(table["latent"].to_numpy(), kind="stable")))
 
 
-def summaries(tallies: Mapping[str, Tally], weight_S: NDArray[np.floating] | None) -> pa.Table:
+def summaries(tallies: Mapping[str, Tally], weight_S: Float[NDArray[np.floating], " d_sae"] | None) -> pa.Table:
     """LATENT_SUMMARIES of every latent and place that fired there, by latent and place."""
     rows = []
     for place, tally in tallies.items():
@@ -125,7 +128,12 @@ def summaries(tallies: Mapping[str, Tally], weight_S: NDArray[np.floating] | Non
 
 
 def _block(
-    place: str, part: Chosen, numbers: NDArray[np.int64], columns: Mapping[str, pa.Array], texts: Any, spans: Spans
+    place: str,
+    part: Chosen,
+    numbers: Int64[NDArray[np.int64], " texts"],
+    columns: Mapping[str, pa.Array],
+    texts: Any,
+    spans: Spans,
 ) -> pa.Table:
     size = len(part.latent)
     ends = [
@@ -157,6 +165,6 @@ def _span(text: dict[str, Any], found: tuple[int, int] | None) -> tuple[int, int
     return (max(start, 0), end) if found != (-1, -1) and end > 0 else (-1, -1)
 
 
-def _pairs(entries: Kept) -> NDArray[np.uint64]:
+def _pairs(entries: Kept) -> UInt64[NDArray[np.uint64], " entries"]:
     """One number for latent and text, as unlikely to be shared as two texts' keys."""
     return entries.key ^ (entries.latent.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))

@@ -85,7 +85,11 @@ def nearest(
 
 
 def add_pairs(
-    shown: Sequence[dict[str, Any]], scores: pa.Table, pairs: pa.Table, weight_S: NDArray[np.floating], num: int
+    shown: Sequence[dict[str, Any]],
+    scores: pa.Table,
+    pairs: pa.Table,
+    weight_S: Float[NDArray[np.floating], " d_sae"],
+    num: int,
 ) -> None:
     """Give each feature the pairs whose margins it moves most, from PAIR_SCORES and the pairs/v1 they are of."""
     places = {pair_id: row for row, pair_id in enumerate(pairs["pair_id"].to_pylist())}
@@ -194,7 +198,8 @@ def _texts(contexts: pa.Table, latents: Sequence[int]) -> dict[int, list[dict[st
 
 def _driving(row: Mapping[str, Any]) -> str:
     """The part of a text that drives the latent, the whole where it is not known."""
-    return row["text"][row["span_start"] : row["span_end"]] if row["span_start"] >= 0 else row["text"]
+    text: str = row["text"]
+    return text[row["span_start"] : row["span_end"]] if row["span_start"] >= 0 else text
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:

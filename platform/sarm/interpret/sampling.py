@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
+from jaxtyping import Bool, Float64, Int
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -134,7 +135,9 @@ class Pool:
                     added += 1
         return found
 
-    def _ranked(self, kind: str, latent: int, free_N: NDArray[np.bool_], positives: Sequence[Example]) -> Iterable[int]:
+    def _ranked(
+        self, kind: str, latent: int, free_N: Bool[NDArray[np.bool_], " texts"], positives: Sequence[Example]
+    ) -> Iterable[int]:
         """Places of free texts, the best of a kind first."""
         if kind == "paired":
             partners = [(i, one.side) for one in positives for i in self._sides.get(one.pair_id, ())]
@@ -151,7 +154,8 @@ class Pool:
             near = (self._tfidf[free] @ self._words.transform([one.text for one in positives]).T).max(axis=1)
             near_F = np.asarray(near.todense()).ravel()
             best = np.argsort(-near_F, kind="stable")
-            return free[best[near_F[best] > 0]].tolist()
+            found: list[int] = free[best[near_F[best] > 0]].tolist()
+            return found
         # Of a few at random, the one whose length is nearest to that of a positive.
         lengths = [len(one.text) for one in positives]
         picks = []
@@ -161,7 +165,7 @@ class Pool:
         # The others follow, for where the first are taken by another kind.
         return list(dict.fromkeys([*picks, *free.tolist()]))
 
-    def _firing_neighbours(self, latent: int, free: NDArray[np.intp]) -> list[int]:
+    def _firing_neighbours(self, latent: int, free: Int[NDArray[np.intp], " free"]) -> list[int]:
         if latent >= self._fires.shape[1]:
             return []
         cosine_S = np.asarray((self._unit.T @ self._unit[:, [latent]]).todense()).ravel()
@@ -174,7 +178,7 @@ class Pool:
                 ranked += firing[np.argsort(-value_N[firing], kind="stable")].tolist()
         return list(dict.fromkeys(ranked))
 
-    def _column(self, latent: int) -> NDArray[np.float64]:
+    def _column(self, latent: int) -> Float64[NDArray[np.float64], " texts"]:
         if latent >= self._fires.shape[1]:
             return np.zeros(len(self.rows))
         return np.asarray(self._fires[:, [latent]].todense()).ravel()

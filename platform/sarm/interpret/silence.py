@@ -52,4 +52,7 @@ def scored_texts(run: Path, contexts: list[Mapping[str, Any]]) -> list[dict[str,
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    return ds.dataset([str(path) for path in sorted(folder.glob("part-*.parquet"))]).to_table().to_pylist()
+    rows: list[dict[str, Any]] = (
+        ds.dataset([str(path) for path in sorted(folder.glob("part-*.parquet"))]).to_table().to_pylist()
+    )
+    return rows

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int64, UInt64
 from numpy.typing import NDArray
 
 from sarm.contracts.tables import ACTIVATION_EDGES
@@ -28,26 +29,26 @@ _MAX_WAITING = 1 << 19
 class Units(NamedTuple):
     """Places of texts with the latents that are active there, flat: `offset[n]` to `offset[n + 1]` belong to unit n."""
 
-    ref: NDArray[np.int64]
+    ref: Int64[NDArray[np.int64], " units"]
     """Where the text can be found again."""
-    key: NDArray[np.uint64]
+    key: UInt64[NDArray[np.uint64], " units"]
     """Hash of the text that a reader would be shown."""
-    readers: NDArray[np.int64]
+    readers: Int64[NDArray[np.int64], "units sides"]
     """[N, 3]: how many chosen answers, rejected answers and plain texts it stands for."""
-    offset: NDArray[np.int64]
-    latent: NDArray[np.int64]
-    value: NDArray[np.float32]
+    offset: Int64[NDArray[np.int64], " offsets"]
+    latent: Int64[NDArray[np.int64], " entries"]
+    value: Float32[NDArray[np.float32], " entries"]
 
 
 class Kept(NamedTuple):
     """Entries of some latents, flat and in order of rank within a latent."""
 
-    latent: NDArray[np.int64]
-    key: NDArray[np.uint64]
-    ref: NDArray[np.int64]
-    value: NDArray[np.float32]
+    latent: Int64[NDArray[np.int64], " entries"]
+    key: UInt64[NDArray[np.uint64], " entries"]
+    ref: Int64[NDArray[np.int64], " entries"]
+    value: Float32[NDArray[np.float32], " entries"]
 
-    def take(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Kept":
+    def take(self, which: Bool[NDArray[np.bool_], " which"] | Int64[NDArray[np.int64], " which"]) -> "Kept":
         """Some of the entries."""
         return Kept(self.latent[which], self.key[which], self.ref[which], self.value[which])
 
@@ -107,7 +108,7 @@ class Slots:
         self._sort_in()
         return self._of(np.flatnonzero(self._used))
 
-    def _of(self, latents: NDArray[np.int64]) -> Kept:
+    def _of(self, latents: Int64[NDArray[np.int64], " latents"]) -> Kept:
         used = self._used[latents]
         latent = np.repeat(latents, used)
         rank = place_in_run(latent)
@@ -168,12 +169,12 @@ class Tally:
         self.top.add(other.top.all())
         self.sample.add(other.sample.all())
 
-    def sums(self) -> NDArray[np.float64]:
+    def sums(self) -> Float64[NDArray[np.float64], "sides latents"]:
         """Sum of positive activations of each side and latent, [3, S]."""
         return self._sum / _STEPS
 
 
-def sampled_deciles(sample: Kept) -> NDArray[np.int64]:
+def sampled_deciles(sample: Kept) -> Int64[NDArray[np.int64], " entries"]:
     """Tenth of its latent's sampled activations that each entry lies in, 1 to 10 (the strongest)."""
     order = np.lexsort((sample.key, sample.value, sample.latent))
     ordered = sample.latent[order]
@@ -190,7 +191,7 @@ def quantiles(sample: Kept, latent: int) -> list[float]:
     return np.quantile(values, np.arange(1, 10) / 10).astype(np.float32).tolist() if len(values) else []
 
 
-def place_in_run(group: NDArray[np.int64]) -> NDArray[np.int64]:
+def place_in_run(group: Int64[NDArray[np.int64], " entries"]) -> Int64[NDArray[np.int64], " entries"]:
     """Place of each entry within its run of equal values."""
     if not len(group):
         return np.zeros(0, np.int64)

@@ -9,18 +9,28 @@ from torch import Tensor
 
 from .sae import Sae
 from .selection import Entries, PreActs, Share, is_among_largest, largest
+from .topk import TopKSae
 
 
 class AbsTopKSae(Sae):
     """The K latents of largest |pre| keep their value and its sign."""
 
     architecture = exported_as = "abs_topk"
-    is_bidirectional = True
 
     def activate(self, pre_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         indices_BK = torch.topk(pre_BS.abs(), self.k, dim=-1).indices
         values_BK = pre_BS.gather(-1, indices_BK)
         return values_BK, indices_BK, torch.ones_like(values_BK, dtype=torch.bool)
+
+    @torch.no_grad()
+    def unfolded(self) -> TopKSae:
+        """The same reconstructions from latents of one meaning each: latent i where it is positive, latent S + i where it is negative."""
+        both = TopKSae(self.d_in, 2 * self.d_sae, self.k).to(self.W_dec)
+        both.W_enc.copy_(torch.cat([self.W_enc, -self.W_enc], 1))
+        both.b_enc.copy_(torch.cat([self.b_enc, -self.b_enc]))
+        both.W_dec.copy_(torch.cat([self.W_dec, -self.W_dec]))
+        both.b_dec.copy_(self.b_dec)
+        return both
 
     def rule(self, share: Share) -> "AbsTopKRule":
         return self.aux_rule(self.k, share)
@@ -47,7 +57,7 @@ class AbsTopKRule:
         values_BK, latents_BK = torch.cat(self._values), torch.cat(self._latents)
         rows = torch.arange(len(values_BK), device=values_BK.device).repeat_interleave(values_BK.shape[1])
         is_on = torch.ones_like(rows, dtype=torch.bool)
-        found = Entries(values_BK.flatten(), latents_BK.flatten(), rows, is_on)
+        entries = Entries(values_BK.flatten(), latents_BK.flatten(), rows, is_on)
         if self._group is None:
-            return found
-        return found.at(is_among_largest(values_BK.abs(), self._k, self._group).flatten())
+            return entries
+        return entries.at(is_among_largest(values_BK.abs(), self._k, self._group).flatten())

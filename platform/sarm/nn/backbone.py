@@ -56,7 +56,7 @@ def read_config(name: str, layer: int, *, revision: str = "main", gguf_file: str
         raise ValueError(f"no model folder {name}. Pass --model.name with a folder or a Hugging Face id.")
     with _quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(name, **_source(revision, gguf_file))
+            config: PretrainedConfig = AutoConfig.from_pretrained(name, **_source(revision, gguf_file))
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
@@ -84,7 +84,8 @@ def read_depth(name: str, *, revision: str = "main", gguf_file: str = "") -> int
     from transformers import AutoConfig
 
     read_config(name, 1, revision=revision, gguf_file=gguf_file)
-    return AutoConfig.from_pretrained(name, **_source(revision, gguf_file)).num_hidden_layers
+    layers: int = AutoConfig.from_pretrained(name, **_source(revision, gguf_file)).num_hidden_layers
+    return layers
 
 
 def load_backbone(
@@ -149,7 +150,10 @@ def residual_stream(
 ) -> Float[Tensor, "rows columns d_in"]:
     """Residual stream after the last kept block at every token."""
     masks = _masks(model.config, positions, segments, next(model.parameters()).dtype)
-    return model(input_ids=input_ids, attention_mask=masks, position_ids=positions, use_cache=False).last_hidden_state
+    residual_BLD: Tensor = model(
+        input_ids=input_ids, attention_mask=masks, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    return residual_BLD
 
 
 def residuals_at(

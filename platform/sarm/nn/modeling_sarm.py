@@ -21,7 +21,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from .answer_places import Places, closed, find_places, without_padding
 from .architectures import ARCHITECTURE_FILES, build_sae

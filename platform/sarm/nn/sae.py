@@ -77,9 +77,10 @@ def bag_weight_gradient(
     One threaded call without an entries x d_in tensor.
     """
     none = latents_N.new_empty(0)
-    return torch.ops.aten._embedding_bag_dense_backward(
+    gradient_SD: Tensor = torch.ops.aten._embedding_bag_dense_backward(
         rows_GD.contiguous(), latents_N, bags_N, none, none, num_latents, False, 0, weights_N, -1
     )
+    return gradient_SD
 
 
 class Sae(nn.Module, ABC):
@@ -98,8 +99,6 @@ class Sae(nn.Module, ABC):
     """Hyperparameters beside d_sae and k: arguments, attributes, settings, and fields of `cfg.json`."""
     exported_as: str
     """The rule by which a reader who knows nothing of training gets the codes; file formats list the rules they can hold."""
-    is_bidirectional: ClassVar[bool] = False
-    """Whether a negative value of a latent has a meaning of its own."""
     is_tied: ClassVar[bool] = False
     """Whether the encoder is the decoder's transpose, and neither W_enc nor b_enc a parameter."""
     prefixes: tuple[int, ...] = ()
@@ -204,7 +203,8 @@ class Sae(nn.Module, ABC):
 
     def _shift_direction(self, rows_ND: Tensor) -> Tensor:
         shift_D = rows_ND.to(self.b_dec.dtype).mean(0) - self.b_dec
-        return shift_D / shift_D.norm().clamp_min(1e-12)
+        direction_D: Tensor = shift_D / shift_D.norm().clamp_min(1e-12)
+        return direction_D
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:

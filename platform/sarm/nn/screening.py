@@ -104,7 +104,7 @@ def _dots(rows_CD: Tensor, W_SD: Tensor, b_S: Tensor, latents_CM: Tensor) -> Ten
     num_rows, num_each = latents_CM.shape
     bags = torch.arange(num_rows, device=rows_CD.device).repeat_interleave(num_each)
     offsets = torch.arange(0, num_rows * num_each, num_each, device=rows_CD.device)
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    dots_N: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows_CD.contiguous(), W_SD, latents_CM.flatten(), offsets, bags, 0, -1
     )
-    return dots.view(num_rows, num_each) + b_S[latents_CM]
+    return dots_N.view(num_rows, num_each) + b_S[latents_CM]

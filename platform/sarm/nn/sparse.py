@@ -43,9 +43,10 @@ class TorchBackend:
         return F.embedding_bag(bags.latents, W_SD, bags.offsets, per_sample_weights=values_N, mode="sum")
 
     def value_gradients(self, grad_GD: Tensor, W_SD: Tensor, bags: Bags) -> Tensor:
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        gradient_N: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             grad_GD, W_SD, bags.latents, bags.offsets, bags.bags, 0, -1
         )
+        return gradient_N
 
     def weight_gradients(
         self, x_BD: Tensor, grad_GD: Tensor, pre_grads_N: Tensor, values_N: Tensor, bags: Bags, num_latents: int

@@ -107,4 +107,5 @@ class TritonBackend:
 
 
 def _block(d: int) -> int:
-    return min(_MAX_BLOCK, triton.next_power_of_2(d))
+    power: int = triton.next_power_of_2(d)
+    return min(_MAX_BLOCK, power)

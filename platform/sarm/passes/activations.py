@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from sarm.contracts.ids import stable_int
@@ -71,7 +72,7 @@ class _Backbone:
         cost.tokens, cost.padded_tokens = cost.tokens + num_tokens, cost.padded_tokens + inputs["input_ids"].numel()
         return found
 
-    def _stored(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def _stored(self, x_ND: Float[Tensor, "rows d_in"]) -> tuple[Float[Tensor, "rows d_in"], UInt8[Tensor, " rows"]]:
         stored_ND = x_ND.to(self._stored_dtype)
         is_finite = x_ND.isfinite().all(-1)
         fits = stored_ND.isfinite().all(-1)
@@ -96,7 +97,7 @@ class _Backbone:
             torch.cuda.synchronize()
         cost.forward_seconds += self._clock.seconds()
 
-    def _table(self, target: Target, columns: dict[str, Any], x_ND: Tensor) -> pa.Table:
+    def _table(self, target: Target, columns: dict[str, Any], x_ND: Float[Tensor, "rows d_in"]) -> pa.Table:
         return activation_table(columns, x_ND, self._extraction.dtype, with_sink_columns(self._schemas[target]))
 
     def _blank(self, target: Target, rows: Sequence[dict[str, Any]]) -> pa.Table:
@@ -241,7 +242,7 @@ def _rejects(refused: Mapping[str, str]) -> list[dict[str, Any]]:
     ]
 
 
-def _to_host(tensor: Tensor) -> Tensor:
+def _to_host(tensor: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *shape"]:
     """A copy in pinned memory that is complete after the next synchronisation."""
     if tensor.device.type != "cuda":
         return tensor

@@ -32,7 +32,8 @@ class CompletionScores:
 
     def prepare(self, table: pa.Table) -> list[dict[str, Any]]:
         """The requests; scorers tokenise themselves, each by its own protocol."""
-        return table.to_pylist()
+        requests: list[dict[str, Any]] = table.to_pylist()
+        return requests
 
     def compute(self, prepared: list[dict[str, Any]], beat: Beat) -> tuple[Tables, Cost]:
         """The scores of all completions, NaN with a reason for those that cannot be encoded."""

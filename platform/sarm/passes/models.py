@@ -136,7 +136,8 @@ def load_function(place: str) -> Callable[..., Any]:
         ) from error
     if not callable(function):
         raise UserError(f"{place} is not a function. Pass --model MODULE:FUNCTION.")
-    return function
+    loaded: Callable[..., Any] = function
+    return loaded
 
 
 # Ends the id of a completion that is scored without its prompt.

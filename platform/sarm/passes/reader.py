@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sarm.contracts.passes import Beat, Cost
-from sarm.data.formats.sarm_folder import load_sarm
+from sarm.data.formats.sarm_folder import read_sarm
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.tokens.packing import Row, TokenBatch, collate, row_batches
 from sarm.nn.backbone import residual_stream
@@ -32,9 +32,9 @@ class Reading(NamedTuple):
     """What a reward model says at one token. A head without latents leaves `latents` and `values` empty."""
 
     reward: float
-    latents: NDArray[np.int64]
+    latents: Int64[NDArray[np.int64], " active"]
     """[A], those whose value is not 0, in the order that the SAE gives them."""
-    values: NDArray[np.float32]
+    values: Float32[NDArray[np.float32], " active"]
     """[A]"""
     residual: Float[Tensor, " d_in"] | None = None
     """The residual stream that the head reads, in float32 on the CPU, where it was asked for."""
@@ -66,8 +66,9 @@ class Reader:
 
     @cached_property
     def model(self) -> SarmForSequenceClassification:
-        """The reward model, in evaluation mode."""
-        return load_sarm(self.folder, getattr(torch, self.dtype)).to(device_of_worker())  # type: ignore[arg-type]
+        """The reward model, in evaluation mode; its latents have one meaning each (`read_sarm`)."""
+        model: SarmForSequenceClassification = read_sarm(self.folder, getattr(torch, self.dtype)).to(device_of_worker())  # type: ignore[arg-type]
+        return model
 
     @property
     def row_tokens(self) -> int:

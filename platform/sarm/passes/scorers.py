@@ -10,7 +10,7 @@ import time
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -50,6 +50,7 @@ class Scored(NamedTuple):
     reason: str | None = None
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Scores of every completion of every request, and what the forward passes took."""
 
@@ -226,7 +227,8 @@ class TorchScorer:
 
     def _apply(self, turns: Sequence[Message]) -> str:
         try:
-            return self._tokenizer.apply_chat_template(list(turns), tokenize=False)
+            text: str = self._tokenizer.apply_chat_template(list(turns), tokenize=False)
+            return text
         except Exception as error:  # a template raises whatever its author chose
             raise ConversationError(f"the chat template refuses {[turn['role'] for turn in turns]}: {error}") from error
 

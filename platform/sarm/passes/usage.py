@@ -34,8 +34,8 @@ class ForwardClock:
         """Of the passes since this was asked last. On a GPU they must have ended."""
         spans, self._spans = self._spans, []
         if self._is_gpu:
-            return sum(began.elapsed_time(ended) for began, ended in spans) / 1000
-        return sum(ended - began for began, ended in spans)
+            return float(sum(began.elapsed_time(ended) for began, ended in spans) / 1000)
+        return float(sum(ended - began for began, ended in spans))
 
     def _now(self) -> Any:
         if not self._is_gpu:
@@ -74,7 +74,8 @@ def keep_freed_memory() -> None:
 
 def _cpu_seconds() -> float:
     times = psutil.Process().cpu_times()
-    return times.user + times.system
+    seconds: float = times.user + times.system
+    return seconds
 
 
 def device_of_worker() -> torch.device:

@@ -106,6 +106,15 @@ def _features(out: Path, facts: dict[str, Any]) -> Iterable[Section]:
 
 
 def _causal(content: Mapping[str, Any]) -> Iterable[Section]:
+    yield _effects(content)
+    yield _before_topk(content["upstream"])
+    yield _curves(content["curves"])
+    if cut := content.get("sentences"):
+        yield _sentences_cut(cut)
+
+
+def _effects(content: Mapping[str, Any]) -> Section:
+    """Every intervention beside its controls."""
     zero, swap, up = content["zeroed"], content["swap"], content["upstream"]
     tests = [
         ("head weights set to zero", "exact", zero, zero.get("ratio_ci95")),
@@ -119,7 +128,7 @@ def _causal(content: Mapping[str, Any]) -> Iterable[Section]:
         ("directions removed before TopK", "evidence", up["removed"], None),
         ("directions added before TopK", "evidence", up["added"], None),
     ]
-    yield Section(
+    return Section(
         title="What the features cause",
         text=f"Mean change of the margin of {content['num_pairs']:,} target pairs of {content['num_prompts']} prompts that had no part in choosing the {content['num_features']} features, beside {content['num_controls']} sets of as many random latents matched on density and weight ({content['num_upstream_controls']} before TopK; {content['strongest']['num_controls']} nearest latents for the strongest feature alone). The change itself is exact in the first two rows (closed form and rerun differ by {zero['rerun_gap']:.1e}); that it exceeds the controls is evidence in all.",
         columns=("intervention", "the change is", "margin", "controls: median size", "95th percentile", "ratio", "p"),
@@ -127,17 +136,20 @@ def _causal(content: Mapping[str, Any]) -> Iterable[Section]:
             (
                 name,
                 kind,
-                signed(one["value"]),
-                f"{one['control_median']:.3f}",
-                f"{one['control_95']:.3f}",
-                _ratio(one, ends),
-                f"{one['p']:.3g}",
+                signed(effect["value"]),
+                f"{effect['control_median']:.3f}",
+                f"{effect['control_95']:.3f}",
+                _ratio(effect, ends),
+                f"{effect['p']:.3g}",
             )
-            for name, kind, one, ends in tests
+            for name, kind, effect, ends in tests
         ],
     )
-    removed = up["removed"]
-    yield Section(
+
+
+def _before_topk(upstream: Mapping[str, Any]) -> Section:
+    """What of a change of the residual is left after TopK."""
+    return Section(
         title="Before TopK against the head alone",
         text="Where a direction is taken from the residual, latents that had lost against it come in. The realised share is what is left of the change that the head alone would give.",
         columns=(
@@ -152,19 +164,22 @@ def _causal(content: Mapping[str, Any]) -> Iterable[Section]:
         rows=[
             (
                 name,
-                signed(one["value"]),
-                signed_span(one["realised_ci95"]),
-                signed(one["linear"]),
-                "n/a" if one["realised_share"] is None else share(one["realised_share"]),
-                share(one["accuracy_before"]),
-                share(one["accuracy_after"]),
+                signed(upstream[name]["value"]),
+                signed_span(upstream[name]["realised_ci95"]),
+                signed(upstream[name]["linear"]),
+                "n/a" if upstream[name]["realised_share"] is None else share(upstream[name]["realised_share"]),
+                share(upstream[name]["accuracy_before"]),
+                share(upstream[name]["accuracy_after"]),
             )
-            for name, one in (("removed", removed), ("added", up["added"]))
+            for name in ("removed", "added")
         ],
     )
-    curves = content["curves"]
+
+
+def _curves(curves: Mapping[str, Any]) -> Section:
+    """Comprehensiveness and sufficiency of growing sets of latents."""
     own, random = curves["ordered"], curves["random"]
-    yield Section(
+    return Section(
         title="Comprehensiveness and sufficiency",
         text=f"Latents in the order of their mean contribution on the selecting pairs, against random orders. AOPC {curves['aopc']['value']:.3f}, random median {curves['aopc']['control_median']:.3f} (p {curves['aopc']['p']:.3g}). The share of the margin that is lost without them is the share that they keep alone, exactly, since the head is linear. Accuracy with all latents {share(curves['accuracy'])}.",
         columns=(
@@ -188,24 +203,25 @@ def _causal(content: Mapping[str, Any]) -> Iterable[Section]:
             for i, m in enumerate(curves["sizes"])
         ],
     )
-    if cut := content.get("sentences"):
-        if not cut["num_responses"]:
-            yield Section(
-                title="Sentences cut out", text="No target response has two sentences that the features tell apart."
-            )
-            return
-        yield Section(
-            title="Sentences cut out",
-            text=f"Evidence: {cut['num_responses']} target responses without the sentence that the features fire most at, run through the model again; the placebo lacks another sentence. Change of the features' |w| z at the rewarded token.",
-            columns=("cut", "change", "95 % interval"),
-            rows=[
-                (name.replace("_", " "), signed(cut[name]["value"]), signed_span(cut[name]["ci95"]))
-                for name in ("own_sentence", "placebo", "difference")
-            ],
-        )
 
 
-def _ratio(one: Mapping[str, Any], ends: Sequence[float | None] | None) -> str:
+def _sentences_cut(cut: Mapping[str, Any]) -> Section:
+    """Responses without the sentence that the features fire most at, beside a placebo."""
+    title = "Sentences cut out"
+    if not cut["num_responses"]:
+        return Section(title=title, text="No target response has two sentences that the features tell apart.")
+    return Section(
+        title=title,
+        text=f"Evidence: {cut['num_responses']} target responses without the sentence that the features fire most at, run through the model again; the placebo lacks another sentence. Change of the features' |w| z at the rewarded token.",
+        columns=("cut", "change", "95 % interval"),
+        rows=[
+            (name.replace("_", " "), signed(cut[name]["value"]), signed_span(cut[name]["ci95"]))
+            for name in ("own_sentence", "placebo", "difference")
+        ],
+    )
+
+
+def _ratio(effect: Mapping[str, Any], ends: Sequence[float | None] | None) -> str:
     # No number: half of the controls do nothing at all.
-    shown = "n/a" if one["ratio"] is None else f"{one['ratio']:.2f}"
+    shown = "n/a" if effect["ratio"] is None else f"{effect['ratio']:.2f}"
     return shown if ends is None or None in ends else f"{shown} ({ends[0]:.2f} to {ends[1]:.2f})"

@@ -21,7 +21,16 @@ def signed_span(ends: Sequence[float | None], digits: int = 3) -> str:
 
 
 def steering_sections(name: str, content: Mapping[str, Any]) -> Iterable[Section]:
-    """An edit's effect on every subset, and its dose-response table."""
+    """An edit's effect on every subset, its certificate and its dose-response table, as far as it has them."""
+    yield _edit_effects(name, content)
+    if certificate := content.get("certificate"):
+        yield _certificate(name, content["edit"], certificate)
+    if content.get("sweep"):
+        yield _dose_response(name, content)
+
+
+def _edit_effects(name: str, content: Mapping[str, Any]) -> Section:
+    """What an edit does to the target, the off-target, and every subset of them."""
     edit = content["edit"]
     what = f"{edit['kind']}, strength {edit['strength']:g}" if edit["kind"] != "goal" else f"goal {edit['goal']:+g}, tolerance {edit['tolerance']:g}"  # fmt: skip
     rows = [("target", content["target"]), *content["target_subsets"].items(), ("off target", content["off_target"]), *content["off_subsets"].items()]  # fmt: skip
@@ -29,7 +38,7 @@ def steering_sections(name: str, content: Mapping[str, Any]) -> Iterable[Section
         f"{k} {signed(100 * v['accuracy_change']['value'], 1)} points" for k, v in content["over_refusal"].items()
     )
     text = f"{what}, {len(edit['weights'])} head weights. Specificity of the margin {_or(content['specificity']['margin'])}, of the accuracy {_or(content['specificity']['accuracy'])} (1: only the target moves). Over-refusal: {over or 'no labelled subset'}."  # fmt: skip
-    yield Section(
+    return Section(
         title=f"Steering: {name}",
         text=text,
         columns=(
@@ -46,50 +55,51 @@ def steering_sections(name: str, content: Mapping[str, Any]) -> Iterable[Section
         rows=[
             (
                 label,
-                one["num_pairs"],
-                signed(one["margin_shift"]["value"]),
-                signed_span(one["margin_shift"]["ci95"]),
-                share(one["affected"]["value"]),
-                share(one["flips"]["value"]),
-                share(one["accuracy_before"]["value"]),
-                share(one["accuracy_after"]["value"]),
-                f"{share(one['accuracy_change']['ci95'][0])} to {share(one['accuracy_change']['ci95'][1])}",
+                effects["num_pairs"],
+                signed(effects["margin_shift"]["value"]),
+                signed_span(effects["margin_shift"]["ci95"]),
+                share(effects["affected"]["value"]),
+                share(effects["flips"]["value"]),
+                share(effects["accuracy_before"]["value"]),
+                share(effects["accuracy_after"]["value"]),
+                f"{share(effects['accuracy_change']['ci95'][0])} to {share(effects['accuracy_change']['ci95'][1])}",
             )
-            for label, one in rows
+            for label, effects in rows
         ],
     )
-    if certificate := content.get("certificate"):
-        yield _certificate(name, edit, certificate)
-    if sweep := content.get("sweep"):
-        yield Section(
-            title=f"Dose and response: {name}",
-            text=f"Slope of the target's margin per unit of strength {signed(content['slope']['value'])} ({signed_span(content['slope']['ci95'])}); Spearman of strength and target accuracy {signed(content['monotonic'], 2)}. Controls: {content['num_controls']} matched sets.",
-            columns=(
-                "strength",
-                "target margin",
-                "controls: median size",
-                "ratio",
-                "p",
-                "target accuracy",
-                "off-target margin",
-                "off-target accuracy",
-                "target flips",
-            ),
-            rows=[
-                (
-                    f"{row['strength']:g}",
-                    signed(row["target_margin"]),
-                    f"{row['control']['control_median']:.3f}",
-                    f"{row['control']['ratio']:.2f}" if row["control"]["ratio"] is not None else "n/a",
-                    f"{row['control']['p']:.3g}",
-                    share(row["target_accuracy"]),
-                    signed(row["off_margin"]),
-                    share(row["off_accuracy"]),
-                    share(row["target_flips"]),
-                )
-                for row in sweep
-            ],
-        )
+
+
+def _dose_response(name: str, content: Mapping[str, Any]) -> Section:
+    """The same edit at several strengths, beside controls of each."""
+    return Section(
+        title=f"Dose and response: {name}",
+        text=f"Slope of the target's margin per unit of strength {signed(content['slope']['value'])} ({signed_span(content['slope']['ci95'])}); Spearman of strength and target accuracy {signed(content['monotonic'], 2)}. Controls: {content['num_controls']} matched sets.",
+        columns=(
+            "strength",
+            "target margin",
+            "controls: median size",
+            "ratio",
+            "p",
+            "target accuracy",
+            "off-target margin",
+            "off-target accuracy",
+            "target flips",
+        ),
+        rows=[
+            (
+                f"{row['strength']:g}",
+                signed(row["target_margin"]),
+                f"{row['control']['control_median']:.3f}",
+                f"{row['control']['ratio']:.2f}" if row["control"]["ratio"] is not None else "n/a",
+                f"{row['control']['p']:.3g}",
+                share(row["target_accuracy"]),
+                signed(row["off_margin"]),
+                share(row["off_accuracy"]),
+                share(row["target_flips"]),
+            )
+            for row in content["sweep"]
+        ],
+    )
 
 
 def _certificate(name: str, edit: Mapping[str, Any], certificate: Mapping[str, Any]) -> Section:
@@ -110,8 +120,8 @@ def _certificate(name: str, edit: Mapping[str, Any], certificate: Mapping[str, A
         text=f"The solver saw half of the prompts, where the target rises by {signed(solved['target_shift'])} and no other subset moves by more than {solved['largest_other_shift']:.3f}. The table has the other half, with 95 % intervals over prompts. The goal of {signed(edit['goal'])} {goal}. The tolerance of {edit['tolerance']:g} {verdict}.",
         columns=("pairs", "n", "prompts", "margin shift", "95 % interval"),
         rows=[
-            (label, one["num_pairs"], one["num_prompts"], signed(one["value"]), signed_span(one["ci95"]))
-            for label, one in [("target", certificate["target"]), *certificate["others"].items()]
+            (label, change["num_pairs"], change["num_prompts"], signed(change["value"]), signed_span(change["ci95"]))
+            for label, change in [("target", certificate["target"]), *certificate["others"].items()]
         ],
     )
 
@@ -166,13 +176,13 @@ def relabelling_sections(content: Mapping[str, Any]) -> Iterable[Section]:
     )
 
 
-def _verdict(one: Mapping[str, Any]) -> str:
-    gap = f"{signed(100 * one['minus_best_control'], 1)} points ({signed_span([100 * end for end in one['minus_best_control_ci95']], 1)})"
+def _verdict(poison: Mapping[str, Any]) -> str:
+    gap = f"{signed(100 * poison['minus_best_control'], 1)} points ({signed_span([100 * end for end in poison['minus_best_control_ci95']], 1)})"
     other = ", ".join(
         f"{name} {signed(100 * own['change'], 1)} ({signed_span([100 * end for end in own['ci95']], 1)})"
-        for name, own in one["off_subsets"].items()
+        for name, own in poison["off_subsets"].items()
     )
-    return f"Flipping {share(one['share'])} by {one['method']} changes the target by {gap} more than the strongest control, {one['best_control']}; off target: {other}."
+    return f"Flipping {share(poison['share'])} by {poison['method']} changes the target by {gap} more than the strongest control, {poison['best_control']}; off target: {other}."
 
 
 def _or(value: float | None) -> str:

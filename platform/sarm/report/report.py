@@ -94,7 +94,8 @@ def as_dict(report: Report) -> dict[str, Any]:
         raise ValueError(f"headline figures cannot be named like a section of the report, got {', '.join(taken)}")
     plain = {**asdict(report), "figures": list(report.figures)}
     headline = plain.pop("headline")
-    return _clean({"title": plain.pop("title"), **headline, **plain})
+    content: dict[str, Any] = _clean({"title": plain.pop("title"), **headline, **plain})
+    return content
 
 
 def to_json(report: Report) -> str:

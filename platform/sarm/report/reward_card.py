@@ -36,7 +36,8 @@ class Prefixes:
 
     def rewards(self) -> Float[np.ndarray, " prefixes"]:
         """Reward after each number of tokens."""
-        return self.contribution.sum(1)
+        rewards_T: Float[np.ndarray, " prefixes"] = self.contribution.sum(1)
+        return rewards_T
 
 
 def card(
@@ -134,6 +135,6 @@ def _sentences(response: str) -> list[tuple[int, int]]:
     return parts(response, _MAX_SENTENCES) or [(0, len(response))]
 
 
-def _strongest(change_S: np.ndarray, names: Mapping[int, str], num: int) -> list[dict[str, Any]]:
+def _strongest(change_S: Float[np.ndarray, " d_sae"], names: Mapping[int, str], num: int) -> list[dict[str, Any]]:
     order = np.argsort(-np.abs(change_S), kind="stable")[:num]
     return [{"latent": int(i), "name": names.get(int(i), ""), "value": float(change_S[i])} for i in order if change_S[i] != 0]  # fmt: skip

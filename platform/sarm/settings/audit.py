@@ -9,7 +9,6 @@ from sarm.settings.checks import OPERATIONAL, UserError
 from sarm.settings.results_root import READ, place_paths
 from sarm.settings.run import Flat, RunSettings
 
-EDITS = ("scale", "add", "zero", "set")
 SITES = ("reward", "sentence")
 
 

@@ -46,6 +46,8 @@ class SaeSettings:
     """Time between two training states on disk; a stopped job that is run again goes on from the last one."""
     checkpoint_every_steps: int = field(default=0, metadata=OPERATIONAL)
     """Steps between two training states instead; 0: by time."""
+    # Declared in `nn.architectures` too, and a test holds both equal: its classes load torch, which neither help nor a refused value may
+    # wait for, and neither room imports the other.
     architecture: Literal["topk", "batch_topk", "matryoshka", "jumprelu", "abs_topk", "matching_pursuit"] = "topk"
     """k latents of each row; k a row on average over the batch, `matryoshka` in nested dictionaries; learnt thresholds; the k of largest
     absolute value, of either sign; or k greedy steps, each on what those before have left."""
@@ -106,10 +108,10 @@ class AlsoSaes:
 
     def beside(self, sae: SaeSettings, seed: int) -> list[tuple[str, SaeSettings, int]]:
         """Name, settings and seed of each, without the main one; raises UserError for a combination that cannot be."""
-        found = []
+        others = []
         for d_sae, k, init_seed in itertools.product(
             *(dict.fromkeys((own, *further)) for own, further in ((sae.d_sae, self.d_sae), (sae.k, self.k), (seed, self.seed)))
         ):  # fmt: skip
             if (d_sae, k, init_seed) != (sae.d_sae, sae.k, seed):
-                found.append((f"d{d_sae}-k{k}-seed{init_seed}", replace(sae, d_sae=d_sae, k=k), init_seed))
-        return found
+                others.append((f"d{d_sae}-k{k}-seed{init_seed}", replace(sae, d_sae=d_sae, k=k), init_seed))
+        return others

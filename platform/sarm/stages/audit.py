@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from sarm.audit.codes import CODES, AuditCodes, completeness, read_codes
 from sarm.audit.contrast import Contrast, contrast, off_target_firing
 from sarm.audit.pairs import ROLES, audit_pairs
-from sarm.audit.selection import Selection, select, sensitivity
+from sarm.audit.selection import Selection, Sensitivity, select, sensitivity
+from sarm.contracts.figures import plain_values
 from sarm.contracts.manifest import StageFolder, difference_of, record_of, write_atomically
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import RUN_FILE, Session
@@ -29,7 +30,6 @@ from sarm.settings.checks import UserError
 from sarm.settings.identity import identity
 from sarm.stages.audit_folder import FEATURES
 from sarm.stages.chain_state import move, was_moved
-from sarm.stages.one_sided import check_sarm
 from sarm.stages.safety_ratings import SafetyRatings, safety_ratings
 
 
@@ -39,7 +39,6 @@ def audit(session: Session, settings: AuditFeatures) -> Path:
     Raises UserError for unusable models, sources or ratings, before a cluster starts and before anything is written.
     """
     sarm_settings(settings.sarm)
-    check_sarm(settings.sarm, "audits")
     ratings = None if settings.ratings is None else safety_ratings(settings.ratings, settings.sarm)
     limits = {"select": settings.limit, "target": settings.limit, "off_target": settings.limit_off_target}
     pairs = audit_pairs({role: getattr(settings, role) for role in ROLES}, limits)
@@ -88,8 +87,8 @@ def _move_aside(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
     out = session.run.out
     codes = record_of(out / "codes", CODES)
     kept = {"codes"} if codes is not None and not difference_of(codes, _codes_settings(settings, pairs)) else set()
-    found = sorted(path for path in out.glob("[!.]*") if path.name not in kept and path.name != RUN_FILE)
-    if (aside := move(found, out)) is not None:
+    outdated = sorted(path for path in out.glob("[!.]*") if path.name not in kept and path.name != RUN_FILE)
+    if (aside := move(outdated, out)) is not None:
         say(f"moved aside what the audit before had made: {aside}")
 
 
@@ -105,17 +104,19 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
     folder = StageFolder(out / "features", FEATURES, {**asked, "ratings": rated}, {CODES: (out / "codes", CODES)})
 
     def body(child: StageRun) -> Mapping[str, Any]:
-        from sarm.data.formats.sarm_folder import load_sarm
+        from sarm.data.formats.sarm_folder import read_latents
 
-        weight_S = load_sarm(settings.sarm).score.weight.detach().squeeze(0).numpy()
+        (weight_S,) = read_latents(settings.sarm, "score.weight")
         codes = read_codes(out / "codes", weight_S)
         chosen_on = codes.role("select")
         off_S = off_target_firing(codes)
-        found = {site: contrast(chosen_on, site, settings.permutations, session.run.seed) for site in SITES}
-        picked = _select(found=found[settings.site], off_S=off_S, weight_S=weight_S, settings=settings, ratings=ratings)
+        contrasts = {site: contrast(chosen_on, site, settings.permutations, session.run.seed) for site in SITES}
+        picked = _select(
+            contrasted=contrasts[settings.site], off_S=off_S, weight_S=weight_S, settings=settings, ratings=ratings
+        )
         tables = [
-            _table(site=site, found=one, off_S=off_S, weight_S=weight_S, codes=chosen_on, picked=picked)
-            for site, one in found.items()
+            _table(site=site, contrasted=contrasted, off_S=off_S, weight_S=weight_S, codes=chosen_on, picked=picked)
+            for site, contrasted in contrasts.items()
         ]
         pq.write_table(pa.concat_tables(tables), folder.folder / "latents.parquet", write_page_checksum=True)
         gap = completeness(codes)
@@ -123,16 +124,16 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
             "site": settings.site,
             "selected": [{"latent": int(i), "sign": int(s)} for i, s in zip(picked.latent, picked.sign, strict=True)],
             "thresholds": _thresholds(
-                found=found, off_S=off_S, weight_S=weight_S, settings=settings, ratings=ratings, picked=picked
+                contrasts=contrasts, off_S=off_S, weight_S=weight_S, settings=settings, ratings=ratings, picked=picked
             ),
-            "sites": {site: _site_summary(one, settings.fdr) for site, one in found.items()},
+            "sites": {site: _site_summary(contrasted, settings.fdr) for site, contrasted in contrasts.items()},
             "num_select_pairs": chosen_on.num_pairs,
             "num_off_pairs": codes.role("off_select").num_pairs,
             "completeness": gap,
             "rated": len(ratings) if ratings is not None else None,
             "agreement": given and given.agreement,
         }
-        write_atomically(folder.folder / "selection.json", json.dumps(content, indent=2))
+        write_atomically(folder.folder / "selection.json", json.dumps(plain_values(content), indent=2))
         child.log_artifact(folder.folder / "selection.json")
         rows = tables[SITES.index(settings.site)].to_pylist()
         child.log_table([row for row in rows if row["sign"]][:200] or rows[:20], "features.json")
@@ -143,53 +144,55 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
 
 
 def _select(
-    found: Contrast, off_S: np.ndarray, weight_S: np.ndarray, settings: AuditFeatures, ratings: Mapping[int, float] | None, **other: Any
+    contrasted: Contrast, off_S: np.ndarray, weight_S: np.ndarray, settings: AuditFeatures, ratings: Mapping[int, float] | None, **other: Any
 ) -> Selection:  # fmt: skip
     asked = {
         name: getattr(settings, name) for name in ("fdr", "max_off_target", "max_features", "rank", "min_rating")
     } | other
-    return select(found, off_S, weight_S, ratings=ratings, **asked)
+    return select(contrasted, off_S, weight_S, ratings=ratings, **asked)
 
 
 def _thresholds(
-    found: Mapping[str, Contrast], off_S: np.ndarray, weight_S: np.ndarray, settings: AuditFeatures, ratings: Mapping[int, float] | None, picked: Selection
-) -> list[dict[str, Any]]:  # fmt: skip
+    contrasts: Mapping[str, Contrast], off_S: np.ndarray, weight_S: np.ndarray, settings: AuditFeatures, ratings: Mapping[int, float] | None, picked: Selection
+) -> list[Sensitivity]:  # fmt: skip
     variants: dict[str, dict[str, Any]] = {
         **{f"false discoveries {share:g}": {"fdr": share} for share in (0.01, 0.05, 0.2)},
         **{f"off-target firing up to {share:g}": {"max_off_target": share} for share in (0.1, 0.25, 0.5, 1.0)},
         **({f"rating of {least} or more": {"min_rating": float(least)} for least in (3, 4, 5)} if ratings else {}),
     }
     others = {
-        name: _select(found[settings.site], off_S, weight_S, settings, ratings, **change)
+        name: _select(contrasts[settings.site], off_S, weight_S, settings, ratings, **change)
         for name, change in variants.items()
     }
     others |= {
-        f"site {site}": _select(found=one, off_S=off_S, weight_S=weight_S, settings=settings, ratings=ratings)
-        for site, one in found.items()
+        f"site {site}": _select(
+            contrasted=contrasted, off_S=off_S, weight_S=weight_S, settings=settings, ratings=ratings
+        )
+        for site, contrasted in contrasts.items()
     }
     return sensitivity(picked, others)
 
 
-def _site_summary(found: Contrast, fdr: float) -> dict[str, Any]:
+def _site_summary(contrasted: Contrast, fdr: float) -> dict[str, Any]:
     return {
-        "num_latents": len(found.latent),
-        "num_significant": int((found.q <= fdr).sum()),
-        "num_significant_pairs": int((found.p_pairs <= fdr).sum()),
-        "num_prompts": found.num_prompts,
-        "is_exact": found.is_exact,
+        "num_latents": len(contrasted.latent),
+        "num_significant": int((contrasted.q <= fdr).sum()),
+        "num_significant_pairs": int((contrasted.p_pairs <= fdr).sum()),
+        "num_prompts": contrasted.num_prompts,
+        "is_exact": contrasted.is_exact,
     }
 
 
-def _table(site: str, found: Contrast, off_S: np.ndarray, weight_S: np.ndarray, codes: AuditCodes, picked: Selection) -> pa.Table:  # fmt: skip
+def _table(site: str, contrasted: Contrast, off_S: np.ndarray, weight_S: np.ndarray, codes: AuditCodes, picked: Selection) -> pa.Table:  # fmt: skip
     sign = dict(zip(picked.latent.tolist(), picked.sign.tolist(), strict=True))
     columns = {
-        **asdict(found),
-        "weight": weight_S[found.latent].astype(np.float64),
-        "effect": weight_S[found.latent] * found.difference,
-        "off_target": off_S[found.latent],
-        "density": codes.density[found.latent],
+        **asdict(contrasted),
+        "weight": weight_S[contrasted.latent].astype(np.float64),
+        "effect": weight_S[contrasted.latent] * contrasted.difference,
+        "off_target": off_S[contrasted.latent],
+        "density": codes.density[contrasted.latent],
     }
     arrays = {name: value for name, value in columns.items() if isinstance(value, np.ndarray)}
-    signs = np.array([sign.get(int(i), 0) for i in found.latent], dtype=np.int64)
-    order = np.lexsort((found.latent, -np.abs(arrays["effect"])))
+    signs = np.array([sign.get(int(i), 0) for i in contrasted.latent], dtype=np.int64)
+    order = np.lexsort((contrasted.latent, -np.abs(arrays["effect"])))
     return pa.table({"site": [site] * len(order), **{name: value[order] for name, value in arrays.items()}, "sign": signs[order]})  # fmt: skip

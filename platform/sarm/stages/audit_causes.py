@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,22 @@ from sarm.audit import causal
 from sarm.audit.codes import CODES, AuditCodes, check_latents, codes_of
 from sarm.audit.pairs import AUDIT_PAIRS
 from sarm.audit.selection import matched_sets
-from sarm.audit.steering import Edit, Sweep, against_controls, make_edit, ratio_interval, steered_rewards
+from sarm.audit.steering import (
+    BesideControls,
+    Edit,
+    Sweep,
+    against_controls,
+    make_edit,
+    ratio_interval,
+    steered_rewards,
+)
+from sarm.contracts.figures import SPREAD, plain_values
 from sarm.contracts.ids import response_id_of, stable_id
 from sarm.contracts.manifest import StageFolder, finite_or_null, write_atomically
 from sarm.data.tokens.sentences import sentence_ends
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
+from sarm.evaluate.intervals import Interval
 from sarm.nn.sae import standardise
 from sarm.passes.reader import sarm_reader
 from sarm.settings.audit import AuditFeatures
@@ -29,6 +40,15 @@ from sarm.stages.audit_folder import FEATURES, Audited, read_audit
 
 CAUSAL = "causal/v1"
 _DELETION_SIZES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Zeroed:
+    """The mean change of the target's margin with some head weights at 0, in reward units."""
+
+    change: BesideControls = field(metadata=SPREAD)
+    ratio_ci95: Interval
+    num_controls: int
 
 
 def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> None:
@@ -47,57 +67,59 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
         sets_GE = matched_sets(
             selected=latents, density_S=codes.density, weight_S=codes.weight, count=settings.controls, seed=seed
         )
-        steering = _zeroed(target, latents, sets_GE)
-        steering["rerun_gap"] = _rerun_gap(found, make_edit("zero", 0.0, latents, codes.weight))
+        zeroed = _zeroed(target, latents, sets_GE)
+        rerun_gap = _rerun_gap(found, make_edit("zero", 0.0, latents, codes.weight))
         nearest_G1 = matched_sets(
             selected=latents[:1], density_S=codes.density, weight_S=codes.weight, count=settings.controls, seed=seed
         )
+        strongest = _zeroed(target, latents[:1], np.unique(nearest_G1, axis=0))
+        upstream = causal.upstream(found.model, target, latents, sets_GE[: settings.upstream_controls])
         order = causal.contribution_order(codes.role("select"))
         rng = np.random.default_rng(seed)
-        content: dict[str, Any] = {
+        curves = causal.deletion_curves(
+            target, order, [rng.permutation(order) for _ in range(settings.controls)], _DELETION_SIZES
+        )
+        content = {
             "num_pairs": target.num_pairs,
             "num_prompts": len(np.unique(target.prompts)),
             "num_features": len(latents),
             "num_controls": settings.controls,
             "num_upstream_controls": settings.upstream_controls,
-            "zeroed": steering,
-            "strongest": {
-                "latent": int(latents[0]),
-                **_zeroed(target, latents[:1], np.unique(nearest_G1, axis=0)),
-            },
+            "zeroed": {**plain_values(zeroed), "rerun_gap": rerun_gap},
+            "strongest": {"latent": int(latents[0]), **plain_values(strongest)},
             "swap": causal.swap(target, latents, sets_GE),
-            "upstream": causal.upstream(found.model, target, latents, sets_GE[: settings.upstream_controls]),
-            "curves": causal.deletion_curves(
-                target, order, [rng.permutation(order) for _ in range(settings.controls)], _DELETION_SIZES
-            ),
+            "upstream": upstream,
+            "curves": curves,
             "sentences": _sentences(
                 session=session, settings=settings, found=found, target=target, pairs=pairs, folder=folder.folder
             ),
         }
-        write_atomically(folder.folder / "causal.json", json.dumps(finite_or_null(content), indent=2, allow_nan=False))
+        write_atomically(
+            folder.folder / "causal.json", json.dumps(finite_or_null(plain_values(content)), indent=2, allow_nan=False)
+        )
         child.log_artifact(folder.folder / "causal.json")
         figures = {
-            "zeroed_ratio": steering["ratio"],
-            "strongest_ratio": content["strongest"]["ratio"],
-            "rerun_gap": steering["rerun_gap"],
-            "removed_upstream": content["upstream"]["removed"]["value"],
-            "removed_upstream_ratio": content["upstream"]["removed"]["ratio"],
-            "aopc": content["curves"]["aopc"]["value"],
+            "zeroed_ratio": zeroed.change.ratio,
+            "strongest_ratio": strongest.change.ratio,
+            "rerun_gap": rerun_gap,
+            "removed_upstream": upstream.removed.change.value,
+            "removed_upstream_ratio": upstream.removed.change.ratio,
+            "aopc": curves.aopc.value,
         }
         return {"figures": {name: value for name, value in figures.items() if np.isfinite(value)}}
 
     session.stage("test causes", folder, body, resume=True)
 
 
-def _zeroed(target: AuditCodes, latents: NDArray[np.int64], sets_GE: NDArray[np.int64]) -> dict[str, Any]:
+def _zeroed(target: AuditCodes, latents: NDArray[np.int64], sets_GE: NDArray[np.int64]) -> _Zeroed:
     """Margins of the target with these head weights at 0, beside matched sets."""
     sweep = Sweep(target, "zero", (0.0,), np.vstack([latents[None], sets_GE]))
     change_NG = sweep.margins(0.0) - target.margins[:, None]
-    return {
-        **against_controls(float(change_NG[:, 0].mean()), change_NG[:, 1:].mean(axis=0)),
-        "ratio_ci95": ratio_interval(change_NG, target.prompts),
-        "num_controls": len(sets_GE),
-    }
+    return _Zeroed(
+        change=against_controls(float(change_NG[:, 0].mean()), change_NG[:, 1:].mean(axis=0)),
+        ratio_ci95=ratio_interval(change_NG, target.prompts),
+        num_controls=len(sets_GE),
+    )
 
 
 def _rerun_gap(found: Audited, edit: Edit) -> float:
@@ -113,7 +135,7 @@ def _rerun_gap(found: Audited, edit: Edit) -> float:
 
 def _sentences(
     session: Session, settings: AuditFeatures, found: Audited, target: AuditCodes, pairs: pa.Table, folder: Path
-) -> dict[str, Any] | None:
+) -> causal.SentenceFigures | None:
     """Cut sentences out of some target responses, run the model on what is left, and compare with the placebo."""
     if settings.deletions == 0:
         return None
@@ -136,7 +158,7 @@ def _sentences(
     edits = causal.sentence_edits([texts[i][1] for i in ids], fired, sentence_ends, np.random.default_rng(session.run.seed))  # fmt: skip
     usable = [(i, edit) for i, edit in zip(ids, edits, strict=True) if edit is not None][: settings.deletions]
     if not usable:
-        return {"num_responses": 0}
+        return causal.SentenceFigures(num_responses=0)
     edited = [{**texts[i][0], "pair_id": i, "chosen": without[0], "rejected": without[1]} for i, without in usable]
     rows = sorted(edited, key=lambda row: (row["prompt_id"], row["pair_id"]))
     reader = sarm_reader(found.sarm, settings.batch_tokens)

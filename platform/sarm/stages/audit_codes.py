@@ -36,7 +36,6 @@ def write_codes(pairs: pa.Table, reader: Reader, folder: Path, run_pass: RunPass
         arguments={"reader": reader},
         outputs={"responses": Output(parts / "responses", CODES_PART)},
         id_columns=("pair_id",),
-        input_ids=_pair_ids,
         output_id="pair_ids",
         keys=("response_id",),
     )
@@ -55,7 +54,3 @@ def write_codes(pairs: pa.Table, reader: Reader, folder: Path, run_pass: RunPass
     pq.write_table(pa.Table.from_pylist(kept, schema=CODE_PAIRS), folder / "pairs.parquet", write_page_checksum=True)
     shutil.rmtree(parts)
     return {"responses": responses.num_rows, "pairs": len(kept), "rejected": counts["rejected"]}
-
-
-def _pair_ids(table: pa.Table) -> list[str]:
-    return table.column("pair_id").to_pylist()

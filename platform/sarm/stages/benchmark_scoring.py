@@ -74,7 +74,7 @@ def score_all(
     tokens, seconds = 0, 0.0
     if missing:
         # Only here: a run whose scores are all cached starts neither Ray nor torch.
-        from sarm.data.store.parts import part_files
+        from sarm.data.store.parts import read_parts
         from sarm.engine.ray.cluster import connect
         from sarm.engine.ray.passes import run_over
         from sarm.stages.completion_scores import score_requests
@@ -89,7 +89,7 @@ def score_all(
                 batch_tokens=batch_tokens,
                 run_pass=lambda work: run_over(work, run, cluster),
             )
-        fresh = ds.dataset([str(path) for path in part_files(part)]).to_table()
+        fresh = read_parts(part)
         fresh = fresh.filter(pc.is_in(fresh["completion_id"], value_set=pa.array(missing)))
         # What made the model fail has no row, so that the next run tries it again.
         known |= _by_id(fresh) | {key: _failed(refused[key]) for key in missing if key in refused}

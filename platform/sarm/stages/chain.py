@@ -31,10 +31,6 @@ def run_chain(config: Any) -> dict[StageName, Any]:
         from sarm.data.formats.models import check_model
 
         check_model(config.model)
-    if state.is_todo("collect_contexts"):
-        from sarm.stages.one_sided import refuse_bidirectional
-
-        refuse_bidirectional(config.sae.architecture, "contexts")
     # Only now: who is refused keeps what is there.
     if (aside := move_aside(config)) is not None:
         say(f"moved aside what {config.run.redo_from} and the stages after it had made: {aside}")

@@ -97,4 +97,5 @@ def _rows(table: pa.Table, block: Block) -> pa.Table:
 
 
 def _ids_of(table: pa.Table) -> list[str]:
-    return pc.list_flatten(table.column("ids")).to_pylist()
+    ids: list[str] = pc.list_flatten(table.column("ids")).to_pylist()
+    return ids

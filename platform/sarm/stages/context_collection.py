@@ -5,10 +5,10 @@ that depend on no order, so one actor and many give the same bytes. Pairs and co
 """
 
 import functools
-import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +17,41 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sarm.contracts.ids import stable_int
 from sarm.contracts.tables import LATENT_CONTEXTS_TABLE
-from sarm.data.formats.sarm_folder import read_tensors
+from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.store.blocks import FILE, ROW, Block, table_blocks
+from sarm.data.store.pairs import PAIR_COLUMNS, of_split, pair_numbers
 from sarm.data.store.parts import part_files
 from sarm.data.tokens.contents import count_spelled
 from sarm.engine.ray.block_actor import Output
 from sarm.engine.ray.passes import Pass, RunPass
 from sarm.engine.terminal import say
 from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE, PLACES
-from sarm.interpret.context_tables import choose, context_tables, strongest, summaries
+from sarm.interpret.context_tables import Chosen, choose, context_tables, strongest, summaries
 from sarm.interpret.context_texts import fetch, parts, shown
 from sarm.interpret.tallies import Tally, Units
 from sarm.nn.protocol import PROTOCOL_VERSION
-from sarm.passes.contexts import ANSWERS, SPANS, UNITS, DrivingParts, PairUnits, TextUnits, pair_slices, text_slices
+from sarm.passes.contexts import ANSWERS, SPANS, UNITS, DrivingParts, PairUnits, TextUnits
 from sarm.passes.reader import Reader
 from sarm.settings.checks import UserError
 from sarm.settings.contexts import ContextsSettings
+from sarm.stages.context_blocks import pair_blocks, text_blocks
 
-_MAX_BLOCKS = 4096
 _ANSWERS_OF_BLOCK = 4
 # Places whose latents are tallied at once.
 _UNITS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class _Collection:
+    """What contexts are collected from, with what, and where they go."""
+
+    settings: ContextsSettings
+    reader: Reader
+    pairs: Sequence[Path]
+    corpus: Sequence[Path]
+    folder: Path
+    run_pass: RunPass
 
 
 def collect_contexts(
@@ -54,71 +66,86 @@ def collect_contexts(
 
     Raises UserError if there is nothing to read, or no latent ever fires.
     """
-    weight_S = read_tensors(reader.folder, "score.weight")[0].squeeze(0).float().numpy()
-    tallies = {place: Tally(len(weight_S), settings.top, settings.sampled) for place in PLACES}
-    works, num_rows = [], 0
-    if settings.split != "none":
-        blocks, num_rows = pair_blocks(pairs, settings.split)
-        works += (
-            [_pairs_pass(reader=reader, files=pairs, split=settings.split, blocks=blocks, folder=folder)]
-            if blocks
-            else []
-        )
-    if settings.corpus:
-        blocks, num_texts = text_blocks(corpus, settings.max_texts)
-        works += [_texts_pass(reader, corpus, blocks, folder)] if blocks else []
-        num_rows += num_texts
-    if num_rows == 0:
-        raise UserError(f"there are no {settings.split} pairs and no texts to read. Pass another --contexts.split, or --contexts.corpus.")  # fmt: skip
-    for work in works:
-        run_pass(work)
-        for place, tally in tally_units(_units_of(work), settings, len(weight_S)).items():
-            tallies[place].merge(tally)
-    seen = {place: tally for place, tally in tallies.items() if tally.total.any()}
-    table = summaries(seen, weight_S)
-    if table.num_rows == 0:
+    collection = _Collection(settings, reader, pairs, corpus, folder, run_pass)
+    (weight_S,) = read_latents(reader.folder, "score.weight")
+    tallies, num_rows = _tallied(collection, len(weight_S))
+    latents = summaries(tallies, weight_S)
+    if latents.num_rows == 0:
         raise UserError(f"no latent of {reader.folder} fires in these {num_rows:,} rows, so there are no contexts. Train it first.")  # fmt: skip
-    chosen = {place: choose(tally, settings.per_decile) for place, tally in seen.items()}
-    say(
-        f"contexts: looking up {sum(len(one.ref) for one in chosen.values()):,} contexts of {len(set(table['latent'].to_pylist())):,} latents"
-    )
+    chosen = {place: choose(tally, settings.per_decile) for place, tally in tallies.items()}
+    num_latents = len(set(latents["latent"].to_pylist()))
+    say(f"contexts: looking up {sum(len(own.ref) for own in chosen.values()):,} contexts of {num_latents:,} latents")
     wanted = {}
     if "rewarded" in chosen:
-        size_S = np.abs(weight_S) * seen["rewarded"].sums().sum(0)
+        size_S = np.abs(weight_S) * tallies["rewarded"].sums().sum(0)
         wanted = strongest(chosen["rewarded"], size_S, settings.span_contexts, settings.span_answers)
-    found, answers = {}, []
-    for ref, row in fetch((int(ref) for one in chosen.values() for ref in one.ref), pairs, corpus):
-        found[ref] = shown(ref, row, settings.text_chars)
-        if ref in wanted:
-            side = "chosen" if found[ref]["side"] == "chosen" else "rejected"
-            answers.append({"ref": ref, "prompt": json.dumps(row["prompt"]), "text": row[side], "latents": wanted[ref]})
+    texts, answers = _looked_up(collection, chosen, wanted)
     spans = driving_parts(answers=answers, settings=settings, reader=reader, folder=folder / "parts", run_pass=run_pass)
-    num_contexts = 0
-    with pq.ParquetWriter(
-        folder / CONTEXTS_FILE, LATENT_CONTEXTS_TABLE, compression="zstd", write_page_checksum=True
-    ) as file:
-        for part in context_tables(chosen, found, spans):
-            file.write_table(part)
-            num_contexts += part.num_rows
-    pq.write_table(table, folder / LATENTS_FILE, compression="zstd", write_page_checksum=True)
+    num_contexts = _write(folder, context_tables(chosen, texts, spans), latents)
     counts = {
         "rows": num_rows,
-        "latents": len(set(table["latent"].to_pylist())),
+        "latents": num_latents,
         "contexts": num_contexts,
-        "texts": len(found),
+        "texts": len(texts),
         "spans": sum(span != (-1, -1) for span in spans.values()),
     }
     spelled = count_spelled(pairs if settings.split != "none" else [], settings.split, reader.chat)
-    places = {place: int(tally.total.sum()) for place, tally in seen.items()}
     shutil.rmtree(folder / "parts")
     return {
         **counts,
         **spelled,
         "protocol_version": PROTOCOL_VERSION,
         "d_sae": len(weight_S),
-        "places": places,
+        "places": {place: int(tally.total.sum()) for place, tally in tallies.items()},
         "figures": counts,
     }
+
+
+def _tallied(collection: _Collection, num_latents: int) -> tuple[dict[str, Tally], int]:
+    """Tallies of the places that were seen, and how many rows were read. Raises UserError if there are none."""
+    settings, works, num_rows = collection.settings, [], 0
+    if settings.split != "none":
+        blocks, num_rows = pair_blocks(collection.pairs, settings.split)
+        works += [_pairs_pass(collection, blocks)] if blocks else []
+    if settings.corpus:
+        blocks, num_texts = text_blocks(collection.corpus, settings.max_texts)
+        works += [_texts_pass(collection, blocks)] if blocks else []
+        num_rows += num_texts
+    if num_rows == 0:
+        raise UserError(f"there are no {settings.split} pairs and no texts to read. Pass another --contexts.split, or --contexts.corpus.")  # fmt: skip
+    tallies = {place: Tally(num_latents, settings.top, settings.sampled) for place in PLACES}
+    for work in works:
+        collection.run_pass(work)
+        for place, tally in tally_units(_units_of(work), settings, num_latents).items():
+            tallies[place].merge(tally)
+    return {place: tally for place, tally in tallies.items() if tally.total.any()}, num_rows
+
+
+def _looked_up(
+    collection: _Collection, chosen: Mapping[str, Chosen], wanted: Mapping[int, list[int]]
+) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
+    """What a reader is shown of every chosen reference, and the answers whose parts are `wanted`: rows of ANSWERS."""
+    texts, answers = {}, []
+    refs = (int(ref) for own in chosen.values() for ref in own.ref)
+    for ref, row in fetch(refs, collection.pairs, collection.corpus):
+        texts[ref] = shown(ref, row, collection.settings.text_chars)
+        if ref in wanted:
+            side = "chosen" if texts[ref]["side"] == "chosen" else "rejected"
+            answers.append({"ref": ref, "prompt": json.dumps(row["prompt"]), "text": row[side], "latents": wanted[ref]})
+    return texts, answers
+
+
+def _write(folder: Path, contexts: Iterator[pa.Table], latents: pa.Table) -> int:
+    """Write both files; returns how many contexts there are."""
+    num_contexts = 0
+    with pq.ParquetWriter(
+        folder / CONTEXTS_FILE, LATENT_CONTEXTS_TABLE, compression="zstd", write_page_checksum=True
+    ) as file:
+        for part in contexts:
+            file.write_table(part)
+            num_contexts += part.num_rows
+    pq.write_table(latents, folder / LATENTS_FILE, compression="zstd", write_page_checksum=True)
+    return num_contexts
 
 
 def tally_units(batches: Iterator[pa.Table], settings: ContextsSettings, num_latents: int) -> dict[str, Tally]:
@@ -152,7 +179,6 @@ def driving_parts(
         arguments={"reader": reader, "limit": settings.span_pieces},
         outputs={"spans": output},
         id_columns=("ref",),
-        input_ids=_refs,
         output_id="ref",
         keys=("latent",),
     )
@@ -161,103 +187,45 @@ def driving_parts(
     return {(row["ref"], row["latent"]): (row["start"], row["end"]) for row in rows}
 
 
-def pair_blocks(files: Sequence[Path], split: str) -> tuple[list[Block], int]:
-    """Blocks of whole slices over the pairs of a split, and how many pairs they hold; rows of other splits may stand between them."""
-    slices: list[tuple[Path, int, int, int]] = []
-    num_rows = 0
-    for path, group, first, table in _row_groups(files, ["prompt_id", "split"]):
-        prompts, splits = (table[name].to_pylist() for name in ("prompt_id", "split"))
-        rows = [row for row in range(table.num_rows) if split in ("all", splits[row])]
-        num_rows += len(rows)
-        for start, stop in pair_slices([prompts[row] for row in rows]):
-            slices.append((path, group, first + rows[start], first + rows[stop - 1] + 1))
-    return _blocks(slices), num_rows
-
-
-def text_blocks(files: Sequence[Path], max_texts: int | None) -> tuple[list[Block], int]:
-    """Blocks of whole slices over the texts of a corpus, and how many texts they hold."""
-    slices: list[tuple[Path, int, int, int]] = []
-    num_rows = 0
-    for path, group, first, table in _row_groups(files, ["row_id"]):
-        here = table.num_rows if max_texts is None else min(max_texts - num_rows, table.num_rows)
-        num_rows += here
-        slices += [(path, group, first + start, first + stop) for start, stop in text_slices(here)]
-    return _blocks(slices), num_rows
-
-
-def _blocks(slices: Sequence[tuple[Path, int, int, int]]) -> list[Block]:
-    """Slices (file, row group, start, stop) as blocks of a row group's neighbours: few enough for their part files to be handled."""
-    size = -(-len(slices) // _MAX_BLOCKS)
-    blocks: list[Block] = []
-    for (path, _), own in itertools.groupby(slices, lambda one: one[:2]):
-        members = list(own)
-        for i in range(0, len(members), size):
-            last = members[min(i + size, len(members)) - 1]
-            blocks.append(Block(len(blocks), str(path), members[i][2], last[3]))
-    return blocks
-
-
-def _pairs_pass(reader: Reader, files: Sequence[Path], split: str, blocks: list[Block], folder: Path) -> Pass:
+def _pairs_pass(collection: _Collection, blocks: list[Block]) -> Pass:
+    split = collection.settings.split
     return Pass(
         name="contexts of pairs",
         blocks=blocks,
-        columns=("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset", FILE, ROW),
-        keep=None if split == "all" else functools.partial(_of_split, split=split),
+        columns=(*PAIR_COLUMNS, FILE, ROW),
+        keep=None if split == "all" else functools.partial(of_split, split=split),
         actor=PairUnits,
-        arguments={"reader": reader, "files": {str(path): number for number, path in enumerate(files)}},
-        outputs={"units": Output(folder / "parts" / "pairs", UNITS)},
+        arguments=_arguments(collection.reader, collection.pairs),
+        outputs={"units": Output(collection.folder / "parts" / "pairs", UNITS)},
         id_columns=("pair_id", "split"),
-        input_ids=_pair_ids,
+        input_ids=pair_numbers,
         output_id="row_ids",
         keys=("ref",),
     )
 
 
-def _texts_pass(reader: Reader, files: Sequence[Path], blocks: list[Block], folder: Path) -> Pass:
+def _texts_pass(collection: _Collection, blocks: list[Block]) -> Pass:
     return Pass(
         name="contexts of texts",
         blocks=blocks,
         columns=("row_id", "text", FILE, ROW),
         keep=None,
         actor=TextUnits,
-        arguments={"reader": reader, "files": {str(path): number for number, path in enumerate(files)}},
-        outputs={"units": Output(folder / "parts" / "texts", UNITS)},
+        arguments=_arguments(collection.reader, collection.corpus),
+        outputs={"units": Output(collection.folder / "parts" / "texts", UNITS)},
         id_columns=("row_id",),
-        input_ids=_row_ids,
         output_id="row_ids",
         keys=("ref",),
     )
 
 
-def _of_split(table: pa.Table, split: str) -> pa.Table:
-    return table.filter(pc.equal(table["split"], split))
-
-
-def _pair_ids(table: pa.Table) -> list[int]:
-    return [stable_int(pair_id) for pair_id in table["pair_id"].to_pylist()]
-
-
-def _row_ids(table: pa.Table) -> list[int]:
-    return table["row_id"].to_pylist()
-
-
-def _refs(table: pa.Table) -> list[int]:
-    return table["ref"].to_pylist()
+def _arguments(reader: Reader, files: Sequence[Path]) -> dict[str, Any]:
+    return {"reader": reader, "files": {str(path): number for number, path in enumerate(files)}}
 
 
 def _units_of(work: Pass) -> Iterator[pa.Table]:
     """The parts of a pass, one at a time."""
     return (pq.read_table(path) for path in part_files(work.outputs["units"].folder))
-
-
-def _row_groups(files: Sequence[Path], columns: list[str]) -> Iterator[tuple[Path, int, int, pa.Table]]:
-    for path in files:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            first = 0
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=columns)
-                yield path, group, first, table
-                first += table.num_rows
 
 
 def _add(tallies: Mapping[str, Tally], tables: Sequence[pa.Table]) -> None:

@@ -1,27 +1,28 @@
 """The stages that make a trained reward model readable: contexts of its latents, and feature pages."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.dataset as ds
 
 from sarm.contracts.folders import (
     EVALUATION_FOLDER,
     EXPLANATIONS_FOLDER,
     PAIRS_FOLDER,
     SARM_FOLDER,
+    Folders,
 )
 from sarm.contracts.manifest import Manifest, read_manifest
+from sarm.data.store.parts import read_parts
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
-from sarm.interpret.context_store import load_contexts
+from sarm.interpret.context_store import ContextStore, load_contexts
 from sarm.passes.models import hash_of_folder
 from sarm.settings.checks import UserError
 from sarm.settings.contexts import ContextsSettings, PagesSettings
 from sarm.stages import plan
+
+_BARS = 20
 
 
 def collect(session: Session, contexts: ContextsSettings) -> Manifest:
@@ -31,7 +32,6 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
     """
     from sarm.passes.reader import sarm_reader
     from sarm.stages.context_collection import collect_contexts
-    from sarm.stages.one_sided import check_sarm
 
     folders = session.folders
     if contexts.split != "none":
@@ -44,7 +44,6 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
     # What training kept of the model's settings; a SARM from elsewhere is read in float32.
     dtype = read_manifest(folders.sarm, SARM_FOLDER).config.get("dtype", "float32")
     reader = sarm_reader(folders.sarm, contexts.batch_tokens, dtype)
-    check_sarm(folders.sarm, "contexts")
 
     def body(child: StageRun) -> Mapping[str, Any]:
         pairs, corpus = (sorted(path.glob("*.parquet")) for path in (folders.pairs, folders.corpus))
@@ -67,59 +66,26 @@ def write_pages(session: Session, pages: PagesSettings) -> Manifest:
 
     Raises UserError for folders that are missing, unfinished, of another kind or of another model.
     """
-    from sarm.interpret.feature_data import add_explanations, add_pairs, features
-    from sarm.report.feature_pages import write_feature_pages
-    from sarm.report.saedashboard import dashboard
-
     folders = session.folders
     planned = plan.pages(folders, pages)
-    inputs, folder = planned.inputs, planned.open()
+    folder = planned.open()
     store = load_contexts(folders.contexts, hash_of_folder(folders.sarm))
 
     def body(child: StageRun) -> Mapping[str, Any]:
-        from sarm.data.formats.sarm_folder import read_tensors
-        from sarm.report.figures import contribution_bars, save_figure
+        from sarm.report.feature_pages import write_feature_pages
+        from sarm.report.saedashboard import dashboard
 
-        config = json.loads((folders.sarm / "config.json").read_text())
-        weight_S, W_dec_SD = (
-            tensor.float().squeeze(0).numpy() for tensor in read_tensors(folders.sarm, "score.weight", "sae.W_dec")
-        )
-        shown = features(store, W_dec_SD, weight_S, pages)
-        if EVALUATION_FOLDER in inputs:
-            add_pairs(
-                shown=shown,
-                scores=_table(folders.evaluation / "sarm_scores"),
-                pairs=_table(folders.pairs),
-                weight_S=weight_S,
-                num=pages.pairs,
-            )
-        if EXPLANATIONS_FOLDER in inputs:
-            add_explanations(shown, inputs[EXPLANATIONS_FOLDER][0])
-        fired = len(set(store.latents["latent"].to_pylist()))
-        facts = {
-            "model": config["provenance"].get("model", folders.sarm.name),
-            "layer": config["layer"],
-            "latents": len(weight_S),
-            "that fire in these texts": fired,
-            "shown": len(shown),
-            "texts read": store.facts["rows"],
-        }
+        shown = _features(store, folders, pages, planned.inputs)
+        facts = _facts(store, folders.sarm, len(shown))
         notes = (
-            [] if EXPLANATIONS_FOLDER in inputs else ["There are no explanations yet: features carry extractive terms."]
+            []
+            if EXPLANATIONS_FOLDER in planned.inputs
+            else ["There are no explanations yet: features carry extractive terms."]
         )
         files = write_feature_pages(
             features=shown, title=f"Features of {session.name}", facts=facts, notes=notes, folder=folder.folder
         )
-        raising = [one for one in shown if one["contribution"] > 0][:20]
-        lowering = [one for one in shown if one["contribution"] < 0][:20]
-        bars = contribution_bars(
-            *(
-                [{"latent": one["latent"], "mean_contribution": one["contribution"]} for one in side]
-                for side in (raising, lowering)
-            )
-        )
-        files.append(folder.folder / "contributions.png")
-        save_figure(bars, files[-1])
+        files.append(_picture(shown, folder.folder))
         for path in files:
             session.tracker.parent.log_artifact(path, "features")
         # Not logged: MLflow's viewer chokes on JSON of some megabytes, and nobody reads it there.
@@ -131,9 +97,42 @@ def write_pages(session: Session, pages: PagesSettings) -> Manifest:
     return session.stage("feature pages", folder, body)
 
 
-def _table(folder: Path) -> pa.Table:
-    # Rejected rows have a file of their own beside the parts.
-    paths = sorted(folder.glob("part-*.parquet"))
-    if not paths:
-        raise UserError(f"{folder} holds no Parquet files. Delete it and run its stage again.")
-    return ds.dataset([str(path) for path in paths]).to_table().replace_schema_metadata(None)
+def _features(
+    store: ContextStore, folders: Folders, pages: PagesSettings, inputs: Mapping[str, tuple[Path, str]]
+) -> list[dict[str, Any]]:
+    """What pages say of each feature; with pairs and explanations where the inputs have them."""
+    from sarm.data.formats.sarm_folder import read_latents
+    from sarm.interpret.feature_data import add_explanations, add_pairs, features
+
+    weight_S, W_dec_SD = read_latents(folders.sarm, "score.weight", "sae.W_dec")
+    shown = features(store, W_dec_SD, weight_S, pages)
+    if EVALUATION_FOLDER in inputs:
+        scores, pairs = read_parts(folders.evaluation / "sarm_scores"), read_parts(folders.pairs)
+        add_pairs(shown=shown, scores=scores, pairs=pairs, weight_S=weight_S, num=pages.pairs)
+    if EXPLANATIONS_FOLDER in inputs:
+        add_explanations(shown, inputs[EXPLANATIONS_FOLDER][0])
+    return shown
+
+
+def _facts(store: ContextStore, sarm: Path, num_shown: int) -> dict[str, Any]:
+    config = json.loads((sarm / "config.json").read_text())
+    return {
+        "model": config["provenance"].get("model", sarm.name),
+        "layer": config["layer"],
+        "latents": store.facts["d_sae"],
+        "that fire in these texts": len(set(store.latents["latent"].to_pylist())),
+        "shown": num_shown,
+        "texts read": store.facts["rows"],
+    }
+
+
+def _picture(shown: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+    """Write the features that raise and lower the reward most as bars."""
+    from sarm.report.figures import contribution_bars, save_figure
+
+    bars = [{"latent": feature["latent"], "mean_contribution": feature["contribution"]} for feature in shown]
+    raising = [bar for bar in bars if bar["mean_contribution"] > 0][:_BARS]
+    lowering = [bar for bar in bars if bar["mean_contribution"] < 0][:_BARS]
+    path = folder / "contributions.png"
+    save_figure(contribution_bars(raising, lowering), path)
+    return path

@@ -45,12 +45,5 @@ def _write_stage_folder(weights: SaeWeights, config: ConvertSae) -> None:
     if not made_for.get("model") or not made_for.get("layer"):
         raise UserError(f"{config.source} does not say which model and layer its SAE is for. Pass --model and --layer.")
     folder = StageFolder(config.target, SAE_FOLDER, {"imported": str(config.source), "k": weights.k})
-    if folder.finished():
-        raise UserError(f"{config.target} holds a finished SAE. Pass another output folder.")
-    folder.claim()
-    save_sae(
-        sae_of(weights),
-        config.target,
-        {**weights.metadata, "input": STANDARDISED, "activations": {"d_in": weights.d_in, **made_for}},
-    )
-    folder.finish({"figures": {}})
+    metadata = {**weights.metadata, "input": STANDARDISED, "activations": {"d_in": weights.d_in, **made_for}}
+    folder.write(lambda: save_sae(sae_of(weights), config.target, metadata))

@@ -49,13 +49,12 @@ def convert_sarm(config: ConvertSarm) -> None:
             raise UserError(
                 "an SAE needs the model whose activations it encodes. Pass --model, and a SARM rather than a scalar head."
             )
-        folder.claim()
         if config.format == "sarm":
-            save_sarm(model, chat, config.target)
+            folder.write(lambda: save_sarm(model, chat, config.target))
         else:
             activations = {"d_in": model.sae.d_in, "model": made_for, "layer": model.config.layer}
-            save_sae(model.sae, config.target, {"input": STANDARDISED, "activations": activations})
-        folder.finish({"figures": {}})
+            metadata = {"input": STANDARDISED, "activations": activations}
+            folder.write(lambda: save_sae(model.sae, config.target, metadata))
     rule = model.sae.exported_as if model.config.head == "sae" else ""
     signed = {"signed_topk": ", signed TopK", "topk": ", TopK and ReLU"}.get(rule, "")
     print(

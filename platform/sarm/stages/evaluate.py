@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import BASELINES, SARM_FOLDER
 from sarm.contracts.ids import stable_int
 from sarm.contracts.manifest import Manifest, read_manifest
@@ -19,11 +19,12 @@ from sarm.contracts.tables import PAIR_SCORES_TABLE
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.models import model_folder
 from sarm.data.formats.sae_folder import load_sae
-from sarm.data.formats.sarm_folder import load_sarm
+from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.sources.prepare import NEAR_DUPLICATES
 from sarm.data.store.activations import ActivationStore
 from sarm.data.store.blocks import plan_blocks
-from sarm.data.store.parts import part_files, read_counts
+from sarm.data.store.pairs import PAIR_COLUMNS, load_pairs, of_split
+from sarm.data.store.parts import read_counts, read_parts
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.ray.block_actor import Output
 from sarm.engine.ray.passes import Pass
@@ -42,7 +43,6 @@ from sarm.settings.evaluation import EvaluationSettings
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.stages import plan
-from sarm.stages.train_reward_worker import load_pairs
 
 
 def evaluate(session: Session, extraction: ExtractionSettings, evaluation: EvaluationSettings) -> Manifest:
@@ -74,7 +74,7 @@ def _measure(
 
     metrics["near_duplicates"] = without_near_duplicates(scores, session.folders.pairs)
 
-    weight = load_sarm(session.folders.sarm).score.weight.detach().squeeze(0).numpy()
+    (weight,) = read_latents(session.folders.sarm, "score.weight")
     sae, _ = load_sae(session.folders.sae)
     quality = measure(sae, ActivationStore(session.folders.heldout_activations).read_sides()[1])
     metrics["sae_on_heldout"] = {
@@ -87,24 +87,24 @@ def _measure(
     metrics["completeness"] = check_completeness(scores["sarm"], weight)
     features = feature_table(scores["sarm"], weight)
     answers = _answers(session, scores["sarm"])
-    contexts = strongest_texts(answers, evaluation.contexts_per_feature, is_bidirectional=sae.is_bidirectional)
+    contexts = strongest_texts(answers, evaluation.contexts_per_feature)
     pq.write_table(features, folder / "features.parquet", write_page_checksum=True)
     pq.write_table(contexts, folder / "contexts.parquet", write_page_checksum=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    (folder / "metrics.json").write_text(json.dumps(plain_values(metrics), indent=2))
     child.log_artifact(folder / "metrics.json")
     child.log_artifact(folder / "features.parquet")
     child.log_table(
         features.sort_by([("mean_margin_contribution", "descending")]).slice(0, 200).to_pylist(), "features.json"
     )
     figures = {
-        "heldout_accuracy": metrics["sarm"].get("accuracy"),
-        "length_baseline_accuracy": metrics["shorter_answer"].get("accuracy"),
+        "heldout_accuracy": metrics["sarm"].accuracy,
+        "length_baseline_accuracy": metrics["shorter_answer"].accuracy,
         "accuracy_without_near_duplicates": (metrics["near_duplicates"] or {})
         .get("without", {})
         .get("sarm", {})
         .get("accuracy"),
-        "probe_accuracy": metrics["probe"].get("accuracy"),
-        "scalar_head_accuracy": metrics.get("scalar_head", {}).get("accuracy"),
+        "probe_accuracy": metrics["probe"].accuracy,
+        "scalar_head_accuracy": metrics["scalar_head"].accuracy if "scalar_head" in metrics else None,
         "fvu_heldout": quality.fvu,
         "num_features": features.num_rows,
         "completeness": metrics["completeness"],
@@ -121,8 +121,8 @@ def without_near_duplicates(scores: Mapping[str, pa.Table], pairs: Path) -> dict
     """
     if not (pairs / NEAR_DUPLICATES).exists():
         return None
-    found = read_json(pairs / NEAR_DUPLICATES)
-    near, prompts = pa.array(list(found["prompts"]), pa.string()), scores["sarm"]["prompt_id"]
+    duplicates = read_json(pairs / NEAR_DUPLICATES)
+    near, prompts = pa.array(list(duplicates["prompts"]), pa.string()), scores["sarm"]["prompt_id"]
     is_near = pc.is_in(prompts, value_set=near)
     measured = {
         name: measures.measure_pairs(table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=near))))
@@ -130,12 +130,12 @@ def without_near_duplicates(scores: Mapping[str, pa.Table], pairs: Path) -> dict
     }
     kept = ("accuracy", "accuracy_ci95", "num_pairs", "num_prompts")
     return {
-        "similarity": found["similarity"],
+        "similarity": duplicates["similarity"],
         "prompts": pc.count_distinct(prompts.filter(is_near)).as_py(),
         "of_prompts": pc.count_distinct(prompts).as_py(),
         "pairs": pc.sum(is_near).as_py() or 0,
         "of_pairs": len(prompts),
-        "without": {name: {key: one.get(key) for key in kept} for name, one in measured.items()},
+        "without": {name: {key: getattr(accuracies, key) for key in kept} for name, accuracies in measured.items()},
     }
 
 
@@ -174,8 +174,8 @@ def score_heldout(session: Session, extraction: ExtractionSettings, name: str, f
     work = Pass(
         name=f"score with {name}",
         blocks=plan_blocks(files, extraction.block_kilobytes, together="prompt_id"),
-        columns=("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset"),
-        keep=_heldout,
+        columns=PAIR_COLUMNS,
+        keep=functools.partial(of_split, split="heldout"),
         actor=PairScores,
         arguments={
             "reader": Reader(
@@ -188,11 +188,10 @@ def score_heldout(session: Session, extraction: ExtractionSettings, name: str, f
         },
         outputs={"scores": Output(target, PAIR_SCORES_TABLE)},
         id_columns=("pair_id", "split"),
-        input_ids=_pair_ids,
         output_id="pair_id",
     )
     session.run_pass(work)
-    return ds.dataset([str(path) for path in part_files(target)]).to_table().replace_schema_metadata(None)
+    return read_parts(target)
 
 
 def _contents(scores: Path) -> dict[str, Any]:
@@ -200,14 +199,6 @@ def _contents(scores: Path) -> dict[str, Any]:
     counts = read_counts(scores)
     names = ("contents_with_control_tokens", "contents_already_templated")
     return {"rejected": counts["rejected"], **{name: counts.get(name, 0) for name in names}}
-
-
-def _heldout(table: pa.Table) -> pa.Table:
-    return table.filter(pc.equal(table.column("split"), "heldout"))
-
-
-def _pair_ids(table: pa.Table) -> list[str]:
-    return table.column("pair_id").to_pylist()
 
 
 def _answers(session: Session, scores: pa.Table) -> pa.Table:

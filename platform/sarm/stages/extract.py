@@ -3,17 +3,17 @@
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sarm.contracts.ids import stable_int
 from sarm.contracts.tables import activations_table
 from sarm.data.formats.models import check_model, model_folder
 from sarm.data.store.blocks import plan_blocks
+from sarm.data.store.pairs import PAIR_COLUMNS, of_split, pair_numbers
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
@@ -25,10 +25,13 @@ from sarm.settings.model import ModelSettings
 from sarm.stages import plan
 from sarm.stages.plan import Key
 
+if TYPE_CHECKING:
+    from sarm.contracts.passes import Target
+    from sarm.engine.ray.passes import Pass
+
 _NAMES = {"all": "extract sentence ends", "train": "extract chat ends", "heldout": "extract held-out chat ends"}
 _NAMES_OF_UNIT = {"token": "extract tokens", "chat": "extract conversation ends"}
 _TEXT_COLUMNS = ("row_id", "text")
-_PAIR_COLUMNS = ("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset")
 
 
 def extract(session: Session, model: ModelSettings, extraction: ExtractionSettings) -> None:
@@ -46,119 +49,107 @@ def extract(session: Session, model: ModelSettings, extraction: ExtractionSettin
             name = _NAMES_OF_UNIT.get("".join(extraction.units), name)
             _check_units(source, extraction.units)
         targets = {key: folder.folder for key, folder in planned.items()}
-        names = dict.fromkeys(folders, name)
-        session.stages(
-            names,
-            folders,
-            _Extraction(
-                session=session,
-                model=model,
-                extraction=extraction,
-                chat=chat,
-                name=name,
-                source=source,
-                targets=targets,
-            ),
-            resume=True,
+        body = _Extraction(
+            session=session, model=model, extraction=extraction, chat=chat, name=name, source=source, targets=targets
         )
+        session.stages(dict.fromkeys(folders, name), folders, body, resume=True)
 
 
+@dataclass(frozen=True)
 class _Extraction:
     """The body of one split's stages."""
 
-    def __init__(
-        self,
-        session: Session,
-        model: ModelSettings,
-        extraction: ExtractionSettings,
-        chat: ChatTokenizer,
-        name: str,
-        source: Path,
-        targets: Mapping[Key, Path],
-    ):
-        self._session, self._model, self._extraction, self._chat = session, model, extraction, chat
-        self._name, self._source, self._targets = name, source, targets
+    session: Session
+    model: ModelSettings
+    extraction: ExtractionSettings
+    chat: ChatTokenizer
+    name: str
+    source: Path
+    targets: Mapping[Key, Path]
 
     def __call__(self, children: Mapping[Key, StageRun]) -> dict[Key, dict[str, Any]]:
         from sarm.contracts.passes import Target
-        from sarm.data.store.activations import statistics_of
-        from sarm.engine.ray.block_actor import Output
-        from sarm.engine.ray.passes import Pass, run_over
+        from sarm.engine.ray.passes import run_over
         from sarm.nn.backbone import read_config
+
+        # Targets of one pass have one run.
+        child = next(iter(children.values()))
+        model, folder = self.model, model_folder(self.model)
+        d_in = read_config(folder, model.layer, revision=model.revision, gguf_file=model.gguf_file).hidden_size
+        about = {Target(unit, layer): self._about(d_in, layer) for _, unit, layer in children}
+        work = self._pass(
+            list(children), folder, {target: activations_table(d_in, own) for target, own in about.items()}
+        )
+        counts = run_over(work, self.session.run, self.session.cluster, child.log_metrics)
+        return {
+            key: {**self._counted(counts[target], work.outputs[target].folder, child), "activations": about[target]}
+            for key, target in zip(children, about, strict=True)
+        }
+
+    def _pass(self, keys: Sequence[Key], folder: str, schemas: Mapping["Target", pa.Schema]) -> "Pass":
+        from sarm.engine.ray.block_actor import Output
+        from sarm.engine.ray.passes import Pass
         from sarm.passes.activations import ChatActivations, TextActivations
 
-        keys = list(children)
-        # Targets of one pass have one run.
-        child, split = children[keys[0]], keys[0][0]
+        split = keys[0][0]
         is_text = split == "all"
-        model, extraction = self._model, self._extraction
-        folder = model_folder(model)
-        d_in = read_config(folder, model.layer, revision=model.revision, gguf_file=model.gguf_file).hidden_size
-        about = {Target(unit, layer): self._about(d_in, layer) for _, unit, layer in keys}
-        outputs = {
-            Target(unit, layer): Output(
-                self._targets[split, unit, layer], activations_table(d_in, about[Target(unit, layer)])
-            )
-            for _, unit, layer in keys
-        }
-        files = sorted(self._source.glob("*.parquet"))
-        blocks = plan_blocks(
-            files,
-            extraction.block_kilobytes,
-            together=None if is_text else "prompt_id",
-            limit_rows=self._limit(files) if is_text else None,
-        )
-        work = Pass(
-            name=self._name,
-            blocks=blocks,
-            columns=_text_columns(keys) if is_text else _PAIR_COLUMNS,
-            keep=None if is_text else functools.partial(_of_split, split=split),
+        files = sorted(self.source.glob("*.parquet"))
+        return Pass(
+            name=self.name,
+            blocks=plan_blocks(
+                files,
+                self.extraction.block_kilobytes,
+                together=None if is_text else "prompt_id",
+                limit_rows=self._limit(files) if is_text else None,
+            ),
+            columns=_text_columns(keys) if is_text else PAIR_COLUMNS,
+            keep=None if is_text else functools.partial(of_split, split=split),
             actor=TextActivations if is_text else ChatActivations,
             arguments={
-                "model": model,
+                "model": self.model,
                 "folder": folder,
-                "extraction": extraction,
-                "schemas": {target: output.table_schema for target, output in outputs.items()},
+                "extraction": self.extraction,
+                "schemas": dict(schemas),
             },
-            outputs=outputs,
+            outputs={
+                target: Output(self.targets[split, target.unit, target.layer], own) for target, own in schemas.items()
+            },
             id_columns=("row_id",) if is_text else ("pair_id", "split"),
-            input_ids=_text_ids if is_text else _pair_ids,
+            input_ids=None if is_text else pair_numbers,
             output_id="row_id",
         )
-        found = run_over(work, self._session.run, self._session.cluster, child.log_metrics)
-        counts = {}
-        for key in keys:
-            target = Target(key[1], key[2])
-            own = found[target]
-            statistics = statistics_of(own.pop("moments"))
-            (outputs[target].folder / "statistics.json").write_text(json.dumps(statistics))
-            if own["rejected"]:
-                rows = [{"reason": reason, "rows": rows} for reason, rows in own["rejected"].items()]
-                child.log_table(rows, "rejected.json")
-            if num := own.get("contents_with_control_tokens"):
-                say(f"{self._name}: {num:,} contents spell control tokens, which are encoded as text")
-            figures = plan.with_figures(
-                own, "rows", "truncated", "contents_with_control_tokens", "tokens_per_second", "padding_share"
-            )
-            counts[key] = {**figures, "activations": about[target]}
-        return counts
+
+    def _counted(self, counts: dict[str, Any], folder: Path, child: StageRun) -> dict[str, Any]:
+        """A target's counts as its manifest has them, without the moments, which become its statistics."""
+        from sarm.data.store.activations import statistics_of
+
+        statistics = statistics_of(counts.pop("moments"))
+        (folder / "statistics.json").write_text(json.dumps(statistics))
+        if counts["rejected"]:
+            rows = [{"reason": reason, "rows": rows} for reason, rows in counts["rejected"].items()]
+            child.log_table(rows, "rejected.json")
+        if num := counts.get("contents_with_control_tokens"):
+            say(f"{self.name}: {num:,} contents spell control tokens, which are encoded as text")
+        return plan.with_figures(
+            counts, "rows", "truncated", "contents_with_control_tokens", "tokens_per_second", "padding_share"
+        )
 
     def _about(self, d_in: int, layer: int) -> dict[str, Any]:
         return {
             "d_in": d_in,
-            "dtype": self._extraction.dtype,
+            "dtype": self.extraction.dtype,
             "layer": layer,
-            "model": self._model.name,
-            "revision": self._model.revision,
-            "tokenizer": self._chat.tokenizer_hash,
-            "template": self._chat.template_hash,
+            "model": self.model.name,
+            "revision": self.model.revision,
+            "tokenizer": self.chat.tokenizer_hash,
+            "template": self.chat.template_hash,
             "protocol_version": PROTOCOL_VERSION,
         }
 
     def _limit(self, files: Sequence[Path]) -> int | None:
-        limits = [self._extraction.limit_rows]
-        if self._extraction.limit_tokens is not None:
-            limits.append(rows_within(files, self._chat, self._extraction.limit_tokens))
+        limits = [self.extraction.limit_rows]
+        if self.extraction.limit_tokens is not None:
+            limits.append(rows_within(files, self.chat, self.extraction.limit_tokens))
         return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -205,15 +196,3 @@ def _check_units(corpus: Path, units: Sequence[str]) -> None:
 
 def _text_columns(keys: Sequence[Key]) -> tuple[str, ...]:
     return (*_TEXT_COLUMNS, "messages") if any(unit == "chat" for _, unit, _ in keys) else _TEXT_COLUMNS
-
-
-def _of_split(table: pa.Table, split: str) -> pa.Table:
-    return table.filter(pc.equal(table.column("split"), split))
-
-
-def _text_ids(table: pa.Table) -> list[int]:
-    return table.column("row_id").to_pylist()
-
-
-def _pair_ids(table: pa.Table) -> list[int]:
-    return [stable_int(pair_id) for pair_id in table.column("pair_id").to_pylist()]

@@ -19,28 +19,28 @@ _PERMUTATIONS = 1000
 
 
 def label_noise(
-    found: Audited, head: CachedHead, residual_ND: NDArray[np.float32], seeds: list[Repetition], settings: Relabel, seed: int, out: Path
+    audited: Audited, head: CachedHead, residual_ND: NDArray[np.float32], repetitions: list[Repetition], settings: Relabel, seed: int, out: Path
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Flip labels at random, choose features, penalty and controls on the noisy labels alone, and drop what they suspect."""
-    train = found.codes.role("train")
+    train = audited.codes.role("train")
     asked = read_manifest(out / "features", FEATURES_SCHEMA).config
-    off_S = off_target_firing(found.codes)
+    off_S = off_target_firing(audited.codes)
     sums: dict[tuple[float, str], list[dict[str, float]]] = {}
-    for s, one in enumerate(seeds):
-        rng = np.random.default_rng((seed, s, 1))
+    for s, repetition in enumerate(repetitions):
+        rng, used = np.random.default_rng((seed, s, 1)), repetition.rows
         noisy_N = np.zeros(train.num_pairs, dtype=bool)
-        noisy_N[rng.choice(one.rows, int(len(one.rows) * settings.noise), replace=False)] = True
+        noisy_N[rng.choice(used, int(len(used) * settings.noise), replace=False)] = True
         sign_N = np.where(noisy_N, -1.0, 1.0)
         noisy = flipped(train, noisy_N)
-        penalty = head.penalty_for(one.rows, sign_N)
+        penalty = head.penalty_for(used, sign_N)
         # The pairs that this seed leaves out have clean labels: nothing may be fitted on them.
         margin_N, probe_N = np.full(train.num_pairs, np.nan), np.full(train.num_pairs, np.nan)
-        margin_N[one.rows] = head.cross_fitted(one.rows, sign_N, penalty)
-        probe_N[one.rows] = cross_fitted(residual_ND[one.rows], train.prompts[one.rows], sign_N[one.rows], seed)
-        weight_S = np.zeros_like(found.codes.weight)
-        weight_S[head.alive] = head.fit(one.rows, sign_N, penalty) / head.scale
+        margin_N[used] = head.cross_fitted(used, sign_N, penalty)
+        probe_N[used] = cross_fitted(residual_ND[used], train.prompts[used], sign_N[used], seed)
+        weight_S = np.zeros_like(audited.codes.weight)
+        weight_S[head.alive] = head.fit(used, sign_N, penalty) / head.scale
         is_used = np.zeros(train.num_pairs, dtype=bool)
-        is_used[one.rows] = train.roles[one.rows] == "select"
+        is_used[used] = train.roles[used] == "select"
         contrasted = contrast(noisy.keep(is_used), asked["site"], _PERMUTATIONS, seed)
         picked = select(found=contrasted, off_target_S=off_S, weight_S=weight_S, fdr=asked["fdr"], max_off_target=asked["max_off_target"], max_features=asked["max_features"], rank=asked["rank"])  # fmt: skip
         ranked = rankings(
@@ -52,12 +52,12 @@ def label_noise(
         )
         for share in settings.denoise:
             for method, suspicion_N in ranked.items():
-                dropped = one.rows[changed_pairs(suspicion_N[one.rows], share, "drop", train.pair_ids[one.rows])]
-                credit = head.credits(head.fit(np.setdiff1d(one.rows, dropped), sign_N, penalty))
+                dropped = used[changed_pairs(suspicion_N[used], share, "drop", train.pair_ids[used])]
+                credit = head.credits(head.fit(np.setdiff1d(used, dropped), sign_N, penalty))
                 figures_of = precision_recall(dropped, noisy_N) | {"target": float(credit["target"].mean())}
                 sums.setdefault((share, method), []).append(figures_of)
     return [
-        {"share": share, "method": method, **{name: float(np.mean([f[name] for f in found_])) for name in found_[0]},
-         "precision_min": float(min(f["precision"] for f in found_)), "precision_max": float(max(f["precision"] for f in found_))}
-        for (share, method), found_ in sums.items()
+        {"share": share, "method": method, **{name: float(np.mean([f[name] for f in own])) for name in own[0]},
+         "precision_min": float(min(f["precision"] for f in own)), "precision_max": float(max(f["precision"] for f in own))}
+        for (share, method), own in sums.items()
     ]  # fmt: skip

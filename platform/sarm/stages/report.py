@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from sarm.contracts.folders import BASELINES
 from sarm.contracts.manifest import MANIFEST, Manifest, parse_manifest
-from sarm.data.formats.sarm_folder import load_sarm
-from sarm.data.store.parts import part_files
+from sarm.data.formats.sarm_folder import read_latents
+from sarm.data.store.pairs import load_pairs
+from sarm.data.store.parts import read_parts
 from sarm.engine.mlflow import run_card
 from sarm.engine.mlflow.ui_command import ui_command
 from sarm.engine.session import Session
@@ -22,7 +22,6 @@ from sarm.interpret.attribution import pair_explanation, top_features
 from sarm.report import figures
 from sarm.report.report import Report, ReportFiles, as_dict, describe_features, describe_pair, write_report
 from sarm.settings.evaluation import EvaluationSettings
-from sarm.stages.train_reward_worker import load_pairs
 
 _NAMES = {
     "sarm": "SARM",
@@ -47,7 +46,7 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
     folders = session.folders
     manifests = _manifests(folders.out)
     metrics = json.loads((folders.evaluation / "metrics.json").read_text())
-    scores = ds.dataset([str(p) for p in part_files(folders.evaluation / "sarm_scores")]).to_table()
+    scores = read_parts(folders.evaluation / "sarm_scores")
     features = pq.read_table(folders.evaluation / "features.parquet")
     contexts = pq.read_table(folders.evaluation / "contexts.parquet")
     raising, lowering = (
@@ -105,14 +104,14 @@ def _compared(headline: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[s
 
     The plot of MLflow's comparison starts with the metric that was logged first: held-out accuracy.
     """
-    found: dict[str, Any] = {}
+    accuracies: dict[str, Any] = {}
     for name, key in _COMPARED.items():
         measured = metrics.get(key, {})
-        found[name] = measured.get("accuracy")
-        found |= dict(zip((f"{name}_low", f"{name}_high"), measured.get("accuracy_ci95") or (), strict=False))
-    found |= {key: headline[key] for key in ("mean_margin", "num_heldout_pairs", "peak_rss_gb", "total_seconds")}
-    found |= {f"sae_{key}": headline[key] for key in ("fvu", "alive_at_reward", "dead_share")}
-    return {key: value for key, value in found.items() if value is not None}
+        accuracies[name] = measured.get("accuracy")
+        accuracies |= dict(zip((f"{name}_low", f"{name}_high"), measured.get("accuracy_ci95") or (), strict=False))
+    accuracies |= {key: headline[key] for key in ("mean_margin", "num_heldout_pairs", "peak_rss_gb", "total_seconds")}
+    accuracies |= {f"sae_{key}": headline[key] for key in ("fvu", "alive_at_reward", "dead_share")}
+    return {key: value for key, value in accuracies.items() if value is not None}
 
 
 def _figures(headline: Mapping[str, Any]) -> str:
@@ -127,11 +126,11 @@ def _figures(headline: Mapping[str, Any]) -> str:
 
 def _manifests(out: Path) -> dict[str, Manifest]:
     """Finished stages by name, oldest first."""
-    found = {
+    manifests = {
         path.parent.relative_to(out).as_posix(): parse_manifest(path.read_bytes())
         for path in out.glob("**/" + MANIFEST)
     }
-    return dict(sorted(found.items(), key=lambda item: (item[1].created, item[0])))
+    return dict(sorted(manifests.items(), key=lambda item: (item[1].created, item[0])))
 
 
 def _headline(manifests: dict[str, Manifest], metrics: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +200,7 @@ def _rejected(manifests: dict[str, Manifest]) -> dict[str, int]:
 
 def _explained_pairs(session: Session, scores: pa.Table) -> list[dict[str, Any]]:
     """Pairs whose margins are spread over the whole range, worst first, each as a sum of features."""
-    weight = load_sarm(session.folders.sarm).score.weight.detach().squeeze(0).numpy()
+    (weight,) = read_latents(session.folders.sarm, "score.weight")
     pairs = {pair["pair_id"]: pair for pair in load_pairs(session.folders.pairs, "heldout").to_pylist()}
     margins = scores["chosen_reward"].to_numpy() - scores["rejected_reward"].to_numpy()
     order = np.argsort(margins)
@@ -264,15 +263,15 @@ def _notes(metrics: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _near_duplicates(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _near_duplicates(near: dict[str, Any] | None) -> str:
+    if near is None:
         return "Whether held-out prompts are nearly training prompts is unknown: these pairs were prepared without looking."
-    said = f"{found['prompts']} of {found['of_prompts']} held-out prompts ({found['pairs']} of {found['of_pairs']} pairs) are near-duplicates of a training prompt: half or more of their runs of five characters in common."
-    if not found["prompts"]:
+    said = f"{near['prompts']} of {near['of_prompts']} held-out prompts ({near['pairs']} of {near['of_pairs']} pairs) are near-duplicates of a training prompt: half or more of their runs of five characters in common."
+    if not near["prompts"]:
         return said
     parts = [
-        f"{_NAMES[name]} {one['accuracy']:.3f} ({one['accuracy_ci95'][0]:.3f} to {one['accuracy_ci95'][1]:.3f})"
-        for name, one in found["without"].items()
-        if one["accuracy"] is not None
+        f"{_NAMES[name]} {measured['accuracy']:.3f} ({measured['accuracy_ci95'][0]:.3f} to {measured['accuracy_ci95'][1]:.3f})"
+        for name, measured in near["without"].items()
+        if measured["accuracy"] is not None
     ]
     return f"{said} Accuracy without them: {', '.join(parts) or 'no pair is left'}."

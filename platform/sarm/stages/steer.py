@@ -24,14 +24,15 @@ from sarm.audit.steering import (
     specificity,
     steered_rewards,
 )
+from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import SARM_FOLDER
 from sarm.contracts.manifest import StageFolder, finite_or_null, read_manifest, write_atomically
-from sarm.data.formats.sarm_folder import load_sarm, save_sarm
+from sarm.data.formats.sarm_folder import read_sarm, save_sarm
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
-from sarm.evaluate.intervals import mean_interval
+from sarm.evaluate.intervals import estimated
 from sarm.passes.models import hash_of_folder, sarm_settings
 from sarm.report import audit_figures as figures
 from sarm.report.audit_page import write_audit_page
@@ -51,36 +52,34 @@ def steer(session: Session, settings: Steer) -> Path:
     Raises UserError for unknown, silent or no features, and for a goal that cannot be reached, before anything is written.
     """
     out = session.run.out
-    found = read_audit(out)
+    audited = read_audit(out)
     if settings.undo is not None:
-        return _undo(session, settings, found)
-    edit, goal = (
-        _goal_edit(found, settings, session.run.seed)
-        if settings.edit == "goal"
-        else (_plain_edit(found, settings), None)
-    )
+        return _undo(session, settings)
+    edit, goal = _goal_edit(audited, settings) if settings.edit == "goal" else (_plain_edit(audited, settings), None)
     asked = {
         name: value
         for name, value in identity(settings, seed=session.run.seed).items()
         if name not in ("run", "undo", "name")
     }
-    folder = _sarm_folder(out / "steer" / settings.name, found.sarm, {"asked": asked, "edit": edit.as_json()})
+    folder = _sarm_folder(out / "steer" / settings.name, audited.sarm, {"asked": asked, "edit": edit.as_json()})
 
     def body(child: StageRun) -> Mapping[str, Any]:
-        content = _measure(found=found, edit=edit, settings=settings, seed=session.run.seed, folder=folder.folder)
+        content = _measure(audited=audited, edit=edit, settings=settings, seed=session.run.seed, folder=folder.folder)
         if goal is not None:
             content["certificate"] = goal
-        write_atomically(folder.folder / STEERING, json.dumps(finite_or_null(content), indent=2, allow_nan=False))
-        _save(found.sarm, edit, folder.folder)
+        write_atomically(
+            folder.folder / STEERING, json.dumps(finite_or_null(plain_values(content)), indent=2, allow_nan=False)
+        )
+        _save(audited.sarm, edit, folder.folder)
         for name in (STEERING, EDIT):
             child.log_artifact(folder.folder / name)
         for path in folder.folder.glob("*.svg"):
             child.log_artifact(path)
         if content["sweep"]:
-            child.log_table([{k: v for k, v in row.items() if k != "control"} | {"control_median": row["control"]["control_median"]} for row in content["sweep"]], "sweep.json")  # fmt: skip
+            child.log_table([{k: v for k, v in row.items() if k != "control"} | {"control_median": row["control"].control_median} for row in content["sweep"]], "sweep.json")  # fmt: skip
         target = content["target"]
-        shown = {f"target_{name}": target[name]["value"] for name in ("margin_shift", "accuracy_change", "flips")}
-        return {"figures": {**shown, "off_accuracy_change": content["off_target"]["accuracy_change"]["value"], "weights_changed": len(edit.latent)}}  # fmt: skip
+        shown = {f"target_{name}": getattr(target, name).value for name in ("margin_shift", "accuracy_change", "flips")}
+        return {"figures": {**shown, "off_accuracy_change": content["off_target"].accuracy_change.value, "weights_changed": len(edit.latent)}}  # fmt: skip
 
     session.stage(f"steer {settings.name}", folder, body)
     page = write_audit_page(out)
@@ -89,19 +88,22 @@ def steer(session: Session, settings: Steer) -> Path:
     return folder.folder
 
 
-def _plain_edit(found: Audited, settings: Steer) -> Edit:
-    latents = check_latents(found.codes, settings.features or found.selection.latent.tolist())
-    return make_edit(settings.edit, settings.strength, latents, found.codes.weight)
+def _plain_edit(audited: Audited, settings: Steer) -> Edit:
+    latents = check_latents(audited.codes, settings.features or audited.selection.latent.tolist())
+    return make_edit(settings.edit, settings.strength, latents, audited.codes.weight)
 
 
-def _goal_edit(found: Audited, settings: Steer, seed: int) -> tuple[Edit, dict[str, Any]]:
+def _goal_edit(audited: Audited, settings: Steer) -> tuple[Edit, dict[str, Any]]:
     """The smallest edit that reaches the goal on half of the prompts, and what it does on the other half."""
     assert settings.goal is not None
-    target, off = found.codes.role("target"), {half: found.codes.role(half) for half in ("off_select", "off_target")}
+    target, off = (
+        audited.codes.role("target"),
+        {half: audited.codes.role(half) for half in ("off_select", "off_target")},
+    )
     is_seen = np.array([chooses(prompt) for prompt in target.prompts])
     if is_seen.all() or not is_seen.any():
         raise UserError("the target has too few prompts to solve on half of them. Audit with more --target pairs.")
-    bound = settings.max_change * float(np.abs(found.codes.weight).max())
+    bound = settings.max_change * float(np.abs(audited.codes.weight).max())
     solved = edit_for(
         target=target.keep(is_seen),
         others=_subsets(off["off_select"]),
@@ -110,16 +112,18 @@ def _goal_edit(found: Audited, settings: Steer, seed: int) -> tuple[Edit, dict[s
         max_change=bound,
     )
     latent = np.flatnonzero(solved.delta)
-    weight = found.codes.weight[latent]
+    weight = audited.codes.weight[latent]
     edit = Edit(latent, weight, (weight + solved.delta[latent]).astype(np.float32).astype(np.float64))
-    delta_S = np.zeros_like(found.codes.weight)
+    delta_S = np.zeros_like(audited.codes.weight)
     delta_S[latent] = edit.after - edit.before
     solved_on = {"target_shift": solved.target_shift, "largest_other_shift": solved.largest_other_shift}
     others = _subsets(off["off_target"])
     unseen = target.keep(~is_seen)
     return edit, {
         "solved_on": solved_on,
-        **certificate(delta_S=delta_S, target=unseen, others=others, goal=settings.goal, tolerance=settings.tolerance),
+        **plain_values(
+            certificate(delta_S=delta_S, target=unseen, others=others, goal=settings.goal, tolerance=settings.tolerance)
+        ),
     }
 
 
@@ -127,16 +131,12 @@ def _subsets(codes: AuditCodes) -> dict[str, AuditCodes]:
     return {name: codes.keep(codes.subsets == name) for name in sorted(set(codes.subsets.tolist()))}
 
 
-def _measure(found: Audited, edit: Edit, settings: Steer, seed: int, folder: Path) -> dict[str, Any]:
-    target, off = found.codes.role("target"), found.codes.role("off_target")
-    after_R = steered_rewards(found.codes, edit)
-    parts = {
-        "target": measure_edit(target, after_R),
-        "target_subsets": by_subset(target, after_R),
-        "off_target": measure_edit(off, after_R),
-        "off_subsets": by_subset(off, after_R),
-    }
-    subsets = {**parts["target_subsets"], **parts["off_subsets"]}
+def _measure(audited: Audited, edit: Edit, settings: Steer, seed: int, folder: Path) -> dict[str, Any]:
+    target, off = audited.codes.role("target"), audited.codes.role("off_target")
+    after_R = steered_rewards(audited.codes, edit)
+    on_target, on_off = measure_edit(target, after_R), measure_edit(off, after_R)
+    target_subsets, off_subsets = by_subset(target, after_R), by_subset(off, after_R)
+    subsets = {**target_subsets, **off_subsets}
     histogram = figures.reward_shift(
         {"target": target.reward[target.chosen], "off target": off.reward[off.chosen]},
         {"target": after_R[target.chosen], "off target": after_R[off.chosen]},
@@ -150,11 +150,14 @@ def _measure(found: Audited, edit: Edit, settings: Steer, seed: int, folder: Pat
             "tolerance": settings.tolerance,
             "weights": edit.as_json(),
         },
-        **parts,
+        "target": on_target,
+        "target_subsets": target_subsets,
+        "off_target": on_off,
+        "off_subsets": off_subsets,
         "over_refusal": {name: subsets[name] for name in settings.over_refusal if name in subsets},
         "specificity": {
             name: specificity(
-                parts["target"][figure]["value"], [one[figure]["value"] for one in parts["off_subsets"].values()]
+                getattr(on_target, figure).value, [getattr(subset, figure).value for subset in off_subsets.values()]
             )
             for name, figure in (("margin", "margin_shift"), ("accuracy", "accuracy_change"))
         },
@@ -162,16 +165,16 @@ def _measure(found: Audited, edit: Edit, settings: Steer, seed: int, folder: Pat
     }
     if settings.edit in ("scale", "add", "set"):
         content |= _sweep(
-            found=found, target=target, off=off, latents=edit.latent, settings=settings, seed=seed, folder=folder
+            audited=audited, target=target, off=off, latents=edit.latent, settings=settings, seed=seed, folder=folder
         )
     return content
 
 
 def _sweep(
-    found: Audited, target: AuditCodes, off: AuditCodes, latents: NDArray[np.int64], settings: Steer, seed: int, folder: Path
+    audited: Audited, target: AuditCodes, off: AuditCodes, latents: NDArray[np.int64], settings: Steer, seed: int, folder: Path
 ) -> dict[str, Any]:  # fmt: skip
     """Every strength, of the features and of matched sets, in closed form."""
-    sets_GE = np.vstack([latents[None], matched_sets(selected=latents, density_S=found.codes.density, weight_S=found.codes.weight, count=settings.controls, seed=seed)])  # fmt: skip
+    sets_GE = np.vstack([latents[None], matched_sets(selected=latents, density_S=audited.codes.density, weight_S=audited.codes.weight, count=settings.controls, seed=seed)])  # fmt: skip
     swept = {
         name: Sweep(codes, settings.edit, settings.strengths, sets_GE)
         for name, codes in (("target", target), ("off", off))
@@ -190,11 +193,10 @@ def _sweep(
                     for name in swept
                     for figure in ("margin", "chosen", "affected", "flips", "accuracy")
                 },
-                "control": control | {"ratio": control["ratio"] if np.isfinite(control["ratio"]) else None},
+                "control": control,
             }
         )
     slope_N = swept["target"].pair_slopes()
-    low, high = mean_interval(slope_N, target.prompts)
     own = {f"{name}_{figure}": found_AG[name][figure][:, 0] for name in swept for figure in ("margin", "accuracy")}
     controls = {f"target_{figure}": found_AG["target"][figure][:, 1:] for figure in ("margin", "accuracy")}
     dose = figures.dose_response(settings.strengths, own, controls, settings.edit)
@@ -209,7 +211,7 @@ def _sweep(
     rank = stats.spearmanr(settings.strengths, own["target_accuracy"]).statistic if len(set(own["target_accuracy"])) > 1 else np.nan  # fmt: skip
     return {
         "sweep": rows,
-        "slope": {"value": float(slope_N.mean()), "ci95": [low, high]},
+        "slope": estimated(slope_N, target.prompts),
         "monotonic": float(rank) if np.isfinite(rank) else None,
         "num_controls": settings.controls,
     }
@@ -221,7 +223,8 @@ def _worst_change(off: AuditCodes, settings: Steer, sets_GE: NDArray[np.int64]) 
     for codes in _subsets(off).values():
         after_AG = Sweep(codes, settings.edit, settings.strengths, sets_GE).summary()["accuracy"]
         changes.append(np.abs(after_AG - (codes.margins > 0).mean()))
-    return np.max(changes, axis=0)
+    largest_AG: NDArray[np.float64] = np.max(changes, axis=0)
+    return largest_AG
 
 
 def _sarm_folder(folder: Path, source: Path, steering: Mapping[str, Any]) -> StageFolder:
@@ -232,7 +235,7 @@ def _sarm_folder(folder: Path, source: Path, steering: Mapping[str, Any]) -> Sta
 
 def _save(source: Path, edit: Edit, folder: Path) -> None:
     """The model with the edited head as a normal SARM folder, and the edit beside it."""
-    model = load_sarm(source)
+    model = read_sarm(source)
     weight_S = model.score.weight.detach().squeeze(0).numpy()
     with torch.no_grad():
         model.score.weight[0] = torch.from_numpy(edit.applied(weight_S))
@@ -241,7 +244,7 @@ def _save(source: Path, edit: Edit, folder: Path) -> None:
     write_atomically(folder / EDIT, json.dumps({"source": str(source), "weights": edit.as_json()}, indent=2))
 
 
-def _undo(session: Session, settings: Steer, found: Audited) -> Path:
+def _undo(session: Session, settings: Steer) -> Path:
     edited = session.run.out / "steer" / str(settings.undo)
     read_manifest(edited, SARM_FOLDER)
     edit = Edit.from_json(json.loads((edited / EDIT).read_text())["weights"]).undone()

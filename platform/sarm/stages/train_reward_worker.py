@@ -7,40 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import torch
 import torch.distributed as dist
 
-from sarm.contracts.ids import hash_share
-from sarm.contracts.passes import Spelled
 from sarm.data.formats.sarm_folder import save_sarm
-from sarm.data.store.checkpoints import Checkpoints
+from sarm.data.store.checkpoints import Checkpoint, Checkpoints
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
-from sarm.data.tokens.groups import PromptGroup, prompt_groups
+from sarm.data.tokens.groups import PromptGroup
 from sarm.data.tokens.packing import token_batches
 from sarm.engine.deepspeed.zero import ZeroEngine
 from sarm.engine.deepspeed.zero_shards import Shards, load_moments_, load_weights_, reshard, shards, weights
 from sarm.engine.mlflow.tracking import StageRun
-from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.stall import StallGuard
 from sarm.engine.ray.trainer import (
     Progress,
     preemption_notice,
     report_progress,
-    run_workers,
     worker_device,
     worker_storage,
 )
 from sarm.engine.ray.training_states import WorkerStates
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.protocol import PROTOCOL_VERSION
-from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
 from sarm.settings.run import RunSettings
 from sarm.stages.reward_models import build_model, merge_adapters_
+from sarm.stages.reward_pairs import RewardPairs, read_reward_pairs, spelled_contents
 from sarm.train.head_start import start_head_
 from sarm.train.reward import RewardTraining, parameter_groups
 
@@ -74,57 +67,18 @@ class RewardTask:
 
     @property
     def name(self) -> str:
-        """What its metrics' names begin with."""
+        """What its metrics' names begin with, and messages call it."""
         return self.folder.name
 
 
-def train_on_cluster(task: RewardTask, cluster: Cluster, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Train on the cluster's workers and leave the model in `task.folder`; returns its figures and history.
+class _Training(NamedTuple):
+    """A training on this worker: what it reads, its engine, its share of the best weights so far, and its lines of progress."""
 
-    Goes on from the newest of `task.states` if there is one.
-    """
-    threads = cluster.cpus_each(task.run, task.run.num_workers)
-    return run_workers(
-        name=task.name,
-        worker=reward_worker,
-        task=task,
-        run=task.run,
-        folder=task.folder,
-        cluster=cluster,
-        threads=threads,
-        states=task.states,
-        callbacks=callbacks,
-    )
-
-
-def load_pairs(folder: Path, split: str) -> pa.Table:
-    """The pairs of one split."""
-    table = ds.dataset([str(path) for path in sorted(folder.glob("*.parquet"))]).to_table()
-    return table.filter(pc.equal(table.column("split"), split))
-
-
-def split_off_validation(pairs: pa.Table, share: float) -> tuple[pa.Table, pa.Table]:
-    """(pairs to train on, pairs to measure on during training): whole prompts, by a hash of their own.
-
-    Raises UserError if either is empty though asked for.
-    """
-    is_measured = [hash_share(f"validation {prompt}") < share for prompt in pairs.column("prompt_id").to_pylist()]
-    mask = pa.array(is_measured, pa.bool_())
-    training, validation = pairs.filter(pc.invert(mask)), pairs.filter(mask)
-    if training.num_rows == 0 or (share > 0 and validation.num_rows == 0):
-        raise UserError(
-            f"--reward.validation-share {share} leaves {training.num_rows} pairs to train on and {validation.num_rows} to measure. Pass another share, or more pairs."
-        )
-    return training, validation
-
-
-class _Data(NamedTuple):
-    """What a training reads: its pairs, the same as prompts with tokens, those that it is measured on, and why pairs are left out."""
-
-    pairs: pa.Table
-    groups: list[PromptGroup]
-    validation: list[PromptGroup]
-    refused: dict[str, str]
+    pairs: RewardPairs
+    loop: RewardTraining
+    engine: ZeroEngine
+    best: Shards
+    progress: Progress
 
 
 def reward_worker(task: RewardTask) -> dict[str, Any] | None:
@@ -139,97 +93,104 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         notice=preemption_notice,
         beat=guard.beat,
     )
-    found = states.latest()
+    checkpoint = states.latest()
     chat = load_chat_tokenizer(task.model, task.model_folder)
-    data = _read(task, chat)
+    pairs = read_reward_pairs(task.pairs, chat, task.reward.validation_share, task.model.name)
     model = _build(task, chat)
     to_train = parameter_groups(model, task.reward)
-    # DeepSpeed hands rank 0's weights to the others.
-    if rank == 0 and found is not None:
-        load_weights_(model, found, "shards")
-    elif rank == 0 and task.head_start is not None:
-        start_head_(
-            model=model,
-            activations=task.head_start,
-            pairs=data.pairs,
-            seed=task.run.seed,
-            groups=data.groups,
-            encoder=task.reward.encoder,
-        )
+    if rank == 0:
+        # DeepSpeed hands these weights to the other ranks.
+        _start_(model, task, pairs, checkpoint)
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     torch.manual_seed(task.run.seed + rank)
     engine = ZeroEngine(model=model, parameter_groups=to_train, config=task.reward, device=device, beat=guard.beat)
     best: Shards = {}
-    training = RewardTraining(
+    loop = RewardTraining(
         engine=engine,
-        groups=data.groups,
+        groups=pairs.groups,
         config=task.reward,
         seed=task.run.seed,
         row_tokens=task.model.max_length,
         pad_id=chat.pad_id,
-        validation=data.validation,
+        validation=pairs.validation,
         on_best=lambda: best.update(weights(engine)),
     )
-    progress = Progress(
-        task.name, task.tracking, ("loss", "accuracy", "margin", "validation_loss", "tokens_per_second")
-    )
-    if found is not None:
-        saved = found.read("shared")
-        training.load_state_dict(saved["training"])
-        progress.history = saved["history"]
-        load_moments_(engine, found, "shards", training.num_steps)
-        if data.validation:
-            best.update(reshard(engine, found, "best"))
-        states.restore_random(found)
-        if rank == 0:
-            print(f"{task.name} goes on after step {training.num_steps}", flush=True)
-
-    def state() -> tuple[Any, Any]:
-        shared = {"training": training.state_dict(), "history": progress.history}
-        return shared, {"shards": shards(engine), "best": best}
-
-    def after_step() -> None:
-        report_progress(task.report_steps, training.num_steps, progress.history)
-        states.after_step(training.num_steps, state)
-
-    with guard:
-        training.run(
-            lambda step, metrics: progress(step, {**metrics, "seconds_checkpoints": states.seconds}),
-            after_step,
-        )
-    if data.validation:
-        # The best weights are gathered as a state is read: from the disk.
-        states.save(training.num_steps, state)
+    shown = ("loss", "accuracy", "margin", "validation_loss", "tokens_per_second")
+    training = _Training(pairs, loop, engine, best, Progress(task.name, task.tracking, shown))
+    if checkpoint is not None:
+        _go_on_(training, task.name, checkpoint, states)
+    _run(training, task.report_steps, states, guard)
     states.finish()
     whole = engine.whole_state()
     if rank != 0:
         return None
-    moments = _write_model(task=task, chat=chat, data=data, whole=whole, device=device)
-    return {"figures": {**moments, **_figures(data, training, progress.history)}, "history": progress.history}
+    moments = _write_model(task=task, chat=chat, pairs=pairs, whole=whole, device=device)
+    history = training.progress.history
+    return {"figures": {**moments, **_figures(pairs, loop, history)}, "history": history}
 
 
-def _read(task: RewardTask, chat: ChatTokenizer) -> _Data:
-    pairs, validation_pairs = split_off_validation(load_pairs(task.pairs, "train"), task.reward.validation_share)
-    refused: dict[str, str] = {}
-    groups = list(prompt_groups(pairs, chat, refused=refused))
-    validation = list(prompt_groups(validation_pairs, chat, refused=refused))
-    if not groups or (validation_pairs.num_rows and not validation):
-        raise UserError(
-            f"no pair can be encoded: {dict(Counter(refused.values()))} of {len(refused):,}. Pass pairs whose roles the template of {task.model.name} takes."
+def _start_(
+    model: SarmForSequenceClassification, task: RewardTask, pairs: RewardPairs, checkpoint: Checkpoint | None
+) -> None:
+    """Give a model the weights that training starts from: a checkpoint's, or a head that is a probe."""
+    if checkpoint is not None:
+        load_weights_(model, checkpoint, "shards")
+    elif task.head_start is not None:
+        start_head_(
+            model=model,
+            activations=task.head_start,
+            pairs=pairs.table,
+            seed=task.run.seed,
+            groups=pairs.groups,
+            encoder=task.reward.encoder,
         )
-    return _Data(pairs, groups, validation, refused)
+
+
+def _go_on_(training: _Training, name: str, checkpoint: Checkpoint, states: WorkerStates) -> None:
+    """Bring all but the weights to where a checkpoint left them; random generators last."""
+    saved = checkpoint.read("shared")
+    training.loop.load_state_dict(saved["training"])
+    training.progress.history = saved["history"]
+    load_moments_(training.engine, checkpoint, "shards", training.loop.num_steps)
+    if training.pairs.validation:
+        training.best.update(reshard(training.engine, checkpoint, "best"))
+    states.restore_random(checkpoint)
+    if states.rank == 0:
+        print(f"{name} goes on after step {training.loop.num_steps}", flush=True)
+
+
+def _run(training: _Training, report_steps: int, states: WorkerStates, guard: StallGuard) -> None:
+    """Train to the end, with checkpoints when they are due."""
+    loop, progress = training.loop, training.progress
+
+    def state() -> tuple[Any, Any]:
+        shared = {"training": loop.state_dict(), "history": progress.history}
+        return shared, {"shards": shards(training.engine), "best": training.best}
+
+    def after_step() -> None:
+        report_progress(report_steps, loop.num_steps, progress.history)
+        states.after_step(loop.num_steps, state)
+
+    with guard:
+        loop.run(
+            lambda step, metrics: progress(step, {**metrics, "seconds_checkpoints": states.seconds}),
+            after_step,
+        )
+    if training.pairs.validation:
+        # The best weights are gathered as a state is read: from the disk.
+        states.save(loop.num_steps, state)
 
 
 def _write_model(
-    task: RewardTask, chat: ChatTokenizer, data: _Data, whole: dict[str, Any], device: torch.device
+    task: RewardTask, chat: ChatTokenizer, pairs: RewardPairs, whole: dict[str, Any], device: torch.device
 ) -> dict[str, float]:
     """Write the folder of the trained weights, the best ones where there is a validation; returns the moments of the reward."""
     trained = _build(task, chat)
     # Buffers (thresholds) are as they were built.
     trained.load_state_dict({**trained.state_dict(), **whole})
-    if data.validation:
+    if pairs.validation:
         parameter_groups(trained, task.reward)
         last = task.states.latest()
         assert last is not None
@@ -238,7 +199,7 @@ def _write_model(
     trained.to(device).eval()  # type: ignore[arg-type]
     mean, std = reward_moments(
         model=trained,
-        groups=data.groups,
+        groups=pairs.groups,
         batch_tokens=task.reward.batch_tokens,
         row_tokens=task.model.max_length,
         pad_id=chat.pad_id,
@@ -249,24 +210,24 @@ def _write_model(
     return {"reward_mean": mean, "reward_std": std}
 
 
-def _figures(data: _Data, training: RewardTraining, history: list[dict[str, Any]]) -> dict[str, Any]:
+def _figures(pairs: RewardPairs, training: RewardTraining, history: list[dict[str, Any]]) -> dict[str, Any]:
     figures = {
         "train_accuracy_last_epoch": last_epoch_accuracy(history),
         "epochs_trained": history[-1]["epoch"] if history else 0.0,
-        "truncated_responses": sum(tokens.num_truncated > 0 for group in data.groups for tokens in group.tokens),
-        "num_pairs": sum(len(group.pairs) for group in data.groups),
-        "num_prompts": len(data.groups),
+        "truncated_responses": sum(tokens.num_truncated > 0 for group in pairs.groups for tokens in group.tokens),
+        "num_pairs": sum(len(group.pairs) for group in pairs.groups),
+        "num_prompts": len(pairs.groups),
         "num_steps": len(history),
         "protocol_version": PROTOCOL_VERSION,
-        "rejected_pairs": len(data.refused),
-        **{f"rejected_{reason}": count for reason, count in sorted(Counter(data.refused.values()).items())},
-        **_contents(data.groups + data.validation),
+        "rejected_pairs": len(pairs.refused),
+        **{f"rejected_{reason}": count for reason, count in sorted(Counter(pairs.refused.values()).items())},
+        **spelled_contents(pairs.groups + pairs.validation),
     }
-    if data.validation:
+    if pairs.validation:
         figures |= {
             "best_step": training.validation.best_step,
             "validation_loss": training.validation.best_loss,
-            "validation_prompts": len(data.validation),
+            "validation_prompts": len(pairs.validation),
         }
     return figures
 
@@ -306,12 +267,3 @@ def last_epoch_accuracy(history: Sequence[Mapping[str, float]]) -> float | None:
     begun = math.ceil(history[-1]["epoch"])
     last = [entry for entry in history if entry["epoch"] > begun - 1]
     return sum(entry["accuracy"] * entry["pairs"] for entry in last) / sum(entry["pairs"] for entry in last)
-
-
-def _contents(groups: Sequence[PromptGroup]) -> dict[str, int]:
-    """Contents that spell control tokens or turns, which were trained on as text."""
-    spelled = sum((group.spelled for group in groups), Spelled())
-    return {
-        "contents_with_control_tokens": spelled.control_tokens,
-        "contents_already_templated": spelled.templated,
-    }

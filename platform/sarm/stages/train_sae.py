@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,60 +53,79 @@ def train_saes(
 
     All must agree on epochs and batches. Raises UserError if they do not, or if a folder holds something else.
     """
-    first = wanted[0].sae
-    planned = [
-        plan.sae(
-            folder=one.folder, sae=one.sae, seed=session.run.seed, activations=activations, init_seed=one.init_seed
+    planned = {
+        stage.name: plan.sae(
+            folder=stage.folder,
+            sae=stage.sae,
+            seed=session.run.seed,
+            activations=activations,
+            init_seed=stage.init_seed,
         )
-        for one in wanted
-    ]
-    used = {name.removeprefix("activations/"): path for name, (path, _) in planned[0].inputs.items()}
-    todo: list[tuple[SaeStage, StageFolder]] = []
-    for one, folder in zip(wanted, (folder.open() for folder in planned), strict=True):
-        if folder.finished() is None:
-            todo.append((one, folder))
+        for stage in wanted
+    }
+    phases = {name.removeprefix("activations/"): path for name, (path, _) in planned[wanted[0].name].inputs.items()}
+    folders = {name: folder.open() for name, folder in planned.items()}
+    todo = []
+    for stage in wanted:
+        if folders[stage.name].finished() is None:
+            todo.append(stage)
         else:
-            session.stage(one.name, folder, lambda _: {})
+            session.stage(stage.name, folders[stage.name], lambda _: {})
     if not todo:
         return
     from sarm.data.store.activations import ActivationStore
 
-    check_activations(first, {name: ActivationStore(path) for name, path in used.items()})
-    states = Checkpoints(in_training, _identity([folder for _, folder in todo]))
+    check_activations(wanted[0].sae, {name: ActivationStore(path) for name, path in phases.items()})
+    states = Checkpoints(in_training, _identity([folders[stage.name] for stage in todo]))
+    training = _Training(session, todo, phases, corpus if "text" in phases else None, states)
+    session.stages(
+        {stage.name: stage.name for stage in todo}, {stage.name: folders[stage.name] for stage in todo}, training
+    )
+    finish_training(states)
 
-    def train(children: Mapping[Any, StageRun]) -> Mapping[Any, Mapping[str, Any]]:
+
+@dataclass(frozen=True)
+class _Training:
+    """The body of the stages that learn together."""
+
+    session: Session
+    stages: Sequence[SaeStage]
+    phases: Mapping[str, Path]
+    corpus: Path | None
+    states: Checkpoints
+
+    def __call__(self, children: Mapping[Any, StageRun]) -> Mapping[Any, Mapping[str, Any]]:
+        from sarm.engine.ray.trainer import run_workers
         from sarm.stages import train_sae_worker as worker
 
-        members = [
+        first, *others = [
             worker.SaeMember(
-                sae=one.sae, seed=one.init_seed, folder=one.folder, tracking=children[one.name], name=one.folder.name
+                sae=stage.sae,
+                seed=stage.init_seed,
+                folder=stage.folder,
+                tracking=children[stage.name],
+                name=stage.folder.name,
             )
-            for one, _ in todo
+            for stage in self.stages
         ]
-        first, *others = members
         task = worker.SaeTask(
-            run=session.run,
+            run=self.session.run,
             sae=first.sae,
-            text=used.get("text"),
-            chat=used.get("chat"),
+            text=self.phases.get("text"),
+            chat=self.phases.get("chat"),
             folder=first.folder,
             tracking=first.tracking,
-            states=states,
-            corpus=corpus if "text" in used else None,
+            states=self.states,
+            corpus=self.corpus,
             also=tuple(others),
             init_seed=first.seed,
         )
-        result = worker.train_on_cluster(task, session.cluster)
-        results = [{**one, "rejected": result["rejected"]} for one in (result, *result["also"])]
-        together = {"one_read": [one.name for one, _ in todo]}
+        trained = run_workers(worker.sae_worker, task, self.session.cluster)
+        together = {"one_read": [stage.name for stage in self.stages]}
         return {
-            one.name: _written(one.folder, own, children[one.name]) | together
-            for (one, _), own in zip(todo, results, strict=True)
+            stage.name: _written(stage.folder, own, trained["rejected"], children[stage.name]) | together
+            for stage, own in zip(self.stages, (trained, *trained["also"]), strict=True)
         }
-
-    names = {one.name: one.name for one, _ in todo}
-    session.stages(names, {one.name: folder for one, folder in todo}, train)
-    finish_training(states)
 
 
 def check_activations(sae: SaeSettings, stores: dict[str, "ActivationStore"]) -> None:
@@ -141,7 +161,9 @@ def _identity(folders: Sequence[StageFolder]) -> dict[str, Any]:
     return own if len(folders) == 1 else {**own, "also": [folder.config for folder in folders[1:]]}
 
 
-def _written(folder: Path, result: Mapping[str, Any], child: StageRun) -> dict[str, Any]:
+def _written(
+    folder: Path, result: Mapping[str, Any], rejected: Mapping[str, Mapping[str, Any]], child: StageRun
+) -> dict[str, Any]:
     """History, pictures and rejected rows beside the SAE that the worker wrote; returns the stage's counts."""
     from sarm.report.figures import density_histograms, sae_curves
 
@@ -149,7 +171,6 @@ def _written(folder: Path, result: Mapping[str, Any], child: StageRun) -> dict[s
     child.log_figure(sae_curves(result["history"]), "sae_curves.png")
     child.log_figure(density_histograms(json.loads((folder / "density.json").read_text())), "density.png")
     child.log_artifact(folder / "cfg.json")
-    rejected: Mapping[str, Mapping[str, Any]] = result["rejected"]
     if rejected:
         (folder / "rejected_rows.json").write_text(json.dumps(rejected))
         child.log_artifact(folder / "rejected_rows.json")

@@ -1,9 +1,10 @@
 """SAE training on Ray Train: what each worker runs, and the trainer that starts them."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,12 +13,10 @@ from sarm.data.store.activations import ActivationStore
 from sarm.data.store.checkpoints import Checkpoint, Checkpoints
 from sarm.data.store.shuffled_rows import ShuffledRows, memory_for_rows
 from sarm.engine.mlflow.tracking import StageRun
-from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.stall import StallGuard
 from sarm.engine.ray.trainer import (
     Progress,
     preemption_notice,
-    run_workers,
     worker_device,
     worker_storage,
     workers_on_device,
@@ -25,7 +24,7 @@ from sarm.engine.ray.trainer import (
 from sarm.engine.ray.training_states import WorkerStates
 from sarm.evaluate.sae_quality import measure
 from sarm.nn.architectures import OPTIONS, build_sae
-from sarm.nn.sae import standardise
+from sarm.nn.sae import Sae, standardise
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
 from sarm.settings.sae import OF_ONE_DICTIONARY, SaeSettings
@@ -68,6 +67,8 @@ class SaeTask:
     also: tuple[SaeMember, ...] = ()
     init_seed: int | None = None
     """Seed of the first weights; None: the run's, which also decides the order of rows."""
+    name: str = "sae"
+    """What messages call the training."""
 
     def __post_init__(self) -> None:
         for member in self.also:
@@ -84,28 +85,33 @@ class SaeTask:
         return [SaeMember(self.sae, seed, self.folder, self.tracking), *self.also]
 
 
-def train_on_cluster(task: SaeTask, cluster: Cluster) -> dict[str, Any]:
-    """Train on the cluster's workers and leave the SAE in `task.folder`; returns its figures and history.
+class _Begun(NamedTuple):
+    """A training that goes on: its newest checkpoint, and what of it all workers share."""
 
-    Goes on from the newest of `task.states` if there is one.
-    """
-    threads = cluster.cpus_each(task.run, task.run.num_workers)
-    return run_workers(
-        name="sae",
-        worker=sae_worker,
-        task=task,
-        run=task.run,
-        folder=task.folder,
-        cluster=cluster,
-        threads=threads,
-        states=task.states,
-    )
+    checkpoint: Checkpoint
+    shared: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """What the steps of one worker share; the phases by their names, in their order."""
+
+    task: SaeTask
+    device: torch.device
+    guard: StallGuard
+    states: WorkerStates
+    stores: Mapping[str, ActivationStore]
+    rows: Mapping[str, ShuffledRows]
+    histories: list[dict[str, Any]]
+    """Of each SAE, by phase; training adds to them."""
+    figures: list[dict[str, Any]]
+    """Of each SAE; training adds to them."""
 
 
 def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     """One Ray Train worker: both phases, then the latents' statistics; rank 0 writes the folders and returns the figures."""
-    device, rank = worker_device(), dist.get_rank() if dist.is_initialized() else 0
-    guard = StallGuard(worker_storage(), rank)
+    device = worker_device()
+    guard = StallGuard(worker_storage(), dist.get_rank() if dist.is_initialized() else 0)
     states = WorkerStates(
         task.states,
         task.sae.checkpoint_every_steps,
@@ -113,87 +119,104 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         notice=preemption_notice,
         beat=guard.beat,
     )
-    found = states.latest()
+    checkpoint = states.latest()
     stores = {
         name: ActivationStore(path) for name, path in (("text", task.text), ("chat", task.chat)) if path is not None
     }
     rows = {name: _training_rows(store, task.sae, device) for name, store in stores.items()}
-    settings = {"text": (task.sae.text_epochs, task.sae.lr), "chat": (task.sae.chat_epochs, task.sae.chat_lr)}
-    samples = {name: standardise(source.sample(task.run.seed, _SAMPLE_ROWS)) for name, source in rows.items()}
-    names, members = list(rows), task.members()
-    d_in = stores[names[0]].d_in
+    samples = [standardise(source.sample(task.run.seed, _SAMPLE_ROWS)) for source in rows.values()]
+    members = task.members()
+    d_in = next(iter(stores.values())).d_in
     saes = [build_sae(d_in=d_in, **{name: getattr(member.sae, name) for name in _OF_THE_SAE}) for member in members]
-    saved: Any = None if found is None else _shared_state(found, task.sae, states.world)
-    histories: list[dict[str, Any]] = [{} for _ in members] if saved is None else saved["histories"]
-    figures: list[dict[str, Any]] = [{} for _ in members] if saved is None else saved["figures"]
-    first_step = 0
-    if saved is None:
+    begun = None if checkpoint is None else _Begun(checkpoint, _shared_state(checkpoint, task.sae, states.world))
+    worker = _Worker(
+        task=task,
+        device=device,
+        guard=guard,
+        states=states,
+        stores=stores,
+        rows=rows,
+        histories=[{} for _ in members] if begun is None else begun.shared["histories"],
+        figures=[{} for _ in members] if begun is None else begun.shared["figures"],
+    )
+    if begun is None:
         for sae, member in zip(saes, members, strict=True):
-            sae.initialise_(samples[names[0]], torch.Generator().manual_seed(member.seed), member.sae.b_dec_init)
-    for number, name in enumerate(names):
-        if saved is not None and number < saved["phase"]:
-            continue
-        is_resumed = saved is not None and number == saved["phase"]
-        if number > 0 and not is_resumed:
+            sae.initialise_(samples[0], torch.Generator().manual_seed(member.seed), member.sae.b_dec_init)
+    first, first_step = 0 if begun is None else begun.shared["phase"], 0
+    for number in range(first, len(rows)):
+        own = begun if number == first else None
+        if number > 0 and own is None:
             for sae in saes:
-                absorb_phase_shift_(sae, samples[names[number - 1]].to(device), samples[name].to(device))
-        epochs, lr = settings[name]
-        logs = [
-            Progress(f"sae_{name}", member.tracking, ("loss", "fvu", "alive_share"), member.name) for member in members
-        ]
-        phase = Phase(name=name, rows=rows[name], heldout=rows[name].heldout, epochs=epochs, lr=lr)
-        member_configs = [member.sae for member in members]
-        training = SaeTraining(
-            saes=saes,
-            phase=phase,
-            sae_configs=member_configs,
-            seed=task.run.seed + number,
-            device=device,
-            first_step=first_step,
-            split=task.sae.split,
-        )
-        if found is not None and is_resumed:
-            training.load_state_dict(states.own_state(found) if task.sae.split == "latents" else saved["training"])
-            states.restore_random(found)
-            for log, history in zip(logs, histories, strict=True):
-                log.history = history[name]
-            if rank == 0:
-                print(f"sae_{name} goes on after step {training.num_steps}", flush=True)
-        for log, history in zip(logs, histories, strict=True):
-            history[name] = log.history
-
-        def state(training: SaeTraining = training, number: int = number) -> tuple[Any, Any]:
-            learnt, is_own = training.state_dict(), task.sae.split == "latents"
-            shared = {
-                "phase": number,
-                "histories": histories,
-                "figures": figures,
-                "split": [task.sae.split, states.world],
-                "training": None if is_own else learnt,
-            }
-            return shared, learnt if is_own else None
-
-        def after_step(training: SaeTraining = training, state: Any = state) -> None:
-            guard.beat()
-            states.after_step(training.num_steps, state)
-
-        with guard:
-            training.run(logs, after_step=after_step)
-        saes = [learner.whole() for learner in training.learners]
-        first_step = training.num_steps
-        for sae, of_sae in zip(saes, figures, strict=True):
-            of_sae[f"fvu_{name}_after_its_phase"] = measure(sae, rows[name].heldout, device).fvu
+                absorb_phase_shift_(sae, samples[number - 1].to(device), samples[number].to(device))
+        training = _run_phase(worker=worker, number=number, saes=saes, first_step=first_step, begun=own)
+        saes, first_step = [learner.whole() for learner in training.learners], training.num_steps
+        _measure_phase(worker, number, saes)
     states.finish()
-    if rank != 0:
-        return None
+    return _write(worker, saes) if states.rank == 0 else None
+
+
+def _run_phase(worker: _Worker, number: int, saes: Sequence[Sae], first_step: int, begun: _Begun | None) -> SaeTraining:
+    """Train through one phase, from its first step or where it had `begun`; returns the training at its end."""
+    task, name = worker.task, list(worker.rows)[number]
+    members, is_own = task.members(), task.sae.split == "latents"
+    epochs, lr = {"text": (task.sae.text_epochs, task.sae.lr), "chat": (task.sae.chat_epochs, task.sae.chat_lr)}[name]
+    logs = [Progress(f"sae_{name}", member.tracking, ("loss", "fvu", "alive_share"), member.name) for member in members]
+    training = SaeTraining(
+        saes=saes,
+        phase=Phase(name=name, rows=worker.rows[name], heldout=worker.rows[name].heldout, epochs=epochs, lr=lr),
+        sae_configs=[member.sae for member in members],
+        seed=task.run.seed + number,
+        device=worker.device,
+        first_step=first_step,
+        split=task.sae.split,
+    )
+    if begun is not None:
+        training.load_state_dict(worker.states.own_state(begun.checkpoint) if is_own else begun.shared["training"])
+        worker.states.restore_random(begun.checkpoint)
+        for log, history in zip(logs, worker.histories, strict=True):
+            log.history = history[name]
+        if worker.states.rank == 0:
+            print(f"sae_{name} goes on after step {training.num_steps}", flush=True)
+    for log, history in zip(logs, worker.histories, strict=True):
+        history[name] = log.history
+
+    def state() -> tuple[Any, Any]:
+        learnt = training.state_dict()
+        shared = {
+            "phase": number,
+            "histories": worker.histories,
+            "figures": worker.figures,
+            "split": [task.sae.split, worker.states.world],
+            "training": None if is_own else learnt,
+        }
+        return shared, learnt if is_own else None
+
+    def after_step() -> None:
+        worker.guard.beat()
+        worker.states.after_step(training.num_steps, state)
+
+    with worker.guard:
+        training.run(logs, after_step=after_step)
+    return training
+
+
+def _measure_phase(worker: _Worker, number: int, saes: Sequence[Sae]) -> None:
+    name = list(worker.rows)[number]
+    for sae, figures in zip(saes, worker.figures, strict=True):
+        figures[f"fvu_{name}_after_its_phase"] = measure(sae, worker.rows[name].heldout, worker.device).fvu
+
+
+def _write(worker: _Worker, saes: Sequence[Sae]) -> dict[str, Any]:
+    """Write every SAE's folder; returns the figures and history of the task's own SAE, of those `also` learnt, and the rejected rows."""
+    task, device = worker.task, worker.device
+    heldout = {name: source.heldout for name, source in worker.rows.items()}
     results = []
-    for sae, member, of_sae, history in zip(saes, members, figures, histories, strict=True):
-        heldout = {name: rows[name].heldout for name in names}
-        of_sae |= write_sae_folder(
+    for sae, member, figures, history in zip(saes, task.members(), worker.figures, worker.histories, strict=True):
+        figures |= write_sae_folder(
             sae=sae,
             config=member.sae,
             folder=member.folder,
-            stores=stores,
+            stores=worker.stores,
             heldout=heldout,
             seed=task.run.seed,
             device=device,
@@ -202,26 +225,25 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
             # Seconds of imports, for a language model that is rarely asked for.
             from sarm.stages.train_sae_cross_entropy import cross_entropy_figures
 
-            metadata, share = stores[names[0]].metadata, member.sae.heldout_share
-            of_sae |= cross_entropy_figures(
+            figures |= cross_entropy_figures(
                 sae=sae,
                 corpus=task.corpus,
-                activations=metadata,
+                activations=next(iter(worker.stores.values())).metadata,
                 num_texts=member.sae.cross_entropy_texts,
-                heldout_share=share,
+                heldout_share=member.sae.heldout_share,
                 device=device,
             )
-        results.append({"figures": of_sae, "history": history})
-    rejected = {name: source.rejected for name, source in rows.items() if source.rejected}
+        results.append({"figures": figures, "history": history})
+    rejected = {name: source.rejected for name, source in worker.rows.items() if source.rejected}
     return {**results[0], "rejected": rejected, "also": results[1:]}
 
 
-def _shared_state(found: Checkpoint, sae: SaeSettings, world: int) -> Any:
-    saved = found.read("shared")
+def _shared_state(checkpoint: Checkpoint, sae: SaeSettings, world: int) -> Any:
+    saved = checkpoint.read("shared")
     split, num_workers = saved["split"]
     if "latents" in (split, sae.split) and (split, num_workers) != (sae.split, world):
         raise UserError(
-            f"the training state in {found.folder} is split by {split} over {num_workers} workers, asked for {sae.split} over {world}. Pass --sae.split {split} --num-workers {num_workers}, or delete it to start over."
+            f"the training state in {checkpoint.folder} is split by {split} over {num_workers} workers, asked for {sae.split} over {world}. Pass --sae.split {split} --num-workers {num_workers}, or delete it to start over."
         )
     return saved
 

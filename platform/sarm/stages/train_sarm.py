@@ -28,12 +28,12 @@ def train_sarm(session: Session, model: ModelSettings, reward: RewardSettings) -
 
     check_model(model)
     trainings = variants(model, reward, session.folders.sae)
-    for sae in dict.fromkeys(one.sae for one in trainings if one.sae):
+    for sae in dict.fromkeys(variant.sae for variant in trainings if variant.sae):
         read_manifest(sae, SAE_FOLDER)
         reward_models.check_sae(sae, model)
         reward_models.check_width(sae, model)
-    for one in trainings:
-        train_reward_model(session, one)
+    for variant in trainings:
+        train_reward_model(session, variant)
 
 
 def train_reward_model(session: Session, variant: Variant) -> Path:
@@ -46,6 +46,7 @@ def train_reward_model(session: Session, variant: Variant) -> Path:
 
 
 def _train(session: Session, variant: Variant, target: Path, states: Checkpoints, child: StageRun) -> Mapping[str, Any]:
+    from sarm.engine.ray.trainer import run_workers
     from sarm.report.figures import reward_curves
     from sarm.stages import train_reward_worker as reward_training
 
@@ -64,7 +65,7 @@ def _train(session: Session, variant: Variant, target: Path, states: Checkpoints
         report_steps=session.reports.every_steps,
         chat_ends=chat_ends if variant.reward.encoder == "random_matched" else None,
     )
-    result = reward_training.train_on_cluster(task, session.cluster, session.reports.callbacks)
+    result = run_workers(reward_training.reward_worker, task, session.cluster, session.reports.callbacks)
     history = {target.name: result["history"]}
     (target / "history.json").write_text(json.dumps(history))
     child.log_figure(reward_curves(history), "reward_curves.png")

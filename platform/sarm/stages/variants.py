@@ -43,64 +43,26 @@ def variants(
     """
     if reward.lora_rank and find_spec("peft") is None:
         raise UserError(NO_PEFT)
-    found = [Variant(stage="train SARM", folder="sarm", sae=sae, model=model, reward=reward)]
-    for name in reward.baselines:
-        if name == "scalar":
-            found.append(Variant(stage="train scalar head", folder="scalar_head", sae=None, model=model, reward=reward))
-        elif name == "scalar_full":
-            whole = replace(model, layer=depth_of(model))
-            found.append(
-                Variant(
-                    stage="train scalar head, full depth",
-                    folder="scalar_head_full",
-                    sae=None,
-                    model=whole,
-                    reward=reward,
-                )
-            )
-        elif name == "token_sae":
-            assert reward.token_sae is not None
-            found.append(
-                Variant(
-                    stage="train SARM on token SAE",
-                    folder="sarm_token_sae",
-                    sae=reward.token_sae,
-                    model=model,
-                    reward=reward,
-                )
-            )
-        elif name == "random_encoder":
-            random = replace(reward, encoder=RANDOM_ENCODERS[name])
-            found.append(
-                Variant(
-                    stage="train SARM, random encoder",
-                    folder="sarm_random_encoder",
-                    sae=sae,
-                    model=model,
-                    reward=random,
-                )
-            )
-        elif name == "random_directions":
-            random = replace(reward, encoder=RANDOM_ENCODERS[name])
-            found.append(
-                Variant(
-                    stage="train SARM, random directions",
-                    folder="sarm_random_directions",
-                    sae=sae,
-                    model=model,
-                    reward=random,
-                )
-            )
-        else:
-            # The papers' code trains this encoder, since its random weights are not worth keeping.
-            linear = replace(reward, encoder=RANDOM_ENCODERS[name], train_sae=True, sae_lr=reward.lr or reward.sae_lr)
-            found.append(
-                Variant(
-                    stage="train SARM, random linear map",
-                    folder="sarm_random_linear",
-                    sae=sae,
-                    model=model,
-                    reward=linear,
-                )
-            )
-    return found
+    sarm = Variant(stage="train SARM", folder="sarm", sae=sae, model=model, reward=reward)
+    return [sarm, *(_baseline(name, sarm, depth_of) for name in reward.baselines)]
+
+
+def _baseline(name: str, sarm: Variant, depth_of: Callable[[ModelSettings], int]) -> Variant:
+    """The variant that a baseline's name stands for: what differs from the SARM."""
+    reward = sarm.reward
+    if name == "scalar":
+        return sarm._replace(stage="train scalar head", folder="scalar_head", sae=None)
+    if name == "scalar_full":
+        whole = replace(sarm.model, layer=depth_of(sarm.model))
+        return sarm._replace(stage="train scalar head, full depth", folder="scalar_head_full", sae=None, model=whole)
+    if name == "token_sae":
+        assert reward.token_sae is not None
+        return sarm._replace(stage="train SARM on token SAE", folder="sarm_token_sae", sae=reward.token_sae)
+    random = replace(reward, encoder=RANDOM_ENCODERS[name])
+    if name == "random_encoder":
+        return sarm._replace(stage="train SARM, random encoder", folder="sarm_random_encoder", reward=random)
+    if name == "random_directions":
+        return sarm._replace(stage="train SARM, random directions", folder="sarm_random_directions", reward=random)
+    # The papers' code trains this encoder, since its random weights are not worth keeping.
+    trained = replace(random, train_sae=True, sae_lr=reward.lr or reward.sae_lr)
+    return sarm._replace(stage="train SARM, random linear map", folder="sarm_random_linear", reward=trained)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sarm.contracts.ids import hash_share, stable_int
@@ -80,7 +81,7 @@ def start_head_(
 @torch.no_grad()
 def frozen_sides(
     model: SarmForSequenceClassification, groups: Sequence[PromptGroup], pair_ids: Set[str]
-) -> tuple[dict[tuple[int, str], int], Tensor]:
+) -> tuple[dict[tuple[int, str], int], Float[Tensor, "responses d_in"]]:
     """What `ActivationStore.read_sides` returns, from a pass of the model's own backbone over these pairs' responses."""
     row_tokens = max((len(tokens.ids) for group in groups for tokens in group.tokens), default=1)
     needed = [group for group in groups if any(pair.pair_id in pair_ids for pair in group.pairs)]

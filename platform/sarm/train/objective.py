@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sarm.nn.losses import bradley_terry, reward_centring
@@ -30,7 +31,7 @@ class Objective(NamedTuple):
 
     def __call__(
         self, output: Any, chosen: Sequence[int], rejected: Sequence[int], required: Sequence[float | None]
-    ) -> Tensor:
+    ) -> Float[Tensor, " pairs"]:
         """Losses [P] of the pairs whose rewards stand at `chosen` and `rejected` of the output; `required` are their margins, if any."""
         reward_N = output.logits.squeeze(-1)
         chosen_P, rejected_P = reward_N[list(chosen)], reward_N[list(rejected)]

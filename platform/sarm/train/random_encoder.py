@@ -10,7 +10,7 @@ starts at W_dec w reads the probe through a decoder; that of random directions r
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Float64, Int64, Shaped
 from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def read_through_codes(
     chosen_ND: Float[np.ndarray, "pairs d_in"],
     rejected_ND: Float[np.ndarray, "pairs d_in"],
     w_D: Float[Tensor, " d_in"],
-    prompts_N: NDArray[np.str_],
+    prompts_N: Shaped[NDArray[np.str_], " pairs"],
     seed: int,
 ) -> Float[Tensor, " d_sae"]:
     """A probe w read through a decoder that is fitted to an encoder that stays as it is: what training would give W_dec w, in closed form.
@@ -69,13 +69,14 @@ def read_through_codes(
     unit = float(z_NS.power(2).sum()) / max(1, len(np.unique(z_NS.indices)))
     plain_S = (sae.W_dec.detach() @ w_D).double().numpy()
 
-    def fitted(penalty: float, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    def fitted(penalty: float, rows: Int64[NDArray[np.int64], " rows"]) -> Float64[NDArray[np.float64], " d_sae"]:
         read_R = z_NS[rows] @ plain_S
-        start_S = plain_S * (read_R @ y_N[rows]) / max(read_R @ read_R, 1e-12)
+        start_S: NDArray[np.float64] = plain_S * (read_R @ y_N[rows]) / max(read_R @ read_R, 1e-12)
         if not np.isfinite(penalty):
             return start_S
         model = Ridge(alpha=max(penalty * unit, 1e-12), fit_intercept=False, solver="lsqr", tol=1e-6)
-        return start_S + model.fit(z_NS[rows], y_N[rows] - z_NS[rows] @ start_S).coef_
+        fitted_S: NDArray[np.float64] = start_S + model.fit(z_NS[rows], y_N[rows] - z_NS[rows] @ start_S).coef_
+        return fitted_S
 
     num_folds = min(_FOLDS, len(np.unique(prompts_N)))
     folds = list(GroupKFold(num_folds, shuffle=True, random_state=seed).split(y_N, groups=prompts_N))
@@ -98,7 +99,7 @@ def _sample(store: ActivationStore) -> Float[Tensor, "rows d_in"]:
 
 
 @torch.no_grad()
-def _codes(sae: Sae, x_ND: NDArray[np.float32]) -> sparse.csr_array:
+def _codes(sae: Sae, x_ND: Float32[NDArray[np.float32], "pairs d_in"]) -> sparse.csr_array:
     rows, columns, values = [], [], []
     for start in range(0, len(x_ND), _ROWS_AT_ONCE):
         found = sae(torch.from_numpy(x_ND[start : start + _ROWS_AT_ONCE]))

@@ -11,23 +11,25 @@ full; all ranks plan the same step and take their share, so a step's gradient do
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
 
-from sarm.data.tokens.groups import PromptGroup, split_group
-from sarm.data.tokens.packing import Row, collate, padded_tokens
+from sarm.data.tokens.groups import PromptGroup
+from sarm.data.tokens.packing import collate
 from sarm.settings.reward import RewardSettings
 from sarm.train.objective import Objective, objective_of
+from sarm.train.reward_batches import MicroBatch, cut_into_steps, deal
 from sarm.train.reward_checks import LossGuard, Outcome, Sums, Validation
 from sarm.train.schedule import warmup_cosine
 
 Log = Callable[[int, dict[str, float]], None]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A model with its optimizer: `sarm.engine.deepspeed.zero.ZeroEngine`, or `LocalEngine` in one process without DeepSpeed.
 
@@ -36,9 +38,9 @@ class Engine(Protocol):
 
     device: torch.device
 
-    def __call__(self, **inputs: Tensor) -> Any: ...
+    def __call__(self, **inputs: Any) -> Any: ...
     def train(self, mode: bool) -> None: ...
-    def backward(self, loss: Tensor, *, last: bool) -> None: ...
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None: ...
     def step(self, rate_factor: float, norm_factor: float = 1.0) -> float: ...
 
 
@@ -52,13 +54,13 @@ class LocalEngine:
         self._parameters = [p for group in parameter_groups for p in group["params"]]
         self._max_grad_norm = max_grad_norm
 
-    def __call__(self, **inputs: Tensor) -> Any:
+    def __call__(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
     def train(self, mode: bool) -> None:
         self.model.train(mode)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
         loss.backward()
 
     def step(self, rate_factor: float, norm_factor: float = 1.0) -> float:
@@ -69,13 +71,6 @@ class LocalEngine:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
-
-
-class MicroBatch(NamedTuple):
-    """Whole groups whose rows fit one forward and backward pass."""
-
-    groups: list[PromptGroup]
-    rows: list[Row]
 
 
 class RewardTraining:
@@ -196,11 +191,11 @@ class RewardTraining:
                 outcomes += [_forward(self._engine, micro, self._pad_id, self._objective)[0] for micro in share]
         self._engine.train(True)
         sums = Sums.of(outcomes).over_ranks(self._engine.device)
-        found = sums.metrics()
-        if self.validation.add(self.num_steps, found["loss"]):
+        measured = sums.metrics()
+        if self.validation.add(self.num_steps, measured["loss"]):
             self._on_best()
         self._validation_seconds += time.monotonic() - started
-        return {f"validation_{name}": found[name] for name in ("loss", "accuracy", "margin")}
+        return {f"validation_{name}": measured[name] for name in ("loss", "accuracy", "margin")}
 
 
 def train_reward(
@@ -246,40 +241,6 @@ def parameter_groups(model: torch.nn.Module, config: RewardSettings) -> list[dic
     return groups
 
 
-def cut_into_steps(groups: Sequence[PromptGroup], batch_pairs: int, seed: int, epoch: int) -> list[list[PromptGroup]]:
-    """Groups in random order, cut so that a step holds at most `batch_pairs` pairs (more only if one prompt has more)."""
-    steps: list[list[PromptGroup]] = []
-    room = 0
-    for index in np.random.default_rng([seed, epoch]).permutation(len(groups)):
-        group = groups[index]
-        if not steps or len(group.pairs) > room:
-            steps.append([])
-            room = batch_pairs
-        steps[-1].append(group)
-        room -= len(group.pairs)
-    return steps
-
-
-def deal(step: Sequence[PromptGroup], world: int, row_tokens: int, batch_tokens: int) -> list[list[MicroBatch]]:
-    """The step as micro-batches of at most `batch_tokens` tokens for each rank, as many on every rank: collectives must meet.
-
-    Ranks that run out of work repeat a micro-batch with its pairs left out, which adds nothing to the gradient.
-    """
-    parts = [part for group in step for part in split_group(group, row_tokens, batch_tokens)]
-    packed = [MicroBatch([part], part.rows(row_tokens)) for part in parts]
-    micros: list[MicroBatch] = []
-    for item in sorted(packed, key=lambda m: sum(len(row.ids) for row in m.rows), reverse=True):
-        for i, micro in enumerate(micros):
-            if padded_tokens(micro.rows + item.rows) <= batch_tokens:
-                micros[i] = MicroBatch(micro.groups + item.groups, micro.rows + item.rows)
-                break
-        else:
-            micros.append(item)
-    idle = MicroBatch([g._replace(pairs=[]) for g in micros[-1].groups], micros[-1].rows)
-    micros += [idle] * (-len(micros) % world)
-    return [micros[rank::world] for rank in range(world)]
-
-
 def _backward(
     engine: Engine, micro: MicroBatch, weight: float, pad_id: int, objective: Objective, *, last: bool
 ) -> Outcome:
@@ -289,7 +250,7 @@ def _backward(
     return outcome
 
 
-def _forward(engine: Engine, micro: MicroBatch, pad_id: int, objective: Objective) -> tuple[Outcome, Tensor]:
+def _forward(engine: Engine, micro: MicroBatch, pad_id: int, objective: Objective) -> tuple[Outcome, Float[Tensor, ""]]:
     """One micro-batch's outcome, and the sum of its losses to differentiate."""
     started = time.monotonic()
     batch = collate(micro.rows, pad_id)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
 
 from sarm.settings.checks import UserError
@@ -21,9 +22,9 @@ class Outcome(NamedTuple):
     """What one micro-batch gave: its pairs with their losses and rewards, and what it cost. No gradient flows from here."""
 
     pair_ids: list[str]
-    losses: Tensor
-    chosen: Tensor
-    rejected: Tensor
+    losses: Float[Tensor, " pairs"]
+    chosen: Float[Tensor, " pairs"]
+    rejected: Float[Tensor, " pairs"]
     num_tokens: int
     num_places: int
     """Tokens and padding."""

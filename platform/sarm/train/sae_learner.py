@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sarm.nn.losses import reconstruction_loss
@@ -49,7 +49,7 @@ class Learner:
         self._workspace = Workspace(backend_for(device), _CHUNK_VALUES[device.type == "cuda"])
         self.rows_since_fired = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
 
-    def step(self, x_BD: Float[Tensor, "batch d_in"], lr: float) -> Tensor:
+    def step(self, x_BD: Float[Tensor, "batch d_in"], lr: float) -> Float[Tensor, ""]:
         """Learn from the rows of a step, standardised, the same on all workers; returns the loss over all of them."""
         size = len(x_BD)
         if not self._splits_latents:
@@ -73,7 +73,7 @@ class Learner:
         self.sae.after_step_(rule)
         return share.over_rows(loss.detach())
 
-    def dead(self) -> Tensor:
+    def dead(self) -> Bool[Tensor, " d_sae"]:
         """Whether each latent is dead."""
         return self.rows_since_fired >= self._config.dead_after_rows
 
@@ -110,7 +110,7 @@ class Learner:
         self._optimizer.load_state_dict(state["optimizer"])
         self.rows_since_fired.copy_(state["rows_since_fired"])
 
-    def _loss(self, x_BD: Tensor, rule: Rule | None, share: Share) -> Tensor:
+    def _loss(self, x_BD: Float[Tensor, "batch d_in"], rule: Rule | None, share: Share) -> Float[Tensor, ""]:
         size = share.num_all_rows
         found = reconstruct(self.sae, x_BD, self._plan(rule, share))
         rows_B = torch.stack([reconstruction_loss(x_hat_BD, x_BD) for x_hat_BD in found.x_hat]).mean(0)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from sarm.data.formats.sae_folder import load_sae, save_sae
 from sarm.data.formats.sae_formats import import_sae
 from sarm.data.formats.sae_weights import sae_of
-from sarm.data.formats.sarm_folder import load_sarm, save_sarm
+from sarm.data.formats.sarm_folder import load_sarm, read_latents, read_sarm, save_sarm
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.nn.architectures import build_sae
 from sarm.nn.backbone import load_backbone
@@ -213,6 +213,24 @@ def test_a_reward_model_comes_back_bit_for_bit(tiny_folder, tmp_path, head, arch
     with torch.no_grad():
         torch.testing.assert_close(found(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=1e-6)
     assert found.config.provenance == {"model": "tiny:llama"}
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_who_reads_the_latents_of_a_reward_model_finds_one_meaning_in_each(tiny_folder, tmp_path, architecture):
+    save_sarm(build(tiny_folder, "sae", architecture), fresh_chat(tiny_folder), tmp_path)
+    stored, read = load_sarm(tmp_path), read_sarm(tmp_path)
+    weight_S, W_dec_SD = read_latents(tmp_path, "score.weight", "sae.W_dec")
+    with torch.no_grad():
+        before, after = stored(input_ids=IDS), read(input_ids=IDS)
+    torch.testing.assert_close(after.logits, before.logits, rtol=0, atol=1e-5)
+    assert (after.latent_values >= 0).all()
+    assert torch.equal(torch.from_numpy(weight_S), read.score.weight[0])
+    assert torch.equal(torch.from_numpy(W_dec_SD), read.sae.W_dec)
+    is_negative = before.latent_values < 0
+    assert is_negative.any() == (architecture == "abs_topk")
+    latents = before.latent_indices + is_negative * stored.config.d_sae
+    assert torch.equal(after.latent_indices.sort().values, latents.sort().values)
+    assert read.config.d_sae == len(weight_S) == (2 if architecture == "abs_topk" else 1) * stored.config.d_sae
 
 
 _REWARDS = """

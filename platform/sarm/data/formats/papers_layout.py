@@ -90,7 +90,8 @@ def read_papers_sarm(folder: Path, chat: ChatTokenizer, given: PapersFields) -> 
     model = SarmForSequenceClassification(ours, backbone, sae)
     with torch.no_grad():
         model.score.weight.copy_(weights[_SCORE].float().reshape(1, -1))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def write_papers_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder: Path) -> None:

@@ -89,7 +89,9 @@ class SaeWeights:
         return (self.b_enc.double() - self.b_dec.double() @ self.W_enc.double()).float()
 
 
-def with_input_bias(b_enc: Tensor, b_dec: Tensor, W_enc: Tensor) -> Float[Tensor, " d_sae"]:
+def with_input_bias(
+    b_enc: Float[Tensor, " d_sae"], b_dec: Float[Tensor, " d_in"], W_enc: Float[Tensor, "d_in d_sae"]
+) -> Float[Tensor, " d_sae"]:
     """The inverse of `without_input_bias`: the encoder bias once b_dec is taken off the input, b_enc + b_dec W_enc."""
     return (b_enc.double() + b_dec.double() @ W_enc.double()).float()
 

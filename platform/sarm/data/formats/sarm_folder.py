@@ -3,16 +3,21 @@
 Apart from SAE folders, since `transformers`' models take seconds to import, which SAE training can do without.
 """
 
+import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sarm.contracts.untrusted import read_json
 from sarm.data.store.finite import not_finite
 from sarm.data.tokens.chat import ChatTokenizer
+from sarm.nn.abs_topk import AbsTopKSae
 from sarm.nn.modeling_sarm import CODE_FILES, SarmConfig, SarmForSequenceClassification
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.checks import UserError
@@ -67,26 +72,49 @@ def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
             f"{folder} is not a readable reward model: {error}. Train it again, or pass another --out."
         ) from error
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
         raise UserError(
-            f"{folder} does not fit its config: {len(wrong)} weights differ, first {wrong[0]}: got {found.get(wrong[0])}, expected {expected.get(wrong[0])}."
+            f"{folder} does not fit its config: {len(wrong)} weights differ, first {wrong[0]}: got {shapes.get(wrong[0])}, expected {expected.get(wrong[0])}."
         )
     if broken := not_finite(weights.items()):
         raise UserError(f"{folder} holds NaN or infinite values in {broken}. The model is broken; train it again.")
     model.load_state_dict(weights)
     model.model.to(dtype)
-    return model.eval()
+    model.eval()
+    return model
 
 
-def read_tensors(folder: Path, *names: str) -> list[torch.Tensor]:
-    """Some tensors of a reward model's folder, without the rest of the model.
+@torch.no_grad()
+def read_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequenceClassification:
+    """The reward model of a folder for all who read its latents: each is silent or fires, and has one meaning.
+
+    A latent of AbsTopK has two, one for each sign, so it is read as two of TopK (`AbsTopKSae.unfolded`): S + i is what latent i is where
+    it is negative, with the opposite weight in the head. Rewards and contributions are the same. Raises UserError as `load_sarm` does.
+    """
+    model = load_sarm(folder, dtype)
+    if model.config.head != "sae" or not isinstance(model.sae, AbsTopKSae):
+        return model
+    config: Any = copy.deepcopy(model.config)
+    sae = model.sae.unfolded()
+    config.d_sae, config.sae = sae.d_sae, sae.describe()
+    unfolded = SarmForSequenceClassification(config, model.model, sae)
+    unfolded.score.weight.copy_(torch.cat([model.score.weight, -model.score.weight], 1))
+    unfolded.eval()
+    return unfolded
+
+
+def read_latents(folder: Path, *names: str) -> list[NDArray[np.float32]]:
+    """Tensors with a row for each latent, as `read_sarm` numbers them, without the rest of the model: `score.weight` [S], `sae.W_dec` [S, D].
 
     Raises UserError if the file is missing or torn, or lacks one.
     """
     try:
         with safe_open(folder / "model.safetensors", "pt") as file:
-            return [file.get_tensor(name) for name in names]
-    except (OSError, SafetensorError) as error:
+            tensors = [file.get_tensor(name).float().squeeze(0) for name in names]
+        sae = read_json(folder / "config.json").get("sae") or {}
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is not a readable SARM: {error}. Train it again, or pass another --out.") from error
+    is_unfolded = sae.get("architecture") == AbsTopKSae.architecture
+    return [(torch.cat([tensor, -tensor]) if is_unfolded else tensor).numpy() for tensor in tensors]

@@ -165,7 +165,8 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row | R
 
 def _decoded(one_row: pa.RecordBatch) -> dict[str, Any] | None:
     try:
-        return one_row.to_pylist()[0]
+        row: dict[str, Any] = one_row.to_pylist()[0]
+        return row
     except UnicodeDecodeError:
         return None
 

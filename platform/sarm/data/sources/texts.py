@@ -95,7 +95,8 @@ def _no_column(where: str, text_field: str, columns: Iterable[str]) -> UserError
 def _is_string(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    is_string: bool = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return is_string
 
 
 def _is_messages(kind: pa.DataType) -> bool:

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from sarm.contracts.tables import REJECTED_TABLE
 from sarm.data.store.activations import file_moments, write_activation_file
 from sarm.data.store.blocks import Block, read_block
+from sarm.settings.checks import UserError
 
 REJECTED = "rejected.parquet"
 _COUNTS = b"sarm_counts"
@@ -96,6 +98,14 @@ def read_counts(folder: Path) -> dict[str, Any]:
 def part_files(folder: Path) -> list[Path]:
     """The part files of a folder, in the order of their blocks."""
     return sorted(folder.glob("part-*.parquet"))
+
+
+def read_parts(folder: Path) -> pa.Table:
+    """The rows of all part files, in the order of their blocks. Raises UserError if there are none."""
+    files = [str(path) for path in part_files(folder)]
+    if not files:
+        raise UserError(f"{folder} holds no part files. Delete it and run its stage again.")
+    return ds.dataset(files).to_table().replace_schema_metadata(None)
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sarm.contracts.ids import hash_share
@@ -36,14 +36,16 @@ class Cursor(NamedTuple):
     offset: int = 0
 
 
+@runtime_checkable
 class Window(Protocol):
     """Rows that are shuffled among each other: a tensor is one."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, places: Tensor) -> Tensor: ...
+    def __getitem__(self, places: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_in"]: ...
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Training rows in windows, from window `first` of the epoch on; which rows are where follows from (seed, epoch)."""
 
@@ -75,7 +77,7 @@ class _Group(NamedTuple):
 
     file: Path
     number: int
-    kept: Tensor
+    kept: Bool[Tensor, " rows"]
     num_kept: int
     start: int
 
@@ -84,13 +86,13 @@ class _Group(NamedTuple):
 class _RowsOfGroups:
     """16-bit rows, and where among them the training rows of a window's groups are; float32 once asked for."""
 
-    rows: Tensor
-    places: Tensor
+    rows: Float[Tensor, "rows d_in"]
+    places: Int[Tensor, " places"]
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, places: Tensor) -> Tensor:
+    def __getitem__(self, places: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_in"]:
         return self.rows.index_select(0, self.places[places].to(self.rows.device)).float()
 
 
@@ -193,7 +195,7 @@ class ShuffledRows:
             first += group.num_kept
         return _RowsOfGroups(rows, torch.arange(len(rows)))
 
-    def _is_heldout(self, table: pa.Table) -> Tensor:
+    def _is_heldout(self, table: pa.Table) -> Bool[Tensor, " rows"]:
         # Once a document: its rows follow each other.
         documents = table.column("doc_id").combine_chunks().dictionary_encode()
         shares = [is_heldout(document, self._share) for document in documents.dictionary.to_pylist()]
@@ -215,7 +217,7 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that this process may still take on the device, as far as the machine or its container tells."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         return free if limit == "max" else min(free, max(0, int(limit) - int(used)))

@@ -171,9 +171,10 @@ class ChatTokenizer:
     def _apply(self, turns: Sequence[Message], opened: bool = False) -> str:
         """What the template makes of the turns; with `opened`, and of the beginning of an answer to them."""
         try:
-            return self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 list(turns), chat_template=self.template, tokenize=False, add_generation_prompt=opened
             )
+            return text
         except Exception as error:  # a template raises whatever its author chose, jinja's errors among them
             roles = [turn["role"] for turn in turns]
             raise ConversationError(f"the chat template refuses these roles {roles}: {error}") from error

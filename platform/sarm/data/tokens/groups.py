@@ -48,11 +48,11 @@ def prompt_groups(
     With `offsets`, the tokens say which characters of the response they cover. Pairs that cannot be encoded are left out, and their ids put
     into `refused` with the reason word; without it, the first of them raises ConversationError.
     """
-    members: dict[str, list[dict]] = {}
+    members: dict[str, list[dict[str, Any]]] = {}
     for pair in pairs.select(["pair_id", "prompt_id", "prompt", "chosen", "rejected", "margin", "subset"]).to_pylist():
         members.setdefault(pair["prompt_id"], []).append(pair)
     for prompt_id, prompt_pairs in members.items():
-        spellings: dict[str, list[dict]] = {}
+        spellings: dict[str, list[dict[str, Any]]] = {}
         for pair in prompt_pairs:
             spellings.setdefault(prompt_key_of(pair["prompt"]), []).append(pair)
         responses: list[str] = []

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from sarm.nn.backbone import SEGMENTS_PER_BLOCK
@@ -31,11 +32,11 @@ class Row(NamedTuple):
 class TokenBatch(NamedTuple):
     """Padded rows as the model takes them; `keys[n]` names the activation at (`rows[n]`, `columns[n]`)."""
 
-    input_ids: Tensor
-    position_ids: Tensor
-    segment_ids: Tensor
-    rows: Tensor
-    columns: Tensor
+    input_ids: Int[Tensor, "rows columns"]
+    position_ids: Int[Tensor, "rows columns"]
+    segment_ids: Int[Tensor, "rows columns"]
+    rows: Int[Tensor, " taken"]
+    columns: Int[Tensor, " taken"]
     keys: list[Hashable]
 
     def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -113,7 +114,7 @@ def collate(rows: Sequence[Row], pad_id: int, *, join: bool = True) -> TokenBatc
     length = _width(bins)
     joined = [_joined(members) for members in bins] if join else list(rows)
 
-    def padded(lists: list[list[int]], value: int) -> Tensor:
+    def padded(lists: list[list[int]], value: int) -> Int[Tensor, "rows columns"]:
         return torch.tensor([items + [value] * (length - len(items)) for items in lists])
 
     taken = [(key, index, column) for index, row in enumerate(joined) for key, column in row.taken]

@@ -41,7 +41,8 @@ def unknown_id(model: Any) -> int | None:
     """The id that the model gives to what it has no token for."""
     if isinstance(model, models.Unigram):
         # It tells it to those alone who read its state.
-        return json.loads(model.__getstate__())["unk_id"]
+        unknown: int | None = json.loads(model.__getstate__())["unk_id"]
+        return unknown
     text = getattr(model, "unk_token", None)
     return None if text is None else model.token_to_id(text)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from sarm.contracts.passes import Spelled
@@ -27,16 +28,16 @@ class Window(NamedTuple):
 
     row_id: int
     first: int
-    ids: np.ndarray
-    columns: dict[str, np.ndarray]
+    ids: Int[np.ndarray, " columns"]
+    columns: dict[str, Int[np.ndarray, " taken"]]
     truncated: bool
-    sentences: np.ndarray = _NONE
+    sentences: Int[np.ndarray, " sentences"] = _NONE
     """Number of the sentence in the text that each column of `document` ends."""
     spelled: Spelled = Spelled()
     """Contents of the conversation that spell control tokens or turns."""
 
     @property
-    def taken(self) -> np.ndarray:
+    def taken(self) -> Int[np.ndarray, " taken"]:
         """The columns that any unit takes, increasing."""
         found = list(self.columns.values())
         return found[0] if len(found) == 1 else np.unique(np.concatenate(found))
@@ -45,9 +46,9 @@ class Window(NamedTuple):
 class WindowBatch(NamedTuple):
     """Windows of one forward pass, padded on the right: `rows[n]`, `columns[n]` is the n-th place that is taken."""
 
-    input_ids: Tensor
-    rows: Tensor
-    columns: Tensor
+    input_ids: Int[Tensor, "rows columns"]
+    rows: Int[Tensor, " taken"]
+    columns: Int[Tensor, " taken"]
 
 
 def text_windows(
@@ -174,7 +175,7 @@ class Places:
         self._column = np.concatenate(taken) if taken else _NONE
         self.row_ids = np.array([window.row_id for window in windows], np.int64)[self._window]
 
-    def of(self, unit: str) -> np.ndarray:
+    def of(self, unit: str) -> Int[np.ndarray, " places"]:
         """Numbers of the places of a unit, by window and column."""
         order = np.lexsort((self._column, self._window))
         lists = [window.columns.get(unit, _NONE) for window in self._windows]
@@ -183,7 +184,7 @@ class Places:
         keys = own * width + (np.concatenate(lists) if lists else _NONE)
         return order[np.isin(self._window[order] * width + self._column[order], keys)]
 
-    def columns(self, chosen: np.ndarray) -> dict[str, Any]:
+    def columns(self, chosen: Int[np.ndarray, " places"]) -> dict[str, Any]:
         """The key columns of activations/v1 of these places."""
         window, column = self._window[chosen], self._column[chosen]
         names = pa.array([f"{w.row_id:016x}" for w in self._windows], pa.string())
@@ -203,7 +204,9 @@ def num_tokens(texts: Sequence[str], chat: ChatTokenizer) -> list[int]:
     return [sum(len(chat.encode_text(piece).ids) for _, piece in _pieces(text, [])) for text in texts]
 
 
-def _encoded(text: str, ends: Sequence[int], chat: ChatTokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _encoded(
+    text: str, ends: Sequence[int], chat: ChatTokenizer
+) -> tuple[Int[np.ndarray, " columns"], Int[np.ndarray, " taken"], Int[np.ndarray, " taken"]]:
     """Token ids of the whole text, the tokens in which the `ends` lie, and the numbers of the sentences that those end."""
     ids, tokens, sentences, num = [], [], [], 0
     places = np.array(ends, np.int64)

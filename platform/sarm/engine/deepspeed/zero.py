@@ -51,7 +51,7 @@ class ZeroEngine:
         # Stage 0 neither reports the gradient's norm nor checks it before the step; the other stages do both.
         self.deepspeed.clip_fp32_gradients = self._clip
 
-    def __call__(self, **inputs: Tensor) -> Any:
+    def __call__(self, **inputs: Any) -> Any:
         self._beat()
         return self.deepspeed(**inputs)
 

@@ -153,7 +153,8 @@ def _pieces(engine: ZeroEngine) -> Iterator[_Piece]:
 
 
 def _adam(engine: ZeroEngine) -> torch.optim.Optimizer:
-    return engine.deepspeed.basic_optimizer
+    adam: torch.optim.Optimizer = engine.deepspeed.basic_optimizer
+    return adam
 
 
 def _parts(found: Checkpoint, kind: str) -> Iterator[Mapping[str, Any]]:
@@ -165,10 +166,11 @@ def _parts(found: Checkpoint, kind: str) -> Iterator[Mapping[str, Any]]:
 
 def _copy(target: Tensor, start: int, numel: int, shard: Mapping[str, Any], key: str) -> int:
     """Copy what the shard has of a parameter's values from `start` on into their place; returns how many."""
-    values = shard[key]
-    first, last = max(start, shard["start"]), min(start + numel, shard["start"] + len(values))
+    values: Tensor = shard[key]
+    begin: int = shard["start"]
+    first, last = max(start, begin), min(start + numel, begin + len(values))
     if first < last:
-        target.view(-1)[first - start : last - start].copy_(values[first - shard["start"] : last - shard["start"]])
+        target.view(-1)[first - start : last - start].copy_(values[first - begin : last - begin])
     return max(0, last - first)
 
 

@@ -215,7 +215,7 @@ class Judge:
             await asyncio.sleep(wait)
 
     def _wait(self, fault: TransientError, failures: int) -> float:
-        wait = min(_MAX_BACKOFF, self.backoff * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
+        wait: float = min(_MAX_BACKOFF, self.backoff * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
         if fault.wait is not None:
             if fault.wait > self.judging.max_wait:
                 self._stop(JudgeStoppedError(f"{self.spec.model} at {self.spec.base_url} asks to wait {fault.wait:,.0f} s. Answers are kept: run the same command then, or raise --judging.max-wait."))  # fmt: skip

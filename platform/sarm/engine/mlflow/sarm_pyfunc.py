@@ -64,7 +64,8 @@ class Rewards:
         while has_bos and ids and ids[0] == bos:
             ids.pop(0)
         kept = self._max_length - has_bos
-        return [bos] * has_bos + ids[-kept:]
+        kept_ids: list[int] = [bos] * has_bos + ids[-kept:]
+        return kept_ids
 
     def _apply(self, turns: Any) -> str:
         return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False))

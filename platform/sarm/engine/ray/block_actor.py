@@ -69,11 +69,13 @@ class Journal:
     @property
     def is_careful(self) -> bool:
         """Whether the block goes row by row: as a whole it never came to its end."""
-        return self._state["attempts"] > _WHOLE_ATTEMPTS
+        attempts: int = self._state["attempts"]
+        return attempts > _WHOLE_ATTEMPTS
 
     def killed(self, row: int) -> bool:
         """Whether this row was in work as often as a row may be when its process died."""
-        return self._state["deaths"].get(str(row), 0) >= _DEATHS_OF_A_ROW
+        deaths: int = self._state["deaths"].get(str(row), 0)
+        return deaths >= _DEATHS_OF_A_ROW
 
     def doubt(self, row: int | None) -> None:
         """Note the row that is in work, before it is."""

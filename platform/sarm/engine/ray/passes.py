@@ -37,8 +37,9 @@ _KEYS = ("side", "position")
 class Pass:
     """Blocks, what is computed of them, and where it goes.
 
-    `input_ids` gives the ids of a table of `id_columns` as the column `output_id` of the outputs has them. Where that is a column of lists,
-    output rows stand for several inputs, and `keys` are the columns that tell output rows apart.
+    `input_ids` gives the ids of a table of `id_columns` as the column `output_id` of the outputs has them: the
+    first of these columns, if it is None. Where that is a column of lists, output rows stand for several inputs, and `keys` are the columns that tell
+    output rows apart.
     """
 
     name: str
@@ -49,8 +50,8 @@ class Pass:
     arguments: Mapping[str, Any]
     outputs: Mapping[Any, Output]
     id_columns: Sequence[str]
-    input_ids: Callable[[pa.Table], Sequence[Any]]
     output_id: str
+    input_ids: Callable[[pa.Table], Sequence[Any]] | None = None
     keys: Sequence[str] = ()
 
 
@@ -241,7 +242,8 @@ def checked(work: Pass, output: Output) -> dict[str, Any]:
     started = time.perf_counter()
 
     def kept_ids(table: pa.Table) -> Sequence[Any]:
-        return work.input_ids(table if work.keep is None else work.keep(table))
+        kept = table if work.keep is None else work.keep(table)
+        return kept[work.id_columns[0]].to_pylist() if work.input_ids is None else work.input_ids(kept)
 
     audited = audit(
         folder=output.folder,

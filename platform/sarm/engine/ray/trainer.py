@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import ray.train
 import ray.train.torch
@@ -29,7 +29,6 @@ from sarm.engine.terminal import say
 from sarm.settings.checks import StalledError, StoppedError
 from sarm.settings.run import RunSettings
 
-Task = TypeVar("Task")
 _PRINT_EVERY_SECONDS = 5.0
 _FEW_WORKERS = 16
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
@@ -64,24 +63,36 @@ class _WorkersFailed(Exception):  # noqa: N818
         self.cause, self.stood_still = cause, stood_still
 
 
-def run_workers(
-    name: str,
-    worker: Callable[[Any], Any],
-    task: Any,
-    run: RunSettings,
-    folder: Path,
-    cluster: Cluster,
-    threads: int,
-    states: Checkpoints | None = None,
-    callbacks: Sequence[Any] = (),
-) -> Any:
-    """Run `worker(task)` on `run.num_workers` Ray Train workers in one process group and return what rank 0 returned.
+class Task(Protocol):
+    """What workers are given; picklable. Fields of its own say what they do; these say how."""
 
-    With `states`, the worker goes on from the newest of them: when a worker's process or machine dies, all are started again, up
-    to `run.max_restarts` times without a newer state; and on SIGTERM or Ctrl-C they save and stop. Raises StoppedError then, StalledError if
-    a worker stood still too often (`StallGuard`), TimeoutError if the cluster has no room for them for minutes, and else what the
-    worker raised, without Ray's wrapping.
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def run(self) -> RunSettings:
+        """How many workers, with how many cores, and how often they are started again."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they write; Ray Train's own files lie in it for as long as they run."""
+
+    @property
+    def states(self) -> Checkpoints | None:
+        """Where their states are saved; None: they cannot go on."""
+
+
+def run_workers(worker: Callable[[Any], Any], task: Task, cluster: Cluster, callbacks: Sequence[Any] = ()) -> Any:
+    """Run `worker(task)` on the task's number of Ray Train workers in one process group and return what rank 0 returned.
+
+    With states, the worker goes on from the newest of them: when a worker's process or machine dies, all are started again, up
+    to `run.max_restarts` times without a newer state; and on SIGTERM or Ctrl-C they save and stop. Raises UserError if they do not fit
+    the cluster, StoppedError if they were stopped, StalledError if a worker stood still too often (`StallGuard`), TimeoutError if the
+    cluster has no room for them for minutes, and else what the worker raised, without Ray's wrapping.
     """
+    run, name, states = task.run, task.name, task.states
+    threads = cluster.cpus_each(run, run.num_workers)
     # Ray Train would log every printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # A process of its own watches for the notice that a node will be taken away. A single machine does not need it.
@@ -93,16 +104,7 @@ def run_workers(
     while True:
         try:
             with _saving_when_asked(states):
-                result = _fit(
-                    name=name,
-                    worker=worker,
-                    task=task,
-                    run=run,
-                    folder=folder,
-                    cluster=cluster,
-                    threads=threads,
-                    callbacks=callbacks,
-                )
+                result = _fit(worker=worker, task=task, cluster=cluster, threads=threads, callbacks=callbacks)
         except _WorkersFailed as failed:
             # A job that was asked to stop does not start workers again.
             leave_if_asked()
@@ -123,17 +125,8 @@ def run_workers(
         return result
 
 
-def _fit(
-    name: str,
-    worker: Callable[[Any], Any],
-    task: Any,
-    run: RunSettings,
-    folder: Path,
-    cluster: Cluster,
-    threads: int,
-    callbacks: Sequence[Any],
-) -> Any:
-    storage = folder / ".ray_train"
+def _fit(worker: Callable[[Any], Any], task: Task, cluster: Cluster, threads: int, callbacks: Sequence[Any]) -> Any:
+    storage = task.folder / ".ray_train"
     trainer = _Trainer(
         _call,
         train_loop_config={
@@ -144,13 +137,13 @@ def _fit(
         },
         torch_config=TorchOverNodeAddresses(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=run.num_workers,
+            num_workers=task.run.num_workers,
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": threads, **({"GPU": 1} if cluster.use_gpu else {})},
         ),
         # The same name would continue an older experiment's state.
         run_config=ray.train.RunConfig(
-            name=f"{name}-{uuid.uuid4().hex[:8]}",
+            name=f"{task.name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(storage),
             callbacks=list(callbacks),
             # Without a limit, Ray Train would wait for ever for a cluster that has become too small.
@@ -162,7 +155,7 @@ def _fit(
         return result.return_value
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-            raise TimeoutError(_no_room(name, run.num_workers, threads, cluster)) from error
+            raise TimeoutError(_no_room(task.name, task.run.num_workers, threads, cluster)) from error
         raise
     except ray.train.WorkerGroupError as error:
         raise _WorkersFailed(_cause(error), who_stood_still(storage)) from error

@@ -13,12 +13,12 @@ import numpy as np
 from sarm.evaluate.benchmarks.benchmark import Benchmark, Parsed
 from sarm.evaluate.benchmarks.fields import prompt_in, texts_in
 from sarm.evaluate.benchmarks.pairs import credits_of
-from sarm.evaluate.benchmarks.rows import Floats, Observations, ScoredRow, collect
+from sarm.evaluate.benchmarks.rows import Observations, PerCompletion, ScoredRow, collect
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def best_of(scores: Floats, num_correct: int, k: int) -> float:
+def best_of(scores: PerCompletion, num_correct: int, k: int) -> float:
     """Expected correctness of the best of k of the completions, the first `num_correct` of which are correct.
 
     Raises ValueError unless 1 <= k <= number of completions.

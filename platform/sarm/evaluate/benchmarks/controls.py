@@ -7,18 +7,22 @@ A function as reward model counts no tokens (NaN): what needs a length is then N
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Float64
+from numpy.typing import NDArray
 from scipy import optimize
 
 from sarm.contracts.ids import hash_share
 from sarm.evaluate.benchmarks.benchmark import Benchmark
-from sarm.evaluate.benchmarks.rows import Floats, ScoredRow
+from sarm.evaluate.benchmarks.rows import PerCompletion, ScoredRow
 from sarm.evaluate.statistics import calibration
 
+PerPair = Float64[NDArray[np.float64], " pairs"]
 _RIDGE = 1e-3
 _RANDOM_DRAWS = 20
 
@@ -71,20 +75,20 @@ def length_and_style(rows: Sequence[ScoredRow]) -> dict[str, Any]:
     }
 
 
-def _ranks(values_N: Floats) -> Floats:
+def _ranks(values_N: PerCompletion) -> PerCompletion:
     """Ranks from 1, equal values at their mean rank."""
     _, place, counts = np.unique(values_N, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
-def _accuracy_at_zero(won_N: Floats, x_ND: Floats, weight_N: Floats) -> float:
+def _accuracy_at_zero(won_N: PerPair, x_ND: Float64[NDArray[np.float64], "pairs columns"], weight_N: PerPair) -> float:
     """sigmoid of the intercept of a logistic regression, with a ridge on the slopes so that separable data have a fit."""
     if np.ptp(won_N) == 0:
         return float(won_N[0])
     scale = x_ND.std(axis=0)
     x_ND = x_ND / np.where(scale > 0, scale, 1.0)
 
-    def loss(beta: Floats) -> float:
+    def loss(beta: Float64[NDArray[np.float64], " coefficients"]) -> float:
         z = beta[0] + x_ND @ beta[1:]
         nll = won_N * np.logaddexp(0, -z) + (1 - won_N) * np.logaddexp(0, z)
         return float((weight_N * nll).sum() / weight_N.sum() + _RIDGE * (beta[1:] ** 2).sum() + 1e-6 * beta[0] ** 2)
@@ -98,7 +102,7 @@ def calibrated(rows: Sequence[ScoredRow]) -> dict[str, Any] | None:
 
     The halves are fixed by the hash of the prompt. Pairs are (best correct, each wrong). None if a half is empty.
     """
-    halves: tuple[list[Floats], list[Floats]] = ([], [])
+    halves: tuple[list[PerPair], list[PerPair]] = ([], [])
     for row in rows:
         margins = row.scores[: row.num_correct].max() - row.scores[row.num_correct :]
         halves[hash_share(f"temperature/{row.cluster}") < 0.5].append(margins)
@@ -108,13 +112,13 @@ def calibrated(rows: Sequence[ScoredRow]) -> dict[str, Any] | None:
     temperature = fit_temperature(fit)
     return {
         "num_pairs": len(test),
-        "raw": calibration(test)._asdict(),
+        "raw": asdict(calibration(test)),
         "temperature": temperature,
-        "scaled": calibration(test / temperature)._asdict(),
+        "scaled": asdict(calibration(test / temperature)),
     }
 
 
-def fit_temperature(margins_N: Floats) -> float:
+def fit_temperature(margins_N: PerPair) -> float:
     """The T > 0 with the least NLL of sigmoid(margin / T), within 0.001 and 1000 standard deviations of the margins."""
     scale = float(margins_N.std()) or 1.0
     found = optimize.minimize_scalar(

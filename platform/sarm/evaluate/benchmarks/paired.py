@@ -14,7 +14,7 @@ import numpy as np
 from sarm.evaluate.benchmarks.benchmark import Benchmark
 from sarm.evaluate.benchmarks.rows import Observations, ScoredRow
 from sarm.evaluate.influence import (  # fmt: skip
-    Floats,
+    PerPart,
     Stratum,
     Sums,
     effective_prompts,
@@ -83,7 +83,7 @@ def compare(
 
 
 def _interval(
-    gain: float, gradient_P: Floats, sums: tuple[Sums, Sums], observed: tuple[Observations, Observations]
+    gain: float, gradient_P: PerPart, sums: tuple[Sums, Sums], observed: tuple[Observations, Observations]
 ) -> Interval:
     """As of any paired difference where the figure is one mean, else from the influences of the prompts on A - B."""
     a, b = sums

@@ -16,7 +16,7 @@ import numpy as np
 
 from sarm.evaluate.benchmarks.benchmark import Benchmark, Measure, Parsed, Partner, wins_all
 from sarm.evaluate.benchmarks.fields import Fault, prompt_in, subset_in, texts_in
-from sarm.evaluate.benchmarks.rows import Floats, Observations, ScoredRow, collect, plain_mean
+from sarm.evaluate.benchmarks.rows import Observations, PerCompletion, ScoredRow, collect, plain_mean
 
 TIES = "Ties"
 SUBSETS = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Focus": 495, TIES: 102}
@@ -58,13 +58,13 @@ def _partner(subset: str, row_id: str) -> Partner | None:
     return Partner(f"{_KINDS[kind]}:{number}", f"{TIES}:{number}") if subset == TIES else None
 
 
-def best_of_n_credit(scores: Floats) -> float:
+def best_of_n_credit(scores: PerCompletion) -> float:
     """1/m if the first score is the maximum and m scores share it, else 0."""
     best = np.max(scores)
     return float(1 / np.sum(scores == best)) if scores[0] == best else 0.0
 
 
-def ties_spread(scores: Floats, num_correct: int) -> Spread:
+def ties_spread(scores: PerCompletion, num_correct: int) -> Spread:
     """Spread and gap of a row whose first `num_correct` completions are correct.
 
     Raises ValueError if none is correct or none is wrong.

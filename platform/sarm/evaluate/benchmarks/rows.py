@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+PerCompletion = Float64[NDArray[np.float64], " completions"]
 
 
 class ScoredRow(NamedTuple):
@@ -19,9 +20,9 @@ class ScoredRow(NamedTuple):
     row_id: str
     cluster: str
     num_correct: int
-    scores: Floats
-    tokens: Floats
-    markup: Floats
+    scores: PerCompletion
+    tokens: PerCompletion
+    markup: PerCompletion
 
 
 class Observations(NamedTuple):

@@ -54,11 +54,13 @@ class _Known(NamedTuple):
 
     @property
     def model(self) -> ModelSettings:
-        return self.config.model
+        model: ModelSettings = self.config.model
+        return model
 
     @property
     def reward_dtype(self) -> str:
-        return self.config.reward.precision
+        precision: str = self.config.reward.precision
+        return precision
 
     def time(self, flops: float, count: int, dtype: str, *, training: bool = False) -> tuple[float, float]:
         """(seconds, GPU-hours) of so many FLOPs."""

@@ -70,7 +70,8 @@ def _in_common(config: Ablation) -> dict[str, Any]:
         "evaluation": identity(config.evaluation),
         "order_seed": config.run.seed,
     }
-    return json.loads(json.dumps(shared))
+    plain: dict[str, Any] = json.loads(json.dumps(shared))
+    return plain
 
 
 def move_sweep_aside(config: Ablation) -> Path | None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from sarm.contracts.folders import EVALUATION_FOLDER, SAE_FOLDER
 from sarm.contracts.manifest import MANIFEST, read_manifest, write_atomically
+from sarm.data.store.parts import read_parts
 from sarm.engine.mlflow.ui_command import ui_command
 from sarm.engine.session import RUN_FILE, Session
 from sarm.engine.terminal import say
@@ -108,12 +109,12 @@ def _minus_centre(plan: SweepPlan, cell: Cell) -> tuple[float | None, ...]:
     if other is None or other == cell or other not in plan.cells or status_of(plan, other)[0] != "done":
         return None, None, None
     found = accuracy_difference(_scores(plan, cell), _scores(plan, other))
-    return found["difference"], *found["difference_ci95"]
+    return found.difference, *(found.difference_ci95 or (None, None))
 
 
 def _scores(plan: SweepPlan, cell: Cell) -> pa.Table:
     (folder,) = (plan.cell_folder(cell) / "evaluation").glob("*_scores")
-    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))])
+    return read_parts(folder)
 
 
 def report(session: Session, plan: SweepPlan, spent: Spent | None) -> Report:

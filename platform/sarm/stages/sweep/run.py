@@ -57,7 +57,8 @@ def _width(model: ModelSettings) -> int:
         read = read_config(model_folder(model), 1, revision=model.revision, gguf_file=model.gguf_file)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return read.hidden_size
+    width: int = read.hidden_size
+    return width
 
 
 def todo(plan: SweepPlan) -> list[Cell]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import ACTIVATIONS_FOLDER, EVALUATION_FOLDER, PAIRS_FOLDER, SAE_FOLDER, SARM_FOLDER
 from sarm.contracts.manifest import MANIFEST, Manifest, StageFolder, read_manifest
 from sarm.data.formats.models import check_model
@@ -145,13 +146,14 @@ def _measure(
 
     scores = score_heldout(session, plan.settings(cell).extraction, model, folder)
     measured = measure_pairs(scores)
-    figures = {"heldout_accuracy": measured.get("accuracy"), "heldout_margin": measured.get("mean_margin")}
-    figures |= dict(zip(("ci95_low", "ci95_high"), measured.get("accuracy_ci95", ()), strict=False))
+    figures = {"heldout_accuracy": measured.accuracy, "heldout_margin": measured.mean_margin}
+    if measured.accuracy_ci95 is not None:
+        figures |= {"ci95_low": measured.accuracy_ci95.low, "ci95_high": measured.accuracy_ci95.high}
     if cell.component in WITH_TRAINED_SAE:
         sae, _ = load_sae(session.folders.sae)
         quality = measure(sae, ActivationStore(session.folders.heldout_activations).read_sides()[1])
         figures |= {"fvu_heldout": quality.fvu, "alive_at_reward": quality.counts.alive_share()}
-    (folder / "metrics.json").write_text(json.dumps(measured, indent=2))
+    (folder / "metrics.json").write_text(json.dumps(plain_values(measured), indent=2))
     child.log_artifact(folder / "metrics.json")
     return {"figures": figures, "rows": scores.num_rows}
 

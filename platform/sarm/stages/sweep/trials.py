@@ -123,7 +123,7 @@ def _last_loss(folder: Path, steps: int) -> float:
     """The mean loss of the last steps of the cell's training."""
     (path,) = folder.glob("*/history.json")
     (history,) = json.loads(path.read_text()).values()
-    last = [entry["loss"] for entry in history[-steps:]]
+    last: list[float] = [entry["loss"] for entry in history[-steps:]]
     return sum(last) / len(last)
 
 
