@@ -36,7 +36,7 @@ from sarm.evaluate.statistics import pair_credit
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.settings.reward import RewardSettings
 from sarm.settings.run import RunSettings
-from sarm.stages.evaluate import probe_scores
+from sarm.stages.evaluate_frozen import probe_scores, read_frozen
 from sarm.stages.reward_models import build_model
 from sarm.train.head_start import start_head_
 from sarm.train.reward import LocalEngine, parameter_groups, train_reward
@@ -171,7 +171,7 @@ def write_references(root: Path, like: pa.Table, runs: Path) -> None:
         pa.schema([(n, pa.float32() if n.endswith("reward") else pa.string()) for n in names])
     )
     with open_session(config) as session:
-        probe = probe_scores(session, like)
+        probe = probe_scores(read_frozen(session), like)
     texts = {row["pair_id"]: row for row in load_pairs(config.run.out / "pairs", "heldout").to_pylist()}
     shorter = like
     for side in ("chosen", "rejected"):

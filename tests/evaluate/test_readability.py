@@ -71,7 +71,7 @@ def test_scores_of_a_response_come_from_a_classifier_that_did_not_see_its_prompt
 
 def test_all_figures_of_made_up_responses():
     answered, weight_S = made()
-    found = readability(answered, weight_S)
+    found = readability(answered, weight_S, named_latents(answered, weight_S))
     assert found.num_alive_at_reward == 3
     apples = float((answered.values[:, [1]].toarray() != 0).mean()) * 2
     chance = float((answered.values[:, [2]].toarray() != 0).mean()) * 0.5
@@ -89,7 +89,8 @@ def test_texts_without_a_common_word_and_latents_that_always_fire_have_no_names(
     texts = [f"only{number}" for number in range(len(answered.texts))]
     assert named_latents(Answered(answered.values, answered.prompts, texts, answered.pairs), weight_S) == []
     always = Answered(answered.values[:, [0]], answered.prompts, answered.texts, answered.pairs)
-    assert readability(always, np.array([1.0])).names_auc is None
+    weight_S = np.array([1.0])
+    assert readability(always, weight_S, named_latents(always, weight_S)).names_auc is None
 
 
 def test_an_interval_over_prompts_is_wider_than_one_over_rows_where_rows_of_a_prompt_are_alike():

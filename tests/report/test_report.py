@@ -48,6 +48,7 @@ def report_with(text="plain text", **changes):
         "weight": 0.5,
         "mean_contribution": 0.25,
         "frequency": 0.125,
+        "names": {"terms": [text, "word"], "auc": 0.91},
         "contexts": [{"value": 2.5, "side": text, "text": text}],
     }
     explanation = PairExplanation("id " + text, 1.5, 0.5, 1.0, (LatentShare(7, 0.5, 2.0, 0.0, 1.0),), 0.0, 2)

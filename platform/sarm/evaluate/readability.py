@@ -70,9 +70,15 @@ class Named:
     """Of each response, by a classifier that did not see its prompt."""
     fires: NDArray[np.bool_]
 
+    def figures(self) -> dict[str, Any]:
+        """What is kept of it."""
+        return {"auc": self.auc, "terms": list(self.terms)}
 
-def readability(answered: Answered, weight_S: Float[np.ndarray, " d_sae"], seed: int = 0) -> Readability:
-    """All figures, with intervals by drawing prompts anew (percentile bootstrap)."""
+
+def readability(
+    answered: Answered, weight_S: Float[np.ndarray, " d_sae"], named: Sequence[Named], seed: int = 0
+) -> Readability:
+    """All figures, with intervals by drawing prompts anew (percentile bootstrap); `named` is what `named_latents` gives."""
     fires_RS = answered.values != 0
     contributions_RS = _contributions(answered.values, weight_S)
     pair_prompts_N = answered.prompts[answered.pairs[:, 0]]
@@ -91,7 +97,7 @@ def readability(answered: Answered, weight_S: Float[np.ndarray, " d_sae"], seed:
         dense_share=over_prompts(share_of(np.nextafter(DENSE, 1)), answered.prompts, seed),
         latents_half_margin=over_prompts(latents_of(0.5), pair_prompts_N, seed),
         latents_ninety_margin=over_prompts(latents_of(0.9), pair_prompts_N, seed),
-        names_auc=_names_auc(named_latents(answered, weight_S, seed), answered.prompts, seed),
+        names_auc=_names_auc(named, answered.prompts, seed),
     )
 
 

@@ -84,6 +84,18 @@ def measure(
     return Measured(unexplained.value(), counts, cosines / counts.num_rows if counts.num_rows else None)
 
 
+def pca_fvu(train_ND: Float[Tensor, "rows d_in"], unseen_MD: Float[Tensor, "unseen d_in"], rank: int) -> float | None:
+    """FVU on unseen rows of the mean and the first `rank` principal components of training rows; None without rows on either side."""
+    if not len(train_ND) or not len(unseen_MD):
+        return None
+    mean_D = train_ND.double().mean(0)
+    covariance_DD = torch.cov(train_ND.double().T, correction=0)
+    axes_DR = torch.linalg.eigh(covariance_DD).eigenvectors[:, -rank:]
+    unexplained = VarianceUnexplained(train_ND.shape[1])
+    unexplained.add(unseen_MD, mean_D + (unseen_MD.double() - mean_D) @ axes_DR @ axes_DR.T)
+    return unexplained.value()
+
+
 def quality_metrics(quality: Measured) -> dict[str, float]:
     """The measured quality under the names that MLflow shows."""
     found = {} if quality.fvu is None else {"fvu": quality.fvu, "explained_variance": 1 - quality.fvu}

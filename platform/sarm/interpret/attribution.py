@@ -133,7 +133,7 @@ def pair_explanation(scores: pa.Table, pair_id: str, weight_S: Float[np.ndarray,
         raise UserError(f"expected one pair {pair_id!r} in the scores, got {row.num_rows}.")
     value_2S = np.zeros((2, len(weight_S)))
     for side, name in enumerate(("chosen", "rejected")):
-        latent_A, value_A = _flat(row, name, len(weight_S))[1:]
+        latent_A, value_A = active_latents(row, name, len(weight_S))[1:]
         value_2S[side, latent_A] = value_A
     contribution_S = weight_S.astype(np.float64) * (value_2S[0] - value_2S[1])
     active = np.flatnonzero(value_2S.any(axis=0))
@@ -174,11 +174,11 @@ def pair_contributions(scores: pa.Table, weight_S: Float[NDArray[np.floating], "
 
 
 def _active(scores: pa.Table, side: str, weight_S: Float[NDArray[np.floating], " d_sae"]) -> Active:
-    row_A, latent_A, value_A = _flat(scores, side, len(weight_S))
+    row_A, latent_A, value_A = active_latents(scores, side, len(weight_S))
     return Active(row_A, latent_A, weight_S.astype(np.float64)[latent_A] * value_A)
 
 
-def _flat(
+def active_latents(
     scores: pa.Table, side: str, d_sae: int
 ) -> tuple[
     Int64[NDArray[np.int64], " active"], Int64[NDArray[np.int64], " active"], Float64[NDArray[np.float64], " active"]

@@ -30,6 +30,15 @@ LABELS = {
     "nll": "NLL, nats per pair",
     "peak_rss_gb": "peak memory, GB",
     "completeness": "largest |reward − Σ w·z|",
+    "fvu_pca": "the same of as many principal components",
+    "reward_fidelity": "probe's reward kept by the SAE",
+    "num_alive_at_reward": "latents that fire on held-out answers",
+    "always_on_share": "contributions of always-on latents",
+    "dense_share": "contributions of dense latents",
+    "latents_half_margin": "latents that carry half of a margin",
+    "latents_ninety_margin": "latents that carry 9/10 of a margin",
+    "names_auc": "AUC of words for strong latents",
+    "sarm_minus_scalar": "accuracy, SARM − scalar head",
 }
 
 Row = Mapping[str, Any]
@@ -144,8 +153,13 @@ def to_markdown(report: Report) -> str:
     return markdown(r["title"], r["facts"], r["notes"], parts)
 
 
-def describe_features(features: pa.Table, contexts: pa.Table, num_contexts: int) -> list[dict[str, Any]]:
-    """Rows for `Report.raising` or `.lowering` from FEATURES rows (order kept) and the CONTEXTS of their latents."""
+def describe_features(
+    features: pa.Table, contexts: pa.Table, num_contexts: int, names: Mapping[str, Row] | None = None
+) -> list[dict[str, Any]]:
+    """Rows for `Report.raising` or `.lowering` from FEATURES rows (order kept) and the CONTEXTS of their latents.
+
+    `names` are `{terms, auc}` of latents, by their numbers as text.
+    """
     described = []
     for row, mean in zip(features.to_pylist(), mean_contribution(features).tolist(), strict=True):
         own = contexts.filter(pc.equal(contexts["latent"], row["latent"])).sort_by("rank").slice(0, num_contexts)
@@ -156,6 +170,7 @@ def describe_features(features: pa.Table, contexts: pa.Table, num_contexts: int)
                 "mean_contribution": mean,
                 "mean_margin_contribution": row["mean_margin_contribution"],
                 "frequency": (row["frequency_chosen"] + row["frequency_rejected"]) / 2,
+                "names": dict((names or {}).get(str(row["latent"]), {})),
                 "contexts": own.select(["value", "side", "text"]).to_pylist(),
             }
         )

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import BASELINES, SARM_FOLDER
-from sarm.contracts.ids import stable_int
 from sarm.contracts.manifest import Manifest, read_manifest
 from sarm.contracts.tables import PAIR_SCORES_TABLE
 from sarm.contracts.untrusted import read_json
@@ -21,7 +19,6 @@ from sarm.data.formats.models import model_folder
 from sarm.data.formats.sae_folder import load_sae
 from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.sources.prepare import NEAR_DUPLICATES
-from sarm.data.store.activations import ActivationStore
 from sarm.data.store.blocks import plan_blocks
 from sarm.data.store.pairs import PAIR_COLUMNS, load_pairs, of_split
 from sarm.data.store.parts import read_counts, read_parts
@@ -31,18 +28,18 @@ from sarm.engine.ray.passes import Pass
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
 from sarm.evaluate import pairs as measures
-from sarm.evaluate.probe import fit_probe
-from sarm.evaluate.sae_quality import measure
+from sarm.evaluate.readability import named_latents, readability
+from sarm.interpret.answered import answered_of
 from sarm.interpret.attribution import check_completeness, feature_table
 from sarm.interpret.contexts import strongest_texts
 from sarm.nn.protocol import PROTOCOL_VERSION
-from sarm.nn.sae import standardise
 from sarm.passes.pair_scores import PairScores
 from sarm.passes.reader import Reader
 from sarm.settings.evaluation import EvaluationSettings
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.stages import plan
+from sarm.stages.evaluate_frozen import dictionary_figures, probe_scores, read_frozen
 
 
 def evaluate(session: Session, extraction: ExtractionSettings, evaluation: EvaluationSettings) -> Manifest:
@@ -64,7 +61,8 @@ def _measure(
         if (session.folders.out / name).exists():
             scores[name] = score_heldout(session, extraction, name, folder)
     say("evaluate: fitting the logistic probe on frozen activations")
-    scores["probe"] = probe_scores(session, scores["sarm"])
+    frozen = read_frozen(session)
+    scores["probe"] = probe_scores(frozen, scores["sarm"])
     metrics: dict[str, Any] = {name: measures.measure_pairs(table) for name, table in scores.items()}
     metrics |= {f"{name}_answer": value for name, value in measures.length_baseline(scores["sarm"]).items()}
     metrics["random"] = measures.random_baseline(scores["sarm"], session.run.seed)
@@ -76,17 +74,18 @@ def _measure(
 
     (weight,) = read_latents(session.folders.sarm, "score.weight")
     sae, _ = load_sae(session.folders.sae)
-    quality = measure(sae, ActivationStore(session.folders.heldout_activations).read_sides()[1])
-    metrics["sae_on_heldout"] = {
-        "fvu": quality.fvu,
-        "alive_share": quality.counts.alive_share(),
-        "l0": quality.counts.l0(),
-    }
+    dictionary = dictionary_figures(sae, frozen)
+    metrics["sae_on_heldout"] = dictionary
     metrics["protocol_version"] = PROTOCOL_VERSION
     metrics["contents"] = contents
     metrics["completeness"] = check_completeness(scores["sarm"], weight)
     features = feature_table(scores["sarm"], weight)
     answers = _answers(session, scores["sarm"])
+    say("evaluate: which words tell where its latents fire")
+    answered = answered_of(scores["sarm"], answers["text"], len(weight))
+    named = named_latents(answered, weight, session.run.seed)
+    metrics["readability"] = readability(answered, weight, named, session.run.seed)
+    metrics["names"] = {str(name.latent): name.figures() for name in named}
     contexts = strongest_texts(answers, evaluation.contexts_per_feature)
     pq.write_table(features, folder / "features.parquet", write_page_checksum=True)
     pq.write_table(contexts, folder / "contexts.parquet", write_page_checksum=True)
@@ -105,7 +104,7 @@ def _measure(
         .get("accuracy"),
         "probe_accuracy": metrics["probe"].accuracy,
         "scalar_head_accuracy": metrics["scalar_head"].accuracy if "scalar_head" in metrics else None,
-        "fvu_heldout": quality.fvu,
+        "fvu_heldout": dictionary.fvu,
         "num_features": features.num_rows,
         "completeness": metrics["completeness"],
         "contents_with_control_tokens": contents["contents_with_control_tokens"],
@@ -137,25 +136,6 @@ def without_near_duplicates(scores: Mapping[str, pa.Table], pairs: Path) -> dict
         "of_pairs": len(prompts),
         "without": {name: {key: getattr(accuracies, key) for key in kept} for name, accuracies in measured.items()},
     }
-
-
-def probe_scores(session: Session, like: pa.Table) -> pa.Table:
-    """The held-out pairs of `like` with the rewards of a logistic probe on the frozen activations of the training pairs."""
-    train, x_ND = ActivationStore(session.folders.chat_activations).read_sides()
-    heldout, y_MD = ActivationStore(session.folders.heldout_activations).read_sides()
-    pairs = load_pairs(session.folders.pairs, "train").select(["pair_id", "prompt_id"]).to_pylist()
-    keys = [stable_int(pair["pair_id"]) for pair in pairs]
-    usable = [i for i, key in enumerate(keys) if (key, "chosen") in train and (key, "rejected") in train]
-    x = standardise(x_ND).numpy()
-    chosen, rejected = (x[[train[keys[i], side] for i in usable]] for side in ("chosen", "rejected"))
-    probe = fit_probe(chosen, rejected, np.array([pairs[i]["prompt_id"] for i in usable]), session.run.seed)
-    rewards = np.append(probe.rewards(standardise(y_MD).numpy()), np.nan)
-    for side in ("chosen", "rejected"):
-        # A response without a stored activation takes the NaN at the end, which the measures count.
-        places = [heldout.get((stable_int(pair_id), side), -1) for pair_id in like.column("pair_id").to_pylist()]
-        index = like.schema.get_field_index(f"{side}_reward")
-        like = like.set_column(index, like.schema.field(index), pa.array(rewards[places], pa.float32()))
-    return like
 
 
 def score_heldout(session: Session, extraction: ExtractionSettings, name: str, folder: Path) -> pa.Table:

@@ -38,6 +38,10 @@ _COMPARED = {
     "probe_accuracy": "probe",
     "length_baseline_accuracy": "shorter_answer",
 }
+_READABLE = (
+    "fvu_pca", "reward_fidelity", "num_alive_at_reward", "always_on_share", "dense_share", "latents_half_margin", "latents_ninety_margin",
+    "names_auc", "sarm_minus_scalar",
+)  # fmt: skip
 _CONTEXTS_SHOWN, _PAIRS_SHOWN = 3, 6
 
 
@@ -50,7 +54,8 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
     features = pq.read_table(folders.evaluation / "features.parquet")
     contexts = pq.read_table(folders.evaluation / "contexts.parquet")
     raising, lowering = (
-        describe_features(table, contexts, _CONTEXTS_SHOWN) for table in top_features(features, evaluation.top_features)
+        describe_features(table, contexts, _CONTEXTS_SHOWN, metrics.get("names", {}))
+        for table in top_features(features, evaluation.top_features)
     )
     accuracies = [
         {"name": label, "accuracy": metrics[key]["accuracy"], "ci95": metrics[key]["accuracy_ci95"]}
@@ -111,6 +116,7 @@ def _compared(headline: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[s
         accuracies |= dict(zip((f"{name}_low", f"{name}_high"), measured.get("accuracy_ci95") or (), strict=False))
     accuracies |= {key: headline[key] for key in ("mean_margin", "num_heldout_pairs", "peak_rss_gb", "total_seconds")}
     accuracies |= {f"sae_{key}": headline[key] for key in ("fvu", "alive_at_reward", "dead_share")}
+    accuracies |= {key: headline.get(key) for key in _READABLE}
     return {key: value for key, value in accuracies.items() if value is not None}
 
 
@@ -149,12 +155,29 @@ def _headline(manifests: dict[str, Manifest], metrics: dict[str, Any]) -> dict[s
         "fvu_sentence_ends": sae.get("fvu_text"),
         "alive_at_reward": sae.get("alive_at_reward"),
         "dead_share": sae.get("dead_share"),
+        **_readable(metrics),
         "completeness": metrics["completeness"],
         "protocol_version": metrics.get("protocol_version", 1),
         "peak_rss_gb": max(manifest.counts.get("peak_rss_gb", 0.0) for manifest in manifests.values()),
     }
     seconds = {name: manifest.counts.get("seconds") for name, manifest in manifests.items()}
     return {**headline, "total_seconds": sum(s for s in seconds.values() if s), "stage_seconds": seconds}
+
+
+def _readable(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the reward can be read, and what the dictionary costs; nothing of an evaluation that is older than these figures."""
+    figures = dict(metrics.get("readability", {}))
+    flat = {name: value["value"] if isinstance(value, Mapping) else value for name, value in figures.items()}
+    intervals = {f"{name}_ci95": value["ci95"] for name, value in figures.items() if isinstance(value, Mapping)}
+    dictionary = (
+        {name: metrics["sae_on_heldout"].get(name) for name in ("fvu_pca", "reward_fidelity")} if figures else {}
+    )
+    beside = metrics.get("sarm_minus", {}).get("scalar_head", {})
+    difference = {
+        "sarm_minus_scalar": beside.get("difference"),
+        "sarm_minus_scalar_ci95": beside.get("difference_ci95"),
+    }
+    return {**dictionary, **flat, **intervals, **(difference if beside else {})}
 
 
 def _facts(manifests: dict[str, Manifest], metrics: dict[str, Any]) -> dict[str, Any]:
