@@ -71,8 +71,7 @@ def test_a_text_seen_twice_is_kept_once_with_its_maximum():
     assert table.select(["value", "doc_id"]).to_pylist() == [{"value": 3, "doc_id": "a"}]
 
 
-def test_of_a_latent_with_two_meanings_the_strongest_texts_of_both_are_kept_with_their_sign():
+def test_silent_latents_and_negative_values_have_no_texts():
     rows = [answer(str(i), "chosen", f"text {i}", {1: value}) for i, value in enumerate((0.5, -2.0, 1.0, 0.0, -0.1))]
     table = pa.Table.from_pylist(rows, schema=ANSWERS)
-    assert strongest_texts(table, 3, is_bidirectional=True)["value"].to_pylist() == [-2.0, 1.0, 0.5]
     assert strongest_texts(table, 3)["value"].to_pylist() == [1.0, 0.5]

@@ -11,11 +11,11 @@ from sarm.contracts.tables import CONTEXTS_TABLE
 from sarm.interpret.tallies import place_in_run
 
 
-def strongest_texts(answers: pa.Table, n: int, *, is_bidirectional: bool = False) -> pa.Table:
+def strongest_texts(answers: pa.Table, n: int) -> pa.Table:
     """CONTEXTS with the `n` strongest distinct texts of each latent that fires; `rank` counts from 1.
 
     `answers` has doc_id, side, text, latents and values, the last two as lists. Texts of a latent are ordered by (-value, doc_id, side,
-    text), of bidirectional latents by -|value|, and one text counts once, with its first place in this order: the order of the rows plays no part.
+    text), and one text counts once, with its first place in this order: the order of the rows plays no part.
     """
     answers = answers.sort_by([(name, "ascending") for name in ("doc_id", "side", "text")])
     lists = answers["latents"].combine_chunks()
@@ -24,9 +24,8 @@ def strongest_texts(answers: pa.Table, n: int, *, is_bidirectional: bool = False
     latent_F = pc.list_flatten(lists).to_numpy().astype(np.int64)
     # As float32, which is what the table stores: values are compared as they will be read back.
     value_F = pc.list_flatten(answers["values"].combine_chunks()).to_numpy().astype(np.float32)
-    strength_F = np.abs(value_F) if is_bidirectional else value_F
-    order = np.lexsort((row_F, -strength_F, latent_F))
-    order = order[strength_F[order] > 0]
+    order = np.lexsort((row_F, -value_F, latent_F))
+    order = order[value_F[order] > 0]
     codes = answers["text"].combine_chunks().dictionary_encode()
     text_F = codes.indices.to_numpy().astype(np.int64)[row_F]
     # The first place of each text among those of its latent.
