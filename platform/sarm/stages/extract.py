@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sarm.contracts.ids import stable_int
-from sarm.contracts.tables import activations_table
+from sarm.contracts.tables import SENTENCE, activations_table
 from sarm.data.formats.models import check_model, model_folder
 from sarm.data.store.blocks import plan_blocks
 from sarm.data.tokens.chat import ChatTokenizer
@@ -20,14 +20,20 @@ from sarm.engine.session import Session
 from sarm.engine.terminal import say
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.checks import UserError
-from sarm.settings.extraction import ExtractionSettings
+from sarm.settings.extraction import TURN_END, ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.stages import plan
 from sarm.stages.plan import Key
 
 _NAMES = {"all": "extract sentence ends", "train": "extract chat ends", "heldout": "extract held-out chat ends"}
-_NAMES_OF_UNIT = {"token": "extract tokens", "chat": "extract conversation ends"}
+_NAMES_OF_UNIT = {
+    "token": "extract tokens",
+    "chat": "extract conversation ends",
+    TURN_END: "extract turn ends of texts",
+}
+_NAME_OF_RESPONSES = "extract turn ends of responses"
 _TEXT_COLUMNS = ("row_id", "text")
+_RESPONSE_COLUMNS = ("pair_id", "split", "prompt", "chosen", "rejected")
 _PAIR_COLUMNS = ("pair_id", "prompt_id", "split", "prompt", "chosen", "rejected", "margin", "subset")
 
 
@@ -37,16 +43,17 @@ def extract(session: Session, model: ModelSettings, extraction: ExtractionSettin
     for layer in extraction.layers:
         _check_layer(model, layer)
     planned = plan.activations(session.folders, model, extraction)
-    for split, name in _NAMES.items():
+    for split, units in _passes(extraction):
         source = session.folders.corpus if split == "all" else session.folders.pairs
         if split == "all" and not source.exists():
             continue
-        folders = {key: folder.open() for key, folder in planned.items() if key[0] == split}
+        folders = {key: folder.open() for key, folder in planned.items() if key[0] == split and key[1] in units}
+        name = _NAMES[split]
         if split == "all":
-            name = _NAMES_OF_UNIT.get("".join(extraction.units), name)
-            _check_units(source, extraction.units)
+            name = _NAMES_OF_UNIT.get("".join(units), name)
+            _check_units(source, units)
+        names = {key: _NAME_OF_RESPONSES if key[:2] == ("train", TURN_END) else name for key in folders}
         targets = {key: folder.folder for key, folder in planned.items()}
-        names = dict.fromkeys(folders, name)
         session.stages(
             names,
             folders,
@@ -61,6 +68,14 @@ def extract(session: Session, model: ModelSettings, extraction: ExtractionSettin
             ),
             resume=True,
         )
+
+
+def _passes(extraction: ExtractionSettings) -> list[tuple[str, tuple[str, ...]]]:
+    """(split, units) of each pass: texts as answers are other sequences than texts, responses with branches are not."""
+    plain = tuple(unit for unit in extraction.units if unit != TURN_END)
+    ends = (TURN_END,) if TURN_END in extraction.units else ()
+    of_texts = [("all", units) for units in (plain, ends) if units]
+    return [*of_texts, ("train", ("chat", *ends)), ("heldout", ("chat",))]
 
 
 class _Extraction:
@@ -82,10 +97,10 @@ class _Extraction:
     def __call__(self, children: Mapping[Key, StageRun]) -> dict[Key, dict[str, Any]]:
         from sarm.contracts.passes import Target
         from sarm.data.store.activations import statistics_of
-        from sarm.engine.ray.block_actor import Output
+        from sarm.engine.ray.block_actor import Inputs, Output
         from sarm.engine.ray.passes import Pass, run_over
         from sarm.nn.backbone import read_config
-        from sarm.passes.activations import ChatActivations, TextActivations
+        from sarm.passes.turn_ends import response_row_ids
 
         keys = list(children)
         # Targets of one pass have one run.
@@ -97,7 +112,9 @@ class _Extraction:
         about = {Target(unit, layer): self._about(d_in, layer) for _, unit, layer in keys}
         outputs = {
             Target(unit, layer): Output(
-                self._targets[split, unit, layer], activations_table(d_in, about[Target(unit, layer)])
+                self._targets[split, unit, layer],
+                activations_table(d_in, about[Target(unit, layer)], kinds=unit == TURN_END),
+                None if is_text or unit != TURN_END else Inputs(_RESPONSE_COLUMNS, response_row_ids, "row_id"),
             )
             for _, unit, layer in keys
         }
@@ -111,9 +128,9 @@ class _Extraction:
         work = Pass(
             name=self._name,
             blocks=blocks,
-            columns=_text_columns(keys) if is_text else _PAIR_COLUMNS,
+            columns=_text_columns(keys, files) if is_text else _PAIR_COLUMNS,
             keep=None if is_text else functools.partial(_of_split, split=split),
-            actor=TextActivations if is_text else ChatActivations,
+            actor=_actor(keys),
             arguments={
                 "model": model,
                 "folder": folder,
@@ -137,8 +154,10 @@ class _Extraction:
                 child.log_table(rows, "rejected.json")
             if num := own.get("contents_with_control_tokens"):
                 say(f"{self._name}: {num:,} contents spell control tokens, which are encoded as text")
+            if key[1] == TURN_END and SENTENCE not in own.get("kinds", {}):
+                say(_no_sentences(extraction))
             figures = plan.with_figures(
-                own, "rows", "truncated", "contents_with_control_tokens", "tokens_per_second", "padding_share"
+                own, "rows", "kinds", "truncated", "contents_with_control_tokens", "tokens_per_second", "padding_share"
             )
             counts[key] = {**figures, "activations": about[target]}
         return counts
@@ -203,8 +222,29 @@ def _check_units(corpus: Path, units: Sequence[str]) -> None:
         )
 
 
-def _text_columns(keys: Sequence[Key]) -> tuple[str, ...]:
-    return (*_TEXT_COLUMNS, "messages") if any(unit == "chat" for _, unit, _ in keys) else _TEXT_COLUMNS
+def _text_columns(keys: Sequence[Key], files: Sequence[Path]) -> tuple[str, ...]:
+    """`chat` needs conversations, `turn_end` takes the last answers of those that there are."""
+    asked = {unit for _, unit, _ in keys}
+    has_messages = "chat" in asked or (TURN_END in asked and "messages" in pq.read_schema(files[0]).names)
+    return (*_TEXT_COLUMNS, "messages") if has_messages else _TEXT_COLUMNS
+
+
+def _actor(keys: Sequence[Key]) -> Callable[..., Any]:
+    from sarm.passes.activations import ChatActivations, TextActivations
+    from sarm.passes.turn_ends import PairTurnEnds, TextTurnEnds
+
+    split, has_ends = keys[0][0], any(unit == TURN_END for _, unit, _ in keys)
+    if split == "all":
+        return TextTurnEnds if has_ends else TextActivations
+    return PairTurnEnds if has_ends else ChatActivations
+
+
+def _no_sentences(extraction: ExtractionSettings) -> str:
+    other = "" if extraction.word_share else ", or --extraction.word-share for ends behind words"
+    return (
+        f"no sentence ends before its answer does by --extraction.sentence-ends {extraction.sentence_ends}, so turns end "
+        f"{'behind words and ' if extraction.word_share else ''}behind whole answers alone. Pass texts with sentences{other}."
+    )
 
 
 def _of_split(table: pa.Table, split: str) -> pa.Table:
