@@ -94,7 +94,7 @@ def read_counts(folder: Path) -> dict[str, Any]:
         kinds.update(counts.get("kinds", {}))
         if "moments" in counts:
             moments.append(counts["moments"])
-    of_kinds = {"kinds": dict(kinds)} if kinds else {}
+    of_kinds = {"kinds": dict(sorted(kinds.items()))} if kinds else {}
     return {"rows": 0, "truncated": 0, **totals, "rejected": dict(rejected), **of_kinds, "moments": moments}
 
 
