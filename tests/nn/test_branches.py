@@ -73,7 +73,9 @@ def test_nobody_sees_a_branch(family, family_folder):
     batch = batch_of([7])
     is_branch = (batch.segment_ids >= 0) & (batch.segment_ids % SEGMENTS_PER_BLOCK >= ANSWERS_PER_BLOCK)
     # Answers that begin alike have one branch behind what they have in common.
-    assert int(is_branch.sum()) == len({tuple((ANSWERS | OTHERS)[key][: c + 1]) for key, cs in STOPS.items() for c in cs})
+    assert int(is_branch.sum()) == len(
+        {tuple((ANSWERS | OTHERS)[key][: c + 1]) for key, cs in STOPS.items() for c in cs}
+    )
     others = batch.input_ids.masked_fill(is_branch, 50)
     with torch.no_grad():
         first, second = (
