@@ -91,6 +91,7 @@ def test_what_is_no_axis_is_refused_in_one_line_by_the_command_line(axes, messag
         ),
         (["extraction.units=document,token"], "learn from one unit"),
         (["extraction.units=document sentence"], "learn from one unit"),
+        (["extraction.units=document,turn_end"], "learn from one unit"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_before_anything_starts(axes, message):

@@ -244,10 +244,15 @@ REJECTED_TABLE = pa.schema(
 )
 
 
-def activations_table(d_in: int, metadata: dict[str, Any]) -> pa.Schema:
+TRUE_END, SENTENCE, WORD = "true_end", "sentence", "word"
+"""Kinds of ends of turn: of the answer itself, and of what it was after one of its sentences, or after some word."""
+
+
+def activations_table(d_in: int, metadata: dict[str, Any], *, kinds: bool = False) -> pa.Schema:
     """activations/v1 for vectors of width `d_in`: one fixed-size binary of raw 16-bit values a row.
 
-    `metadata` (dtype, d_in, layer, model, tokenizer and template hash) travels in the schema as JSON under `sarm`.
+    `metadata` (dtype, d_in, layer, model, tokenizer and template hash) travels in the schema as JSON under `sarm`. With `kinds`, a column
+    `kind` says what each row is the end of; readers that do not ask for it need not know it.
     """
     return pa.schema(
         [
@@ -257,6 +262,7 @@ def activations_table(d_in: int, metadata: dict[str, Any]) -> pa.Schema:
             pa.field("position", pa.int32(), nullable=False),
             pa.field("token_id", pa.int32(), nullable=False),
             pa.field("num_tokens", pa.int32(), nullable=False),
+            *([pa.field("kind", pa.string(), nullable=False)] if kinds else []),
             pa.field("activation", pa.binary(2 * d_in), nullable=False),
         ],
         metadata={b"sarm": json.dumps({**metadata, "d_in": d_in}, sort_keys=True).encode()},

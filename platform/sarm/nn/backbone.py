@@ -5,6 +5,10 @@ answers, -1 padding. A token sees its own segment and segment 0 up to itself, an
 every answer is computed as if it stood alone after the prompt. Several prompts may share a row too: the b-th has its
 segments in the block from b * SEGMENTS_PER_BLOCK on, which begins with its shared prompt.
 
+A branch is a leaf behind a token of an answer (or of the shared prompt): it sees what that token sees, and nobody sees it. The m-th branch
+of segment s is segment s + m * ANSWERS_PER_BLOCK, and its positions go on from that token's. So a row holds the ends of turn behind many
+beginnings of an answer, each as if the answer stopped there.
+
 `transformers` is imported by what reads a config or loads weights: its models alone take a second.
 """
 
@@ -39,8 +43,11 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(mask_per_layer_kind=True),
     "gemma3_text": Family(mask_per_layer_kind=True),
 }
-# More answers to one prompt than that do not fit a row.
-SEGMENTS_PER_BLOCK = 1 << 16
+# More answers to one prompt, or more branches of one of them, do not fit a row.
+ANSWERS_PER_BLOCK = 1 << 16
+SEGMENTS_PER_BLOCK = ANSWERS_PER_BLOCK << 16
+# No segment that a token has, or sees.
+_NOBODY = -2
 
 
 def read_config(name: str, layer: int, *, revision: str = "main", gguf_file: str = "") -> "PretrainedConfig":
@@ -210,9 +217,14 @@ def _visible(positions: Tensor, segments: Tensor, window: int | None) -> Tensor:
     """[B, L, L] of whether row i may look at column j."""
     length = segments.shape[1]
     order = torch.arange(length, device=segments.device)
+    segments = segments.long()
+    in_block = segments % SEGMENTS_PER_BLOCK
+    shared_prompt, answer = segments - in_block, segments - in_block + in_block % ANSWERS_PER_BLOCK
+    # A branch is seen under its own name alone.
+    seen = segments.masked_fill(in_block >= ANSWERS_PER_BLOCK, _NOBODY)
     same = segments[:, :, None] == segments[:, None, :]
-    shared_prompt = segments - segments % SEGMENTS_PER_BLOCK
-    visible = (order[:, None] >= order[None, :]) & (same | (shared_prompt[:, :, None] == segments[:, None, :]))
+    before = (answer[:, :, None] == seen[:, None, :]) | (shared_prompt[:, :, None] == seen[:, None, :])
+    visible = (order[:, None] >= order[None, :]) & (same | before)
     if window is not None:
         visible = visible & (positions[:, :, None] - positions[:, None, :] < window)
     return visible

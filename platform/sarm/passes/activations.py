@@ -4,8 +4,8 @@ Each has `prepare` (tokenising; may run beside another block's forward pass), `c
 `rejected` (rows for the sink that say why an input gave nothing).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sarm.contracts.ids import stable_int
 from sarm.contracts.passes import Beat, Cost, Tables, Target
+from sarm.contracts.tables import TRUE_END
 from sarm.data.formats.models import backbone_of
 from sarm.data.store.activations import activation_table
 from sarm.data.store.parts import with_sink_columns
@@ -27,6 +28,8 @@ from sarm.passes.usage import ForwardClock, device_of_worker, keep_freed_memory
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
 
+# Key columns and what is counted instead of stored, by the names of activations/v1.
+Keys = dict[str, Any]
 # Reasons of a place by the code that `_stored` gives it.
 _REASONS = np.array([None, "not_finite", "overflow"], dtype=object)
 # Of a text without a place that the unit takes.
@@ -39,10 +42,11 @@ _BLANK = {
     "token_id": -1,
     "num_tokens": 0,
     "truncated": False,
+    "kind": TRUE_END,
 }
 
 
-class _Backbone:
+class Backbone:
     """The truncated backbone on this worker's GPU, else on its cores."""
 
     def __init__(
@@ -97,17 +101,66 @@ class _Backbone:
             torch.cuda.synchronize()
         cost.forward_seconds += self._clock.seconds()
 
+    def _read(self, rows: Sequence[Row], cost: Cost, beat: Beat) -> "_Found":
+        """What the model has at every wanted token of packed rows."""
+        place_of: dict[Hashable, int | None] = {}
+        found: list[list[tuple[Tensor, Tensor]]] = []
+
+        def forward(members: list[Row]) -> tuple[list[Any], list[tuple[Tensor, Tensor]]]:
+            batch = collate(members, self._chat.pad_id)
+            inputs = {"rows": batch.rows, "columns": batch.columns, "input_ids": batch.input_ids}
+            places = {"positions": batch.position_ids, "segments": batch.segment_ids}
+            return batch.keys, self._taken(cost, sum(len(row.ids) for row in members), **inputs, **places)
+
+        num_places = 0
+        for part in row_batches(rows, self._extraction.batch_tokens):
+            for members, result in self._split_on_oom(part, forward):
+                if result is None:
+                    place_of.update({key: None for row in members for key, _ in row.taken})
+                    continue
+                place_of.update({key: num_places + i for i, key in enumerate(result[0])})
+                num_places += len(result[0])
+                found.append(result[1])
+            beat()
+        self._ready(cost)
+        return _Found(place_of, found)
+
+    def _of_records(
+        self, target: Target, records: Sequence[tuple[Hashable, Keys]], read: "_Found", left_out: Sequence[Keys]
+    ) -> pa.Table:
+        """The table of a target: a row for each record, which names a wanted token and gives its keys, and `left_out` with their reasons."""
+        if not read.found:
+            return self._blank(target, [row | {"reject": "out_of_memory"} for _, row in records] + [*left_out])
+        where = [read.place_of[key] for key, _ in records]
+        index = torch.tensor([0 if place is None else place for place in where], dtype=torch.long)
+        number = self._layers.index(target.layer)
+        x_ND = torch.cat([result[number][0] for result in read.found])[index]
+        codes = torch.cat([result[number][1] for result in read.found])[index].numpy()
+        reasons = ["out_of_memory" if place is None else _REASONS[c] for place, c in zip(where, codes, strict=True)]
+        columns = {name: [row.get(name, blank) for _, row in records] for name, blank in _BLANK.items()}
+        table = self._table(target, columns | {"reject": reasons}, x_ND)
+        return pa.concat_tables([table, self._blank(target, left_out)]) if left_out else table
+
     def _table(self, target: Target, columns: dict[str, Any], x_ND: Float[Tensor, "rows d_in"]) -> pa.Table:
         return activation_table(columns, x_ND, self._extraction.dtype, with_sink_columns(self._schemas[target]))
 
-    def _blank(self, target: Target, rows: Sequence[dict[str, Any]]) -> pa.Table:
+    def _blank(self, target: Target, rows: Sequence[Keys]) -> pa.Table:
         width = self._schemas[target].field("activation").type.byte_width // 2
         names = with_sink_columns(self._schemas[target]).names
         columns = {name: [{**_BLANK, **row}[name] for row in rows] for name in names if name != "activation"}
         return self._table(target, columns, torch.zeros(len(rows), width))
 
 
-class TextActivations(_Backbone):
+class _Found(NamedTuple):
+    """What forward passes over packed rows gave."""
+
+    place_of: dict[Hashable, int | None]
+    """Where the token of a key is in the results put together; None if its row did not fit the memory."""
+    found: list[list[tuple[Tensor, Tensor]]]
+    """Of each pass and layer, what `Backbone._taken` gives."""
+
+
+class TextActivations(Backbone):
     """A table of corpus/v1 in; for every target one row for each token that its unit takes."""
 
     def prepare(self, table: pa.Table) -> tuple[list[int], list[Window], dict[int, str]]:
@@ -174,7 +227,7 @@ class TextActivations(_Backbone):
         return {target: self._blank(target, rows) for target in self._schemas}
 
 
-class ChatActivations(_Backbone):
+class ChatActivations(Backbone):
     """A table of pairs/v1 in; one row per pair and side for every target. Each distinct response goes through the model once."""
 
     def prepare(self, table: pa.Table) -> tuple[list[PromptGroup], dict[str, str]]:
@@ -187,53 +240,18 @@ class ChatActivations(_Backbone):
         groups, refused = prepared
         cost = Cost()
         cost.note(group.spelled for group in groups)
-        rows = [row for group in groups for row in group.rows(self._max_length)]
-        place_of: dict[Any, int | None] = {}
-        found: list[list[tuple[Tensor, Tensor]]] = []
-
-        def forward(members: list[Row]) -> tuple[list[Any], list[tuple[Tensor, Tensor]]]:
-            batch = collate(members, self._chat.pad_id)
-            inputs = {"rows": batch.rows, "columns": batch.columns, "input_ids": batch.input_ids}
-            places = {"positions": batch.position_ids, "segments": batch.segment_ids}
-            return batch.keys, self._taken(cost, sum(len(row.ids) for row in members), **inputs, **places)
-
-        for part in row_batches(rows, self._extraction.batch_tokens):
-            for members, result in self._split_on_oom(part, forward):
-                if result is None:
-                    place_of.update({key: None for row in members for key, _ in row.taken})
-                    continue
-                start = sum(place is not None for place in place_of.values())
-                place_of.update({key: start + i for i, key in enumerate(result[0])})
-                found.append(result[1])
-            beat()
-        self._ready(cost)
-        records = [record for group in groups for record in _pair_places(group)]
-        where = [place_of[key] for key, _ in records]
-        index = torch.tensor([0 if place is None else place for place in where], dtype=torch.long)
-        left_out = _rejects(refused)
-        tables: Tables = {}
-        for target in self._schemas:
-            number = self._layers.index(target.layer)
-            if not found:
-                tables[target] = self._blank(
-                    target, [row | {"reject": "out_of_memory"} for _, row in records] + left_out
-                )
-                continue
-            x_ND = torch.cat([result[number][0] for result in found])[index]
-            codes = torch.cat([result[number][1] for result in found])[index].numpy()
-            reasons = ["out_of_memory" if place is None else _REASONS[c] for place, c in zip(where, codes, strict=True)]
-            columns = {name: [row[name] for _, row in records] for name in _BLANK}
-            table = self._table(target, columns | {"reject": reasons}, x_ND)
-            tables[target] = pa.concat_tables([table, self._blank(target, left_out)]) if left_out else table
-        return tables, cost
+        read = self._read([row for group in groups for row in group.rows(self._max_length)], cost, beat)
+        records = [record for group in groups for record in pair_records(group)]
+        left_out = pair_rejects(refused)
+        return {target: self._of_records(target, records, read, left_out) for target in self._schemas}, cost
 
     def rejected(self, table: pa.Table, reason: str) -> Tables:
         """What is left of pairs that cannot be computed."""
-        rows = _rejects(dict.fromkeys(table.column("pair_id").to_pylist(), reason))
+        rows = pair_rejects(dict.fromkeys(table.column("pair_id").to_pylist(), reason))
         return {target: self._blank(target, rows) for target in self._schemas}
 
 
-def _rejects(refused: Mapping[str, str]) -> list[dict[str, Any]]:
+def pair_rejects(refused: Mapping[str, str]) -> list[Keys]:
     """Key columns of both sides of pairs that give nothing, with the reason."""
     return [
         {"row_id": stable_int(pair_id), "side": side, "reject": reason}
@@ -249,9 +267,9 @@ def _to_host(tensor: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *shape"]:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _pair_places(group: PromptGroup) -> list[tuple[tuple[str, int], dict[str, Any]]]:
+def pair_records(group: PromptGroup) -> list[tuple[Hashable, Keys]]:
     """(key of the response, key columns) for both sides of every pair."""
-    found = []
+    found: list[tuple[Hashable, Keys]] = []
     for pair in group.pairs:
         for side, place in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             tokens = group.tokens[place]

@@ -1,6 +1,5 @@
 """`jobs/reward_card.py`: a SARM, one conversation, and names for its features -> a card."""
 
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from sarm.contracts.untrusted import read_json
 from sarm.data.sources.conversations import ConversationError, Message, check_messages
-from sarm.data.tokens.packing import Row
+from sarm.data.tokens.packing import answer_rows
 from sarm.interpret.context_store import load_contexts
 from sarm.interpret.feature_data import feature_names
 from sarm.nn.protocol import PROTOCOL_VERSION
@@ -60,8 +59,8 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
 def read_prefixes(reader: Reader, messages: list[Message]) -> Prefixes:
     """The reward's terms after every token of the answer, in one forward pass.
 
-    The answer is segment 0; after each of its tokens, and before the first, stands an end of turn in a segment of its own, which sees
-    what precedes it and is seen by nothing. So each end is what it would be had the answer stopped there.
+    After each of the answer's tokens, and before the first, stands an end of turn as a branch. So each end is what it would be had the answer
+    stopped there.
 
     Raises UserError if the answer has no token of its own.
     """
@@ -72,18 +71,10 @@ def read_prefixes(reader: Reader, messages: list[Message]) -> Prefixes:
         raise UserError(
             "the answer has no token of its own, so there is nothing to show. Pass a --response with text in it."
         )
-    tail = tokens.ids[own[-1] + 1 :]
-    ids, segments, positions = list(tokens.ids[: own[0]]), [0] * own[0], list(range(own[0]))
-    taken: list[tuple[Hashable, int]] = []
-    for branch, column in enumerate([own[0] - 1, *range(own[0], own[-1] + 1)], start=1):
-        if branch > 1:
-            ids, segments, positions = [*ids, tokens.ids[column]], [*segments, 0], [*positions, column]
-        if branch == 1 or column in own:
-            ids += tail
-            segments += [branch] * len(tail)
-            positions += range(column + 1, column + 1 + len(tail))
-            taken.append((branch, len(ids) - 1))
-    readings = reader.read([Row(ids, segments, positions, taken)])
+    stops = [own[0] - 1, *own[:-1]]
+    readings = reader.read(
+        answer_rows([("answer", tokens.ids)], len(tokens.ids), {"answer": stops}, closing=tokens.ids[own[-1] + 1 :])
+    )
     weight_S = reader.model.score.weight.detach().squeeze(0).cpu().double().numpy()
     contribution = np.zeros((len(readings), len(weight_S)))
     for row_S, reading in zip(contribution, readings.values(), strict=True):

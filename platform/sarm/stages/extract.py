@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sarm.contracts.tables import activations_table
+from sarm.contracts.tables import SENTENCE, activations_table
 from sarm.data.formats.models import check_model, model_folder
 from sarm.data.store.blocks import plan_blocks
 from sarm.data.store.pairs import PAIR_COLUMNS, of_split, pair_numbers
@@ -20,7 +20,7 @@ from sarm.engine.session import Session
 from sarm.engine.terminal import say
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.checks import UserError
-from sarm.settings.extraction import ExtractionSettings
+from sarm.settings.extraction import TURN_END, ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.stages import plan
 from sarm.stages.plan import Key
@@ -30,8 +30,14 @@ if TYPE_CHECKING:
     from sarm.engine.ray.passes import Pass
 
 _NAMES = {"all": "extract sentence ends", "train": "extract chat ends", "heldout": "extract held-out chat ends"}
-_NAMES_OF_UNIT = {"token": "extract tokens", "chat": "extract conversation ends"}
+_NAMES_OF_UNIT = {
+    "token": "extract tokens",
+    "chat": "extract conversation ends",
+    TURN_END: "extract turn ends of texts",
+}
+_NAME_OF_RESPONSES = "extract turn ends of responses"
 _TEXT_COLUMNS = ("row_id", "text")
+_RESPONSE_COLUMNS = ("pair_id", "split", "prompt", "chosen", "rejected")
 
 
 def extract(session: Session, model: ModelSettings, extraction: ExtractionSettings) -> None:
@@ -40,19 +46,29 @@ def extract(session: Session, model: ModelSettings, extraction: ExtractionSettin
     for layer in extraction.layers:
         _check_layer(model, layer)
     planned = plan.activations(session.folders, model, extraction)
-    for split, name in _NAMES.items():
+    for split, units in _passes(extraction):
         source = session.folders.corpus if split == "all" else session.folders.pairs
         if split == "all" and not source.exists():
             continue
-        folders = {key: folder.open() for key, folder in planned.items() if key[0] == split}
+        folders = {key: folder.open() for key, folder in planned.items() if key[0] == split and key[1] in units}
+        name = _NAMES[split]
         if split == "all":
-            name = _NAMES_OF_UNIT.get("".join(extraction.units), name)
-            _check_units(source, extraction.units)
+            name = _NAMES_OF_UNIT.get("".join(units), name)
+            _check_units(source, units)
+        names = {key: _NAME_OF_RESPONSES if key[:2] == ("train", TURN_END) else name for key in folders}
         targets = {key: folder.folder for key, folder in planned.items()}
         body = _Extraction(
             session=session, model=model, extraction=extraction, chat=chat, name=name, source=source, targets=targets
         )
-        session.stages(dict.fromkeys(folders, name), folders, body, resume=True)
+        session.stages(names, folders, body, resume=True)
+
+
+def _passes(extraction: ExtractionSettings) -> list[tuple[str, tuple[str, ...]]]:
+    """(split, units) of each pass: texts as answers are other sequences than texts, responses with branches are not."""
+    plain = tuple(unit for unit in extraction.units if unit != TURN_END)
+    ends = (TURN_END,) if TURN_END in extraction.units else ()
+    of_texts = [("all", units) for units in (plain, ends) if units]
+    return [*of_texts, ("train", ("chat", *ends)), ("heldout", ("chat",))]
 
 
 @dataclass(frozen=True)
@@ -77,19 +93,25 @@ class _Extraction:
         model, folder = self.model, model_folder(self.model)
         d_in = read_config(folder, model.layer, revision=model.revision, gguf_file=model.gguf_file).hidden_size
         about = {Target(unit, layer): self._about(d_in, layer) for _, unit, layer in children}
-        work = self._pass(
-            list(children), folder, {target: activations_table(d_in, own) for target, own in about.items()}
-        )
+        schemas = {target: activations_table(d_in, own, kinds=target.unit == TURN_END) for target, own in about.items()}
+        work = self._pass(list(children), folder, schemas)
         counts = run_over(work, self.session.run, self.session.cluster, child.log_metrics)
         return {
-            key: {**self._counted(counts[target], work.outputs[target].folder, child), "activations": about[target]}
+            key: {
+                **self._counted(target, counts[target], work.outputs[target].folder, child),
+                "activations": about[target],
+            }
             for key, target in zip(children, about, strict=True)
         }
 
     def _pass(self, keys: Sequence[Key], folder: str, schemas: Mapping["Target", pa.Schema]) -> "Pass":
-        from sarm.engine.ray.block_actor import Output
+        from sarm.engine.ray.block_actor import Inputs, Output
         from sarm.engine.ray.passes import Pass
-        from sarm.passes.activations import ChatActivations, TextActivations
+        from sarm.passes.turn_ends import response_row_ids
+
+        def inputs_of(unit: str) -> Inputs | None:
+            """Of responses every one is a row, whichever pairs it is in."""
+            return Inputs(_RESPONSE_COLUMNS, response_row_ids, "row_id") if not is_text and unit == TURN_END else None
 
         split = keys[0][0]
         is_text = split == "all"
@@ -102,9 +124,9 @@ class _Extraction:
                 together=None if is_text else "prompt_id",
                 limit_rows=self._limit(files) if is_text else None,
             ),
-            columns=_text_columns(keys) if is_text else PAIR_COLUMNS,
+            columns=_text_columns(keys, files) if is_text else PAIR_COLUMNS,
             keep=None if is_text else functools.partial(of_split, split=split),
-            actor=TextActivations if is_text else ChatActivations,
+            actor=_actor(keys),
             arguments={
                 "model": self.model,
                 "folder": folder,
@@ -112,14 +134,15 @@ class _Extraction:
                 "schemas": dict(schemas),
             },
             outputs={
-                target: Output(self.targets[split, target.unit, target.layer], own) for target, own in schemas.items()
+                target: Output(self.targets[split, target.unit, target.layer], own, inputs_of(target.unit))
+                for target, own in schemas.items()
             },
             id_columns=("row_id",) if is_text else ("pair_id", "split"),
             input_ids=None if is_text else pair_numbers,
             output_id="row_id",
         )
 
-    def _counted(self, counts: dict[str, Any], folder: Path, child: StageRun) -> dict[str, Any]:
+    def _counted(self, target: "Target", counts: dict[str, Any], folder: Path, child: StageRun) -> dict[str, Any]:
         """A target's counts as its manifest has them, without the moments, which become its statistics."""
         from sarm.data.store.activations import statistics_of
 
@@ -130,8 +153,10 @@ class _Extraction:
             child.log_table(rows, "rejected.json")
         if num := counts.get("contents_with_control_tokens"):
             say(f"{self.name}: {num:,} contents spell control tokens, which are encoded as text")
+        if target.unit == TURN_END and SENTENCE not in counts.get("kinds", {}):
+            say(_no_sentences(self.extraction))
         return plan.with_figures(
-            counts, "rows", "truncated", "contents_with_control_tokens", "tokens_per_second", "padding_share"
+            counts, "rows", "kinds", "truncated", "contents_with_control_tokens", "tokens_per_second", "padding_share"
         )
 
     def _about(self, d_in: int, layer: int) -> dict[str, Any]:
@@ -194,5 +219,26 @@ def _check_units(corpus: Path, units: Sequence[str]) -> None:
         )
 
 
-def _text_columns(keys: Sequence[Key]) -> tuple[str, ...]:
-    return (*_TEXT_COLUMNS, "messages") if any(unit == "chat" for _, unit, _ in keys) else _TEXT_COLUMNS
+def _text_columns(keys: Sequence[Key], files: Sequence[Path]) -> tuple[str, ...]:
+    """`chat` needs conversations, `turn_end` takes the last answers of those that there are."""
+    asked = {unit for _, unit, _ in keys}
+    has_messages = "chat" in asked or (TURN_END in asked and "messages" in pq.read_schema(files[0]).names)
+    return (*_TEXT_COLUMNS, "messages") if has_messages else _TEXT_COLUMNS
+
+
+def _actor(keys: Sequence[Key]) -> Callable[..., Any]:
+    from sarm.passes.activations import ChatActivations, TextActivations
+    from sarm.passes.turn_ends import PairTurnEnds, TextTurnEnds
+
+    split, has_ends = keys[0][0], any(unit == TURN_END for _, unit, _ in keys)
+    if split == "all":
+        return TextTurnEnds if has_ends else TextActivations
+    return PairTurnEnds if has_ends else ChatActivations
+
+
+def _no_sentences(extraction: ExtractionSettings) -> str:
+    other = "" if extraction.word_share else ", or --extraction.word-share for ends behind words"
+    return (
+        f"no sentence ends before its answer does by --extraction.sentence-ends {extraction.sentence_ends}, so turns end "
+        f"{'behind words and ' if extraction.word_share else ''}behind whole answers alone. Pass texts with sentences{other}."
+    )

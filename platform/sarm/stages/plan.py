@@ -26,7 +26,7 @@ from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.contexts import ContextsSettings, PagesSettings
 from sarm.settings.data import DataSettings
 from sarm.settings.evaluation import EvaluationSettings
-from sarm.settings.extraction import ExtractionSettings
+from sarm.settings.extraction import TURN_END, ExtractionSettings
 from sarm.settings.identity import identity
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
@@ -34,10 +34,10 @@ from sarm.settings.sae import AlsoSaes, SaeSettings
 from sarm.stages.variants import Variant
 
 _OF_TEXTS = ("texts", "text_field", "max_texts")
-_EXTRACTION_OF_TEXTS = ("sentence_ends", "limit_rows", "limit_tokens")
+_LIMITS_OF_TEXTS = ("limit_rows", "limit_tokens")
 
 Settings = dict[str, Any]
-# (split, unit, layer); the split of texts is `all`, the unit of pairs `chat`.
+# (split, unit, layer); the split of texts is `all`, the unit of pairs `chat`, or `turn_end` for what dictionaries learn from.
 Key = tuple[str, str, int]
 
 
@@ -76,6 +76,8 @@ def activations(folders: Folders, model: ModelSettings, extraction: ExtractionSe
     """activations/v1 of every split, unit and layer of an extraction."""
     names = [("all", unit, f"text-{unit}" if place else "text") for place, unit in enumerate(extraction.units)]
     names += [("train", "chat", "chat"), ("heldout", "chat", "heldout")]
+    # For dictionaries alone, which learn nothing from held-out prompts.
+    names += [("train", TURN_END, f"chat-{TURN_END}")] if TURN_END in extraction.units else []
     layers = dict.fromkeys((model.layer, *extraction.layers))
     return {
         (split, unit, layer): FolderPlan(
@@ -93,10 +95,10 @@ def activation_settings(
     model: ModelSettings, extraction: ExtractionSettings, split: str, unit: str, layer: int
 ) -> Settings:
     """What decides activations/v1 of one split (`all` for texts), unit and layer."""
-    stored = identity(extraction)
-    if split != "all":
-        stored = {key: value for key, value in stored.items() if key not in _EXTRACTION_OF_TEXTS}
-    stored.pop("units", None)
+    foreign = {"units", *(_LIMITS_OF_TEXTS if split != "all" else ())}
+    foreign |= {"word_share"} if unit != TURN_END else set()
+    foreign |= {"sentence_ends"} if split != "all" and unit != TURN_END else set()
+    stored = {key: value for key, value in identity(extraction).items() if key not in foreign}
     backbone = {**identity(model), "layer": layer}
     about = {"dtype": extraction.dtype, "compute_dtype": model.dtype, "unit": unit, "split": split}
     return {**backbone, **stored, **about, **_of_conversations()}

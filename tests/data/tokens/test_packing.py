@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sarm.data.tokens.packing import Row, answer_rows, collate, padded_tokens, text_row, token_batches
-from sarm.nn.backbone import SEGMENTS_PER_BLOCK
+from sarm.nn.backbone import ANSWERS_PER_BLOCK, SEGMENTS_PER_BLOCK
 
 # Few tokens, so that answers often begin alike.
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)
@@ -18,9 +18,10 @@ prompted = st.builds(
 
 
 def as_the_model_sees_it(row: Row, column: int) -> tuple[list[int], list[int]]:
-    """(tokens, positions) that the token at `column` sees: its own segment and its block's first, up to itself."""
+    """(tokens, positions) that the token at `column` sees, up to itself: its own segment, the answer that this branches from, and its block's first."""
     own = row.segments[column]
-    seen = [i for i in range(column + 1) if row.segments[i] in (own - own % SEGMENTS_PER_BLOCK, own)]
+    block = own - own % SEGMENTS_PER_BLOCK
+    seen = [i for i in range(column + 1) if row.segments[i] in (block, block + own % ANSWERS_PER_BLOCK, own)]
     return [row.ids[i] for i in seen], [row.positions[i] for i in seen]
 
 
@@ -46,6 +47,38 @@ def test_each_answer_is_wanted_once_and_at_a_token_of_its_own(answers, row_token
 def test_no_row_is_too_long_unless_a_single_answer_is(answers, row_tokens):
     for row in answer_rows(answers, row_tokens):
         assert len(row.ids) <= row_tokens or len(row.taken) == 1
+
+
+@given(
+    answers=st.one_of(answers, prompted),
+    row_tokens=st.integers(1, 60),
+    closing=st.lists(st.integers(20, 22), min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_every_branch_is_wanted_once_and_sees_its_answer_up_to_there(answers, row_tokens, closing, data):
+    stops = {
+        key: sorted(data.draw(st.sets(st.integers(0, len(sequence) - 1), max_size=4))) for key, sequence in answers
+    }
+    rows = answer_rows(answers, row_tokens, stops, closing)
+    taken = [(key, as_the_model_sees_it(row, column)) for row in rows for key, column in row.taken]
+    wanted = {key: list(sequence) for key, sequence in answers}
+    wanted |= {(key, c): [*sequence[: c + 1], *closing] for key, sequence in answers for c in stops[key]}
+    assert len(taken) == len(wanted)
+    assert dict(taken) == {key: (sequence, [*range(len(sequence))]) for key, sequence in wanted.items()}
+    for row in rows:
+        num_answers = sum(not isinstance(key, tuple) for key, _ in row.taken)
+        assert len(row.ids) <= row_tokens or num_answers == 1
+        branches = [s for s in row.segments if s >= ANSWERS_PER_BLOCK]
+        assert len(branches) == len(closing) * len(set(branches)), "each is behind one token, and no two are one"
+
+
+def test_answers_that_begin_alike_share_the_branches_of_their_beginning():
+    (row,) = answer_rows([("a", [7, 8, 9, 1]), ("b", [7, 8, 9, 2, 3])], 16, {"a": [1], "b": [1, 3]}, [5])
+    assert row.ids == [7, 8, 5, 9, 1, 2, 5, 3]
+    branch = ANSWERS_PER_BLOCK
+    assert row.segments == [0, 0, branch, 0, 1, 2, 2 + 2 * branch, 2]
+    assert row.positions == [0, 1, 2, 2, 3, 3, 4, 4]
+    assert row.taken == [(("a", 1), 2), ("a", 4), (("b", 1), 2), (("b", 3), 6), ("b", 7)]
 
 
 def test_a_shared_prompt_is_stored_once():

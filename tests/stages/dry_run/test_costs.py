@@ -13,7 +13,7 @@ from sarm.settings.presets import PRESETS
 from sarm.settings.reward import RewardSettings
 from sarm.settings.sae import AlsoSaes
 from sarm.stages.dry_run.costs import StageCost, stage_costs
-from sarm.stages.dry_run.formulas import extracted, reward_depths, reward_gb
+from sarm.stages.dry_run.formulas import Extracted, extracted, response_rows, reward_depths, reward_gb
 from sarm.stages.dry_run.source_sizes import sizes_of
 from sarm.stages.stage import STAGES
 
@@ -139,6 +139,29 @@ def test_more_models_epochs_and_dictionaries_cost_more(tmp_path):
     assert costs_of(pursuit)["train_sae"].gpu_hours == pytest.approx(times * before["train_sae"].gpu_hours)
     auxk = replace(demo, sae=replace(demo.sae, aux_k=288))
     assert costs_of(auxk)["train_sae"].gpu_hours > before["train_sae"].gpu_hours
+
+
+def test_ends_of_turn_are_rows_of_texts_and_of_responses_and_a_token_each(tmp_path):
+    demo = preset("demo", tmp_path)
+    shape, sizes = shape_of(demo.model), sizes_of(tmp_path, demo.data)
+    texts, pairs = sizes.texts, sizes.pairs
+
+    def of(*units: str, word_share: float | None = None) -> Extracted:
+        return extracted(shape, texts, pairs, units, {15}, word_share)
+
+    plain, ends, words = of("document"), of("document", "turn_end"), of("document", "turn_end", word_share=0.1)
+    assert ends.rows["turn_end"] == texts.sentences > texts.rows
+    # A sentence has 20 tokens; as many answers there are at least.
+    of_responses = ends.rows["turn_end of responses"]
+    assert 2 * pairs.train < of_responses == pytest.approx(pairs.train * 51 / 20)
+    assert response_rows(pairs._replace(tokens_a_pair=30)) == 2 * pairs.train
+    assert words.rows["turn_end"] - ends.rows["turn_end"] == pytest.approx(0.1 * 0.75 * texts.tokens)
+    more = texts.tokens + texts.sentences + of_responses
+    assert ends.flops - plain.flops == pytest.approx(2 * shape.weights_a_block * 15 * more)
+    assert ends.disk_bytes > plain.disk_bytes
+    config = replace(demo, extraction=replace(demo.extraction, units=("document", "turn_end")))
+    assert "rows of turn_end of responses" in costs_of(config)["extract_activations"].work
+    assert costs_of(config)["train_sae"] == costs_of(demo)["train_sae"], "it learns from the first unit"
 
 
 def test_a_cluster_is_planned_by_the_gpus_that_it_reports(tmp_path):

@@ -47,6 +47,8 @@ def finished_table(table: pa.Table, table_schema: pa.Schema, **counts: Any) -> p
     kept = table.filter(is_kept).select(table_schema.names).cast(table_schema)
     if "activation" in table_schema.names and kept.num_rows:
         counts["moments"] = file_moments(kept, json.loads(table_schema.metadata[b"sarm"])["dtype"])
+    if {"activation", "kind"} <= set(table_schema.names):
+        counts["kinds"] = dict(Counter(kept.column("kind").to_pylist()))
     return kept.replace_schema_metadata({**(table_schema.metadata or {}), _COUNTS: json.dumps(counts).encode()})
 
 
@@ -82,17 +84,20 @@ def has_part(folder: Path, number: int) -> bool:
 
 
 def read_counts(folder: Path) -> dict[str, Any]:
-    """The counts of all parts of a folder: rows, rejected by reason, truncated, tokens, and the moments of each file."""
+    """The counts of all parts of a folder: rows, rejected by reason, truncated, tokens, the moments of each file, and rows by kind if they have any."""
     totals: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     moments = []
     for path in part_files(folder):
         counts, num_rows = _footer(path)
         totals.update({"rows": num_rows, "truncated": counts["truncated"], **counts.get("cost", {})})
         rejected.update(counts["rejected"])
+        kinds.update(counts.get("kinds", {}))
         if "moments" in counts:
             moments.append(counts["moments"])
-    return {"rows": 0, "truncated": 0, **totals, "rejected": dict(rejected), "moments": moments}
+    of_kinds = {"kinds": dict(sorted(kinds.items()))} if kinds else {}
+    return {"rows": 0, "truncated": 0, **totals, "rejected": dict(rejected), **of_kinds, "moments": moments}
 
 
 def part_files(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ its beginning, never its end, when it is too long. Contents are encoded as text 
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +97,14 @@ class ChatTokenizer:
             "first": tokens.ids[0],
             "trailing": len(whole.ids) - 1 - end,
         }
+
+    @cached_property
+    def closing_ids(self) -> tuple[int, ...]:
+        """What the template writes behind an answer, as far as the end-of-turn token: that alone for most, white space before it for some."""
+        probe, answer = self._rendered(_PROBE), _PROBE[-1]["content"]
+        (tokens,) = self._tokenise([probe], offsets=True)
+        own = [column for column, (start, end) in enumerate(_within(probe.text, answer, tokens.offsets)) if start < end]
+        return tuple(tokens.ids[own[-1] + 1 :])
 
     @property
     def exported_template(self) -> str:

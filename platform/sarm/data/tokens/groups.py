@@ -35,9 +35,15 @@ class PromptGroup(NamedTuple):
     spelled: Spelled = Spelled()
     """Contents, of the prompt and of the responses, that spell control tokens or turns."""
 
-    def rows(self, row_tokens: int, columns: Mapping[Hashable, Sequence[int]] | None = None) -> list[Row]:
-        """The responses packed into rows, keyed (prompt_id, place of the response); `columns` as `answer_rows` takes them."""
-        return answer_rows([((self.prompt_id, i), t.ids) for i, t in enumerate(self.tokens)], row_tokens, columns)
+    def rows(
+        self,
+        row_tokens: int,
+        columns: Mapping[Hashable, Sequence[int]] | None = None,
+        closing: Sequence[int] = (),
+    ) -> list[Row]:
+        """The responses packed into rows, keyed (prompt_id, place of the response); the rest as `answer_rows` takes it."""
+        answers = [((self.prompt_id, i), t.ids) for i, t in enumerate(self.tokens)]
+        return answer_rows(answers, row_tokens, columns, closing)
 
 
 def prompt_groups(

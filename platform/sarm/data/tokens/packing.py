@@ -3,17 +3,19 @@
 Segment 0 is the shared prompt, 1, 2, ... the answers, -1 padding; positions restart after the prompt at every answer, so a
 packed answer is computed as if it stood alone (`sarm.nn.backbone`). Short rows of a batch stand behind one another, each in a block
 of segments of its own, in lines as long as the longest row or as much longer as saves padding; what is then left is padded on the right.
+
+Behind tokens of an answer may stand branches: what the template closes a turn with, as if the answer stopped there. Nothing sees them.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sarm.nn.backbone import SEGMENTS_PER_BLOCK
+from sarm.nn.backbone import ANSWERS_PER_BLOCK, SEGMENTS_PER_BLOCK
 
 # Attention to all of a line costs as much as the rest of a block where a line has some 6 d_in tokens; of the widths in use, the least.
 _ATTENTION_EQUALS_REST = 3_500
@@ -64,25 +66,32 @@ def answer_rows(
     answers: Sequence[tuple[Hashable, Sequence[int]]],
     row_tokens: int,
     columns: Mapping[Hashable, Sequence[int]] | None = None,
+    closing: Sequence[int] = (),
 ) -> list[Row]:
     """Rows of at most `row_tokens` tokens holding all answers to one prompt (a longer single answer gets a row of its own).
 
     Each answer is (key, ids of prompt and answer); what the sequences of a row have in common is stored once. The wanted
-    column of an answer is its last token, keyed `key`, and the tokens c that `columns[key]` names, keyed (key, c).
+    column of an answer is its last token, keyed `key`, and the tokens c that `columns[key]` names, keyed (key, c). With `closing`, these
+    tokens stand as a branch behind each such c, and it is the last of them that is wanted; answers that have c in common share the branch.
     """
+    columns = columns or {}
     rows: list[Row] = []
+
+    def own_tokens(answer: tuple[Hashable, Sequence[int]]) -> int:
+        return len(answer[1]) + len(closing) * len(columns.get(answer[0], ()))
+
     waiting = sorted(answers, key=lambda answer: len(answer[1]))
     while waiting:
         members = [waiting.pop(0)]
         shared = len(members[0][1]) - 1
         while waiting:
             grown = min(shared, _common_prefix(members[0][1], waiting[0][1]))
-            length = grown + sum(len(ids) - grown for _, ids in [*members, waiting[0]])
+            length = grown + sum(own_tokens(answer) - grown for answer in [*members, waiting[0]])
             if grown == 0 or length > row_tokens:
                 break
             members.append(waiting.pop(0))
             shared = grown
-        rows.append(_shared_row(members, shared if len(members) > 1 else 0, columns or {}))
+        rows.append(_shared_row(members, shared if len(members) > 1 else 0, columns, closing))
     return rows
 
 
@@ -180,17 +189,46 @@ def _joined(members: Sequence[Row]) -> Row:
 
 
 def _shared_row(
-    members: Sequence[tuple[Hashable, Sequence[int]]], shared: int, columns: Mapping[Hashable, Sequence[int]]
+    members: Sequence[tuple[Hashable, Sequence[int]]],
+    shared: int,
+    columns: Mapping[Hashable, Sequence[int]],
+    closing: Sequence[int],
 ) -> Row:
     ids = list(members[0][1][:shared])
     segments, positions = [0] * shared, list(range(shared))
     taken: list[tuple[Hashable, int]] = []
+    ends: set[Hashable] = set()
     for number, (key, sequence) in enumerate(members, start=1):
-        taken += [((key, c), c if c < shared else len(ids) + c - shared) for c in columns.get(key, ())]
+        named = [((key, c), c if c < shared else len(ids) + c - shared) for c in columns.get(key, ())]
         ids += sequence[shared:]
         segments += [number] * (len(sequence) - shared)
         positions += range(shared, len(sequence))
-        taken.append((key, len(ids) - 1))
+        taken += [*named, (key, len(ids) - 1)]
+        ends.add(key)
+    row = Row(ids, segments, positions, taken)
+    return _with_branches(row, ends, closing) if closing else row
+
+
+def _with_branches(row: Row, ends: Collection[Hashable], closing: Sequence[int]) -> Row:
+    """The row with `closing` behind every column that is wanted under another key than those of `ends`."""
+    behind = {column for key, column in row.taken if key not in ends}
+    ids: list[int] = []
+    segments: list[int] = []
+    positions: list[int] = []
+    moved: list[int] = []
+    branches: dict[int, int] = {}
+    for column, (token, segment, position) in enumerate(zip(row.ids, row.segments, row.positions, strict=True)):
+        moved.append(len(ids))
+        ids.append(token)
+        segments.append(segment)
+        positions.append(position)
+        if column in behind:
+            ids += closing
+            segments += [segment + (len(branches) + 1) * ANSWERS_PER_BLOCK] * len(closing)
+            positions += range(position + 1, position + 1 + len(closing))
+            branches[column] = len(ids) - 1
+    assert len(branches) < ANSWERS_PER_BLOCK
+    taken = [(key, moved[column] if key in ends else branches[column]) for key, column in row.taken]
     return Row(ids, segments, positions, taken)
 
 

@@ -78,6 +78,10 @@ def punctuation_ends(text: str) -> list[int]:
     return [match.end() - 1 for match in _PUNCTUATION.finditer(text)]
 
 
+SPLITTERS = {"rules": sentence_ends, "punctuation": punctuation_ends}
+"""How sentences are found, by the names that `extraction.sentence_ends` gives."""
+
+
 def sentence_end_tokens(ends: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
     """Index of the token that covers each end character, in order, without repeats.
 

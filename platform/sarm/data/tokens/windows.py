@@ -15,12 +15,11 @@ from torch import Tensor
 from sarm.contracts.passes import Spelled
 from sarm.data.sources.conversations import ConversationError, Message
 from sarm.data.tokens.chat import ChatTokenizer
-from sarm.data.tokens.sentences import ended_sentences, punctuation_ends, sentence_end_tokens, sentence_ends
+from sarm.data.tokens.sentences import SPLITTERS, ended_sentences, sentence_end_tokens
 
 # A tokenizer needs some 200 bytes a character: longer texts go through it in pieces that end behind a sentence.
 PIECE_CHARACTERS = 100_000
 _NONE = np.zeros(0, np.int64)
-_SPLITTERS = {"rules": sentence_ends, "punctuation": punctuation_ends}
 
 
 class Window(NamedTuple):
@@ -63,7 +62,7 @@ def text_windows(
     windows: list[Window] = []
     if not {"document", "token", "sentence"} & set(units):
         return windows
-    ends = _SPLITTERS[splitter](text)
+    ends = SPLITTERS[splitter](text)
     whole = [unit for unit in units if unit in ("document", "token")]
     if whole:
         ids, end_tokens, sentences = _encoded(text, ends, chat)

@@ -41,11 +41,20 @@ class Computes(Protocol):
     def rejected(self, table: pa.Table, reason: str) -> Tables: ...
 
 
+class Inputs(NamedTuple):
+    """How the rows of an output are traced to those of the input: `ids` gives, of a table of `columns`, what `output_id` of the output has."""
+
+    columns: Sequence[str]
+    ids: Callable[[pa.Table], Sequence[Any]] | None
+    output_id: str
+
+
 class Output(NamedTuple):
-    """Where the tables of one target go."""
+    """Where the tables of one target go; `inputs` where its rows stand for something else than those of the pass's other outputs."""
 
     folder: Path
     table_schema: pa.Schema
+    inputs: Inputs | None = None
 
 
 class Journal:

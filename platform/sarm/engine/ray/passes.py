@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from sarm.data.store.blocks import Block
 from sarm.data.store.parts import audit, has_part, read_counts, remove_temporaries, write_rejected
 from sarm.engine.failures import causes_of, is_full_disk
-from sarm.engine.ray.block_actor import BEGUN, BlockActor, Output
+from sarm.engine.ray.block_actor import BEGUN, BlockActor, Inputs, Output
 from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.pass_progress import PassProgress
 from sarm.engine.terminal import say
@@ -239,18 +239,19 @@ def checked(work: Pass, output: Output) -> dict[str, Any]:
     Raises AuditError if rows are missing or there twice, UserError if no row came out.
     """
     keys = work.keys or [name for name in _KEYS if name in output.table_schema.names]
+    inputs = output.inputs or Inputs(work.id_columns, work.input_ids, work.output_id)
     started = time.perf_counter()
 
     def kept_ids(table: pa.Table) -> Sequence[Any]:
         kept = table if work.keep is None else work.keep(table)
-        return kept[work.id_columns[0]].to_pylist() if work.input_ids is None else work.input_ids(kept)
+        return kept[inputs.columns[0]].to_pylist() if inputs.ids is None else inputs.ids(kept)
 
     audited = audit(
         folder=output.folder,
         blocks=work.blocks,
-        input_columns=work.id_columns,
+        input_columns=inputs.columns,
         input_ids=kept_ids,
-        id_column=work.output_id,
+        id_column=inputs.output_id,
         key_columns=keys,
     )
     counts = read_counts(output.folder) | audited

@@ -9,10 +9,18 @@ from typing import Any, NamedTuple
 from sarm.data.formats.model_shapes import Shape, shape_of
 from sarm.engine.ray.machine import Machine
 from sarm.settings.contexts import ContextsSettings
-from sarm.settings.extraction import ExtractionSettings
+from sarm.settings.extraction import TURN_END, ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.settings.run import RunSettings
-from sarm.stages.dry_run.formulas import extracted, forward_gb, reward_depths, reward_flops, reward_gb, sae_flops
+from sarm.stages.dry_run.formulas import (
+    extracted,
+    forward_gb,
+    reward_depths,
+    reward_flops,
+    reward_gb,
+    sae_flops,
+    text_rows,
+)
 from sarm.stages.dry_run.rounding import count
 from sarm.stages.dry_run.source_sizes import Sizes, sizes_of
 
@@ -148,9 +156,17 @@ def _extract(known: _Known) -> StageCost:
     if texts is None and pairs is None:
         return _unknown("extract_activations")
     layers = {model.layer, *extraction.layers}
-    work = extracted(shape=shape, texts=texts, pairs=pairs, units=extraction.units, layers=layers)
+    work = extracted(
+        shape=shape,
+        texts=texts,
+        pairs=pairs,
+        units=extraction.units,
+        layers=layers,
+        word_share=extraction.word_share,
+    )
     seconds, gpu_hours = known.time(work.flops, run.num_actors, model.dtype)
-    passes = 3 if texts is not None else 2
+    of_texts = len({unit == TURN_END for unit in extraction.units}) if texts is not None else 0
+    passes = of_texts + 2
     memory = forward_gb(shape, max(layers), model.dtype, extraction.batch_tokens)
     tokens = [f"{count(texts.tokens)} tokens of text"] if texts else []
     tokens += [f"{count((pairs.train + pairs.heldout) * pairs.tokens_a_pair)} of pairs"] if pairs else []
@@ -178,18 +194,16 @@ def _train_sae(known: _Known) -> StageCost:
         return _unknown("train_sae")
     also = getattr(known.config, "also", None)
     saes = [sae, *(other for _, other, _ in also.beside(sae, run.seed))] if also is not None else [sae]
-    unit = known.config.extraction.units[0] if getattr(known.config, "extraction", None) else "document"
-    text_rows = 0.0
-    if texts is not None:
-        text_rows = {"token": texts.tokens, "chat": texts.rows}.get(unit, texts.sentences)
+    extraction = getattr(known.config, "extraction", None) or ExtractionSettings()
+    of_texts = text_rows(texts, extraction.units[0], extraction.word_share) if texts is not None else 0.0
     chat_rows = 2 * pairs.train if pairs is not None else 0.0
-    flops = sum(sae_flops(shape.d_in, one, text_rows, chat_rows) for one in saes)
+    flops = sum(sae_flops(shape.d_in, one, of_texts, chat_rows) for one in saes)
     seconds, gpu_hours = known.time(flops, run.num_workers, "bfloat16", training=True)
     weights = sum(2 * shape.d_in * one.d_sae for one in saes)
-    rows = sae.text_epochs * text_rows + sae.chat_epochs * chat_rows
+    rows = sae.text_epochs * of_texts + sae.chat_epochs * chat_rows
     shared = run.num_workers if sae.split == "latents" else 1
     memory = (16 * weights / shared + sae.batch_size * (shape.d_in * 16 + 4 * 16384)) / _GB
-    read = (text_rows + chat_rows) * 2 * shape.d_in / _GB
+    read = (of_texts + chat_rows) * 2 * shape.d_in / _GB
     return StageCost(
         stage="train_sae",
         seconds=_TRAINING_SECONDS + seconds,

@@ -8,6 +8,8 @@ Attention scores come on top and are left out: 2 % at 1,000 tokens. A trained we
 from typing import NamedTuple
 
 from sarm.data.formats.model_shapes import Shape
+from sarm.data.sources.built_in import TOKENS_A_SENTENCE
+from sarm.settings.extraction import TURN_END
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
 from sarm.settings.sae import SaeSettings
@@ -15,6 +17,7 @@ from sarm.stages.dry_run.source_sizes import Pairs, Texts
 
 _GB = 1e9
 _KEY_BYTES = 60
+_WORDS_A_TOKEN = 0.75
 
 
 class Extracted(NamedTuple):
@@ -26,23 +29,45 @@ class Extracted(NamedTuple):
     disk_bytes: float
 
 
+def text_rows(texts: Texts, unit: str, word_share: float | None = None) -> float:
+    """Rows that a unit takes of the texts."""
+    words = (word_share or 0.0) * _WORDS_A_TOKEN * texts.tokens
+    # An end for each text, behind its last sentence, and one for each that comes before.
+    of_turns = max(texts.rows, texts.sentences) + words
+    return {"token": texts.tokens, "chat": texts.rows, TURN_END: of_turns}.get(unit, texts.sentences)
+
+
+def response_rows(pairs: Pairs, word_share: float | None = None) -> float:
+    """Rows of `turn_end` that the training responses give at most: as many where each is in one pair."""
+    tokens = pairs.train * pairs.tokens_a_pair
+    words = (word_share or 0.0) * _WORDS_A_TOKEN * tokens
+    return max(2 * pairs.train, tokens / TOKENS_A_SENTENCE) + words
+
+
 def extracted(
-    shape: Shape, texts: Texts | None, pairs: Pairs | None, units: tuple[str, ...], layers: set[int]
+    shape: Shape,
+    texts: Texts | None,
+    pairs: Pairs | None,
+    units: tuple[str, ...],
+    layers: set[int],
+    word_share: float | None = None,
 ) -> Extracted:
-    """All units of the texts, and both chat ends of each pair, at all layers of one forward pass."""
+    """All units of the texts, both chat ends of each pair, and the ends of their responses, at all layers of one forward pass."""
     rows: dict[str, float] = {}
     flops_a_token = 2.0 * shape.weights_a_block * max(layers)
     flops = 0.0
     if texts is not None:
-        by_unit = {"token": texts.tokens, "chat": texts.rows}
-        rows |= {unit: by_unit.get(unit, texts.sentences) for unit in units}
-        # Sentences alone are another pass than documents, and conversations a third.
-        passes = len({unit if unit in ("sentence", "chat") else "whole" for unit in units})
-        flops += flops_a_token * texts.tokens * passes
+        rows |= {unit: text_rows(texts, unit, word_share) for unit in units}
+        # Sentences alone are another pass than documents, conversations a third, and texts as answers a fourth, with a token an end.
+        passes = len({unit if unit in ("sentence", "chat", TURN_END) else "whole" for unit in units})
+        flops += flops_a_token * (texts.tokens * passes + rows.get(TURN_END, 0.0))
     if pairs is not None:
         both = pairs.train + pairs.heldout
         rows["chat end"] = 2 * both
         flops += flops_a_token * both * pairs.tokens_a_pair
+        if TURN_END in units:
+            rows["turn_end of responses"] = response_rows(pairs, word_share)
+            flops += flops_a_token * rows["turn_end of responses"]
     disk = sum(rows.values()) * len(layers) * (2 * shape.d_in + _KEY_BYTES)
     return Extracted(rows, len(layers), flops, disk)
 

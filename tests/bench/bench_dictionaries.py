@@ -1,0 +1,112 @@
+"""`make bench BENCH=dictionaries`: what dictionaries that are good where the reward is read cost. Writes outputs/bench/dictionaries.json.
+
+cost      the training answers' true ends alone, beside the same with an end of turn behind each sentence, and behind an eighth of the
+          words too: one process, the same batches of pairs, turn about. Of several rounds the best counts: other work only slows
+
+    python tests/bench/bench_dictionaries.py --parts cost
+    python tests/bench/bench_dictionaries.py --parts cost --model tiny --rounds 1    # whether it runs
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from sarm.contracts.passes import Target
+from sarm.contracts.tables import activations_table
+from sarm.data.formats.models import model_folder
+from sarm.data.sources.prepare import prepare_pairs
+from sarm.nn.backbone import read_config
+from sarm.passes.activations import Backbone, ChatActivations
+from sarm.passes.turn_ends import PairTurnEnds
+from sarm.settings.extraction import TURN_END, ExtractionSettings
+from sarm.settings.jobs import Pipeline
+from sarm.settings.presets import PRESETS
+
+OUT = Path(__file__).parents[2] / "outputs" / "bench" / "dictionaries.json"
+THREADS = 2
+WORD_SHARE = 0.125
+BOUNDS = {"sentence_branch_time": 1.04}
+
+
+def main() -> None:
+    """Run the parts and write what was measured."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument(
+        "--model", choices=["demo", "tiny"], default="demo", help="the preset whose model and pairs are read"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    figures: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    for part in arguments.parts:
+        figures |= PARTS[part](PRESETS[arguments.model][1], arguments.rounds)
+    figures["sizes"] = {"preset": arguments.model, "threads": THREADS, "rounds": arguments.rounds}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(figures, indent=2))
+    for name, value in figures.items():
+        bound = f"   bound: at most {BOUNDS[name]}" if name in BOUNDS else ""
+        print(f"{name:24} {value}{bound}")
+
+
+def cost(preset: Pipeline, rounds: int) -> dict[str, Any]:
+    """Time and tokens of branches, as shares of those of the answers without any."""
+    pairs = _training_pairs(preset)
+    readers: dict[str, tuple[Backbone, Any]] = {
+        "true_ends": _reader(preset, pairs, ChatActivations),
+        "sentences": _reader(preset, pairs, PairTurnEnds, units=(TURN_END,)),
+        "words": _reader(preset, pairs, PairTurnEnds, units=(TURN_END,), word_share=WORD_SHARE),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    tokens, rows = {}, {}
+    for _ in range(rounds):
+        for name, (actor, prepared) in readers.items():
+            started = time.perf_counter()
+            tables, spent = actor.compute(prepared, lambda: None)
+            seconds[name].append(time.perf_counter() - started)
+            (table,) = tables.values()
+            tokens[name], rows[name] = spent.tokens, table.num_rows
+    best = {name: min(own) for name, own in seconds.items()}
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "rows": rows,
+        "sentence_branch_time": best["sentences"] / best["true_ends"],
+        "sentence_branch_tokens": tokens["sentences"] / tokens["true_ends"],
+        "word_branch_time": best["words"] / best["true_ends"],
+        "word_branch_tokens": tokens["words"] / tokens["true_ends"],
+    }
+
+
+def _training_pairs(preset: Pipeline) -> pa.Table:
+    with tempfile.TemporaryDirectory() as name:
+        prepare_pairs(preset.data, Path(name))
+        table = pq.read_table(sorted(Path(name).glob("*.parquet")))
+    return table.filter(pc.equal(table.column("split"), "train"))
+
+
+def _reader(preset: Pipeline, pairs: pa.Table, actor: Callable[..., Any], **units: Any) -> tuple[Backbone, Any]:
+    """An actor at work on one target, and the pairs as it prepares them."""
+    extraction = ExtractionSettings(batch_tokens=preset.extraction.batch_tokens, **units)
+    folder = model_folder(preset.model)
+    d_in = read_config(folder, preset.model.layer).hidden_size
+    schema = activations_table(d_in, {"dtype": extraction.dtype}, kinds=bool(units))
+    target = Target(TURN_END if units else "chat", preset.model.layer)
+    made = actor(preset.model, folder, extraction, {target: schema}, THREADS)
+    return made, made.prepare(pairs)
+
+
+PARTS: dict[str, Callable[[Pipeline, int], dict[str, Any]]] = {"cost": cost}
+
+if __name__ == "__main__":
+    main()
