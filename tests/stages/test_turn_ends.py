@@ -1,19 +1,21 @@
-"""The unit `turn_end` through the stage: folders, kinds, counts, and which prompts give anything."""
+"""The unit `turn_end` through the stage: folders, kinds, counts, and which prompts give anything. Passes run in this process."""
 
 import dataclasses
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from tests.passes.alone import run_alone
 
 from sarm.contracts.manifest import read_manifest
 from sarm.contracts.tables import CORPUS_TABLE
 from sarm.data.store.activations import ActivationStore
-from sarm.engine.session import open_session
+from sarm.engine.session import Session, open_session
 from sarm.passes.turn_ends import response_row_ids
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.jobs import Pipeline
@@ -23,8 +25,17 @@ from sarm.stages.extract import extract
 from sarm.stages.prepare import prepare
 
 
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    """Neither a cluster nor actors."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sarm.engine.ray.passes.run_over", lambda work, *_: run_alone(work))
+        patched.setattr(Session, "cluster", None)
+        yield
+
+
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None, preset: Pipeline, mlflow_db: Path) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory, alone: None, preset: Pipeline, mlflow_db: Path) -> Path:
     """An output folder with turn ends of the tiny preset at two layers, texts with no sentence end but their last."""
     run = RunSettings(out=tmp_path_factory.mktemp("run") / "tiny", cpus_per_worker=1)
     shutil.copy(mlflow_db, run.out.parent / "mlflow.db")
@@ -45,20 +56,21 @@ def table_of(folder: Path) -> pa.Table:
 
 def test_responses_of_training_prompts_are_there_once_with_their_kinds(out: Path) -> None:
     pairs = table_of(out / "pairs")
-    train = pairs.filter(ds.field("split") == "train")
+    train, heldout = (pairs.filter(ds.field("split") == split) for split in ("train", "heldout"))
     for layer in ("", "layer2"):
         folder = out / "activations" / layer / "chat-turn_end"
         rows = table_of(folder).select(["row_id", "kind", "position", "doc_id"]).to_pylist()
         kinds = Counter(row["kind"] for row in rows)
         true_ends = [row["row_id"] for row in rows if row["kind"] == "true_end"]
         assert sorted(true_ends) == sorted(set(response_row_ids(train)))
-        assert {row["doc_id"] for row in rows} == set(train["prompt_id"].to_pylist())
+        prompts = {row["doc_id"] for row in rows}
+        assert prompts == set(train["prompt_id"].to_pylist())
+        assert prompts.isdisjoint(heldout["prompt_id"].to_pylist())
         assert kinds["sentence"] > 50
         assert kinds.keys() == {"true_end", "sentence"}
         counts = read_manifest(folder, "activations/v1").counts
         assert counts["kinds"] == counts["figures"]["kinds"] == dict(kinds)
         assert counts["audited_rows"] == len(true_ends)
-    assert not set(rows[0]) & set(pairs.filter(ds.field("split") == "heldout")["prompt_id"].to_pylist())
 
 
 def test_readers_that_do_not_know_kinds_read_the_rows(out: Path) -> None:
@@ -67,9 +79,8 @@ def test_readers_that_do_not_know_kinds_read_the_rows(out: Path) -> None:
     assert len(keys) == len(vectors) == store.num_rows
     # Files of other units have no kinds, and are what they were.
     assert "kind" not in pq.read_schema(next((out / "activations" / "chat").glob("part-*"))).names
-    chat, by_side = ActivationStore(out / "activations" / "chat"), {}
-    by_side, _ = chat.read_sides()
-    assert len(by_side) == chat.num_rows
+    chat = ActivationStore(out / "activations" / "chat")
+    assert len(chat.read_sides()[0]) == chat.num_rows
 
 
 def test_a_corpus_without_sentences_is_said_in_a_line_and_gives_its_true_ends(
@@ -82,7 +93,7 @@ def test_a_corpus_without_sentences_is_said_in_a_line_and_gives_its_true_ends(
     run = RunSettings(out=out, cpus_per_worker=1)
     with open_session(dataclasses.replace(preset, run=run, extraction=extraction)) as session:
         extract(session, preset.model, extraction)
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().out.split())
     assert "no sentence ends before its answer does by --extraction.sentence-ends rules" in said
     assert "or --extraction.word-share" in said
 

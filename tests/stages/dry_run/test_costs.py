@@ -13,7 +13,7 @@ from sarm.settings.presets import PRESETS
 from sarm.settings.reward import RewardSettings
 from sarm.settings.sae import AlsoSaes
 from sarm.stages.dry_run.costs import StageCost, stage_costs
-from sarm.stages.dry_run.formulas import Extracted, extracted, reward_depths, reward_gb
+from sarm.stages.dry_run.formulas import Extracted, extracted, response_rows, reward_depths, reward_gb
 from sarm.stages.dry_run.source_sizes import sizes_of
 from sarm.stages.stage import STAGES
 
@@ -151,10 +151,12 @@ def test_ends_of_turn_are_rows_of_texts_and_of_responses_and_a_token_each(tmp_pa
 
     plain, ends, words = of("document"), of("document", "turn_end"), of("document", "turn_end", word_share=0.1)
     assert ends.rows["turn_end"] == texts.sentences > texts.rows
-    # 1,286 pairs of 51 tokens have fewer sentences than answers.
-    assert ends.rows["turn_end of responses"] == 2 * pairs.train
+    # A sentence has 20 tokens; as many answers there are at least.
+    of_responses = ends.rows["turn_end of responses"]
+    assert 2 * pairs.train < of_responses == pytest.approx(pairs.train * 51 / 20)
+    assert response_rows(pairs._replace(tokens_a_pair=30)) == 2 * pairs.train
     assert words.rows["turn_end"] - ends.rows["turn_end"] == pytest.approx(0.1 * 0.75 * texts.tokens)
-    more = texts.tokens + texts.sentences + 2 * pairs.train
+    more = texts.tokens + texts.sentences + of_responses
     assert ends.flops - plain.flops == pytest.approx(2 * shape.weights_a_block * 15 * more)
     assert ends.disk_bytes > plain.disk_bytes
     config = replace(demo, extraction=replace(demo.extraction, units=("document", "turn_end")))
