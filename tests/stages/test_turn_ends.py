@@ -93,7 +93,7 @@ def test_a_corpus_without_sentences_is_said_in_a_line_and_gives_its_true_ends(
     run = RunSettings(out=out, cpus_per_worker=1)
     with open_session(dataclasses.replace(preset, run=run, extraction=extraction)) as session:
         extract(session, preset.model, extraction)
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().out.split())
     assert "no sentence ends before its answer does by --extraction.sentence-ends rules" in said
     assert "or --extraction.word-share" in said
 
