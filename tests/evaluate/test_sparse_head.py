@@ -49,6 +49,14 @@ def test_the_latents_that_decide_are_found_and_few_others():
     assert np.sign(head.weight[list(RELEVANT)]).tolist() == [1, -1, 1]
 
 
+def test_indices_of_64_bits_make_the_same_head():
+    difference_NS, prompts_N, choosing_N = made()
+    wide_NS = difference_NS.copy()
+    wide_NS.indices, wide_NS.indptr = (part.astype(np.int64) for part in (wide_NS.indices, wide_NS.indptr))
+    wanted = fit_sparse_head(difference_NS, prompts_N, choosing_N)
+    assert fit_sparse_head(wide_NS, prompts_N, choosing_N).weight.tolist() == wanted.weight.tolist()
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, 5])
 def test_a_limit_on_the_number_of_latents_holds(limit):
     assert (

@@ -96,6 +96,9 @@ def _fit(difference_NS: sparse.csr_array, C: float) -> NDArray[np.float64]:
     if len(labels_N) < 2:
         raise UserError("a sparse head needs at least 2 pairs. Pass more --data.pairs.")
     turned_NS = sparse.csr_array(difference_NS.multiply((2 * labels_N - 1)[:, None]))
+    # liblinear counts in 32 bits.
+    places, starts = turned_NS.indices.astype(np.int32), turned_NS.indptr.astype(np.int32)
+    turned_NS = sparse.csr_array((turned_NS.data, places, starts), shape=turned_NS.shape)
     solver = LogisticRegression(
         C=C, l1_ratio=1.0, solver="liblinear", fit_intercept=False, max_iter=_ITERATIONS, tol=_TOLERANCE, random_state=0
     )

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sarm.contracts.figures import plain_values
-from sarm.contracts.folders import BASELINES, SARM_FOLDER
+from sarm.contracts.folders import BASELINES, SAE_FOLDER, SARM_FOLDER
 from sarm.contracts.manifest import Manifest, read_manifest
 from sarm.contracts.tables import PAIR_SCORES_TABLE
 from sarm.contracts.untrusted import read_json
@@ -33,13 +33,15 @@ from sarm.interpret.answered import answered_of
 from sarm.interpret.attribution import check_completeness, feature_table
 from sarm.interpret.contexts import strongest_texts
 from sarm.nn.protocol import PROTOCOL_VERSION
+from sarm.nn.sae import Sae
 from sarm.passes.pair_scores import PairScores
 from sarm.passes.reader import Reader
+from sarm.settings.checks import UserError
 from sarm.settings.evaluation import EvaluationSettings
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.stages import plan
-from sarm.stages.evaluate_frozen import dictionary_figures, probe_scores, read_frozen
+from sarm.stages.evaluate_frozen import Frozen, dictionary_figures, probe_scores, read_frozen, sparse_head_scores
 
 
 def evaluate(session: Session, extraction: ExtractionSettings, evaluation: EvaluationSettings) -> Manifest:
@@ -63,6 +65,8 @@ def _measure(
     say("evaluate: fitting the logistic probe on frozen activations")
     frozen = read_frozen(session)
     scores["probe"] = probe_scores(frozen, scores["sarm"])
+    sae, _ = load_sae(session.folders.sae)
+    few_latents = _sparse_head(session, frozen, sae, scores)
     metrics: dict[str, Any] = {name: measures.measure_pairs(table) for name, table in scores.items()}
     metrics |= {f"{name}_answer": value for name, value in measures.length_baseline(scores["sarm"]).items()}
     metrics["random"] = measures.random_baseline(scores["sarm"], session.run.seed)
@@ -70,10 +74,10 @@ def _measure(
         name: measures.accuracy_difference(scores["sarm"], table) for name, table in scores.items() if name != "sarm"
     }
 
+    metrics["few_latents"] = few_latents
     metrics["near_duplicates"] = without_near_duplicates(scores, session.folders.pairs)
 
     (weight,) = read_latents(session.folders.sarm, "score.weight")
-    sae, _ = load_sae(session.folders.sae)
     dictionary = dictionary_figures(sae, frozen)
     metrics["sae_on_heldout"] = dictionary
     metrics["protocol_version"] = PROTOCOL_VERSION
@@ -111,6 +115,17 @@ def _measure(
         "rejected": sum(contents["rejected"].values()),
     }
     return {"figures": figures, "rows": scores["sarm"].num_rows, **contents}
+
+
+def _sparse_head(session: Session, frozen: Frozen, sae: Sae, scores: dict[str, pa.Table]) -> dict[str, Any] | None:
+    """Add the held-out scores of a head of a few latents; returns how many it has and its penalty, None where there can be none."""
+    share = read_manifest(session.folders.sae, SAE_FOLDER).config["heldout_share"]
+    try:
+        head, scores["sparse_head"] = sparse_head_scores(frozen, sae, share, scores["sarm"])
+    except UserError as error:
+        say(f"evaluate: no head of a few latents: {error}")
+        return None
+    return {"latents": head.num_latents, "C": head.C}
 
 
 def without_near_duplicates(scores: Mapping[str, pa.Table], pairs: Path) -> dict[str, Any] | None:

@@ -10,18 +10,26 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
-from sarm.contracts.ids import stable_int
+from sarm.contracts.ids import hash_share, stable_int
 from sarm.data.store.activations import ActivationStore
 from sarm.data.store.pairs import load_pairs
+from sarm.data.store.shuffled_rows import is_heldout
 from sarm.engine.session import Session
 from sarm.evaluate.probe import Probe, fit_probe
 from sarm.evaluate.sae_quality import measure, pca_fvu
+from sarm.evaluate.sparse_head import SparseHead, fit_sparse_head
 from sarm.nn.losses import reward_fidelity
 from sarm.nn.sae import Sae, standardise
 
+FEW_LATENTS = 20
+"""What a person can read of a reward."""
 _ROWS_AT_ONCE = 1024
+# Enough for a head of a few latents; more pairs take minutes.
+_MAX_PAIRS = 20_000
 
 
 class Frozen(NamedTuple):
@@ -33,6 +41,10 @@ class Frozen(NamedTuple):
     """[rows, d_in] of held-out responses, likewise."""
     place: Mapping[tuple[int, str], int]
     """Rows of `heldout` by (number of the pair, side)."""
+    pairs: NDArray[np.int64]
+    """[N, 2]: rows of `train` of the chosen and the rejected response of training pairs."""
+    prompts: NDArray[np.str_]
+    """[N]: their prompts."""
     probe: Probe
 
 
@@ -56,18 +68,50 @@ def read_frozen(session: Session) -> Frozen:
     place, heldout_MD = ActivationStore(session.folders.heldout_activations).read_sides()
     pairs = load_pairs(session.folders.pairs, "train").select(["pair_id", "prompt_id"]).to_pylist()
     keys = [stable_int(pair["pair_id"]) for pair in pairs]
-    usable = [
-        i for i, key in enumerate(keys) if (key, "chosen") in place_of_train and (key, "rejected") in place_of_train
-    ]
+    sides = [tuple(place_of_train.get((key, side), -1) for side in ("chosen", "rejected")) for key in keys]
+    usable = [i for i, rows in enumerate(sides) if min(rows) >= 0]
+    pairs_N2 = np.array([sides[i] for i in usable], dtype=np.int64).reshape(-1, 2)
+    prompts_N = np.array([pairs[i]["prompt_id"] for i in usable])
     x_ND = standardise(train_ND).numpy()
-    chosen, rejected = (x_ND[[place_of_train[keys[i], side] for i in usable]] for side in ("chosen", "rejected"))
-    probe = fit_probe(chosen, rejected, np.array([pairs[i]["prompt_id"] for i in usable]), session.run.seed)
-    return Frozen(train_ND, heldout_MD, place, probe)
+    probe = fit_probe(x_ND[pairs_N2[:, 0]], x_ND[pairs_N2[:, 1]], prompts_N, session.run.seed)
+    return Frozen(train_ND, heldout_MD, place, pairs_N2, prompts_N, probe)
 
 
 def probe_scores(frozen: Frozen, like: pa.Table) -> pa.Table:
     """The held-out pairs of `like` with the rewards of the probe."""
-    rewards = np.append(frozen.probe.rewards(standardise(frozen.heldout).numpy()), np.nan)
+    return _with_rewards(frozen, frozen.probe.rewards(standardise(frozen.heldout).numpy()), like)
+
+
+def sparse_head_scores(frozen: Frozen, sae: Sae, heldout_share: float, like: pa.Table) -> tuple[SparseHead, pa.Table]:
+    """A head of at most 20 latents on the frozen codes of training pairs, and the held-out pairs of `like` with its rewards.
+
+    Its penalty is chosen on training prompts that the SAE kept out of its training, a `heldout_share` of them. Raises UserError if there
+    are none, or if no such head fits.
+    """
+    order = sorted(range(len(frozen.pairs)), key=lambda i: hash_share(f"sparse head {i}"))[:_MAX_PAIRS]
+    codes_NS, pairs_N2, prompts_N = _codes(sae, frozen.train), frozen.pairs[order], frozen.prompts[order]
+    differences_NS = sparse.csr_array(codes_NS[pairs_N2[:, 0]] - codes_NS[pairs_N2[:, 1]])
+    choosing_N = np.array([is_heldout(prompt, heldout_share) for prompt in prompts_N.tolist()], dtype=bool)
+    head = fit_sparse_head(differences_NS, prompts_N, choosing_N, max_latents=FEW_LATENTS)
+    return head, _with_rewards(frozen, (_codes(sae, frozen.heldout) @ head.weight).astype(np.float32), like)
+
+
+def _codes(sae: Sae, h_MD: Tensor) -> sparse.csr_array:
+    """Codes [M, d_sae] of stored rows."""
+    with torch.no_grad():
+        parts = [sae(standardise(part)) for part in h_MD.split(_ROWS_AT_ONCE)]
+    rows = np.repeat(np.arange(len(h_MD)), [part.values.shape[1] for part in parts for _ in range(len(part.values))])
+    values, latents = (
+        np.concatenate([getattr(part, name).flatten().numpy() for part in parts]) for name in ("values", "indices")
+    )
+    codes = sparse.csr_array((values.astype(np.float64), (rows, latents)), shape=(len(h_MD), sae.d_sae))
+    codes.eliminate_zeros()
+    return codes
+
+
+def _with_rewards(frozen: Frozen, rewards_M: NDArray[np.float32], like: pa.Table) -> pa.Table:
+    """The held-out pairs of `like` with these rewards of the held-out responses."""
+    rewards = np.append(rewards_M, np.float32(np.nan))
     for side in ("chosen", "rejected"):
         # A response without a stored activation takes the NaN at the end, which the measures count.
         places = [frozen.place.get((stable_int(pair_id), side), -1) for pair_id in like.column("pair_id").to_pylist()]

@@ -27,6 +27,7 @@ _NAMES = {
     "sarm": "SARM",
     **BASELINES,
     "probe": "logistic probe, frozen backbone",
+    "sparse_head": "few latents, frozen backbone",
     "shorter_answer": "shorter answer",
     "longer_answer": "longer answer",
     "random": "random",
