@@ -27,7 +27,7 @@ _NAMES = {
     "sarm": "SARM",
     **BASELINES,
     "probe": "logistic probe, frozen backbone",
-    "sparse_head": "few latents, frozen backbone",
+    "sparse_head": "{latents} latents, frozen backbone",
     "shorter_answer": "shorter answer",
     "longer_answer": "longer answer",
     "random": "random",
@@ -59,7 +59,11 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
         for table in top_features(features, evaluation.top_features)
     )
     accuracies = [
-        {"name": label, "accuracy": metrics[key]["accuracy"], "ci95": metrics[key]["accuracy_ci95"]}
+        {
+            "name": label.format(**(metrics.get("few_latents") or {})),
+            "accuracy": metrics[key]["accuracy"],
+            "ci95": metrics[key]["accuracy_ci95"],
+        }
         for key, label in _NAMES.items()
         if metrics.get(key, {}).get("accuracy") is not None
     ]
