@@ -60,11 +60,11 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
     )
     accuracies = [
         {
-            "name": label.format(**(metrics.get("few_latents") or {})),
+            "name": _name(key, metrics),
             "accuracy": metrics[key]["accuracy"],
             "ci95": metrics[key]["accuracy_ci95"],
         }
-        for key, label in _NAMES.items()
+        for key in _NAMES
         if metrics.get(key, {}).get("accuracy") is not None
     ]
     pictures = _pictures(
@@ -281,24 +281,30 @@ def _notes(metrics: dict[str, Any]) -> list[str]:
         "Intervals are over prompts, since the pairs of one prompt depend on each other: Wilson's of the effective number of pairs, with Student's t (docs/evaluation.md); the split was made by hash before anything was trained.",
         "Labels beside latents are the responses that fire them most, not explanations.",
     ]
-    notes.append(_near_duplicates(metrics.get("near_duplicates")))
+    notes.append(_near_duplicates(metrics))
     for name, difference in metrics["sarm_minus"].items():
         if difference.get("difference") is not None:
             low, high = difference["difference_ci95"]
             notes.append(
-                f"SARM minus {_NAMES[name]}: {difference['difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f})."
+                f"SARM minus {_name(name, metrics)}: {difference['difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f})."
             )
     return notes
 
 
-def _near_duplicates(near: dict[str, Any] | None) -> str:
+def _name(key: str, metrics: Mapping[str, Any]) -> str:
+    """What a model is called beside its accuracy."""
+    return _NAMES[key].format(**(metrics.get("few_latents") or {}))
+
+
+def _near_duplicates(metrics: dict[str, Any]) -> str:
+    near = metrics.get("near_duplicates")
     if near is None:
         return "Whether held-out prompts are nearly training prompts is unknown: these pairs were prepared without looking."
     said = f"{near['prompts']} of {near['of_prompts']} held-out prompts ({near['pairs']} of {near['of_pairs']} pairs) are near-duplicates of a training prompt: half or more of their runs of five characters in common."
     if not near["prompts"]:
         return said
     parts = [
-        f"{_NAMES[name]} {measured['accuracy']:.3f} ({measured['accuracy_ci95'][0]:.3f} to {measured['accuracy_ci95'][1]:.3f})"
+        f"{_name(name, metrics)} {measured['accuracy']:.3f} ({measured['accuracy_ci95'][0]:.3f} to {measured['accuracy_ci95'][1]:.3f})"
         for name, measured in near["without"].items()
         if measured["accuracy"] is not None
     ]
