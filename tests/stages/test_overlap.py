@@ -19,7 +19,7 @@ from sarm.stages.benchmark import _near_duplicates
 from sarm.stages.benchmark_overlap import overlap, training_prompts
 from sarm.stages.benchmark_scoring import Scores, items_table, make_items
 from sarm.stages.evaluate import without_near_duplicates
-from sarm.stages.report import _near_duplicates as held_out_note
+from sarm.stages.report_notes import near_duplicates as held_out_note
 
 QUESTION = "Could you tell me, please, what the best way is to reach the town of number {}?"
 
@@ -128,9 +128,9 @@ def test_held_out_accuracy_is_also_given_without_near_duplicates(run):
     assert (found["of_prompts"], found["of_pairs"]) == (near + 2, near + 2)
     assert [found["without"][name]["accuracy"] for name in scores] == [0.0, 1.0]
     assert found["without"]["sarm"]["num_pairs"] == 2
-    said = held_out_note(found)
+    said = held_out_note({"near_duplicates": found})
     assert f"{near} of {near + 2} held-out prompts" in said
     assert "SARM 0.000" in said
     (run / "pairs" / "near_duplicates.json").unlink()
     assert without_near_duplicates(scores, run / "pairs") is None
-    assert "is unknown" in held_out_note(None)
+    assert "is unknown" in held_out_note({"near_duplicates": None})

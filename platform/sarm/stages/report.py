@@ -22,16 +22,8 @@ from sarm.interpret.attribution import pair_explanation, top_features
 from sarm.report import figures
 from sarm.report.report import Report, ReportFiles, as_dict, describe_features, describe_pair, write_report
 from sarm.settings.evaluation import EvaluationSettings
+from sarm.stages.report_notes import NAMES, name_of, notes_of
 
-_NAMES = {
-    "sarm": "SARM",
-    **BASELINES,
-    "probe": "logistic probe, frozen backbone",
-    "sparse_head": "{latents} latents, frozen backbone",
-    "shorter_answer": "shorter answer",
-    "longer_answer": "longer answer",
-    "random": "random",
-}
 # Metrics of the parent run, and whose accuracy each is.
 _COMPARED = {
     "heldout_accuracy": "sarm",
@@ -60,11 +52,11 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
     )
     accuracies = [
         {
-            "name": _name(key, metrics),
+            "name": name_of(key, metrics),
             "accuracy": metrics[key]["accuracy"],
             "ci95": metrics[key]["accuracy_ci95"],
         }
-        for key in _NAMES
+        for key in NAMES
         if metrics.get(key, {}).get("accuracy") is not None
     ]
     pictures = _pictures(
@@ -89,7 +81,7 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
         pairs=_explained_pairs(session, scores),
         rejected_rows=_rejected(manifests),
         figures={caption: figures.as_svg(figure) for caption, figure in pictures.items()},
-        notes=_notes(metrics),
+        notes=notes_of(metrics),
         ui_command=ui_command(session.tracker.uri, session.tracker.experiment_id),
     )
     files = write_report(content, folders.out)
@@ -274,38 +266,3 @@ def _pictures(
         "Features by mean contribution": figures.contribution_bars(raising, lowering),
         "Head weight against frequency": figures.feature_scatter(features),
     }
-
-
-def _notes(metrics: dict[str, Any]) -> list[str]:
-    notes = [
-        "Intervals are over prompts, since the pairs of one prompt depend on each other: Wilson's of the effective number of pairs, with Student's t (docs/evaluation.md); the split was made by hash before anything was trained.",
-        "Labels beside latents are the responses that fire them most, not explanations.",
-    ]
-    notes.append(_near_duplicates(metrics))
-    for name, difference in metrics["sarm_minus"].items():
-        if difference.get("difference") is not None:
-            low, high = difference["difference_ci95"]
-            notes.append(
-                f"SARM minus {_name(name, metrics)}: {difference['difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f})."
-            )
-    return notes
-
-
-def _name(key: str, metrics: Mapping[str, Any]) -> str:
-    """What a model is called beside its accuracy."""
-    return _NAMES[key].format(**(metrics.get("few_latents") or {}))
-
-
-def _near_duplicates(metrics: dict[str, Any]) -> str:
-    near = metrics.get("near_duplicates")
-    if near is None:
-        return "Whether held-out prompts are nearly training prompts is unknown: these pairs were prepared without looking."
-    said = f"{near['prompts']} of {near['of_prompts']} held-out prompts ({near['pairs']} of {near['of_pairs']} pairs) are near-duplicates of a training prompt: half or more of their runs of five characters in common."
-    if not near["prompts"]:
-        return said
-    parts = [
-        f"{_name(name, metrics)} {measured['accuracy']:.3f} ({measured['accuracy_ci95'][0]:.3f} to {measured['accuracy_ci95'][1]:.3f})"
-        for name, measured in near["without"].items()
-        if measured["accuracy"] is not None
-    ]
-    return f"{said} Accuracy without them: {', '.join(parts) or 'no pair is left'}."
