@@ -67,19 +67,9 @@ def _measure(
     scores["probe"] = probe_scores(frozen, scores["sarm"])
     sae, _ = load_sae(session.folders.sae)
     few_latents = _sparse_head(session, frozen, sae, scores)
-    metrics: dict[str, Any] = {name: measures.measure_pairs(table) for name, table in scores.items()}
-    metrics |= {f"{name}_answer": value for name, value in measures.length_baseline(scores["sarm"]).items()}
-    metrics["random"] = measures.random_baseline(scores["sarm"], session.run.seed)
-    metrics["sarm_minus"] = {
-        name: measures.accuracy_difference(scores["sarm"], table) for name, table in scores.items() if name != "sarm"
-    }
-
-    metrics["few_latents"] = few_latents
-    metrics["near_duplicates"] = without_near_duplicates(scores, session.folders.pairs)
-
+    metrics = {**_accuracies(session, scores), "few_latents": few_latents}
     (weight,) = read_latents(session.folders.sarm, "score.weight")
-    dictionary = dictionary_figures(sae, frozen)
-    metrics["sae_on_heldout"] = dictionary
+    metrics["sae_on_heldout"] = dictionary_figures(sae, frozen)
     metrics["protocol_version"] = PROTOCOL_VERSION
     metrics["contents"] = contents
     metrics["completeness"] = check_completeness(scores["sarm"], weight)
@@ -99,22 +89,37 @@ def _measure(
     child.log_table(
         features.sort_by([("mean_margin_contribution", "descending")]).slice(0, 200).to_pylist(), "features.json"
     )
-    figures = {
+    figures = _figures(metrics, features.num_rows)
+    return {"figures": figures, "rows": scores["sarm"].num_rows, **contents}
+
+
+def _accuracies(session: Session, scores: Mapping[str, pa.Table]) -> dict[str, Any]:
+    """The part of `metrics.json` that scores decide: each model's, what rules reach, and the SARM's differences from the others."""
+    metrics: dict[str, Any] = {name: measures.measure_pairs(table) for name, table in scores.items()}
+    metrics |= {f"{name}_answer": value for name, value in measures.length_baseline(scores["sarm"]).items()}
+    metrics["random"] = measures.random_baseline(scores["sarm"], session.run.seed)
+    metrics["sarm_minus"] = {
+        name: measures.accuracy_difference(scores["sarm"], table) for name, table in scores.items() if name != "sarm"
+    }
+    metrics["near_duplicates"] = without_near_duplicates(scores, session.folders.pairs)
+    return metrics
+
+
+def _figures(metrics: Mapping[str, Any], num_features: int) -> dict[str, Any]:
+    """What the manifest and MLflow show of the stage."""
+    without = (metrics["near_duplicates"] or {}).get("without", {})
+    return {
         "heldout_accuracy": metrics["sarm"].accuracy,
         "length_baseline_accuracy": metrics["shorter_answer"].accuracy,
-        "accuracy_without_near_duplicates": (metrics["near_duplicates"] or {})
-        .get("without", {})
-        .get("sarm", {})
-        .get("accuracy"),
+        "accuracy_without_near_duplicates": without.get("sarm", {}).get("accuracy"),
         "probe_accuracy": metrics["probe"].accuracy,
         "scalar_head_accuracy": metrics["scalar_head"].accuracy if "scalar_head" in metrics else None,
-        "fvu_heldout": dictionary.fvu,
-        "num_features": features.num_rows,
+        "fvu_heldout": metrics["sae_on_heldout"].fvu,
+        "num_features": num_features,
         "completeness": metrics["completeness"],
-        "contents_with_control_tokens": contents["contents_with_control_tokens"],
-        "rejected": sum(contents["rejected"].values()),
+        "contents_with_control_tokens": metrics["contents"]["contents_with_control_tokens"],
+        "rejected": sum(metrics["contents"]["rejected"].values()),
     }
-    return {"figures": figures, "rows": scores["sarm"].num_rows, **contents}
 
 
 def _sparse_head(session: Session, frozen: Frozen, sae: Sae, scores: dict[str, pa.Table]) -> dict[str, Any] | None:

@@ -85,20 +85,32 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
         ui_command=ui_command(session.tracker.uri, session.tracker.experiment_id),
     )
     files = write_report(content, folders.out)
+    compared = _compared(content.headline, metrics)
+    _log(session=session, content=content, files=files, pictures=pictures, compared=compared)
+    for data in map(run_card.data_set, manifests.values()):
+        if data is not None:
+            session.tracker.parent.log_data_set(data)
+    return files, as_dict(content)
+
+
+def _log(
+    session: Session,
+    content: Report,
+    files: ReportFiles,
+    pictures: Mapping[str, Any],
+    compared: Mapping[str, float],
+) -> None:
+    """Pictures, files, the figures that runs are compared by, and a description, into the parent run."""
     parent = session.tracker.parent
     for caption, figure in pictures.items():
         parent.log_figure(figure, f"figures/{caption.lower().replace(' ', '_').replace(',', '')}.png")
     for path in files:
         parent.log_artifact(path)
-    parent.log_metrics(_compared(content.headline, metrics))
-    parent.log_table(accuracies, "accuracies.json")
+    parent.log_metrics(compared)
+    parent.log_table([dict(row) for row in content.accuracies], "accuracies.json")
     settings = {key: content.facts[key] for key in ("model", "layer", "d_sae", "k")}
     parent.log_params(settings)
-    for data in map(run_card.data_set, manifests.values()):
-        if data is not None:
-            parent.log_data_set(data)
     parent.set_tags({run_card.NOTE: run_card.description(settings, run_card.origin(), _figures(content.headline))})
-    return files, as_dict(content)
 
 
 def _compared(headline: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, float]:
