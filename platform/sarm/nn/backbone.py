@@ -46,8 +46,6 @@ FAMILIES: dict[str, Family] = {
 # More answers to one prompt, or more branches of one of them, do not fit a row.
 ANSWERS_PER_BLOCK = 1 << 16
 SEGMENTS_PER_BLOCK = ANSWERS_PER_BLOCK << 16
-# No segment that a token has, or sees.
-_NOBODY = -2
 
 
 def read_config(name: str, layer: int, *, revision: str = "main", gguf_file: str = "") -> "PretrainedConfig":
@@ -220,11 +218,9 @@ def _visible(positions: Tensor, segments: Tensor, window: int | None) -> Tensor:
     segments = segments.long()
     in_block = segments % SEGMENTS_PER_BLOCK
     shared_prompt, answer = segments - in_block, segments - in_block + in_block % ANSWERS_PER_BLOCK
-    # A branch is seen under its own name alone.
-    seen = segments.masked_fill(in_block >= ANSWERS_PER_BLOCK, _NOBODY)
-    same = segments[:, :, None] == segments[:, None, :]
-    before = (answer[:, :, None] == seen[:, None, :]) | (shared_prompt[:, :, None] == seen[:, None, :])
-    visible = (order[:, None] >= order[None, :]) & (same | before)
+    own, of_answer, of_prompt = (x[:, :, None] == segments[:, None, :] for x in (segments, answer, shared_prompt))
+    # No answer's number and no prompt's is that of a branch: nobody but itself sees one.
+    visible = (order[:, None] >= order[None, :]) & (own | of_answer | of_prompt)
     if window is not None:
         visible = visible & (positions[:, :, None] - positions[:, None, :] < window)
     return visible

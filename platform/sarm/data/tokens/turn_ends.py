@@ -5,13 +5,13 @@ asked for, behind some of its words. A document becomes an answer: of half of th
 """
 
 import random
-from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 from sarm.contracts.tables import SENTENCE, WORD
 from sarm.data.sources.conversations import Message
 from sarm.data.tokens.chat import ChatTokenizer, Tokens
+from sarm.data.tokens.control_tokens import Span
 from sarm.data.tokens.sentences import SPLITTERS, sentence_end_tokens
 from sarm.data.tokens.windows import num_tokens
 
@@ -55,7 +55,7 @@ class AnswerEnds:
         kinds = dict.fromkeys((column for column in sentences if column < stop), SENTENCE)
         if self._word_share:
             chance = random.Random(f"words of {seed}")
-            words = [column for column in range(stop) if _ends_word(answer, offsets[column])]
+            words = [column for column in range(stop) if _ends_word(answer, offsets[column], offsets[column + 1])]
             chosen = [column for column in words if chance.random() < self._word_share]
             kinds |= dict.fromkeys((column for column in chosen if column not in kinds), WORD)
         return dict(sorted(kinds.items()))
@@ -103,7 +103,8 @@ def _asked(content: str) -> list[Message]:
     return [{"role": "user", "content": content}]
 
 
-def _ends_word(text: str, span: Sequence[int]) -> bool:
-    """Whether a word ends with the last character of the span."""
+def _ends_word(text: str, span: Span, following: Span) -> bool:
+    """Whether a word ends with the last character of the span, of which the following token has no part."""
     start, stop = span
-    return start < stop and text[stop - 1].isalnum() and not text[stop : stop + 1].isalnum()
+    is_whole = following[0] >= stop or following[0] == following[1]
+    return is_whole and start < stop and text[stop - 1].isalnum() and not text[stop : stop + 1].isalnum()
