@@ -60,7 +60,7 @@ class _Clustered(NamedTuple):
     is_flat: bool
 
 
-def share_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " pairs"]) -> Interval:
+def share_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " ids"]) -> Interval:
     """Of the mean of values in [0, 1], such as an accuracy: inside [0, 1], and with Wilson's width at none and at all.
 
     Where all values are equal, or there is one cluster, nothing says how alike pairs of a cluster are: they then count as one.
@@ -83,7 +83,7 @@ def share_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.
     return effective_wilson(found.mean, effective, found.df * (known if is_binary else 1.0))
 
 
-def difference_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " pairs"]) -> Interval:
+def difference_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " ids"]) -> Interval:
     """Of the mean of paired differences in [-1, 1], such as accuracy of A minus accuracy of B on the same pairs.
 
     Where no value differs from another, or there is one cluster: as far from the mean as prompts that were not seen could still take it, and 0
@@ -99,7 +99,7 @@ def difference_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shape
     return effective_difference(found.mean, found.variance, found.value_variance / found.variance, found.df)
 
 
-def mean_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " pairs"]) -> Interval:
+def mean_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " ids"]) -> Interval:
     """Of the mean of any numbers, such as shifts of margins.
 
     NaN where there is one cluster, or fewer than 20 effective ones and no value differs from another: nothing then says how far others would be off.
@@ -115,7 +115,7 @@ def mean_interval(values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.n
 
 def estimated(
     values_N: Float[np.ndarray, " pairs"],
-    clusters_N: Shaped[np.ndarray, " pairs"],
+    clusters_N: Shaped[np.ndarray, " ids"],
     interval: Callable[..., Interval] = mean_interval,
 ) -> Estimate:
     """The mean of the values with its interval. Raises as `interval`."""
@@ -170,7 +170,7 @@ def student(df: float) -> float:
 
 
 def _clustered(
-    values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " pairs"], bounded: bool
+    values_N: Float[np.ndarray, " pairs"], clusters_N: Shaped[np.ndarray, " ids"], bounded: bool
 ) -> _Clustered:
     """Mean and variances; `bounded` values are at most 1 in size, so that a small variance means that few of them differ.
 

@@ -28,12 +28,14 @@ class SaeWeights:
     `RESIDUAL`. `metadata` is what the file said of its origin, and under `sae` of its training.
     """
 
-    W_enc: Float[Tensor, "d_in d_sae"]
-    b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
+    # W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_in), b_dec (d_in), threshold (d_sae): a file may hold other shapes, which `checked`
+    # refuses with the file's name, so the annotations do not.
+    W_enc: Float[Tensor, "..."]
+    b_enc: Float[Tensor, "..."]
+    W_dec: Float[Tensor, "..."]
+    b_dec: Float[Tensor, "..."]
     k: int | None = None
-    threshold: Float[Tensor, " d_sae"] | None = None
+    threshold: Float[Tensor, "..."] | None = None
     rule: str = "topk"
     input: str = STANDARDISED
     metadata: dict[str, Any] = field(default_factory=dict)
