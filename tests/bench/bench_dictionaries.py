@@ -2,8 +2,11 @@
 
 cost      the training answers' true ends alone, beside the same with an end of turn behind each sentence, and behind an eighth of the
           words too: one process, the same batches of pairs, turn about. Of several rounds the best counts: other work only slows
+frozen    dictionaries by the papers' recipe and at turn ends, with and without the reward's direction, and with a random one: on prompts
+          that neither they nor the heads have seen (three folds by a hash that no tuning has used)
 
     python tests/bench/bench_dictionaries.py --parts cost
+    python tests/bench/bench_dictionaries.py --parts frozen --seeds 1
     python tests/bench/bench_dictionaries.py --parts cost --model tiny --rounds 1    # whether it runs
 """
 
@@ -19,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from dictionary_folds import dictionaries, extracted, study
 
 from sarm.contracts.passes import Target
 from sarm.contracts.tables import activations_table
@@ -45,21 +49,38 @@ def main() -> None:
         "--model", choices=["demo", "tiny"], default="demo", help="the preset whose model and pairs are read"
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3, help="of each dictionary on each fold")
+    parser.add_argument("--dictionaries", nargs="*", choices=list(dictionaries()), default=list(dictionaries()))
+    parser.add_argument(
+        "--work", type=Path, default=OUT.with_suffix(""), help="where activations and finished trainings are kept"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     figures: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for part in arguments.parts:
-        figures |= PARTS[part](PRESETS[arguments.model][1], arguments.rounds)
-    figures["sizes"] = {"preset": arguments.model, "threads": THREADS, "rounds": arguments.rounds}
+        figures |= PARTS[part](PRESETS[arguments.model][1], arguments)
+    figures["sizes"] = {
+        "preset": arguments.model,
+        "threads": THREADS,
+        "rounds": arguments.rounds,
+        "seeds": arguments.seeds,
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(figures, indent=2))
+    for name, row in figures.get("frozen", {}).items():
+        print(f"\n{name}")
+        for key, value in row.items():
+            shown = " ".join(f"{one:.3f}" for one in value) if isinstance(value, list) else f"{value:.3f}"
+            print(f"    {key:34} {shown}")
     for name, value in figures.items():
+        if name == "frozen":
+            continue
         bound = f"   bound: at most {BOUNDS[name]}" if name in BOUNDS else ""
         print(f"{name:24} {value}{bound}")
 
 
-def cost(preset: Pipeline, rounds: int) -> dict[str, Any]:
+def cost(preset: Pipeline, arguments: argparse.Namespace) -> dict[str, Any]:
     """Time and tokens of branches, as shares of those of the answers without any."""
     pairs = _training_pairs(preset)
     readers: dict[str, tuple[Backbone, Any]] = {
@@ -69,7 +90,7 @@ def cost(preset: Pipeline, rounds: int) -> dict[str, Any]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     tokens, rows = {}, {}
-    for _ in range(rounds):
+    for _ in range(arguments.rounds):
         for name, (actor, prepared) in readers.items():
             started = time.perf_counter()
             tables, spent = actor.compute(prepared, lambda: None)
@@ -86,6 +107,12 @@ def cost(preset: Pipeline, rounds: int) -> dict[str, Any]:
         "word_branch_time": best["words"] / best["true_ends"],
         "word_branch_tokens": tokens["words"] / tokens["true_ends"],
     }
+
+
+def frozen(preset: Pipeline, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The study of `dictionary_folds`."""
+    material = extracted(preset, arguments.work)
+    return {"frozen": study(material, arguments.work, arguments.seeds, arguments.dictionaries)}
 
 
 def _training_pairs(preset: Pipeline) -> pa.Table:
@@ -106,7 +133,7 @@ def _reader(preset: Pipeline, pairs: pa.Table, actor: Callable[..., Any], **unit
     return made, made.prepare(pairs)
 
 
-PARTS: dict[str, Callable[[Pipeline, int], dict[str, Any]]] = {"cost": cost}
+PARTS: dict[str, Callable[[Pipeline, argparse.Namespace], dict[str, Any]]] = {"cost": cost, "frozen": frozen}
 
 if __name__ == "__main__":
     main()

@@ -27,7 +27,7 @@ CHAT_EPOCHS = 60
 
 def preset(out: Path, depth: int | None = None) -> Pipeline:
     """The demo's settings over the study's pairs."""
-    demo = PRESETS["demo"][1]
+    demo = PRESETS["demo-papers"][1]
     return replace(
         demo,
         run=RunSettings(out=out, cpus_per_worker=1, experiment="quality"),
@@ -85,4 +85,4 @@ def prepare(root: Path, source: Path) -> None:
             prepare_sources(session, config.data)
             extract(session, config.model, config.extraction)
             if depth is None:
-                train_sae(session, config.sae)
+                train_sae(session, config.sae, config.extraction.units)

@@ -19,7 +19,7 @@ from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.topk import TopKSae
 from sarm.settings.reward import RewardSettings
 from sarm.stages.train_reward_worker import last_epoch_accuracy
-from sarm.train.reward import RewardTraining, parameter_groups
+from sarm.train.reward import LocalEngine, RewardTraining, parameter_groups
 from sarm.train.reward_batches import cut_into_steps
 from sarm.train.schedule import warmup_cosine
 
@@ -28,6 +28,14 @@ CONFIG = {"lr": 1e-3, "head_lr": 1e-2, "epochs": 2, "batch_pairs": 6, "batch_tok
 WEIGHTS = ("equal", "step")
 # (ZeRO stage, rule): clipping is DeepSpeed's from stage 1 on.
 TRAININGS = [(0, "equal"), (1, "equal"), (2, "equal"), (3, "equal"), (0, "step"), (2, "step")]
+# Penalties that make the head sparse and keep latents from firing always: they know neither workers nor shards.
+PENALISED = {"head_l1": 0.05, "dense_weight": 0.5, "epochs": 6, "lr": 2e-4}
+TRAININGS += [(stage, "penalised") for stage in (0, 1, 2, 3)]
+
+
+def settings(rule: str, stage: int = 2) -> RewardSettings:
+    own = PENALISED if rule == "penalised" else {"pair_weights": rule}
+    return RewardSettings(**{**CONFIG, **own}, zero_stage=stage)
 
 
 def untrained(folder: Path) -> SarmForSequenceClassification:
@@ -96,10 +104,10 @@ def sharded(rank: int, port: int, folder: str, out: str) -> None:
     dist.init_process_group("gloo")
     found = {}
     for stage, weights in TRAININGS:
-        config = RewardSettings(**CONFIG, zero_stage=stage, pair_weights=weights)
+        config = settings(weights, stage)
         model, norms = untrained(Path(folder)), []
         engine = ZeroEngine(model, parameter_groups(model, config), config, torch.device("cpu"))
-        training = RewardTraining(engine, prompts(), config, 0, ROW_TOKENS, END)
+        training = RewardTraining(engine, prompts(), config, 0, ROW_TOKENS, END, d_sae=96)
         training.run(lambda _, metrics, norms=norms: norms.append(metrics["grad_norm"]))
         found[stage, weights] = norms, engine.whole_state()
     if rank == 0:
@@ -131,6 +139,25 @@ def test_sharded_training_weighs_pairs_as_a_loop_over_single_pairs_does(on_two_w
             torch.testing.assert_close(
                 found[name], weight, rtol=0, atol=2e-4, msg=lambda m, n=name, s=stage: f"{s} {n}: {m}"
             )
+
+
+def test_penalties_are_the_same_on_shards_as_in_one_process(on_two_workers, tiny_folder):
+    config, model = settings("penalised"), untrained(tiny_folder)
+    engine = LocalEngine(model, parameter_groups(model, config), config.max_grad_norm)
+    training = RewardTraining(engine, prompts(), config, 0, ROW_TOKENS, END, d_sae=96)
+    training.run(lambda *_: None)
+    assert training.state_dict()["firing"]["num_seen"] > 128, "the penalty on dense latents has begun"
+    wanted = model.score.weight.detach()
+    assert 0 < int((wanted == 0).sum()) < wanted.numel()
+    for stage in range(4):
+        _, found = on_two_workers[stage, "penalised"]
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(
+                found[name], weight.detach(), rtol=0, atol=2e-4, msg=lambda m, n=name, s=stage: f"{s} {n}: {m}"
+            )
+        assert torch.equal(found["score.weight"] == 0, wanted == 0), stage
+    plain = on_two_workers[2, "equal"][1]["score.weight"]
+    assert not (plain == 0).any()
 
 
 def test_the_two_ways_to_weigh_are_two_trainings(on_two_workers):

@@ -41,7 +41,7 @@ def test_saes_of_one_job_are_stages_of_their_own(extracted: Path, preset: Pipeli
 
     def train(also: AlsoSaes) -> dict[Path, int]:
         with open_session(config) as session:
-            train_sae(session, sae, also)
+            train_sae(session, sae, config.extraction.units, also)
         return {path: path.stat().st_mtime_ns for path in out.glob("sae*/**/manifest.json")}
 
     alone = train(AlsoSaes())

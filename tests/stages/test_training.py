@@ -48,9 +48,9 @@ def tracking(extracted: Path) -> StageRun:
 def sae_task(extracted: Path, folder: Path, tracking: StageRun, sae: SaeSettings, workers: int) -> SaeTask:
     folder.mkdir()
     run = RunSettings(out=extracted, num_workers=workers, cpus_per_worker=1)
-    chat, text = extracted / "activations" / "chat", extracted / "activations" / "text"
+    activations = {name: extracted / "activations" / name for name in ("text", "chat")}
     states = Checkpoints(folder.with_name(f"{folder.name}_states"), {"sae": identity(sae)})
-    return SaeTask(run, sae, text, chat, folder, tracking, states)
+    return SaeTask(run, sae, activations, folder, tracking, states)
 
 
 def reward_task(

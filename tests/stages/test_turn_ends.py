@@ -20,9 +20,12 @@ from sarm.passes.turn_ends import response_row_ids
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.jobs import Pipeline
 from sarm.settings.run import RunSettings
+from sarm.settings.sae import SaeSettings
 from sarm.stages import plan
 from sarm.stages.extract import extract
 from sarm.stages.prepare import prepare
+
+SAE = SaeSettings(recipe="turn_ends")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +47,8 @@ def out(tmp_path_factory: pytest.TempPathFactory, alone: None, preset: Pipeline,
     rows = {"row_id": [1, 2], "text": ["no end here", "None here, either."], "source": ["t"] * 2}
     pq.write_table(pa.table(rows, schema=CORPUS_TABLE), texts)
     data = dataclasses.replace(preset.data, texts=(str(texts),))
-    with open_session(dataclasses.replace(preset, run=run, data=data, extraction=extraction)) as session:
+    config = dataclasses.replace(preset, run=run, data=data, extraction=extraction, sae=SAE)
+    with open_session(config) as session:
         prepare(session, data)
         extract(session, preset.model, extraction)
     return run.out
@@ -91,7 +95,7 @@ def test_a_corpus_without_sentences_is_said_in_a_line_and_gives_its_true_ends(
     shutil.rmtree(folder)
     extraction = dataclasses.replace(preset.extraction, units=("turn_end",), layers=(2,))
     run = RunSettings(out=out, cpus_per_worker=1)
-    with open_session(dataclasses.replace(preset, run=run, extraction=extraction)) as session:
+    with open_session(dataclasses.replace(preset, run=run, extraction=extraction, sae=SAE)) as session:
         extract(session, preset.model, extraction)
     said = " ".join(capsys.readouterr().out.split())
     assert "no sentence ends before its answer does by --extraction.sentence-ends rules" in said

@@ -46,11 +46,6 @@ class Folders:
     explanations = property(lambda self: self.out / "explanations")
     pages = property(lambda self: self.out / "features")
 
-    @property
-    def phases(self) -> dict[str, Path]:
-        """The activations that an SAE learns from, by phase."""
-        return {"text": self.text_activations, "chat": self.chat_activations}
-
     def inputs(self, *names: str) -> dict[str, tuple[Path, str]]:
         """Path and schema of the folders that a stage reads, by the names that manifests give them: their schema, or their place."""
         known = {

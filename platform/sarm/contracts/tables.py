@@ -245,6 +245,7 @@ REJECTED_TABLE = pa.schema(
 
 
 TRUE_END, SENTENCE, WORD = "true_end", "sentence", "word"
+KINDS = (TRUE_END, SENTENCE, WORD)
 """Kinds of ends of turn: of the answer itself, and of what it was after one of its sentences, or after some word."""
 
 

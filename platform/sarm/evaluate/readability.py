@@ -118,9 +118,16 @@ def latents_carrying(margins_NS: sparse.csr_array, part: float) -> int:
 
 
 def named_latents(
-    answered: Answered, weight_S: Float[np.ndarray, " d_sae"], seed: int = 0, num: int = NAMED_LATENTS
+    answered: Answered,
+    weight_S: Float[np.ndarray, " d_sae"],
+    seed: int = 0,
+    num: int = NAMED_LATENTS,
+    splits: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]] | None = None,
 ) -> list[Named]:
-    """What words say of the latents with the largest mean |w z|; without those that fire on, or are silent on, under 8 responses."""
+    """What words say of the latents with the largest mean |w z|; without those that fire on, or are silent on, under 8 responses.
+
+    `splits` are (responses to fit on, responses to rank) of the classifiers; None: folds of the prompts.
+    """
     from sklearn.model_selection import GroupKFold
 
     size_S = np.asarray(abs(_contributions(answered.values, weight_S)).mean(axis=0)).ravel()
@@ -128,9 +135,10 @@ def named_latents(
     num_prompts = len(np.unique(answered.prompts))
     if num_prompts < 2:
         return []
-    folds = GroupKFold(min(_FOLDS, num_prompts), shuffle=True, random_state=seed)
     texts = np.array(answered.texts, dtype=object)
-    splits = list(folds.split(texts, groups=answered.prompts))
+    if splits is None:
+        folds = GroupKFold(min(_FOLDS, num_prompts), shuffle=True, random_state=seed)
+        splits = list(folds.split(texts, groups=answered.prompts))
     named = []
     for latent in np.argsort(-size_S, kind="stable")[:num]:
         fires_R = fires_RS[:, [latent]].toarray().ravel()

@@ -1,7 +1,10 @@
 """How much a linear reward changes when the dictionary stands in for the activations."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from sarm.data.store.activations import ActivationStore
 from sarm.data.store.shuffled_rows import is_heldout
@@ -12,11 +15,15 @@ from sarm.nn.sae import Sae, standardise
 _ROWS_AT_ONCE = 1024
 
 
-def chat_reward_fidelity(sae: Sae, chat: ActivationStore, heldout_share: float, seed: int) -> float | None:
-    """`reward_fidelity` of a logistic probe at the chat ends of held-out prompts; the probe is fitted on the other prompts' pairs.
+class ChatProbe(NamedTuple):
+    """A probe of the pairs that SAE training does not hold out, and the held-out rows, standardised."""
 
-    None if there are fewer than 3 of these, or no two held-out rewards differ.
-    """
+    weight: Float[torch.Tensor, " d_in"]
+    heldout: Float[torch.Tensor, "rows d_in"]
+
+
+def chat_probe(chat: ActivationStore, heldout_share: float, seed: int) -> ChatProbe | None:
+    """A logistic probe of the rewarded tokens in `activations/chat`; None if pairs of fewer than 3 prompts are left."""
     table, h_ND = chat.read(["row_id", "doc_id", "side"])
     places: dict[int, dict[str, int]] = {}
     for i, (pair, side) in enumerate(zip(table["row_id"].to_pylist(), table["side"].to_pylist(), strict=True)):
@@ -31,9 +38,19 @@ def chat_reward_fidelity(sae: Sae, chat: ActivationStore, heldout_share: float, 
     if len(np.unique(prompts[train[:, 0]])) < 3:
         return None
     chosen_ND, rejected_ND = (standardise(h_ND[train[:, side]]).numpy() for side in (0, 1))
-    weight_D = torch.from_numpy(fit_probe(chosen_ND, rejected_ND, prompts[train[:, 0]], seed).weight)
-    x_ND = standardise(h_ND[test])
+    probe = fit_probe(chosen_ND, rejected_ND, prompts[train[:, 0]], seed)
+    return ChatProbe(torch.from_numpy(probe.weight), standardise(h_ND[test]))
+
+
+def chat_reward_fidelity(sae: Sae, chat: ActivationStore, heldout_share: float, seed: int) -> float | None:
+    """`reward_fidelity` of a logistic probe at the chat ends of held-out prompts; the probe is fitted on the other prompts' pairs.
+
+    None if there are fewer than 3 of these, or no two held-out rewards differ.
+    """
+    probe = chat_probe(chat, heldout_share, seed)
+    if probe is None:
+        return None
     device = sae.b_dec.device
     with torch.no_grad():
-        parts = [sae.decode(sae(x.to(device))).cpu() for x in x_ND.split(_ROWS_AT_ONCE)]
-    return reward_fidelity(x_ND, torch.cat(parts), weight_D) if parts else None
+        parts = [sae.decode(sae(x.to(device))).cpu() for x in probe.heldout.split(_ROWS_AT_ONCE)]
+    return reward_fidelity(probe.heldout, torch.cat(parts), probe.weight) if parts else None

@@ -4,7 +4,7 @@ N rows, D d_in, S d_sae. L0 is the mean number of latents that fire on a row; th
 which it fires; a latent is alive if it fires at all. Explained variance is 1 - FVU.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from sarm.nn.losses import VarianceUnexplained, cosine
 from sarm.nn.sae import Codes, Sae, standardise
 
 _PRE_ACTS_AT_ONCE = 2**24
+# What an SAE reads of rows.
+Prepare = Callable[[Float[Tensor, "rows d_in"]], Float[Tensor, "rows d_in"]]
 
 
 @dataclass
@@ -69,13 +71,17 @@ class Measured(NamedTuple):
 
 
 def measure(
-    sae: Sae, h_ND: Float[Tensor, "rows d_in"], device: torch.device | str = "cpu", chunk: int | None = None
+    sae: Sae,
+    h_ND: Float[Tensor, "rows d_in"],
+    device: torch.device | str = "cpu",
+    chunk: int | None = None,
+    prepare: Prepare = standardise,
 ) -> Measured:
     """FVU, cosine and firing counts on residual vectors, `chunk` rows at a time."""
     unexplained, counts, cosines = VarianceUnexplained(sae.d_in), LatentCounts(sae.d_sae), 0.0
     with torch.no_grad():
         for part in h_ND.split(chunk or max(1, _PRE_ACTS_AT_ONCE // sae.d_sae)):
-            x = standardise(part.to(device))
+            x = prepare(part.to(device))
             codes = sae(x)
             x_hat = sae.decode(codes)
             unexplained.add(x, x_hat)

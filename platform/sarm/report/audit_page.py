@@ -27,6 +27,7 @@ def write_audit_page(out: Path) -> Path:
     ]
     if (out / "features" / MANIFEST).exists():
         sections += _features(out, facts)
+        notes += json.loads((out / "codes" / MANIFEST).read_text())["counts"].get("notes", [])
     if (out / "causal" / MANIFEST).exists():
         sections += _causal(json.loads((out / "causal" / "causal.json").read_text()))
     for path in sorted((out / "steer").glob("*/steering.json")):

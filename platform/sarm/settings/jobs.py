@@ -8,10 +8,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypeVar
 
+from sarm.settings.checks import UserError
 from sarm.settings.contexts import ContextsSettings, PagesSettings
 from sarm.settings.data import DataSettings
 from sarm.settings.evaluation import EvaluationSettings
-from sarm.settings.extraction import ExtractionSettings
+from sarm.settings.extraction import TURN_END, ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
 from sarm.settings.run import ChainSettings, Flat, StageName
@@ -44,6 +45,17 @@ class ExtractActivations(PrepareData):
 @dataclass(frozen=True, kw_only=True)
 class _TrainingSae(ExtractActivations):
     sae: SaeSettings = SaeSettings()
+
+    def __post_init__(self) -> None:
+        units = self.extraction.units
+        if self.sae.recipe == "turn_ends" and TURN_END not in units:
+            raise UserError(
+                f"the recipe turn_ends learns from turn ends, which --extraction.units {' '.join(units)} does not extract. Pass --extraction.units turn_end, or --sae.recipe papers."
+            )
+        if self.sae.recipe == "papers" and units[0] == TURN_END:
+            raise UserError(
+                f"the recipe papers learns from sentence ends, which --extraction.units {' '.join(units)} does not put first. Pass --extraction.units document, or --sae.recipe turn_ends."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from sarm.settings.contexts import ContextsSettings
 from sarm.settings.data import DataSettings
 from sarm.settings.evaluation import EvaluationSettings
-from sarm.settings.extraction import ExtractionSettings
+from sarm.settings.extraction import TURN_END, ExtractionSettings
 from sarm.settings.jobs import Pipeline
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
@@ -50,12 +50,30 @@ demo = Pipeline(
         max_texts=300,
         heldout_share=0.25,
     ),
-    sae=SaeSettings(d_sae=16 * 576, k=27, batch_size=256, text_epochs=10, chat_epochs=40, lr=5e-4, chat_lr=1e-3),
+    extraction=ExtractionSettings(units=(TURN_END,)),
+    # Four latents for each dimension, as there are five rows a latent: docs/dictionaries.md compares with the papers' recipe.
+    sae=SaeSettings(
+        recipe="turn_ends",
+        d_sae=4 * 576,
+        k=27,
+        batch_size=256,
+        steps=1120,
+        lr=1e-3,
+        shares=(0.65, 0.35),
+        reward_share=0.1,
+    ),
     # One pass over 1,500 pairs moves a zero head too little. The rates were chosen on training prompts that were left out: 3e-5 and
     # 1e-3 undid the start. Stage 0, since one worker has nothing to shard.
     reward=RewardSettings(lr=5e-6, head_lr=1e-4, head_init="probe", epochs=1, batch_pairs=16, zero_stage=0),
     # Half a minute; docs/interpretation.md has the flags that read everything and look for driving sentences.
     contexts=ContextsSettings(split="heldout", span_answers=0),
+)
+
+demo_papers = replace(
+    demo,
+    run=ChainSettings(out=Path("outputs/demo-papers")),
+    extraction=ExtractionSettings(),
+    sae=SaeSettings(d_sae=16 * 576, k=27, batch_size=256, text_epochs=10, chat_epochs=40, lr=5e-4, chat_lr=1e-3),
 )
 
 # SARM section 4.1: Adam 5e-4 for the SAE, 16 d_in latents, k = 3/64 d_in; backbone 4e-6, 8 pairs a step, 3 epochs.
@@ -131,12 +149,44 @@ safer_3b = replace(
     sae=replace(_safer.sae, d_sae=24576, k=96),
 )
 
+
+def _with_turn_ends(papers: Pipeline) -> Pipeline:
+    """A paper's model and sizes, with a dictionary that learns where the reward is read.
+
+    Untested at these sizes. 25 million rows: six or so passes over the sentences of 160,000 responses, one over those of 250,000 texts.
+    """
+    return replace(
+        papers,
+        run=ChainSettings(out=papers.run.out.with_name(f"{papers.run.out.name}-turn-ends")),
+        data=replace(papers.data, max_texts=300_000),
+        extraction=replace(papers.extraction, units=(TURN_END,), limit_tokens=250_000_000),
+        sae=replace(papers.sae, recipe="turn_ends", steps=6_000, reward_share=0.1),
+    )
+
+
 PRESETS: dict[str, tuple[str, Pipeline]] = {
     "tiny": ("random 2-layer Llama and made-up data: seconds, offline, for tests", tiny),
     "demo": ("SmolLM2-135M-Instruct at half depth on human-labelled safety pairs: minutes on 2 cores", demo),
+    "demo-papers": (
+        "the same with the papers' recipe for the dictionary: 9,216 latents from sentence ends, then chat ends",
+        demo_papers,
+    ),
     "sarm-1b": ("SARM-1B: Llama-3.2-3B-Instruct, layer 14, 49,152 latents, k 144", sarm_1b),
     "sarm-2b": ("SARM-2B: Llama-3.2-3B-Instruct, layer 21, 49,152 latents, k 144", sarm_2b),
     "sarm-4b": ("SARM-4B: Llama-3.1-8B-Instruct, layer 16, 65,536 latents, k 192", sarm_4b),
     "safer-1b": ("SAFER on Llama-3.2-1B-Instruct: layer 12, 16,384 latents, k 64", safer_1b),
     "safer-3b": ("SAFER on Llama-3.2-3B-Instruct: layer 21, 24,576 latents, k 96", safer_3b),
+    **{
+        f"{name}-turn-ends": (
+            f"{name} with a dictionary that learns at turn ends, aware of the reward (untested at this size)",
+            _with_turn_ends(papers),
+        )
+        for name, papers in (
+            ("sarm-1b", sarm_1b),
+            ("sarm-2b", sarm_2b),
+            ("sarm-4b", sarm_4b),
+            ("safer-1b", safer_1b),
+            ("safer-3b", safer_3b),
+        )
+    },
 }

@@ -75,6 +75,12 @@ class RewardSettings:
     """Weight of the SAE's reconstruction loss at the rewarded tokens."""
     recon_detached: bool = True
     """The reconstruction loss trains the SAE alone, not the blocks beneath it."""
+    dense_weight: float = 0.0
+    """Weight of a penalty on latents that come to fire on over half of the responses: the share of a response's activation that they carry;
+    0.1 is a good value."""
+    head_l1: float = 0.0
+    """Weight of an L1 penalty on the head, by proximal steps that set weights to exactly zero: the reward is then a sum of fewer latents.
+    A latent is read if the mean gradient of its weight is above this; 0.001 to 0.02 are usual."""
     lora_rank: int = 0
     """Train low-rank adapters of the blocks instead of their weights (needs `pip install peft`), merged when training ends; 0: train the weights."""
 
@@ -102,7 +108,7 @@ class RewardSettings:
         # 0 would mean "no gradient" to torch and "no limit" to DeepSpeed.
         check(self, "reward.max_grad_norm", self.max_grad_norm > 0, "above 0")
         check_rate(self, "reward.sae_lr")
-        check_least(self, "reward.", centre_weight=0, recon_weight=0, lora_rank=0)
+        check_least(self, "reward.", centre_weight=0, recon_weight=0, dense_weight=0, head_l1=0, lora_rank=0)
         check(self, "reward.label_smoothing", 0 <= self.label_smoothing < 0.5, "at least 0 and below 0.5")
         trains_blocks = self.train_backbone and self.lr > 0
         check(

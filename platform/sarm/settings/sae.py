@@ -16,24 +16,43 @@ OF_ONE_DICTIONARY = frozenset(
 )
 
 
+# Settings that only one recipe reads: what a dictionary of the other is does not depend on them.
+OF_RECIPE = {
+    "turn_ends": frozenset({"recipe", "steps", "shares", "reward_share", "reward_direction"}),
+    "papers": frozenset({"text_epochs", "chat_epochs", "chat_lr"}),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaeSettings:
-    """The sparse autoencoder and its two training phases (sentence ends, then chat ends)."""
+    """The sparse autoencoder, and by which recipe it is trained."""
 
     d_sae: int = 9216
-    """Dictionary size; the papers use 16 d_in."""
+    """Dictionary size; the papers use 16 d_in. More than a quarter of the distinct activations leaves latents dead."""
     k: int = 27
     """Active latents per token; the papers use 3/64 d_in."""
+    recipe: Literal["papers", "turn_ends"] = "papers"
+    """`papers`: first on the sentence ends of the corpus, then on the final tokens of the training responses. `turn_ends`: once, on a
+    mixture of turn ends of training responses and of texts (`--extraction.units turn_end`), all moved to where the reward is read."""
     lr: float = 5e-4
-    """Adam's peak learning rate on sentence ends."""
+    """Adam's peak learning rate; of recipe `papers` that on sentence ends."""
     chat_lr: float = 5e-4
-    """Adam's peak learning rate on chat ends."""
+    """Recipe `papers`: Adam's peak learning rate on chat ends."""
     batch_size: int = 512
     """Activations of one step over all workers."""
     text_epochs: int = 1
-    """Passes over the sentence ends of the corpus; 0 leaves the phase out."""
+    """Recipe `papers`: passes over the sentence ends of the corpus; 0 leaves the phase out."""
     chat_epochs: int = 1
-    """Passes over the final tokens of the training responses; 0 leaves the phase out."""
+    """Recipe `papers`: passes over the final tokens of the training responses; 0 leaves the phase out."""
+    steps: int = 560
+    """Recipe `turn_ends`: steps of `batch_size` rows."""
+    shares: tuple[float, float] = (0.65, 0.35)
+    """Recipe `turn_ends`: shares of the responses' and of the texts' turn ends in every step; 0 leaves one out."""
+    reward_share: float = 0.0
+    """Recipe `turn_ends`: share of all variance that the direction of a probe of the training pairs gets while the dictionary learns, so
+    that latents are spent on what decides preferences. It uses training labels, never held-out ones. 0: off; 0.1 is a good value."""
+    reward_direction: Literal["probe", "random"] = "probe"
+    """Which direction that is; `random` is the control."""
     warmup_share: float = 0.05
     """Share of each phase over which the rate rises from 0."""
     decay_share: float = 0.2
@@ -80,7 +99,7 @@ class SaeSettings:
         _check(self, "sae.k", 1 <= self.k <= self.d_sae, f"between 1 and d_sae={self.d_sae}")
         _check_rate(self, "sae.lr")
         _check_rate(self, "sae.chat_lr")
-        _check(self, "sae.text_epochs", self.text_epochs + self.chat_epochs > 0, "above 0 where chat_epochs is 0")
+        self._check_recipe()
         _check(self, "sae.warmup_share", self.warmup_share + self.decay_share <= 1, "at most 1 - decay_share")
         _check(self, "sae.heldout_share", 0 < self.heldout_share < 0.5, "between 0 and 0.5")
         _check_least(self, "sae.", aux_k=0, dead_after_rows=1, checkpoint_every_steps=0, cross_entropy_texts=0)
@@ -93,6 +112,20 @@ class SaeSettings:
         _check(
             self, "sae.signed", not self.signed or self.architecture == "topk", "off unless the architecture is topk"
         )
+
+    def _check_recipe(self) -> None:
+        _check(self, "sae.text_epochs", self.text_epochs + self.chat_epochs > 0, "above 0 where chat_epochs is 0")
+        _check_least(self, "sae.", steps=1)
+        adds_up = min(self.shares) >= 0 and abs(sum(self.shares) - 1) < 1e-9
+        _check(self, "sae.shares", adds_up, "two shares that add up to 1")
+        _check(self, "sae.reward_share", 0 <= self.reward_share < 1, "at least 0 and below 1")
+        if self.recipe == "papers":
+            _check(self, "sae.reward_share", self.reward_share == 0, "0 unless the recipe is turn_ends")
+        else:
+            no_texts = self.cross_entropy_texts == 0
+            _check(self, "sae.cross_entropy_texts", no_texts, "0 where the recipe is turn_ends, which reads no texts")
+            is_tied = self.architecture == "matching_pursuit" and self.reward_share > 0
+            _check(self, "sae.reward_share", not is_tied, "0 for matching_pursuit, whose encoder is its decoder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sarm.settings.jobs import Pipeline
-from sarm.settings.presets import demo, sarm_1b, sarm_4b
+from sarm.settings.presets import demo_papers, sarm_1b, sarm_4b
 from sarm.settings.presets import tiny as tiny_pipeline
 from sarm.settings.sweep import Ablation, SweepSettings
 
@@ -26,7 +26,7 @@ tiny = _ablation(
 
 # Sized by the demo, whose reward training took 262 s on two cores: fourteen such trainings, at half to three quarters of the depth.
 smollm2 = _ablation(
-    demo,
+    demo_papers,
     "ablation-smollm2",
     SweepSettings(
         layers=(8, 15, 22),
@@ -39,9 +39,9 @@ smollm2 = _ablation(
     ),
     # Half of the pairs are held out: cells differ by a few percent, and scoring a pair costs a third of learning from it. All 1,715
     # pairs took 103 minutes; what tells cells apart is the 101 prompts, and those all stay.
-    data=replace(demo.data, heldout_share=0.5, max_pairs_per_prompt=30),
+    data=replace(demo_papers.data, heldout_share=0.5, max_pairs_per_prompt=30),
     # Of the demo's 20 s for one SAE: six learn from one read here.
-    sae=replace(demo.sae, text_epochs=5, chat_epochs=20),
+    sae=replace(demo_papers.sae, text_epochs=5, chat_epochs=20),
 )
 
 # A sweep to look at first: what one more block, a wider dictionary and a plain head each change, on a third of the pairs.

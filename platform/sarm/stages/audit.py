@@ -70,7 +70,9 @@ def cache_codes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
 
         reader = sarm_reader(settings.sarm, settings.batch_tokens)
         counts = write_codes(pairs, reader, folder.folder, session.run_pass)
-        return {**counts, "figures": {**counts, "rejected": sum(counts["rejected"].values())}}
+        figures = {**counts, "rejected": sum(counts["rejected"].values())}
+        figures.pop("notes")
+        return {**counts, "figures": figures}
 
     session.stage("cache codes", folder, body, resume=True)
 

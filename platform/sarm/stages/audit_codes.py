@@ -17,6 +17,7 @@ from sarm.engine.ray.block_actor import Output
 from sarm.engine.ray.passes import Pass, RunPass
 from sarm.passes.codes import CODES_PART, ResponseCodes
 from sarm.passes.reader import Reader
+from sarm.report.dictionary_note import dictionary_note
 
 _BLOCK_ROWS = 64
 
@@ -53,4 +54,9 @@ def write_codes(pairs: pa.Table, reader: Reader, folder: Path, run_pass: RunPass
     kept = [row for row, is_kept in zip(named, has_codes, strict=True) if is_kept]
     pq.write_table(pa.Table.from_pylist(kept, schema=CODE_PAIRS), folder / "pairs.parquet", write_page_checksum=True)
     shutil.rmtree(parts)
-    return {"responses": responses.num_rows, "pairs": len(kept), "rejected": counts["rejected"]}
+    return {
+        "responses": responses.num_rows,
+        "pairs": len(kept),
+        "rejected": counts["rejected"],
+        "notes": dictionary_note(reader.model.config.provenance),
+    }

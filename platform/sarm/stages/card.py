@@ -13,6 +13,7 @@ from sarm.interpret.feature_data import feature_names
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.passes.models import hash_of_folder
 from sarm.passes.reader import Reader, sarm_reader
+from sarm.report.dictionary_note import dictionary_note
 from sarm.report.reward_card import Prefixes, card, print_card, write_card
 from sarm.settings.card import RewardCard
 from sarm.settings.checks import UserError
@@ -44,6 +45,7 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
         "protocol_version": PROTOCOL_VERSION,
         "contents_with_control_tokens": spelled.control_tokens,
         "contents_already_templated": spelled.templated,
+        "notes": dictionary_note(config.provenance),
     }
     if spelled.control_tokens:
         print(f"{spelled.control_tokens} contents spell control tokens, which are scored as text")

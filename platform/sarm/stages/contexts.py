@@ -72,6 +72,7 @@ def write_pages(session: Session, pages: PagesSettings) -> Manifest:
     store = load_contexts(folders.contexts, hash_of_folder(folders.sarm))
 
     def body(child: StageRun) -> Mapping[str, Any]:
+        from sarm.report.dictionary_note import dictionary_note_of
         from sarm.report.feature_pages import write_feature_pages
         from sarm.report.saedashboard import dashboard
 
@@ -82,6 +83,7 @@ def write_pages(session: Session, pages: PagesSettings) -> Manifest:
             if EXPLANATIONS_FOLDER in planned.inputs
             else ["There are no explanations yet: features carry extractive terms."]
         )
+        notes += dictionary_note_of(folders.sarm)
         files = write_feature_pages(
             features=shown, title=f"Features of {session.name}", facts=facts, notes=notes, folder=folder.folder
         )

@@ -4,7 +4,7 @@ Everything that asks for one of these asks here: the stages themselves, refusals
 Loads nothing heavy.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +26,18 @@ from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.contexts import ContextsSettings, PagesSettings
 from sarm.settings.data import DataSettings
 from sarm.settings.evaluation import EvaluationSettings
-from sarm.settings.extraction import TURN_END, ExtractionSettings
+from sarm.settings.extraction import TURN_END, ExtractionSettings, Unit
 from sarm.settings.identity import identity
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
-from sarm.settings.sae import AlsoSaes, SaeSettings
+from sarm.settings.sae import OF_RECIPE, AlsoSaes, SaeSettings
 from sarm.stages.variants import Variant
 
 _OF_TEXTS = ("texts", "text_field", "max_texts")
 _LIMITS_OF_TEXTS = ("limit_rows", "limit_tokens")
+
+# The turn ends of training responses, each response once.
+RESPONSES = f"chat-{TURN_END}"
 
 Settings = dict[str, Any]
 # (split, unit, layer); the split of texts is `all`, the unit of pairs `chat`, or `turn_end` for what dictionaries learn from.
@@ -74,10 +77,10 @@ def pairs(folders: Folders, data: DataSettings) -> FolderPlan:
 
 def activations(folders: Folders, model: ModelSettings, extraction: ExtractionSettings) -> dict[Key, FolderPlan]:
     """activations/v1 of every split, unit and layer of an extraction."""
-    names = [("all", unit, f"text-{unit}" if place else "text") for place, unit in enumerate(extraction.units)]
+    names = [("all", unit, _text_name(unit, place)) for place, unit in enumerate(extraction.units)]
     names += [("train", "chat", "chat"), ("heldout", "chat", "heldout")]
     # For dictionaries alone, which learn nothing from held-out prompts.
-    names += [("train", TURN_END, f"chat-{TURN_END}")] if TURN_END in extraction.units else []
+    names += [("train", TURN_END, RESPONSES)] if TURN_END in extraction.units else []
     layers = dict.fromkeys((model.layer, *extraction.layers))
     return {
         (split, unit, layer): FolderPlan(
@@ -89,6 +92,11 @@ def activations(folders: Folders, model: ModelSettings, extraction: ExtractionSe
         for split, unit, name in names
         for layer in layers
     }
+
+
+def _text_name(unit: Unit, place: int) -> str:
+    """The folder of a unit of texts, by its place among those that are extracted."""
+    return f"text-{unit}" if place else "text"
 
 
 def activation_settings(
@@ -108,14 +116,31 @@ def sae(
     folder: Path, sae: SaeSettings, seed: int, activations: Mapping[str, Path], init_seed: int | None = None
 ) -> FolderPlan:
     """An SAE that learns from the activations of its phases: `seed` decides the order of rows, and the first weights too if `init_seed` does not."""
-    epochs = {"text": sae.text_epochs, "chat": sae.chat_epochs}
-    inputs = {f"activations/{name}": (path, ACTIVATIONS_FOLDER) for name, path in activations.items() if epochs[name]}
+    inputs = {f"activations/{name}": (activations[name], ACTIVATIONS_FOLDER) for name in _read_by(sae)}
     return FolderPlan(folder, SAE_FOLDER, sae_settings(sae, seed, init_seed), inputs)
+
+
+def _read_by(sae: SaeSettings) -> list[str]:
+    """Which activations an SAE learns from or is measured on."""
+    if sae.recipe == "papers":
+        epochs = {"text": sae.text_epochs, "chat": sae.chat_epochs}
+        return [name for name, number in epochs.items() if number]
+    shares = dict(zip((RESPONSES, "text"), sae.shares, strict=True))
+    return ["chat", *(name for name, share in shares.items() if share)]
+
+
+def sae_activations(folders: Folders, sae: SaeSettings, units: Sequence[Unit]) -> dict[str, Path]:
+    """Where the activations are that an SAE may learn from, by the names that its manifest gives them."""
+    place = units.index(TURN_END) if sae.recipe == "turn_ends" and TURN_END in units else 0
+    text = folders.text_activations.with_name(_text_name(units[place], place))
+    chat = folders.chat_activations
+    return {"text": text, "chat": chat, RESPONSES: chat.with_name(RESPONSES)}
 
 
 def sae_settings(sae: SaeSettings, seed: int, init_seed: int | None = None) -> Settings:
     """What decides an SAE, besides its activations."""
-    settings = identity(sae, seed=seed)
+    foreign = OF_RECIPE["papers" if sae.recipe == "turn_ends" else "turn_ends"]
+    settings = {name: value for name, value in identity(sae, seed=seed).items() if name not in foreign}
     return settings if init_seed in (None, seed) else {**settings, "init_seed": init_seed}
 
 
@@ -139,8 +164,12 @@ def reward_model(folders: Folders, variant: Variant, seed: int) -> FolderPlan:
 
 
 def reward_settings(model: ModelSettings, reward: RewardSettings, seed: int) -> Settings:
-    """What decides a reward model."""
-    return {**identity(model), **identity(reward, seed=seed), **_of_conversations()}
+    """What decides a reward model; penalties that are off decide nothing."""
+    settings = identity(reward, seed=seed)
+    for name in ("dense_weight", "head_l1"):
+        if not settings[name]:
+            settings.pop(name)
+    return {**identity(model), **settings, **_of_conversations()}
 
 
 def evaluation(folders: Folders, evaluation: EvaluationSettings, seed: int, baselines: Iterable[str]) -> FolderPlan:

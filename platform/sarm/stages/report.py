@@ -20,6 +20,7 @@ from sarm.engine.session import Session
 from sarm.evaluate.statistics import reliability_bins
 from sarm.interpret.attribution import pair_explanation, top_features
 from sarm.report import figures
+from sarm.report.dictionary_note import dictionary_note_of
 from sarm.report.report import Report, ReportFiles, as_dict, describe_features, describe_pair, write_report
 from sarm.settings.evaluation import EvaluationSettings
 from sarm.stages.report_notes import NAMES, name_of, notes_of
@@ -81,7 +82,7 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
         pairs=_explained_pairs(session, scores),
         rejected_rows=_rejected(manifests),
         figures={caption: figures.as_svg(figure) for caption, figure in pictures.items()},
-        notes=notes_of(metrics),
+        notes=[*notes_of(metrics), *dictionary_note_of(folders.sarm)],
         ui_command=ui_command(session.tracker.uri, session.tracker.experiment_id),
     )
     files = write_report(content, folders.out)

@@ -79,6 +79,7 @@ def build_model(
             "tokenizer": chat.tokenizer_hash,
             "max_length": model.max_length,
             "system_prompt": model.system_prompt,
+            **_dictionary(sae_folder, reward),
         },
     )
     built = SarmForSequenceClassification(config, backbone, sae)
@@ -88,6 +89,15 @@ def build_model(
     if reward.lora_rank:
         add_adapters_(built, reward.lora_rank, seed)
     return built
+
+
+def _dictionary(sae_folder: Path | None, reward: RewardSettings) -> dict[str, Any]:
+    """How the dictionary was trained, where it was by another recipe than the papers'."""
+    if sae_folder is None or reward.encoder != "pretrained":
+        return {}
+    _, metadata = load_sae(sae_folder)
+    about = {name: metadata[name] for name in ("recipe", "reward_share", "reward_direction") if name in metadata}
+    return {"dictionary": about} if about else {}
 
 
 def encoder_of(sae: Sae, reward: RewardSettings, seed: int) -> Sae:

@@ -73,10 +73,10 @@ def _extractions(folders: Folders) -> Iterable[Place]:
 
 
 def _saes(config: Any, folders: Folders) -> list[FolderPlan]:
-    seed, phases = config.run.seed, folders.phases
+    seed, activations = config.run.seed, plan.sae_activations(folders, config.sae, config.extraction.units)
     planned = plan.sae_folders(folders, config.sae, getattr(config, "also", AlsoSaes()), seed)
     return [
-        plan.sae(folder=path, sae=sae, seed=seed, activations=phases, init_seed=init_seed)
+        plan.sae(folder=path, sae=sae, seed=seed, activations=activations, init_seed=init_seed)
         for _, path, sae, init_seed in planned
     ]
 
@@ -110,7 +110,7 @@ def _extract(session: "Session", config: Any) -> None:
 def _train_sae(session: "Session", config: Any) -> None:
     from sarm.stages.train_sae import train_sae
 
-    train_sae(session, config.sae, getattr(config, "also", AlsoSaes()))
+    train_sae(session, config.sae, config.extraction.units, getattr(config, "also", AlsoSaes()))
 
 
 def _train_sarm(session: "Session", config: Any) -> None:

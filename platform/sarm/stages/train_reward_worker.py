@@ -116,6 +116,7 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         pad_id=chat.pad_id,
         validation=pairs.validation,
         on_best=lambda: best.update(weights(engine)),
+        d_sae=model.config.d_sae,
     )
     shown = ("loss", "accuracy", "margin", "validation_loss", "tokens_per_second")
     training = _Training(pairs, loop, engine, best, Progress(task.name, task.tracking, shown))

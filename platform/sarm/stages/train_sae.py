@@ -15,13 +15,19 @@ from sarm.contracts.manifest import StageFolder
 from sarm.data.store.checkpoints import Checkpoints
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
+from sarm.engine.terminal import say
 from sarm.settings.checks import UserError
+from sarm.settings.extraction import Unit
 from sarm.settings.sae import AlsoSaes, SaeSettings
 from sarm.stages import plan
 from sarm.stages.plan import sae_folders
 
 if TYPE_CHECKING:
     from sarm.data.store.activations import ActivationStore
+
+
+# Of distinct activations: with fewer, more latents do not explain more of unseen ones.
+ROWS_A_LATENT = 4
 
 
 class SaeStage(NamedTuple):
@@ -33,14 +39,14 @@ class SaeStage(NamedTuple):
     init_seed: int
 
 
-def train_sae(session: Session, sae: SaeSettings, also: AlsoSaes = AlsoSaes()) -> None:
-    """activations/v1 -> SAE, and `also` others beside it, all from one read."""
+def train_sae(session: Session, sae: SaeSettings, units: Sequence[Unit], also: AlsoSaes = AlsoSaes()) -> None:
+    """activations/v1, extracted for these units of texts -> SAE, and `also` others beside it, all from one read."""
     folders = session.folders
     wanted = [SaeStage(*member) for member in sae_folders(folders, sae, also, session.run.seed)]
     train_saes(
         session=session,
         wanted=wanted,
-        activations=folders.phases,
+        activations=plan.sae_activations(folders, sae, units),
         corpus=folders.corpus,
         in_training=folders.states(folders.sae.name),
     )
@@ -49,9 +55,9 @@ def train_sae(session: Session, sae: SaeSettings, also: AlsoSaes = AlsoSaes()) -
 def train_saes(
     session: Session, wanted: Sequence[SaeStage], activations: Mapping[str, Path], corpus: Path, in_training: Path
 ) -> None:
-    """activations/v1 of the phases `text` and `chat` -> the wanted SAEs; what is finished is left as it is.
+    """activations/v1 -> the wanted SAEs; what is finished is left as it is.
 
-    All must agree on epochs and batches. Raises UserError if they do not, or if a folder holds something else.
+    `activations` are by the names of `plan.sae_activations`. All must agree on what they read, and in which steps. Raises UserError if they do not, or if a folder holds something else.
     """
     planned = {
         stage.name: plan.sae(
@@ -63,7 +69,7 @@ def train_saes(
         )
         for stage in wanted
     }
-    phases = {name.removeprefix("activations/"): path for name, (path, _) in planned[wanted[0].name].inputs.items()}
+    read = {name.removeprefix("activations/"): path for name, (path, _) in planned[wanted[0].name].inputs.items()}
     folders = {name: folder.open() for name, folder in planned.items()}
     todo = []
     for stage in wanted:
@@ -75,9 +81,13 @@ def train_saes(
         return
     from sarm.data.store.activations import ActivationStore
 
-    check_activations(wanted[0].sae, {name: ActivationStore(path) for name, path in phases.items()})
+    stores = {name: ActivationStore(path) for name, path in read.items()}
+    check_activations(wanted[0].sae, stores)
+    for warning in dict.fromkeys(few_rows(stage.sae, stores) for stage in todo):
+        if warning:
+            say(warning)
     states = Checkpoints(in_training, _identity([folders[stage.name] for stage in todo]))
-    training = _Training(session, todo, phases, corpus if "text" in phases else None, states)
+    training = _Training(session, todo, read, corpus if "text" in read else None, states)
     session.stages(
         {stage.name: stage.name for stage in todo}, {stage.name: folders[stage.name] for stage in todo}, training
     )
@@ -90,7 +100,7 @@ class _Training:
 
     session: Session
     stages: Sequence[SaeStage]
-    phases: Mapping[str, Path]
+    activations: Mapping[str, Path]
     corpus: Path | None
     states: Checkpoints
 
@@ -111,8 +121,7 @@ class _Training:
         task = worker.SaeTask(
             run=self.session.run,
             sae=first.sae,
-            text=self.phases.get("text"),
-            chat=self.phases.get("chat"),
+            activations=self.activations,
             folder=first.folder,
             tracking=first.tracking,
             states=self.states,
@@ -140,13 +149,25 @@ def check_activations(sae: SaeSettings, stores: dict[str, "ActivationStore"]) ->
     for name, store in stores.items():
         needed = max(32, sae.batch_size)
         if store.num_rows < needed:
+            other = f"--sae.{name}-epochs 0" if sae.recipe == "papers" else "other --sae.shares"
             raise UserError(
-                f"the {name} phase has {store.num_rows} activations, at least {needed} are needed (one batch). Add sources, or pass a smaller --sae.batch-size or --sae.{name}-epochs 0."
+                f"{name} has {store.num_rows} activations, at least {needed} are needed (one batch). Add sources, or pass a smaller --sae.batch-size or {other}."
             )
         if not any(0 < value < math.inf for value in store.spread()):
             raise UserError(
                 f"the activations in {store.folder} are all alike (every standard deviation is 0 or not finite), so there is nothing to learn from. Look at their model and texts."
             )
+
+
+def few_rows(sae: SaeSettings, stores: Mapping[str, "ActivationStore"]) -> str | None:
+    """What to say where there are fewer rows than a dictionary of this size can learn from; None where there are enough."""
+    num_rows = sum(store.num_rows for name, store in stores.items() if sae.recipe == "papers" or name != "chat")
+    if num_rows >= ROWS_A_LATENT * sae.d_sae:
+        return None
+    return (
+        f"{num_rows:,} activations are fewer than {ROWS_A_LATENT} a latent: many of the {sae.d_sae:,} latents will stay dead. "
+        f"Pass --sae.d-sae {max(sae.k, num_rows // ROWS_A_LATENT)}, or add sources."
+    )
 
 
 def finish_training(states: Checkpoints) -> None:

@@ -14,37 +14,42 @@ from sarm.data.formats.sae_folder import save_sae
 from sarm.data.store.activations import ActivationStore
 from sarm.evaluate.reward_fidelity import chat_reward_fidelity
 from sarm.evaluate.sae_quality import LatentCounts, count_latents, measure
-from sarm.nn.sae import Sae, standardise
+from sarm.nn.sae import Sae
 from sarm.settings.sae import SaeSettings
+from sarm.stages.train_sae_rows import SaeRows
 
 
 def write_sae_folder(
     sae: Sae,
     config: SaeSettings,
     folder: Path,
-    stores: Mapping[str, ActivationStore],
-    heldout: Mapping[str, torch.Tensor],
+    rows: SaeRows,
+    chat: ActivationStore | None,
+    activations: Mapping[str, Any],
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
     """Write weights, statistics and density histograms; returns FVU on held-out rows, L0, dead share, and what is alive at the reward.
 
-    `stores` and `heldout` are by phase.
+    `chat` are the rewarded tokens of training pairs, `activations` says what the rows are residuals of.
     """
     counts = {
-        name: count_latents(sae, (standardise(h_ND.to(device)) for h_ND in store.usable_vectors()))
-        for name, store in stores.items()
+        name: count_latents(sae, (x_ND.to(device) for x_ND in measured.all()))
+        for name, measured in rows.measured.items()
     }
-    figures: dict[str, Any] = {f"fvu_{name}": measure(sae, rows, device).fvu for name, rows in heldout.items()}
-    figures |= {f"l0_{name}": counts[name].l0() for name in stores}
+    figures: dict[str, Any] = {
+        f"fvu_{name}": measure(sae, measured.heldout, device, prepare=lambda x_ND: x_ND).fvu
+        for name, measured in rows.measured.items()
+    }
+    figures |= {f"l0_{name}": found.l0() for name, found in counts.items()} | rows.figures
     fired = torch.stack([found.fired for found in counts.values()]).sum(0)
     figures["dead_share"] = float((fired == 0).double().mean())
-    if "chat" in counts:
+    if chat is not None:
         figures["alive_at_reward"] = counts["chat"].alive_share()
-        fidelity = chat_reward_fidelity(sae, stores["chat"], config.heldout_share, seed)
+        fidelity = chat_reward_fidelity(sae, chat, config.heldout_share, seed)
         figures |= {} if fidelity is None else {"reward_fidelity": fidelity}
     folder.mkdir(parents=True, exist_ok=True)
-    save_sae(sae, folder, {"activations": next(iter(stores.values())).metadata, "phases": list(stores)})
+    save_sae(sae, folder, {"activations": activations, **rows.about})
     histograms = {
         name: dict(zip(("log10_density", "latents"), c.density_histogram(), strict=True)) for name, c in counts.items()
     }

@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from sarm.data.store.activations import ActivationStore
 from sarm.data.store.checkpoints import Checkpoint, Checkpoints
-from sarm.data.store.shuffled_rows import ShuffledRows, memory_for_rows
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.ray.stall import StallGuard
 from sarm.engine.ray.trainer import (
@@ -24,15 +23,15 @@ from sarm.engine.ray.trainer import (
 from sarm.engine.ray.training_states import WorkerStates
 from sarm.evaluate.sae_quality import measure
 from sarm.nn.architectures import OPTIONS, build_sae
-from sarm.nn.sae import Sae, standardise
+from sarm.nn.sae import Sae
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
 from sarm.settings.sae import OF_ONE_DICTIONARY, SaeSettings
 from sarm.stages.train_sae_folder import write_sae_folder
+from sarm.stages.train_sae_rows import SaeRows, rows_of
 from sarm.train.phase_shift import absorb_phase_shift_
-from sarm.train.sae import Phase, SaeTraining
+from sarm.train.sae import SaeTraining
 
-_SAMPLE_ROWS = 16 * 1024
 _OF_THE_SAE = ("architecture", "d_sae", "k", *OPTIONS)
 
 
@@ -50,7 +49,7 @@ class SaeMember:
 
 @dataclass(frozen=True)
 class SaeTask:
-    """What a worker needs to know; picklable. A phase whose folder is None is left out.
+    """What a worker needs to know; picklable. `activations` are those that the recipe reads, by the names that manifests give them.
 
     `also` are further SAEs for the same rows in the same order, each step read and standardised once for all of them. They may
     differ in all that is of one dictionary (width, k, architecture, AuxK, seed); raises UserError if they differ in more.
@@ -58,8 +57,7 @@ class SaeTask:
 
     run: RunSettings
     sae: SaeSettings
-    text: Path | None
-    chat: Path | None
+    activations: Mapping[str, Path]
     folder: Path
     tracking: StageRun
     states: Checkpoints
@@ -94,14 +92,13 @@ class _Begun(NamedTuple):
 
 @dataclass(frozen=True)
 class _Worker:
-    """What the steps of one worker share; the phases by their names, in their order."""
+    """What the steps of one worker share."""
 
     task: SaeTask
     device: torch.device
     guard: StallGuard
     states: WorkerStates
-    stores: Mapping[str, ActivationStore]
-    rows: Mapping[str, ShuffledRows]
+    rows: SaeRows
     histories: list[dict[str, Any]]
     """Of each SAE, by phase; training adds to them."""
     figures: list[dict[str, Any]]
@@ -109,7 +106,7 @@ class _Worker:
 
 
 def sae_worker(task: SaeTask) -> dict[str, Any] | None:
-    """One Ray Train worker: both phases, then the latents' statistics; rank 0 writes the folders and returns the figures."""
+    """One Ray Train worker: every phase, then the latents' statistics; rank 0 writes the folders and returns the figures."""
     device = worker_device()
     guard = StallGuard(worker_storage(), dist.get_rank() if dist.is_initialized() else 0)
     states = WorkerStates(
@@ -120,13 +117,9 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         beat=guard.beat,
     )
     checkpoint = states.latest()
-    stores = {
-        name: ActivationStore(path) for name, path in (("text", task.text), ("chat", task.chat)) if path is not None
-    }
-    rows = {name: _training_rows(store, task.sae, device) for name, store in stores.items()}
-    samples = [standardise(source.sample(task.run.seed, _SAMPLE_ROWS)) for source in rows.values()]
+    rows = rows_of(task.sae, task.activations, task.run.seed, device, workers_on_device(device))
     members = task.members()
-    d_in = next(iter(stores.values())).d_in
+    d_in = rows.samples[0].shape[1]
     saes = [build_sae(d_in=d_in, **{name: getattr(member.sae, name) for name in _OF_THE_SAE}) for member in members]
     begun = None if checkpoint is None else _Begun(checkpoint, _shared_state(checkpoint, task.sae, states.world))
     worker = _Worker(
@@ -134,20 +127,19 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         device=device,
         guard=guard,
         states=states,
-        stores=stores,
         rows=rows,
         histories=[{} for _ in members] if begun is None else begun.shared["histories"],
         figures=[{} for _ in members] if begun is None else begun.shared["figures"],
     )
     if begun is None:
         for sae, member in zip(saes, members, strict=True):
-            sae.initialise_(samples[0], torch.Generator().manual_seed(member.seed), member.sae.b_dec_init)
+            sae.initialise_(rows.samples[0], torch.Generator().manual_seed(member.seed), member.sae.b_dec_init)
     first, first_step = 0 if begun is None else begun.shared["phase"], 0
-    for number in range(first, len(rows)):
+    for number in range(first, len(rows.phases)):
         own = begun if number == first else None
         if number > 0 and own is None:
             for sae in saes:
-                absorb_phase_shift_(sae, samples[number - 1].to(device), samples[number].to(device))
+                absorb_phase_shift_(sae, rows.samples[number - 1].to(device), rows.samples[number].to(device))
         training = _run_phase(worker=worker, number=number, saes=saes, first_step=first_step, begun=own)
         saes, first_step = [learner.whole() for learner in training.learners], training.num_steps
         _measure_phase(worker, number, saes)
@@ -157,13 +149,12 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
 
 def _run_phase(worker: _Worker, number: int, saes: Sequence[Sae], first_step: int, begun: _Begun | None) -> SaeTraining:
     """Train through one phase, from its first step or where it had `begun`; returns the training at its end."""
-    task, name = worker.task, list(worker.rows)[number]
-    members, is_own = task.members(), task.sae.split == "latents"
-    epochs, lr = {"text": (task.sae.text_epochs, task.sae.lr), "chat": (task.sae.chat_epochs, task.sae.chat_lr)}[name]
+    task, phase = worker.task, worker.rows.phases[number]
+    name, members, is_own = phase.name, task.members(), task.sae.split == "latents"
     logs = [Progress(f"sae_{name}", member.tracking, ("loss", "fvu", "alive_share"), member.name) for member in members]
     training = SaeTraining(
         saes=saes,
-        phase=Phase(name=name, rows=worker.rows[name], heldout=worker.rows[name].heldout, epochs=epochs, lr=lr),
+        phase=phase,
         sae_configs=[member.sae for member in members],
         seed=task.run.seed + number,
         device=worker.device,
@@ -201,23 +192,28 @@ def _run_phase(worker: _Worker, number: int, saes: Sequence[Sae], first_step: in
 
 
 def _measure_phase(worker: _Worker, number: int, saes: Sequence[Sae]) -> None:
-    name = list(worker.rows)[number]
+    phase = worker.rows.phases[number]
     for sae, figures in zip(saes, worker.figures, strict=True):
-        figures[f"fvu_{name}_after_its_phase"] = measure(sae, worker.rows[name].heldout, worker.device).fvu
+        found = measure(sae, phase.heldout, worker.device, prepare=phase.prepare)
+        figures[f"fvu_{phase.name}_after_its_phase"] = found.fvu
 
 
 def _write(worker: _Worker, saes: Sequence[Sae]) -> dict[str, Any]:
     """Write every SAE's folder; returns the figures and history of the task's own SAE, of those `also` learnt, and the rejected rows."""
-    task, device = worker.task, worker.device
-    heldout = {name: source.heldout for name, source in worker.rows.items()}
+    task, rows, device = worker.task, worker.rows, worker.device
+    chat = ActivationStore(task.activations["chat"]) if "chat" in task.activations else None
+    about = ActivationStore(next(iter(task.activations.values()))).metadata
     results = []
     for sae, member, figures, history in zip(saes, task.members(), worker.figures, worker.histories, strict=True):
+        if rows.reward_map is not None:
+            rows.reward_map.fold_(sae)
         figures |= write_sae_folder(
             sae=sae,
             config=member.sae,
             folder=member.folder,
-            stores=worker.stores,
-            heldout=heldout,
+            rows=rows,
+            chat=chat,
+            activations=about,
             seed=task.run.seed,
             device=device,
         )
@@ -228,14 +224,13 @@ def _write(worker: _Worker, saes: Sequence[Sae]) -> dict[str, Any]:
             figures |= cross_entropy_figures(
                 sae=sae,
                 corpus=task.corpus,
-                activations=next(iter(worker.stores.values())).metadata,
+                activations=about,
                 num_texts=member.sae.cross_entropy_texts,
                 heldout_share=member.sae.heldout_share,
                 device=device,
             )
         results.append({"figures": figures, "history": history})
-    rejected = {name: source.rejected for name, source in worker.rows.items() if source.rejected}
-    return {**results[0], "rejected": rejected, "also": results[1:]}
+    return {**results[0], "rejected": rows.rejected, "also": results[1:]}
 
 
 def _shared_state(checkpoint: Checkpoint, sae: SaeSettings, world: int) -> Any:
@@ -246,14 +241,3 @@ def _shared_state(checkpoint: Checkpoint, sae: SaeSettings, world: int) -> Any:
             f"the training state in {checkpoint.folder} is split by {split} over {num_workers} workers, asked for {sae.split} over {world}. Pass --sae.split {split} --num-workers {num_workers}, or delete it to start over."
         )
     return saved
-
-
-def _training_rows(store: ActivationStore, sae: SaeSettings, device: torch.device) -> ShuffledRows:
-    rows = ShuffledRows(
-        store, sae.heldout_share, memory_bytes=memory_for_rows(device, workers_on_device(device)), device=device
-    )
-    if rows.num_rows < sae.batch_size:
-        raise UserError(
-            f"{store.folder} has {rows.num_rows} rows to train on ({rows.num_rejected} are constant, NaN or infinite), fewer than a batch of {sae.batch_size}. Add sources, or pass a smaller --sae.batch-size."
-        )
-    return rows

@@ -21,10 +21,12 @@ from torch import Tensor
 from sarm.data.tokens.groups import PromptGroup
 from sarm.data.tokens.packing import collate
 from sarm.settings.reward import RewardSettings
+from sarm.train.dense_latents import RecentFiring
 from sarm.train.objective import Objective, objective_of
 from sarm.train.reward_batches import MicroBatch, cut_into_steps, deal
 from sarm.train.reward_checks import LossGuard, Outcome, Sums, Validation
 from sarm.train.schedule import warmup_cosine
+from sarm.train.sparse_adamw import SparseAdamW
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -49,7 +51,7 @@ class LocalEngine:
 
     def __init__(self, model: torch.nn.Module, parameter_groups: list[dict[str, Any]], max_grad_norm: float):
         self.model, self.device = model, next(model.parameters()).device
-        self._optimizer = torch.optim.AdamW(parameter_groups, fused=True)
+        self._optimizer = SparseAdamW(parameter_groups, fused=True)
         self._rates = [group["lr"] for group in parameter_groups]
         self._parameters = [p for group in parameter_groups for p in group["params"]]
         self._max_grad_norm = max_grad_norm
@@ -90,6 +92,7 @@ class RewardTraining:
         pad_id: int,
         validation: Sequence[PromptGroup] = (),
         on_best: Callable[[], None] = lambda: None,
+        d_sae: int = 0,
     ):
         self.epoch, self.step_of_epoch, self.num_steps, self.num_seen = 0, 0, 0, 0
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -97,6 +100,7 @@ class RewardTraining:
         self._row_tokens, self._pad_id, self._on_best = row_tokens, pad_id, on_best
         self._guard = LossGuard(config.max_loss_rise)
         self._objective = objective_of(config)
+        self._firing = RecentFiring(d_sae) if d_sae and config.dense_weight else None
         self.validation = Validation(config.patience)
         self._validation_batches = cut_into_steps(validation, config.batch_pairs, seed, 0) if validation else []
         self._num_pairs = sum(len(group.pairs) for group in groups)
@@ -134,6 +138,7 @@ class RewardTraining:
             "recent_losses": self._guard.state(),
             "validation": self.validation.state(),
             "seconds": [self._data_seconds, self._validation_seconds],
+            "firing": None if self._firing is None else self._firing.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -144,6 +149,8 @@ class RewardTraining:
         self._guard.load(state["recent_losses"])
         self.validation.load(state["validation"])
         self._data_seconds, self._validation_seconds = state["seconds"]
+        if self._firing is not None:
+            self._firing.load(state["firing"])
 
     def _step(self, groups: list[PromptGroup]) -> dict[str, float]:
         started, config = time.monotonic(), self._config
@@ -155,7 +162,15 @@ class RewardTraining:
         # Engines average over ranks.
         weight = self.world * norm_factor / size
         outcomes = [
-            _backward(self._engine, micro, weight, self._pad_id, self._objective, last=number == len(share) - 1)
+            _backward(
+                self._engine,
+                micro,
+                weight,
+                self._pad_id,
+                self._objective,
+                last=number == len(share) - 1,
+                firing=self._firing,
+            )
             for number, micro in enumerate(share)
         ]
         self._data_seconds += sum(outcome.data_seconds for outcome in outcomes)
@@ -167,6 +182,8 @@ class RewardTraining:
         factor = warmup_cosine((self.num_seen + size / 2) / total, config.warmup_share)
         grad_norm = self._engine.step(factor, norm_factor) / norm_factor
         self._guard.check_gradient(self.num_steps + 1, grad_norm, losses)
+        if self._firing is not None:
+            self._firing.end_step(self._engine.device)
         self.num_steps, self.num_seen = self.num_steps + 1, self.num_seen + size
         return {
             "epoch": self.num_seen / self._num_pairs,
@@ -235,23 +252,34 @@ def parameter_groups(model: torch.nn.Module, config: RewardSettings) -> list[dic
     groups = []
     for parameters, rate, decay in parts:
         if parameters and rate > 0:
-            groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
+            # A scalar head reads dimensions of the residual stream: it has no latents to be few.
+            l1 = config.head_l1 if parameters is head and any(name.startswith("sae.") for name, _ in named) else 0.0
+            groups.append({"params": parameters, "lr": rate, "weight_decay": decay, **({"l1": l1} if l1 else {})})
             for parameter in parameters:
                 parameter.requires_grad_(True)
     return groups
 
 
 def _backward(
-    engine: Engine, micro: MicroBatch, weight: float, pad_id: int, objective: Objective, *, last: bool
+    engine: Engine,
+    micro: MicroBatch,
+    weight: float,
+    pad_id: int,
+    objective: Objective,
+    *,
+    last: bool,
+    firing: RecentFiring | None = None,
 ) -> Outcome:
     """Backward pass of one micro-batch's summed losses times `weight`."""
-    outcome, loss = _forward(engine, micro, pad_id, objective)
+    outcome, loss = _forward(engine, micro, pad_id, objective, firing)
     engine.backward(loss * weight, last=last)
     return outcome
 
 
-def _forward(engine: Engine, micro: MicroBatch, pad_id: int, objective: Objective) -> tuple[Outcome, Float[Tensor, ""]]:
-    """One micro-batch's outcome, and the sum of its losses to differentiate."""
+def _forward(
+    engine: Engine, micro: MicroBatch, pad_id: int, objective: Objective, firing: RecentFiring | None = None
+) -> tuple[Outcome, Float[Tensor, ""]]:
+    """One micro-batch's outcome, and the sum of its losses to differentiate; `firing` counts what it sees."""
     started = time.monotonic()
     batch = collate(micro.rows, pad_id)
     inputs = batch.model_inputs(engine.device)
@@ -261,7 +289,9 @@ def _forward(engine: Engine, micro: MicroBatch, pad_id: int, objective: Objectiv
     rejected = [place[prompt_id, pair.rejected] for prompt_id, pair in pairs]
     data_seconds = time.monotonic() - started
     output = engine(**inputs, **objective.model_options())
-    losses_P = objective(output, chosen, rejected, [pair.margin for _, pair in pairs])
+    losses_P = objective(output, chosen, rejected, [pair.margin for _, pair in pairs], firing)
+    if firing is not None and output.latent_values is not None:
+        firing.see(output.latent_values, output.latent_indices)
     seen = output.logits.detach().squeeze(-1)
     outcome = Outcome(
         [pair.pair_id for _, pair in pairs],

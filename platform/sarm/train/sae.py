@@ -1,4 +1,4 @@
-"""Training loop of SAEs over phases of activations (sentence ends, then chat ends); plain torch, any number of workers.
+"""Training loop of SAEs over phases of activations; plain torch, any number of workers.
 
 N rows, B rows of a step over all workers, D d_in. All workers draw the same order, so what a step sees does not depend on how
 many there are. Several SAEs (widths, k, seeds) can learn from one read of the rows.
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sarm.data.store.shuffled_rows import Cursor, Rows, batches
-from sarm.evaluate.sae_quality import measure, quality_metrics
+from sarm.evaluate.sae_quality import Prepare, measure, quality_metrics
 from sarm.nn.sae import Sae, standardise
 from sarm.settings.sae import SaeSettings
 from sarm.train.sae_learner import Learner, Split
@@ -26,13 +26,17 @@ _LOG_EVERY_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Phase:
-    """One pass schedule over one kind of activations; `heldout` rows are measured and never trained on."""
+    """One pass schedule over one kind of activations; `heldout` rows are measured and never trained on.
+
+    `prepare` makes what an SAE reads of both.
+    """
 
     name: str
     rows: Rows
     heldout: Float[Tensor, "rows d_in"]
     epochs: int
     lr: float
+    prepare: Prepare = standardise
 
 
 class SaeTraining:
@@ -76,7 +80,7 @@ class SaeTraining:
             if self.num_steps == last_step:
                 return
             size = len(x_BD)
-            x_BD = standardise(x_BD.to(self._device))
+            x_BD = self._phase.prepare(x_BD.to(self._device))
             # The rate is that of the step's middle, so that neither the first nor the last step is wasted at 0.
             share = (self.num_seen + size / 2) / total
             rates = [self._phase.lr * trapezoid(share, c.warmup_share, c.decay_share) for c in self._configs]
@@ -88,10 +92,13 @@ class SaeTraining:
                     metrics = {"progress": self.num_seen / total, "loss": float(loss), "lr": lr}
                     metrics["dead_by_clock"] = learner.dead_share()
                     if not self._splits_latents:
-                        metrics |= quality_metrics(measure(learner.sae, self._phase.heldout, self._device))
+                        metrics |= self._quality(learner.sae)
                     log(self.num_steps, metrics)
                 last_log = time.monotonic()
             after_step()
+
+    def _quality(self, sae: Sae) -> dict[str, float]:
+        return quality_metrics(measure(sae, self._phase.heldout, self._device, prepare=self._phase.prepare))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the phase depends on, of this worker: loading it continues bit for bit.

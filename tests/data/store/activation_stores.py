@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -15,8 +16,15 @@ D_IN = 6
 METADATA = {"dtype": "float16", "layer": 1, "model": "tiny:llama"}
 
 
-def table_of(x: torch.Tensor, first_row: int = 0, dtype: str = "float16", **metadata) -> pa.Table:
-    """Rows numbered from `first_row`, three to a document."""
+def table_of(
+    x: torch.Tensor,
+    first_row: int = 0,
+    dtype: str = "float16",
+    kinds: list[str] | None = None,
+    own: dict[str, list[Any]] | None = None,
+    **metadata,
+) -> pa.Table:
+    """Rows numbered from `first_row`, three to a document; `own` are other values of columns."""
     numbers = range(first_row, first_row + len(x))
     columns = {
         "row_id": list(numbers),
@@ -26,7 +34,9 @@ def table_of(x: torch.Tensor, first_row: int = 0, dtype: str = "float16", **meta
         "token_id": [5] * len(x),
         "num_tokens": [9] * len(x),
     }
-    return activation_table(columns, x, dtype, activations_table(x.shape[1], {**METADATA, "dtype": dtype, **metadata}))
+    columns |= {} if kinds is None else {"kind": kinds}
+    schema = activations_table(x.shape[1], {**METADATA, "dtype": dtype, **metadata}, kinds=kinds is not None)
+    return activation_table(columns | (own or {}), x, dtype, schema)
 
 
 def write_store(folder: Path, parts: list[pa.Table], finish: bool = True) -> Path:

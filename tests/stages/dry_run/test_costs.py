@@ -134,7 +134,7 @@ def test_more_models_epochs_and_dictionaries_cost_more(tmp_path):
     )
     assert costs_of(also)["train_sae"].gpu_hours == pytest.approx(3 * before["train_sae"].gpu_hours)
     # 6 D S a row by TopK, of which 2 for the encoder; k of those by matching pursuit.
-    pursuit = replace(demo, sae=replace(demo.sae, architecture="matching_pursuit"))
+    pursuit = replace(demo, sae=replace(demo.sae, architecture="matching_pursuit", reward_share=0))
     times = (4 + 2 * demo.sae.k) / 6
     assert costs_of(pursuit)["train_sae"].gpu_hours == pytest.approx(times * before["train_sae"].gpu_hours)
     auxk = replace(demo, sae=replace(demo.sae, aux_k=288))

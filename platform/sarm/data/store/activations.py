@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sarm.contracts.folders import ACTIVATIONS_FOLDER
 from sarm.contracts.manifest import read_manifest
+from sarm.contracts.tables import KINDS
 from sarm.contracts.untrusted import read_json
 from sarm.settings.checks import UserError
 
@@ -52,6 +54,14 @@ def vectors(table: pa.Table, dtype: str) -> Float[Tensor, "rows d_in"]:
     return torch.from_numpy(flat.reshape(len(column), width).copy()).view(_DTYPES[dtype])
 
 
+def kinds_of(table: pa.Table) -> UInt8[Tensor, " rows"]:
+    """Numbers in `KINDS`; 0 where a table does not say."""
+    if "kind" not in table.column_names:
+        return torch.zeros(len(table), dtype=torch.uint8)
+    numbers = pc.index_in(table.column("kind"), value_set=pa.array(KINDS))
+    return torch.from_numpy(numbers.combine_chunks().to_numpy(zero_copy_only=False).astype(np.uint8))
+
+
 def unusable_rows(vectors_ND: Float[Tensor, "rows d_in"]) -> dict[str, Bool[Tensor, " rows"]]:
     """Which rows cannot be standardised, by reason: `not finite` (NaN or infinite) and `constant` (no variance; zero rows too)."""
     x = vectors_ND.float()
@@ -74,7 +84,7 @@ def write_activation_file(table: pa.Table, file: Any) -> None:
 
 
 class ActivationStore:
-    """A finished activations/v1 folder.
+    """A finished activations/v1 folder; `has_kinds` if it says what each row is the end of.
 
     Raises UserError if it is unfinished, empty or damaged, or its files are not of one width and layer.
     """
@@ -89,6 +99,7 @@ class ActivationStore:
         self.d_in: int = self.metadata["d_in"]
         self.torch_dtype = _DTYPES[self.metadata["dtype"]]
         self.num_rows: int = self.manifest.counts["rows"]
+        self.has_kinds = False
         for path in self.files:
             try:
                 parquet_schema = pq.read_schema(path)
@@ -99,6 +110,7 @@ class ActivationStore:
                 raise UserError(
                     f"{path} holds activations of {found}, expected {self.metadata}. Delete {folder} and extract again."
                 )
+            self.has_kinds = "kind" in parquet_schema.names
             stored = parquet_schema.field("activation").type
             if stored != pa.binary(2 * self.d_in):
                 raise UserError(
@@ -121,12 +133,16 @@ class ActivationStore:
         keys = zip(table["row_id"].to_pylist(), table["side"].to_pylist(), strict=True)
         return {key: row for row, key in enumerate(keys)}, x_ND
 
-    def usable_vectors(self) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """The vectors that can be standardised, in float32, row group after row group."""
-        for table in self.tables(["activation"]):
+    def usable_kinds(self) -> Iterator[tuple[Int[Tensor, " rows"], Float[Tensor, "rows d_in"]]]:
+        """Kinds, by number in `KINDS`, and vectors that can be standardised, in float32, row group after row group."""
+        for table in self.tables(["activation", *(["kind"] if self.has_kinds else [])]):
             rows = vectors(table, self.metadata["dtype"])
             is_bad = torch.stack(list(unusable_rows(rows).values())).any(0)
-            yield rows[~is_bad].float()
+            yield kinds_of(table)[~is_bad].long(), rows[~is_bad].float()
+
+    def usable_vectors(self) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """The vectors that can be standardised, in float32, row group after row group."""
+        return (rows_ND for _, rows_ND in self.usable_kinds())
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Row group after row group in file order, checksums verified."""

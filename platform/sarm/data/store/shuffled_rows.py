@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sarm.contracts.ids import hash_share
-from sarm.data.store.activations import ActivationStore, unusable_rows, vectors
+from sarm.data.store.activations import ActivationStore, kinds_of, unusable_rows, vectors
 from sarm.settings.checks import UserError
 
 # Of the memory that is free, as rows are not all that a worker holds.
@@ -49,7 +49,8 @@ class Window(Protocol):
 class Rows(Protocol):
     """Training rows in windows, from window `first` of the epoch on; which rows are where follows from (seed, epoch)."""
 
-    num_rows: int
+    @property
+    def num_rows(self) -> int: ...
 
     def windows(self, seed: int, epoch: int, first: int = 0) -> Iterator[Window]: ...
 
@@ -83,10 +84,11 @@ class _Group(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _RowsOfGroups:
+class RowsOfGroups:
     """16-bit rows, and where among them the training rows of a window's groups are; float32 once asked for."""
 
     rows: Float[Tensor, "rows d_in"]
+    kinds: UInt8[Tensor, " rows"]
     places: Int[Tensor, " places"]
 
     def __len__(self) -> int:
@@ -94,6 +96,10 @@ class _RowsOfGroups:
 
     def __getitem__(self, places: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_in"]:
         return self.rows.index_select(0, self.places[places].to(self.rows.device)).float()
+
+    def kinds_at(self, places: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """Which of `KINDS` each row is, by number; 0 where the store does not say."""
+        return self.kinds[self.places[places]].long()
 
 
 class ShuffledRows:
@@ -119,13 +125,15 @@ class ShuffledRows:
         budget = memory_for_rows(device) if memory_bytes is None else memory_bytes
         self.is_in_memory = store.num_rows * 2 * store.d_in <= budget
         self._rows: Tensor | None = None
+        self._kinds = torch.zeros(store.num_rows if self.is_in_memory else 0, dtype=torch.uint8)
         if self.is_in_memory:
             self._rows = torch.empty(store.num_rows, store.d_in, dtype=store.torch_dtype, device=device)
         self.num_rows = 0
         self.rejected: dict[str, list[int]] = {}
         self._groups: list[_Group] = []
-        heldout = [torch.empty(0, store.d_in)]
-        for file, number, table in store.row_groups(["row_id", "doc_id", "activation"]):
+        heldout, heldout_kinds = [torch.empty(0, store.d_in)], [torch.empty(0, dtype=torch.uint8)]
+        self._columns = ["activation", *(["kind"] if store.has_kinds else [])]
+        for file, number, table in store.row_groups(["row_id", "doc_id", *self._columns]):
             rows = vectors(table, store.metadata["dtype"])
             is_heldout = self._is_heldout(table)
             kept = ~is_heldout
@@ -134,12 +142,15 @@ class ShuffledRows:
                     ids = table.filter(pa.array(is_bad.numpy())).column("row_id").to_pylist()
                     self.rejected.setdefault(reason, []).extend(ids)
                     kept, is_heldout = kept & ~is_bad, is_heldout & ~is_bad
+            kinds = kinds_of(table)
             if missing := max_heldout - sum(map(len, heldout)):
                 heldout.append(rows[is_heldout][:missing].float())
+                heldout_kinds.append(kinds[is_heldout][:missing])
             if num_kept := int(kept.sum()):
                 self._groups.append(_Group(file=file, number=number, kept=kept, num_kept=num_kept, start=self.num_rows))
                 if self._rows is not None:
                     self._rows[self.num_rows : self.num_rows + num_kept] = rows[kept].to(device)
+                    self._kinds[self.num_rows : self.num_rows + num_kept] = kinds[kept]
                 self.num_rows += num_kept
         if self.num_rows == 0:
             bad = f", {self.num_rejected} of them because they are constant, NaN or infinite" if self.rejected else ""
@@ -147,13 +158,18 @@ class ShuffledRows:
                 f"all activations of {store.folder} are held out{bad}: they come from too few documents. Add sources."
             )
         self.heldout = torch.cat(heldout)
+        self.heldout_kinds = torch.cat(heldout_kinds)
 
     @property
     def num_rejected(self) -> int:
         """Rows left out because they cannot be standardised."""
         return sum(map(len, self.rejected.values()))
 
-    def windows(self, seed: int, epoch: int, first: int = 0) -> Iterator[Window]:
+    def window_sizes(self, seed: int, epoch: int) -> list[int]:
+        """Rows of each window of an epoch, without reading any."""
+        return [sum(group.num_kept for group in groups) for groups in self._plan(seed, epoch)]
+
+    def windows(self, seed: int, epoch: int, first: int = 0) -> Iterator[RowsOfGroups]:
         """The windows of an epoch, each read while the one before it is trained on."""
         with ThreadPoolExecutor(1) as reader:
             coming = None
@@ -184,16 +200,20 @@ class ShuffledRows:
             size += self._groups[i].num_kept
         return windows
 
-    def _read(self, groups: list[_Group]) -> "_RowsOfGroups":
+    def _read(self, groups: list[_Group]) -> RowsOfGroups:
         if self._rows is not None:
-            return _RowsOfGroups(self._rows, torch.cat([torch.arange(g.start, g.start + g.num_kept) for g in groups]))
-        rows = torch.empty(sum(g.num_kept for g in groups), self._store.d_in, dtype=self._store.torch_dtype)
+            places = torch.cat([torch.arange(g.start, g.start + g.num_kept) for g in groups])
+            return RowsOfGroups(self._rows, self._kinds, places)
+        size = sum(g.num_kept for g in groups)
+        rows = torch.empty(size, self._store.d_in, dtype=self._store.torch_dtype)
+        kinds = torch.empty(size, dtype=torch.uint8)
         first = 0
         for group in groups:
-            table = self._store.row_group(group.file, group.number, ["activation"])
-            rows[first : first + group.num_kept] = vectors(table, self._store.metadata["dtype"])[group.kept]
+            table, here = self._store.row_group(group.file, group.number, self._columns), slice(first, first + group.num_kept)  # fmt: skip
+            rows[here] = vectors(table, self._store.metadata["dtype"])[group.kept]
+            kinds[here] = kinds_of(table)[group.kept]
             first += group.num_kept
-        return _RowsOfGroups(rows, torch.arange(len(rows)))
+        return RowsOfGroups(rows, kinds, torch.arange(size))
 
     def _is_heldout(self, table: pa.Table) -> Bool[Tensor, " rows"]:
         # Once a document: its rows follow each other.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.settings.reward import RewardSettings
+from sarm.train.sparse_adamw import SparseAdamW
 
 
 class _NotFiniteError(Exception):
@@ -42,10 +43,15 @@ class ZeroEngine:
         self._parameters = [p for group in parameter_groups for p in group["params"]]
         self._max_grad_norm = self._norm_limit = config.max_grad_norm
         self._grad_norm = 0.0
+        settings = deepspeed_config(config)
+        if config.head_l1:
+            # DeepSpeed knows no proximal step: the optimizer is made here, and sharded as its own would be.
+            settings.pop("optimizer")
         self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(device),  # type: ignore[arg-type]  # its wrapper hides `to`
             model_parameters=parameter_groups,
-            config=deepspeed_config(config),
+            optimizer=SparseAdamW(parameter_groups, fused=True) if config.head_l1 else None,
+            config=settings,
             dist_init_required=False,
         )
         # Stage 0 neither reports the gradient's norm nor checks it before the step; the other stages do both.

@@ -19,6 +19,7 @@ from sarm.stages.dry_run.formulas import (
     reward_flops,
     reward_gb,
     sae_flops,
+    sae_rows,
     text_rows,
 )
 from sarm.stages.dry_run.rounding import count
@@ -197,10 +198,10 @@ def _train_sae(known: _Known) -> StageCost:
     extraction = getattr(known.config, "extraction", None) or ExtractionSettings()
     of_texts = text_rows(texts, extraction.units[0], extraction.word_share) if texts is not None else 0.0
     chat_rows = 2 * pairs.train if pairs is not None else 0.0
-    flops = sum(sae_flops(shape.d_in, one, of_texts, chat_rows) for one in saes)
+    rows = sae_rows(sae, of_texts, chat_rows)
+    flops = sum(sae_flops(shape.d_in, one, rows) for one in saes)
     seconds, gpu_hours = known.time(flops, run.num_workers, "bfloat16", training=True)
     weights = sum(2 * shape.d_in * one.d_sae for one in saes)
-    rows = sae.text_epochs * of_texts + sae.chat_epochs * chat_rows
     shared = run.num_workers if sae.split == "latents" else 1
     memory = (16 * weights / shared + sae.batch_size * (shape.d_in * 16 + 4 * 16384)) / _GB
     read = (of_texts + chat_rows) * 2 * shape.d_in / _GB

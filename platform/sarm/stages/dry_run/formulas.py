@@ -78,9 +78,15 @@ def forward_gb(shape: Shape, depth: int, dtype: str, batch_tokens: int) -> float
     return (shape.backbone(depth) + batch_tokens * (8 * shape.d_in + 3 * shape.d_ff)) * wide / _GB
 
 
-def sae_flops(d_in: int, sae: SaeSettings, text_rows: float, chat_rows: float) -> float:
-    """Of all epochs over the rows of both phases."""
-    rows = sae.text_epochs * text_rows + sae.chat_epochs * chat_rows
+def sae_rows(sae: SaeSettings, text_rows: float, chat_rows: float) -> float:
+    """Rows that an SAE learns from, each as often as it does."""
+    if sae.recipe == "turn_ends":
+        return float(sae.steps * sae.batch_size)
+    return sae.text_epochs * text_rows + sae.chat_epochs * chat_rows
+
+
+def sae_flops(d_in: int, sae: SaeSettings, rows: float) -> float:
+    """Of learning from so many rows."""
     return 6.0 * rows * d_in * (sae.d_sae + sae.aux_k) + 2.0 * rows * d_in * (sae.encoder_passes - 1) * sae.d_sae
 
 

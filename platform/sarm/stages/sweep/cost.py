@@ -13,7 +13,7 @@ from sarm.engine.ray.machine import PEAK_SHARE, Machine
 from sarm.settings.axes import text_of
 from sarm.settings.model import ModelSettings
 from sarm.settings.sweep import Ablation
-from sarm.stages.dry_run.formulas import extracted, reward_flops, sae_flops
+from sarm.stages.dry_run.formulas import extracted, reward_flops, sae_flops, sae_rows
 from sarm.stages.dry_run.plan_text import WIDTH, entry, planned_machine
 from sarm.stages.dry_run.rounding import about, count, duration, rounded, size
 from sarm.stages.dry_run.source_sizes import Pairs, Texts, sizes_of
@@ -127,7 +127,7 @@ def _work_of(plan: SweepPlan, shapes: Mapping[ModelSettings, Shape], texts: Text
             disk["activations"] += work.disk_bytes
     for key in plan.saes:
         d_in, sae = plan.d_in(key), plan.sae(key)
-        add("SAEs", "bfloat16", sae_flops(d_in, sae, rows[plan.reading(key)], 2 * pairs.train))
+        add("SAEs", "bfloat16", sae_flops(d_in, sae, sae_rows(sae, rows[plan.reading(key)], 2 * pairs.train)))
         disk["SAEs"] += 8 * d_in * sae.d_sae
     for cell in plan.cells:
         model, reward = plan.model(cell), plan.settings(cell).reward

@@ -1,0 +1,28 @@
+"""The sentence that every page of a reward model has where its dictionary has seen labels."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sarm.report.numbers import share
+
+
+def dictionary_note(provenance: Mapping[str, Any]) -> list[str]:
+    """What a reader of features must know of how their dictionary was trained; nothing where it saw activations alone."""
+    dictionary = provenance.get("dictionary") or {}
+    if not dictionary.get("reward_share"):
+        return []
+    part = share(dictionary["reward_share"])
+    if dictionary.get("reward_direction") == "random":
+        return [
+            f"Control: the dictionary learnt with a random direction stretched to {part} of all variance, as others with the reward's."
+        ]
+    return [
+        f"The dictionary learnt with the direction of the reward stretched to {part} of all variance, by a probe of the training pairs: it is no unsupervised one. It saw no held-out label."
+    ]
+
+
+def dictionary_note_of(sarm: Path) -> list[str]:
+    """The same for an exported model's folder."""
+    return dictionary_note(json.loads((sarm / "config.json").read_text()).get("provenance") or {})
