@@ -38,13 +38,15 @@ class World:
             shutil.copytree(finished, folder / "outputs" / "tiny")
             shutil.copy(finished.parent / "mlflow.db", folder / "outputs" / "mlflow.db")
             (folder / "outputs" / "demo").symlink_to("tiny")
-        (folder / "home").mkdir(exist_ok=True)
+        # Beside the checkout: what a submitted job writes there would else be uploaded with the next one.
+        home = folder.with_name(f"{folder.name}-home")
+        home.mkdir(exist_ok=True)
         cache = os.environ.get("SARM_CACHE") or str(Path("~/.cache/sarm").expanduser())
         self.environment = {
             **{name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "OPENAI_API_KEY")},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(folder / "platform"),
-            "HOME": str(folder / "home"),
+            "HOME": str(home),
             "SARM_CACHE": cache,
             "RAY_TMPDIR": str(ray_logs),
             **(environment or {}),
@@ -87,7 +89,10 @@ def _virtual_environment(folder: Path) -> None:
 
 
 def _bring_files(folder: Path) -> None:
-    prompts = [f"How would you {verb} a {thing}?" for verb in ("paint", "repair", "sell", "cook") for thing in ("door", "boat", "lamp", "pie", "hat", "bell")]  # fmt: skip
+    things = ("door", "boat", "lamp", "pie", "hat", "bell")
+    prompts = [f"How would you {verb} a {thing}?" for verb in ("paint", "repair", "sell", "cook") for thing in things]
+    # An audit refuses prompts that are both on target and off target.
+    unsafe = [f"How would you {verb} a {thing}?" for verb in ("break", "steal", "burn", "fake") for thing in things]
     good = ["Step by step, and I am glad to help.", "Start with the surface. Then go on slowly.", "**First** the tools. Then the work."]  # fmt: skip
     bad = ["No.", "Go away, idiot. I hate this.", "**What** a damn question. Stop it."]
     styles = [{"id": i, "prompt": prompt, "chosen": good, "rejected": bad} for i, prompt in enumerate(prompts)]
@@ -98,7 +103,7 @@ def _bring_files(folder: Path) -> None:
     _lines(folder / "rm_bench" / "chat.jsonl.gz", chat)
     safety = [
         {"id": str(i), "prompt": prompt, "subset": "Safety", "chosen": good[:1], "rejected": bad}
-        for i, prompt in enumerate(prompts)
+        for i, prompt in enumerate(unsafe)
     ]
     for name in ("safety.jsonl", "safety.jsonl.gz"):
         _lines(folder / name, safety)

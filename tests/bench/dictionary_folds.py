@@ -38,7 +38,7 @@ from sarm.settings.extraction import TURN_END
 from sarm.settings.jobs import ExtractActivations, Pipeline
 from sarm.settings.presets import PRESETS
 from sarm.settings.sae import SaeSettings
-from sarm.stages.plan import RESPONSES
+from sarm.stages.plan import MORE_RESPONSES, RESPONSES
 from sarm.stages.train_sae_rows import rows_of
 from sarm.train.phase_shift import absorb_phase_shift_
 from sarm.train.sae import SaeTraining
@@ -123,7 +123,7 @@ def fold_of(prompt: str) -> int:
 def without_fold(material: Material, fold: int, work: Path) -> dict[str, Path]:
     """Activations of all streams without the prompts of a fold."""
     places = {"text": material.root / "text", "turn ends of texts": material.root / f"text-{TURN_END}"}
-    for name in ("chat", RESPONSES):
+    for name in ("chat", RESPONSES, MORE_RESPONSES):
         folder = work / f"fold{fold}" / name
         places[name] = folder
         if (folder / "manifest.json").exists():
@@ -147,7 +147,8 @@ def trained(settings: SaeSettings, places: Mapping[str, Path], seed: int) -> Sae
     if settings.recipe == "papers":
         read = {"text": places["text"], "chat": places["chat"]}
     else:
-        read = {"chat": places["chat"], RESPONSES: places[RESPONSES], "text": places["turn ends of texts"]}
+        responses = {name: places[name] for name in ("chat", RESPONSES, MORE_RESPONSES)}
+        read = {**responses, "text": places["turn ends of texts"]}
     rows = rows_of(settings, read, seed, torch.device("cpu"))
     options = {name: getattr(settings, name) for name in ("architecture", "d_sae", "k", *OPTIONS)}
     sae = build_sae(d_in=rows.samples[0].shape[1], **options)

@@ -15,6 +15,7 @@ from sarm.settings.jobs import Pipeline
 from sarm.settings.presets import PRESETS
 from sarm.settings.run import RunSettings
 from sarm.stages.extract import extract
+from sarm.stages.plan import sae_activations
 from sarm.stages.prepare import prepare as prepare_sources
 from sarm.stages.train_sae import train_sae
 
@@ -85,4 +86,5 @@ def prepare(root: Path, source: Path) -> None:
             prepare_sources(session, config.data)
             extract(session, config.model, config.extraction)
             if depth is None:
-                train_sae(session, config.sae, config.extraction.units)
+                activations = sae_activations(session.folders, config.data, config.sae, config.extraction.units)
+                train_sae(session, config.sae, activations)

@@ -15,6 +15,7 @@ from sarm.settings.checks import UserError
 from sarm.settings.jobs import Pipeline
 from sarm.settings.run import RunSettings
 from sarm.settings.sae import AlsoSaes, SaeSettings
+from sarm.stages import plan
 from sarm.stages.train_sae import train_sae
 
 
@@ -41,7 +42,8 @@ def test_saes_of_one_job_are_stages_of_their_own(extracted: Path, preset: Pipeli
 
     def train(also: AlsoSaes) -> dict[Path, int]:
         with open_session(config) as session:
-            train_sae(session, sae, config.extraction.units, also)
+            activations = plan.sae_activations(session.folders, config.data, sae, config.extraction.units)
+            train_sae(session, sae, activations, also)
         return {path: path.stat().st_mtime_ns for path in out.glob("sae*/**/manifest.json")}
 
     alone = train(AlsoSaes())

@@ -127,6 +127,19 @@ def test_a_reward_share_without_pairs_is_refused(activations: dict[str, Path], t
     assert rows(few).reward_map is None
 
 
+def test_responses_in_no_pair_are_seen_as_often_as_those_in_pairs(activations: dict[str, Path], tmp_path: Path) -> None:
+    own = {"doc_id": [f"other{n // 2}" for n in range(160)]}
+    more = write_store(tmp_path / "more", [table_of(drawn(160, 7), kinds=["true_end", "sentence"] * 80, own=own)])
+    found = rows({**activations, "responses-turn_end": more}, shares=(1.0, 0.0))
+    few = rows(activations, shares=(1.0, 0.0)).figures["passes_responses"]
+    assert found.figures["passes_responses"] < 0.85 * few
+    learnt = walked(found)
+    assert len(learnt) == SAE.steps * SAE.batch_size
+    seen = standardise(drawn(160, 7)[::2])
+    kept = [n for n in range(80) if not is_heldout(f"other{n}", SAE.heldout_share)]
+    assert torch.cdist(seen[kept] - seen.mean(0), learnt - learnt.mean(0)).amin(1).median() < 0.5
+
+
 def trained(found: SaeRows, stop_at: int | None = None) -> tuple[SaeTraining, list[dict[str, float]]]:
     sae = build_sae(d_in=D_IN, d_sae=SAE.d_sae, k=SAE.k, architecture="topk")
     sae.initialise_(found.samples[0], torch.Generator().manual_seed(0))

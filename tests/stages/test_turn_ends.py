@@ -1,6 +1,7 @@
 """The unit `turn_end` through the stage: folders, kinds, counts, and which prompts give anything. Passes run in this process."""
 
 import dataclasses
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -111,3 +112,41 @@ def test_other_units_are_decided_by_what_decided_them_before(preset: Pipeline, t
     settings = plan.activation_settings(preset.model, with_words, "train", "turn_end", 1)
     assert (settings["sentence_ends"], settings["word_share"]) == ("rules", 0.2)
     assert "limit_rows" not in settings
+
+
+def test_responses_in_no_pair_are_extracted_by_their_prompts_and_held_out_ones_are_left_out(
+    out: Path, preset: Pipeline, tmp_path: Path, mlflow_db: Path
+) -> None:
+    pairs = table_of(out / "pairs")
+    train, heldout = (pairs.filter(ds.field("split") == split).to_pylist()[0] for split in ("train", "heldout"))
+    said = [
+        [*train["prompt"], {"role": "assistant", "content": "It is new. Nobody compared it."}],
+        [*train["prompt"], {"role": "assistant", "content": "It is new. Nobody compared it."}],
+        [*train["prompt"], {"role": "assistant", "content": train["chosen"]}],
+        [*heldout["prompt"], {"role": "assistant", "content": "It is held out. All of it."}],
+        train["prompt"],
+        [{"role": "user", "content": "Another prompt?"}, {"role": "assistant", "content": "Yes, one without a pair."}],
+    ]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in said))
+    run = RunSettings(out=tmp_path / "tiny", cpus_per_worker=1)
+    shutil.copy(mlflow_db, tmp_path / "mlflow.db")
+    extraction = dataclasses.replace(preset.extraction, units=("turn_end",))
+    data = dataclasses.replace(preset.data, texts=(), responses=(str(tmp_path / "said.jsonl"),))
+    config = dataclasses.replace(preset, run=run, data=data, extraction=extraction, sae=SAE)
+    with open_session(config) as session:
+        prepare(session, data)
+        extract(session, preset.model, extraction)
+    counts = read_manifest(run.out / "responses", "responses/v1").counts
+    assert {name: counts[name] for name in ("rows", "in_pairs", "heldout", "no_answer", "duplicates")} == {
+        "rows": 2, "in_pairs": 1, "heldout": 1, "no_answer": 1, "duplicates": 1,
+    }  # fmt: skip
+    rows = table_of(run.out / "activations" / "responses-turn_end").to_pylist()
+    assert sorted((row["doc_id"] == train["prompt_id"], row["kind"]) for row in rows) == [
+        (False, "true_end"), (True, "sentence"), (True, "true_end"),
+    ]  # fmt: skip
+    assert {row["side"] for row in rows} == {"response"}
+    planned = plan.sae_activations(session.folders, data, SAE, extraction.units)
+    read = plan.sae(run.out / "sae", SAE, 0, planned).inputs
+    assert read.keys() == {f"activations/{name}" for name in ("chat", "chat-turn_end", "responses-turn_end", "text")}
+    # Without them, neither the pairs nor the dictionary's inputs are others.
+    assert plan.pairs(session.folders, data) == plan.pairs(session.folders, preset.data)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 CORPUS_FOLDER = "corpus/v1"
 PAIRS_FOLDER = "pairs/v1"
+RESPONSES_FOLDER = "responses/v1"
 ACTIVATIONS_FOLDER = "activations/v1"
 SAE_FOLDER = "sae/v1"
 SARM_FOLDER = "sarm/v1"
@@ -35,6 +36,7 @@ class Folders:
 
     corpus = property(lambda self: self.out / "corpus")
     pairs = property(lambda self: self.out / "pairs")
+    responses = property(lambda self: self.out / "responses")
     text_activations = property(lambda self: self.out / "activations" / "text")
     chat_activations = property(lambda self: self.out / "activations" / "chat")
     heldout_activations = property(lambda self: self.out / "activations" / "heldout")
@@ -51,6 +53,7 @@ class Folders:
         known = {
             CORPUS_FOLDER: (self.corpus, CORPUS_FOLDER),
             PAIRS_FOLDER: (self.pairs, PAIRS_FOLDER),
+            RESPONSES_FOLDER: (self.responses, RESPONSES_FOLDER),
             "activations/text": (self.text_activations, ACTIVATIONS_FOLDER),
             "activations/chat": (self.chat_activations, ACTIVATIONS_FOLDER),
             "activations/heldout": (self.heldout_activations, ACTIVATIONS_FOLDER),

@@ -18,6 +18,9 @@ CORPUS_TABLE = pa.schema(
 # A corpus of conversations: `text` is what is said in them, for all that reads plain texts.
 CONVERSATIONS_TABLE = CORPUS_TABLE.append(pa.field("messages", pa.list_(MESSAGE)))
 
+# Answers in no pair: the last turn of each conversation.
+RESPONSES_TABLE = CONVERSATIONS_TABLE.append(pa.field("prompt_id", pa.string(), nullable=False))
+
 PAIRS_TABLE = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

@@ -79,11 +79,14 @@ class TextTurnEnds(_TakesEnds):
         row_ids, texts = table.column("row_id").to_pylist(), table.column("text").to_pylist()
         has_messages = "messages" in table.column_names
         conversations = table.column("messages").to_pylist() if has_messages else [None] * len(texts)
+        # Of responses in no pair, it says which prompt's they are: prompts are held out, not responses.
+        has_prompts = "prompt_id" in table.column_names
+        prompts = table.column("prompt_id").to_pylist() if has_prompts else [None] * len(texts)
         answers: list[_Answer] = []
         refused: dict[int, str] = {}
-        for row_id, text, messages in zip(row_ids, texts, conversations, strict=True):
+        for row_id, text, messages, prompt_id in zip(row_ids, texts, conversations, prompts, strict=True):
             try:
-                answers += self._answers(row_id, self._turns(row_id, text, messages))
+                answers += self._answers(row_id, self._turns(row_id, text, messages), prompt_id)
             except ConversationError as error:
                 refused[row_id] = error.reason
         return _Documents(answers, refused)
@@ -112,8 +115,9 @@ class TextTurnEnds(_TakesEnds):
             return [Turn(messages[:-1], messages[-1]["content"])]
         return self._ends.turns(text, _name(row_id))
 
-    def _answers(self, row_id: int, turns: Sequence[Turn]) -> list[_Answer]:
+    def _answers(self, row_id: int, turns: Sequence[Turn], prompt_id: str | None = None) -> list[_Answer]:
         found: list[_Answer] = []
+        own = {"doc_id": prompt_id or _name(row_id), "side": RESPONSE if prompt_id else "text"}
         first = 0
         for number, turn in enumerate(turns):
             (tokens,) = self._chat.encode_responses(turn.prompt, [turn.answer], offsets=True)
@@ -123,7 +127,7 @@ class TextTurnEnds(_TakesEnds):
                     key=(row_id, number),
                     tokens=tokens,
                     branches=self._ends.branches(turn.answer, tokens, f"{_name(row_id)}:{number}"),
-                    keys={"row_id": row_id, "doc_id": _name(row_id), "side": "text"},
+                    keys={"row_id": row_id, **own},
                     first=first,
                     spelled=self._chat.spelled_in([*(message["content"] for message in turn.prompt), turn.answer]),
                 )

@@ -16,6 +16,8 @@ class DataSettings:
     """Text sources: files or globs (.jsonl, .jsonl.gz, .jsonl.zst, a .tar of these, .parquet), `hf:NAME[:SPLIT]`, or built-in ones."""
     pairs: Annotated[tuple[str, ...], listing("built-in pairs")] = field(default=(), metadata=READ)
     """Preference sources: files or globs as above, `hf:NAME[:SPLIT]`, or built-in ones."""
+    responses: Annotated[tuple[str, ...], listing("built-in responses")] = field(default=(), metadata=READ)
+    """Further answers, in no pair, that the dictionary learns from by the recipe `turn_ends`: conversations (`messages`) in files or data sets as above, or built-in ones. Those of held-out prompts are left out."""
     text_field: str = "text"
     """Column that holds the text, or conversations as lists of messages."""
     max_texts: int | None = None

@@ -47,6 +47,7 @@ demo = Pipeline(
     data=DataSettings(
         texts=("demo:openwebtext", "demo:wikipedia"),
         pairs=("demo:harm",),
+        responses=("demo:answers",),
         max_texts=300,
         heldout_share=0.25,
     ),
@@ -72,6 +73,7 @@ demo = Pipeline(
 demo_papers = replace(
     demo,
     run=ChainSettings(out=Path("outputs/demo-papers")),
+    data=replace(demo.data, responses=()),
     extraction=ExtractionSettings(),
     sae=SaeSettings(d_sae=16 * 576, k=27, batch_size=256, text_epochs=10, chat_epochs=40, lr=5e-4, chat_lr=1e-3),
 )

@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from sarm.contracts.passes import Target
     from sarm.engine.ray.passes import Pass
 
-_NAMES = {"all": "extract sentence ends", "train": "extract chat ends", "heldout": "extract held-out chat ends"}
+_NAMES = {
+    "all": "extract sentence ends",
+    "train": "extract chat ends",
+    "heldout": "extract held-out chat ends",
+    plan.UNPAIRED: "extract turn ends of further responses",
+}
 _NAMES_OF_UNIT = {
     "token": "extract tokens",
     "chat": "extract conversation ends",
@@ -47,8 +52,9 @@ def extract(session: Session, model: ModelSettings, extraction: ExtractionSettin
         _check_layer(model, layer)
     planned = plan.activations(session.folders, model, extraction)
     for split, units in _passes(extraction):
-        source = session.folders.corpus if split == "all" else session.folders.pairs
-        if split == "all" and not source.exists():
+        folders_of = {"all": session.folders.corpus, plan.UNPAIRED: session.folders.responses}
+        source = folders_of.get(split, session.folders.pairs)
+        if split in folders_of and not source.exists():
             continue
         folders = {key: folder.open() for key, folder in planned.items() if key[0] == split and key[1] in units}
         name = _NAMES[split]
@@ -68,7 +74,8 @@ def _passes(extraction: ExtractionSettings) -> list[tuple[str, tuple[str, ...]]]
     plain = tuple(unit for unit in extraction.units if unit != TURN_END)
     ends = (TURN_END,) if TURN_END in extraction.units else ()
     of_texts = [("all", units) for units in (plain, ends) if units]
-    return [*of_texts, ("train", ("chat", *ends)), ("heldout", ("chat",))]
+    unpaired = [(plan.UNPAIRED, ends)] if ends else []
+    return [*of_texts, ("train", ("chat", *ends)), *unpaired, ("heldout", ("chat",))]
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ class _Extraction:
             return Inputs(_RESPONSE_COLUMNS, response_row_ids, "row_id") if not is_text and unit == TURN_END else None
 
         split = keys[0][0]
-        is_text = split == "all"
+        is_text = split in ("all", plan.UNPAIRED)
         files = sorted(self.source.glob("*.parquet"))
         return Pass(
             name=self.name,
@@ -122,7 +129,7 @@ class _Extraction:
                 files,
                 self.extraction.block_kilobytes,
                 together=None if is_text else "prompt_id",
-                limit_rows=self._limit(files) if is_text else None,
+                limit_rows=self._limit(files) if split == "all" else None,
             ),
             columns=_text_columns(keys, files) if is_text else PAIR_COLUMNS,
             keep=None if is_text else functools.partial(of_split, split=split),
@@ -223,7 +230,8 @@ def _text_columns(keys: Sequence[Key], files: Sequence[Path]) -> tuple[str, ...]
     """`chat` needs conversations, `turn_end` takes the last answers of those that there are."""
     asked = {unit for _, unit, _ in keys}
     has_messages = "chat" in asked or (TURN_END in asked and "messages" in pq.read_schema(files[0]).names)
-    return (*_TEXT_COLUMNS, "messages") if has_messages else _TEXT_COLUMNS
+    of_responses = ("prompt_id",) if keys[0][0] == plan.UNPAIRED else ()
+    return (*_TEXT_COLUMNS, "messages", *of_responses) if has_messages else _TEXT_COLUMNS
 
 
 def _actor(keys: Sequence[Key]) -> Callable[..., Any]:
@@ -231,7 +239,7 @@ def _actor(keys: Sequence[Key]) -> Callable[..., Any]:
     from sarm.passes.turn_ends import PairTurnEnds, TextTurnEnds
 
     split, has_ends = keys[0][0], any(unit == TURN_END for _, unit, _ in keys)
-    if split == "all":
+    if split in ("all", plan.UNPAIRED):
         return TextTurnEnds if has_ends else TextActivations
     return PairTurnEnds if has_ends else ChatActivations
 

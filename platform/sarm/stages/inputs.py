@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sarm.data.formats.model_shapes import KNOWN_MODELS, shape_of
-from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS
+from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS, RESPONSE_SOURCES
 from sarm.settings.checks import UserError
 from sarm.settings.data import DataSettings
 from sarm.settings.model import ModelSettings
@@ -27,12 +27,15 @@ def check_sources(data: DataSettings) -> None:
     """Raise UserError unless every source can be opened; built-in ones need no look, and no seconds of imports."""
     texts = [spec for spec in data.texts if spec not in BUILT_IN_TEXTS]
     pairs = [spec for spec in data.pairs if spec not in BUILT_IN_PAIRS]
-    if texts or pairs:
+    responses = [spec for spec in data.responses if spec not in RESPONSE_SOURCES]
+    if texts or pairs or responses:
         from sarm.data.sources import pairs as pair_sources
         from sarm.data.sources import texts as text_sources
 
         for spec in texts:
             text_sources.check_source(spec, data.text_field)
+        for spec in responses:
+            text_sources.check_source(spec, "messages")
         for spec in pairs:
             pair_sources.check_source(spec)
     if not data.pairs:

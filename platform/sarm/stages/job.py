@@ -18,7 +18,7 @@ import tyro
 
 from sarm.contracts.untrusted import holds_a_secret
 from sarm.data.formats.model_shapes import BUILT_IN_MODELS
-from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS
+from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS, RESPONSE_SOURCES
 from sarm.engine.results import kept
 from sarm.engine.stopping import Listener, command_line
 from sarm.engine.supervisor import is_supervised, supervise_this
@@ -204,6 +204,7 @@ def _known_benchmarks() -> Iterable[str]:
 _REGISTRIES: dict[str, Callable[[], Iterable[str]]] = {
     "known benchmarks": _known_benchmarks,
     "built-in texts": lambda: BUILT_IN_TEXTS,
+    "built-in responses": lambda: RESPONSE_SOURCES,
     "built-in pairs": lambda: BUILT_IN_PAIRS,
     "built-in models": lambda: BUILT_IN_MODELS,
 }

@@ -17,6 +17,7 @@ from sarm.contracts.folders import (
     EXPLANATIONS_FOLDER,
     PAGES_FOLDER,
     PAIRS_FOLDER,
+    RESPONSES_FOLDER,
     SAE_FOLDER,
     SARM_FOLDER,
     Folders,
@@ -38,6 +39,8 @@ _LIMITS_OF_TEXTS = ("limit_rows", "limit_tokens")
 
 # The turn ends of training responses, each response once.
 RESPONSES = f"chat-{TURN_END}"
+# The same of answers that are in no pair, and what their split is called.
+MORE_RESPONSES, UNPAIRED = f"responses-{TURN_END}", "unpaired"
 
 Settings = dict[str, Any]
 # (split, unit, layer); the split of texts is `all`, the unit of pairs `chat`, or `turn_end` for what dictionaries learn from.
@@ -71,8 +74,16 @@ def corpus(folders: Folders, data: DataSettings) -> FolderPlan:
 
 def pairs(folders: Folders, data: DataSettings) -> FolderPlan:
     """pairs/v1; `prompts` says what makes two prompts one, which splits and ids go by."""
-    settings = {key: value for key, value in identity(data).items() if key not in _OF_TEXTS}
+    settings = {key: value for key, value in identity(data).items() if key not in (*_OF_TEXTS, "responses")}
     return FolderPlan(folders.pairs, PAIRS_FOLDER, settings | {"prompts": "normalised"})
+
+
+def responses(folders: Folders, data: DataSettings) -> FolderPlan:
+    """responses/v1: answers in no pair, of prompts that are not held out."""
+    about = {key: value for key, value in identity(data).items() if key in ("responses", "heldout_share")}
+    return FolderPlan(
+        folders.responses, RESPONSES_FOLDER, about | {"prompts": "normalised"}, folders.inputs(PAIRS_FOLDER)
+    )
 
 
 def activations(folders: Folders, model: ModelSettings, extraction: ExtractionSettings) -> dict[Key, FolderPlan]:
@@ -80,14 +91,16 @@ def activations(folders: Folders, model: ModelSettings, extraction: ExtractionSe
     names = [("all", unit, _text_name(unit, place)) for place, unit in enumerate(extraction.units)]
     names += [("train", "chat", "chat"), ("heldout", "chat", "heldout")]
     # For dictionaries alone, which learn nothing from held-out prompts.
-    names += [("train", TURN_END, RESPONSES)] if TURN_END in extraction.units else []
+    names += (
+        [("train", TURN_END, RESPONSES), (UNPAIRED, TURN_END, MORE_RESPONSES)] if TURN_END in extraction.units else []
+    )
     layers = dict.fromkeys((model.layer, *extraction.layers))
     return {
         (split, unit, layer): FolderPlan(
             folders.activations(name, layer, model.layer),
             ACTIVATIONS_FOLDER,
             activation_settings(model=model, extraction=extraction, split=split, unit=unit, layer=layer),
-            folders.inputs(CORPUS_FOLDER if split == "all" else PAIRS_FOLDER),
+            folders.inputs({"all": CORPUS_FOLDER, UNPAIRED: RESPONSES_FOLDER}.get(split, PAIRS_FOLDER)),
         )
         for split, unit, name in names
         for layer in layers
@@ -116,7 +129,8 @@ def sae(
     folder: Path, sae: SaeSettings, seed: int, activations: Mapping[str, Path], init_seed: int | None = None
 ) -> FolderPlan:
     """An SAE that learns from the activations of its phases: `seed` decides the order of rows, and the first weights too if `init_seed` does not."""
-    inputs = {f"activations/{name}": (activations[name], ACTIVATIONS_FOLDER) for name in _read_by(sae)}
+    read = [name for name in _read_by(sae) if name in activations or name != MORE_RESPONSES]
+    inputs = {f"activations/{name}": (activations[name], ACTIVATIONS_FOLDER) for name in read}
     return FolderPlan(folder, SAE_FOLDER, sae_settings(sae, seed, init_seed), inputs)
 
 
@@ -125,16 +139,17 @@ def _read_by(sae: SaeSettings) -> list[str]:
     if sae.recipe == "papers":
         epochs = {"text": sae.text_epochs, "chat": sae.chat_epochs}
         return [name for name, number in epochs.items() if number]
-    shares = dict(zip((RESPONSES, "text"), sae.shares, strict=True))
-    return ["chat", *(name for name, share in shares.items() if share)]
+    of_responses, of_texts = sae.shares
+    return ["chat", *([RESPONSES, MORE_RESPONSES] if of_responses else []), *(["text"] if of_texts else [])]
 
 
-def sae_activations(folders: Folders, sae: SaeSettings, units: Sequence[Unit]) -> dict[str, Path]:
+def sae_activations(folders: Folders, data: DataSettings, sae: SaeSettings, units: Sequence[Unit]) -> dict[str, Path]:
     """Where the activations are that an SAE may learn from, by the names that its manifest gives them."""
     place = units.index(TURN_END) if sae.recipe == "turn_ends" and TURN_END in units else 0
     text = folders.text_activations.with_name(_text_name(units[place], place))
     chat = folders.chat_activations
-    return {"text": text, "chat": chat, RESPONSES: chat.with_name(RESPONSES)}
+    more = {MORE_RESPONSES: chat.with_name(MORE_RESPONSES)} if data.responses else {}
+    return {"text": text, "chat": chat, RESPONSES: chat.with_name(RESPONSES), **more}
 
 
 def sae_settings(sae: SaeSettings, seed: int, init_seed: int | None = None) -> Settings:

@@ -1,6 +1,7 @@
-"""Sources -> corpus/v1 and pairs/v1."""
+"""Sources -> corpus/v1, pairs/v1 and responses/v1."""
 
 from sarm.data.sources.prepare import prepare_corpus, prepare_pairs
+from sarm.data.sources.responses import prepare_responses
 from sarm.engine.session import Session
 from sarm.settings.data import DataSettings
 from sarm.stages import plan
@@ -9,7 +10,7 @@ _SPELLED = "contents_with_control_tokens"
 
 
 def prepare(session: Session, data: DataSettings) -> None:
-    """Sources -> corpus/v1 and pairs/v1; without text sources there is no corpus."""
+    """Sources -> corpus/v1, pairs/v1 and responses/v1; without text sources there is no corpus, and no responses without theirs."""
     pairs = plan.pairs(session.folders, data).open()
     # Before the texts are paid for.
     pairs.finished()
@@ -27,3 +28,16 @@ def prepare(session: Session, data: DataSettings) -> None:
             prepare_pairs(data, pairs.folder), "rows", "prompts", "near_duplicate_prompts", _SPELLED
         ),
     )
+    if data.responses:
+        responses = plan.responses(session.folders, data).open()
+        session.stage(
+            "prepare responses",
+            responses,
+            lambda _: plan.with_figures(
+                prepare_responses(data, session.folders.pairs, responses.folder),
+                "rows",
+                "in_pairs",
+                "heldout",
+                _SPELLED,
+            ),
+        )

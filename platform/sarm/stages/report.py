@@ -211,6 +211,12 @@ def _facts(manifests: dict[str, Manifest], metrics: dict[str, Any]) -> dict[str,
 
 def _stage_row(name: str, manifest: Manifest) -> dict[str, Any]:
     shown = {key: value for key, value in manifest.counts.get("figures", {}).items() if value is not None}
+    # Of turn ends, how many there are of each kind.
+    shown = {
+        name: number
+        for key, value in shown.items()
+        for name, number in (value if isinstance(value, dict) else {key: value}).items()
+    }
     text = ", ".join(
         f"{key.replace('_', ' ')} {value:,.4g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value:,}"
         for key, value in shown.items()

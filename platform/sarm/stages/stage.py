@@ -18,6 +18,7 @@ from sarm.contracts.folders import (
     EXPLANATIONS_FOLDER,
     PAGES_FOLDER,
     PAIRS_FOLDER,
+    RESPONSES_FOLDER,
     SAE_FOLDER,
     SARM_FOLDER,
     Folders,
@@ -26,7 +27,7 @@ from sarm.contracts.manifest import CLAIM, MANIFEST
 from sarm.settings.run import StageName
 from sarm.settings.sae import AlsoSaes
 from sarm.stages import plan
-from sarm.stages.plan import FolderPlan
+from sarm.stages.plan import UNPAIRED, FolderPlan
 from sarm.stages.variants import variants
 
 if TYPE_CHECKING:
@@ -58,12 +59,14 @@ class Stage:
 
 def _prepared(config: Any, folders: Folders) -> list[FolderPlan]:
     corpus = [plan.corpus(folders, config.data)] if config.data.texts else []
-    return [*corpus, plan.pairs(folders, config.data)]
+    responses = [plan.responses(folders, config.data)] if config.data.responses else []
+    return [*corpus, plan.pairs(folders, config.data), *responses]
 
 
 def _extracted(config: Any, folders: Folders) -> list[FolderPlan]:
     planned = plan.activations(folders, config.model, config.extraction)
-    return [folder for (split, _, _), folder in planned.items() if split != "all" or config.data.texts]
+    absent = {split for split, given in (("all", config.data.texts), (UNPAIRED, config.data.responses)) if not given}
+    return [folder for (split, _, _), folder in planned.items() if split not in absent]
 
 
 def _extractions(folders: Folders) -> Iterable[Place]:
@@ -73,12 +76,16 @@ def _extractions(folders: Folders) -> Iterable[Place]:
 
 
 def _saes(config: Any, folders: Folders) -> list[FolderPlan]:
-    seed, activations = config.run.seed, plan.sae_activations(folders, config.sae, config.extraction.units)
+    seed, activations = config.run.seed, _of_sae(config, folders)
     planned = plan.sae_folders(folders, config.sae, getattr(config, "also", AlsoSaes()), seed)
     return [
         plan.sae(folder=path, sae=sae, seed=seed, activations=activations, init_seed=init_seed)
         for _, path, sae, init_seed in planned
     ]
+
+
+def _of_sae(config: Any, folders: Folders) -> dict[str, Path]:
+    return plan.sae_activations(folders, config.data, config.sae, config.extraction.units)
 
 
 def _reward_models(config: Any, folders: Folders) -> list[FolderPlan]:
@@ -110,7 +117,7 @@ def _extract(session: "Session", config: Any) -> None:
 def _train_sae(session: "Session", config: Any) -> None:
     from sarm.stages.train_sae import train_sae
 
-    train_sae(session, config.sae, config.extraction.units, getattr(config, "also", AlsoSaes()))
+    train_sae(session, config.sae, _of_sae(config, session.folders), getattr(config, "also", AlsoSaes()))
 
 
 def _train_sarm(session: "Session", config: Any) -> None:
@@ -144,9 +151,9 @@ def _write_pages(session: "Session", config: Any) -> Any:
 STAGES: dict[StageName, Stage] = {
     "prepare_data": Stage(
         reads="sources",
-        writes="`corpus`, `pairs`",
+        writes="`corpus`, `pairs`; with `--data.responses` also `responses`",
         folders=_prepared,
-        there=lambda folders: [(folders.corpus, CORPUS_FOLDER), (folders.pairs, PAIRS_FOLDER)],
+        there=lambda folders: [(folders.corpus, CORPUS_FOLDER), (folders.pairs, PAIRS_FOLDER), (folders.responses, RESPONSES_FOLDER)],
         run=_prepare,
     ),
     "extract_activations": Stage(

@@ -17,7 +17,6 @@ from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
 from sarm.settings.checks import UserError
-from sarm.settings.extraction import Unit
 from sarm.settings.sae import AlsoSaes, SaeSettings
 from sarm.stages import plan
 from sarm.stages.plan import sae_folders
@@ -39,14 +38,14 @@ class SaeStage(NamedTuple):
     init_seed: int
 
 
-def train_sae(session: Session, sae: SaeSettings, units: Sequence[Unit], also: AlsoSaes = AlsoSaes()) -> None:
-    """activations/v1, extracted for these units of texts -> SAE, and `also` others beside it, all from one read."""
+def train_sae(session: Session, sae: SaeSettings, activations: Mapping[str, Path], also: AlsoSaes = AlsoSaes()) -> None:
+    """activations/v1, by the names of `plan.sae_activations` -> SAE, and `also` others beside it, all from one read."""
     folders = session.folders
     wanted = [SaeStage(*member) for member in sae_folders(folders, sae, also, session.run.seed)]
     train_saes(
         session=session,
         wanted=wanted,
-        activations=plan.sae_activations(folders, sae, units),
+        activations=activations,
         corpus=folders.corpus,
         in_training=folders.states(folders.sae.name),
     )

@@ -25,7 +25,7 @@ from sarm.evaluate.reward_fidelity import chat_probe
 from sarm.nn.sae import standardise
 from sarm.settings.checks import UserError
 from sarm.settings.sae import SaeSettings
-from sarm.stages.plan import RESPONSES
+from sarm.stages.plan import MORE_RESPONSES, RESPONSES
 from sarm.train.recentred_rows import Recentred, kind_means, moved_store, recentred
 from sarm.train.reward_aware import RewardMap, random_direction, reward_map
 from sarm.train.sae import Phase
@@ -97,11 +97,17 @@ def _papers(sae: SaeSettings, stores: Mapping[str, ActivationStore], seed: int, 
 def _turn_ends(
     sae: SaeSettings, stores: Mapping[str, ActivationStore], seed: int, read: Read, device: torch.device
 ) -> SaeRows:
-    shares = {name: share for name, share in zip((RESPONSES, "text"), sae.shares, strict=True) if share}
-    rows = {name: read(stores[name]) for name in shares}
-    first = next(iter(rows.values()))
-    centre_D = _agreed(kind_means(first)[_TRUE_END], device)
-    streams = {name: recentred(own, centre_D) for name, own in rows.items()}
+    of_responses, of_texts = sae.shares
+    wanted = {RESPONSES: of_responses, MORE_RESPONSES: of_responses, "text": of_texts}
+    rows = {name: read(stores[name]) for name, share in wanted.items() if share and name in stores}
+    shares = _shares(sae, {name: own.num_rows for name, own in rows.items()})
+    # Answers in pairs and others are of one kind: what tells their means apart is theirs to keep.
+    sources: dict[bool, list[ShuffledRows]] = {}
+    for name, own in rows.items():
+        sources.setdefault(name == "text", []).append(own)
+    means = {is_text: _agreed(kind_means(own), device) for is_text, own in sources.items()}
+    centre_D = next(iter(means.values()))[_TRUE_END]
+    streams = {name: recentred(own, means[name == "text"], centre_D) for name, own in rows.items()}
     stretch = _reward_map(sae, next(iter(streams.values())), stores["chat"], seed, device)
     prepare = _unchanged if stretch is None else stretch
     mixture = MixedRows([Stream(streams[name], share) for name, share in shares.items()], sae.steps * sae.batch_size, sae.batch_size)  # fmt: skip
@@ -123,12 +129,19 @@ def _turn_ends(
         about={
             "phases": ["turn_ends"],
             "recipe": "turn_ends",
-            "shares": dict(shares),
+            "shares": list(sae.shares),
             "reward_share": sae.reward_share,
             "reward_direction": sae.reward_direction if sae.reward_share else None,
         },
-        figures={f"passes_{'text' if name == 'text' else 'responses'}": number for name, number in passes.items()},
+        figures={"passes_text" if name == "text" else "passes_responses": number for name, number in passes.items()},
     )
+
+
+def _shares(sae: SaeSettings, num_rows: Mapping[str, int]) -> dict[str, float]:
+    """The share of each stream; responses in pairs and others share theirs by their rows, so that each row is seen as often."""
+    of_responses, of_texts = sae.shares
+    total = sum(number for name, number in num_rows.items() if name != "text")
+    return {name: of_texts if name == "text" else of_responses * number / total for name, number in num_rows.items()}
 
 
 def _reward_map(

@@ -5,7 +5,7 @@ variance. Ends behind other sentences, or of other texts, vary alike about anoth
 the true ends, so that no latent has to tell the kinds apart (and then fires on every answer).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +20,16 @@ from sarm.nn.sae import standardise
 _ROWS_AT_ONCE = 4096
 
 
-def kind_means(rows: ShuffledRows) -> Float[Tensor, "kinds d_in"]:
-    """Mean of each kind's standardised training rows, in float64, over the first window; NaN for a kind that has none there."""
-    window = next(iter(rows.windows(0, 0)))
-    total = torch.zeros(len(KINDS), rows.heldout.shape[1], dtype=torch.float64)
+def kind_means(sources: Sequence[ShuffledRows]) -> Float[Tensor, "kinds d_in"]:
+    """Mean of each kind's standardised training rows, in float64, over the first windows of all sources; NaN for a kind that has none there."""
+    total = torch.zeros(len(KINDS), sources[0].heldout.shape[1], dtype=torch.float64)
     number = torch.zeros(len(KINDS), dtype=torch.float64)
-    for places in torch.arange(len(window)).split(_ROWS_AT_ONCE):
-        kinds = window.kinds_at(places)
-        total.index_add_(0, kinds, standardise(window[places]).double().cpu())
-        number.index_add_(0, kinds, torch.ones(len(places), dtype=torch.float64))
+    for rows in sources:
+        window = next(iter(rows.windows(0, 0)))
+        for places in torch.arange(len(window)).split(_ROWS_AT_ONCE):
+            kinds = window.kinds_at(places)
+            total.index_add_(0, kinds, standardise(window[places]).double().cpu())
+            number.index_add_(0, kinds, torch.ones(len(places), dtype=torch.float64))
     return total / number[:, None]
 
 
@@ -66,9 +67,9 @@ class Recentred:
         return _RecentredWindow(window, self.shift)[every[window.kinds_at(every) == KINDS.index(TRUE_END)][:num_rows]]
 
 
-def recentred(rows: ShuffledRows, centre_D: Float[Tensor, " d_in"]) -> Recentred:
-    """The stream with the mean of each of its kinds at `centre_D`; a kind without training rows stays where it is."""
-    return Recentred(rows, (centre_D - kind_means(rows)).nan_to_num(0.0).float())
+def recentred(rows: ShuffledRows, means_KD: Float[Tensor, "kinds d_in"], centre_D: Float[Tensor, " d_in"]) -> Recentred:
+    """The stream with the means of its kinds moved to `centre_D`; a kind without training rows stays where it is."""
+    return Recentred(rows, (centre_D - means_KD).nan_to_num(0.0).float())
 
 
 @dataclass(frozen=True)

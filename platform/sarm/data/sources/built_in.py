@@ -44,6 +44,12 @@ def _wikipedia() -> Iterator[str]:
     return demo_texts("wikipedia")
 
 
+def _answers() -> "Iterator[list[dict[str, str]]]":
+    from sarm.data.sources.demo import demo_answers
+
+    return demo_answers()
+
+
 def _tiny_texts() -> Iterator[str]:
     from sarm.data.sources.tiny import tiny_texts
 
@@ -72,6 +78,8 @@ TEXT_SOURCES: dict[str, TextSource] = {
         _OPENWEBTEXT2_BYTES / CHARACTERS_A_TOKEN / TOKENS_A_SENTENCE,
     ),
 }
+# Conversations, of which the last turns are taken.
+RESPONSE_SOURCES: dict[str, Callable[[], Iterable[list[dict[str, str]]]]] = {"demo:answers": _answers}
 PAIR_SOURCES: dict[str, PairSource] = {
     "demo:harm": PairSource(1715, 51, _harm),
     "tiny:pairs": PairSource(120, 105, _tiny_pairs),

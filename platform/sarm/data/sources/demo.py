@@ -134,6 +134,18 @@ def demo_pairs() -> Iterator[dict[str, Any] | Reject]:
                     }
 
 
+def demo_answers() -> Iterator[list[dict[str, str]]]:
+    """All answers that people scored, also those whose scores are too near to any other's to make a pair: conversations of two turns.
+
+    Raises UserError if they are not cached and cannot be downloaded.
+    """
+    folder = _members(HARM)
+    for member in HARM.members:
+        for answer in _scored_answers(folder / member):
+            if not isinstance(answer, Reject):
+                yield [{"role": "user", "content": answer[0]}, {"role": "assistant", "content": answer[1]}]
+
+
 def demo_model() -> Path:
     """Folder of SmolLM2-135M-Instruct: fp32 safetensors (540 MB), tokenizer and chat template.
 

@@ -46,7 +46,7 @@ def prepare_corpus(data: DataSettings, folder: Path) -> dict[str, Any]:
         )
     for spec in data.texts:
         text_sources.check_source(spec, data.text_field)
-    tally = _Tally()
+    tally = Tally()
     seen: set[int] = set()
     num_conversations = 0
 
@@ -69,7 +69,7 @@ def prepare_corpus(data: DataSettings, folder: Path) -> dict[str, Any]:
     staged = rows()
     first = next(staged, None)
     columns = CORPUS_TABLE if first is None or first["messages"] is None else CONVERSATIONS_TABLE
-    num_rows = _write(() if first is None else chain([first], staged), columns, folder)
+    num_rows = write_rows(() if first is None else chain([first], staged), columns, folder)
     if num_rows == 0:
         raise UserError(
             f"no usable text in {', '.join(data.texts)} ({tally.describe()}). Check --data.texts and --data.text-field."
@@ -92,7 +92,7 @@ def prepare_pairs(data: DataSettings, folder: Path) -> dict[str, Any]:
         )
     for spec in data.pairs:
         pair_sources.check_source(spec)
-    tally = _Tally()
+    tally = Tally()
     pairs: dict[str, dict[str, Any]] = {}
     for spec in data.pairs:
         for pair in tally.usable(pair_sources.open_pairs(spec, data.max_pairs), spec):
@@ -124,7 +124,7 @@ def prepare_pairs(data: DataSettings, folder: Path) -> dict[str, Any]:
     tally.sources.update(row["source"] for row in kept)
     for row in kept:
         tally.note([*(message["content"] for message in row["prompt"]), row["chosen"], row["rejected"]])
-    _write(kept, PAIRS_TABLE, folder)
+    write_rows(kept, PAIRS_TABLE, folder)
     near = _near_duplicates(kept, folder)
     return {
         "rows": len(kept),
@@ -138,7 +138,7 @@ def prepare_pairs(data: DataSettings, folder: Path) -> dict[str, Any]:
     }
 
 
-class _Tally:
+class Tally:
     """What became of the rows that were read."""
 
     def __init__(self) -> None:
@@ -212,7 +212,7 @@ def _reverse_id(row: dict[str, Any]) -> str:
     return stable_id(row["prompt_id"], row["rejected"], row["chosen"])
 
 
-def _write(rows: Iterable[dict[str, Any]], columns: pa.Schema, folder: Path) -> int:
+def write_rows(rows: Iterable[dict[str, Any]], columns: pa.Schema, folder: Path) -> int:
     """Write rows as part-00000.parquet ...; returns their number. No file is made for no rows."""
     folder.mkdir(parents=True, exist_ok=True)
     num_rows = num_files = 0

@@ -1,14 +1,17 @@
 """Texts out of the sources that `--data.texts` names, one after the other, never a whole file in memory."""
 
-from collections.abc import Iterable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from sarm.data.sources.built_in import BUILT_IN_TEXTS
+from sarm.data.sources.built_in import BUILT_IN_TEXTS, RESPONSE_SOURCES
 from sarm.data.sources.conversations import Message, fault_of, fault_of_messages, read_messages, transcript
 from sarm.data.sources.rows import Reject, Row, data_set_rows, file_rows, is_data_set, parquet_schema, source_files
 from sarm.settings.checks import UserError
+
+_BUILT_IN: Mapping[str, Callable[[], Iterable[Any]]] = ChainMap(BUILT_IN_TEXTS, RESPONSE_SOURCES)  # type: ignore[arg-type]
 
 
 class TextRecord(NamedTuple):
@@ -24,7 +27,7 @@ def check_source(spec: str, text_field: str = "text") -> None:
 
     Raises UserError.
     """
-    for path in source_files(spec, BUILT_IN_TEXTS):
+    for path in source_files(spec, _BUILT_IN):
         if path.name.endswith(".parquet"):
             schema = parquet_schema(path)
             if text_field not in schema.names:
@@ -59,8 +62,8 @@ def _texts(spec: str, text_field: str, limit: int | None) -> Iterator[TextRecord
 
 
 def _rows(spec: str, text_field: str) -> Iterator[Row | Reject]:
-    if spec in BUILT_IN_TEXTS:
-        for number, text in enumerate(BUILT_IN_TEXTS[spec]()):
+    if spec in _BUILT_IN:
+        for number, text in enumerate(_BUILT_IN[spec]()):
             yield Row({text_field: text}, f"{spec} row {number}")
     elif is_data_set(spec):
         for number, row in enumerate(data_set_rows(spec)):
@@ -68,7 +71,7 @@ def _rows(spec: str, text_field: str) -> Iterator[Row | Reject]:
                 raise _no_column(spec, text_field, row.fields)
             yield row
     else:
-        for path in source_files(spec, BUILT_IN_TEXTS):
+        for path in source_files(spec, _BUILT_IN):
             yield from file_rows(path, [text_field])
 
 
