@@ -35,8 +35,9 @@ from sarm.settings.presets import PRESETS
 from sarm.settings.reward import RewardSettings
 from sarm.stages.reward_models import build_model
 from sarm.train.head_start import start_head_
-from sarm.train.reward import LocalEngine, parameter_groups, train_reward
+from sarm.train.reward import parameter_groups, train_reward
 from sarm.train.reward_batches import cut_into_steps
+from sarm.train.reward_engine import LocalEngine
 from sarm.train.schedule import warmup_cosine
 
 OUT = Path("outputs/bench")

@@ -39,7 +39,8 @@ from sarm.settings.run import RunSettings
 from sarm.stages.evaluate_frozen import probe_scores, read_frozen
 from sarm.stages.reward_models import build_model
 from sarm.train.head_start import start_head_
-from sarm.train.reward import LocalEngine, parameter_groups, train_reward
+from sarm.train.reward import parameter_groups, train_reward
+from sarm.train.reward_engine import LocalEngine
 
 ROOT = Path(__file__).parents[2]
 SHARED_PAIRS = ROOT.parent / "shared" / "data" / "hh_rlhf_harmless" / "pairs.jsonl.gz"

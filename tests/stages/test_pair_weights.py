@@ -19,8 +19,9 @@ from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.topk import TopKSae
 from sarm.settings.reward import RewardSettings
 from sarm.stages.train_reward_worker import last_epoch_accuracy
-from sarm.train.reward import LocalEngine, RewardTraining, parameter_groups
+from sarm.train.reward import RewardTraining, parameter_groups
 from sarm.train.reward_batches import cut_into_steps
+from sarm.train.reward_engine import LocalEngine
 from sarm.train.schedule import warmup_cosine
 
 ROW_TOKENS, END, WORLD = 64, 1, 2

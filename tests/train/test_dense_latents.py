@@ -13,7 +13,7 @@ from sarm.settings.reward import RewardSettings
 from sarm.train.dense_latents import RecentFiring
 from sarm.train.objective import Objective
 from sarm.train.reward import parameter_groups
-from sarm.train.sparse_adamw import SparseAdamW
+from sarm.train.sparse_adamw import adamw
 
 D_SAE, K = 12, 3
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def test_the_proximal_step_is_soft_thresholding_in_adam_s_metric():
     group = {"lr": 0.01, "weight_decay": 0.0}
     optimizers = (
         torch.optim.AdamW([{"params": [plain], **group}]),
-        SparseAdamW([{"params": [sparse], **group, "l1": 3.0}]),
+        adamw([{"params": [sparse], **group, "l1": 3.0}]),
     )
     generator = torch.Generator().manual_seed(0)
     squares = torch.zeros(9)
@@ -130,7 +130,7 @@ def test_it_ends_where_the_penalised_loss_has_its_minimum():
     chosen = (difference @ truth + noise).sign()
     l1 = 0.02
     head = torch.nn.Parameter(torch.zeros(30))
-    optimizer = SparseAdamW([{"params": [head], "lr": 0.05, "weight_decay": 0.0, "l1": l1}])
+    optimizer = adamw([{"params": [head], "lr": 0.05, "weight_decay": 0.0, "l1": l1}])
     for step in range(3000):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 3000)
         bradley_terry((difference @ head) * chosen).mean().backward()

@@ -16,8 +16,9 @@ from sarm.settings.checks import UserError
 from sarm.settings.reward import RewardSettings
 from sarm.stages.reward_models import encoder_of
 from sarm.train.objective import Objective, objective_of
-from sarm.train.reward import LocalEngine, _backward, parameter_groups
+from sarm.train.reward import _backward, parameter_groups
 from sarm.train.reward_batches import deal
+from sarm.train.reward_engine import LocalEngine
 
 D_SAE, K, END = 96, 8, 1
 MARGINS = [0.5, None, -0.25]

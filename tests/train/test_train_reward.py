@@ -24,9 +24,10 @@ from sarm.nn.topk import TopKSae
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.reward import RewardSettings
 from sarm.train.objective import Objective
-from sarm.train.reward import LocalEngine, RewardTraining, _backward, parameter_groups, train_reward
+from sarm.train.reward import RewardTraining, _backward, parameter_groups, train_reward
 from sarm.train.reward_batches import cut_into_steps, deal
 from sarm.train.reward_checks import LossGuard
+from sarm.train.reward_engine import LocalEngine
 
 ROW_TOKENS, END = 256, 1
 CONFIG = RewardSettings(lr=1e-3, head_lr=1e-2, epochs=2, batch_pairs=6, batch_tokens=1024, warmup_share=0.1)

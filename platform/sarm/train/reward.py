@@ -8,10 +8,9 @@ A step takes whole prompts, in an order that (seed, epoch) decides, until `batch
 full; all ranks plan the same step and take their share, so a step's gradient does not depend on how many ranks there are.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,54 +24,10 @@ from sarm.train.dense_latents import RecentFiring
 from sarm.train.objective import Objective, objective_of
 from sarm.train.reward_batches import MicroBatch, cut_into_steps, deal
 from sarm.train.reward_checks import LossGuard, Outcome, Sums, Validation
+from sarm.train.reward_engine import Engine
 from sarm.train.schedule import warmup_cosine
-from sarm.train.sparse_adamw import SparseAdamW
 
 Log = Callable[[int, dict[str, float]], None]
-
-
-@runtime_checkable
-class Engine(Protocol):
-    """A model with its optimizer: `sarm.engine.deepspeed.zero.ZeroEngine`, or `LocalEngine` in one process without DeepSpeed.
-
-    `step` clips at `norm_factor` times the settings' norm and returns the norm before; it takes no step if that is not finite.
-    """
-
-    device: torch.device
-
-    def __call__(self, **inputs: Any) -> Any: ...
-    def train(self, mode: bool) -> None: ...
-    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None: ...
-    def step(self, rate_factor: float, norm_factor: float = 1.0) -> float: ...
-
-
-class LocalEngine:
-    """AdamW in one process: the reference that sharded engines are compared with."""
-
-    def __init__(self, model: torch.nn.Module, parameter_groups: list[dict[str, Any]], max_grad_norm: float):
-        self.model, self.device = model, next(model.parameters()).device
-        self._optimizer = SparseAdamW(parameter_groups, fused=True)
-        self._rates = [group["lr"] for group in parameter_groups]
-        self._parameters = [p for group in parameter_groups for p in group["params"]]
-        self._max_grad_norm = max_grad_norm
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self.model(**inputs)
-
-    def train(self, mode: bool) -> None:
-        self.model.train(mode)
-
-    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
-        loss.backward()
-
-    def step(self, rate_factor: float, norm_factor: float = 1.0) -> float:
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm * norm_factor))
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * rate_factor
-        if math.isfinite(norm):
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return norm
 
 
 class RewardTraining:

@@ -80,7 +80,8 @@ def test_sources_that_were_read_already_may_be_gone(demo):
     from sarm.stages import plan
 
     data = replace(demo.data, texts=("/gone/*.jsonl",), pairs=("/gone.jsonl",))
-    for planned in (plan.corpus(Folders(demo.run.out), data), plan.pairs(Folders(demo.run.out), data)):
+    for of in (plan.corpus, plan.pairs, plan.responses):
+        planned = of(Folders(demo.run.out), data)
         folder = planned.open()
         folder.claim()
         folder.finish({"rows": 10, "characters": 4400, "splits": {"train": 8, "heldout": 2}})

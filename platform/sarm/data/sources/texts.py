@@ -11,7 +11,7 @@ from sarm.data.sources.conversations import Message, fault_of, fault_of_messages
 from sarm.data.sources.rows import Reject, Row, data_set_rows, file_rows, is_data_set, parquet_schema, source_files
 from sarm.settings.checks import UserError
 
-_BUILT_IN: Mapping[str, Callable[[], Iterable[Any]]] = ChainMap(BUILT_IN_TEXTS, RESPONSE_SOURCES)  # type: ignore[arg-type]
+_BUILT_IN: Mapping[str, Callable[[], Iterable[Any]]] = ChainMap(BUILT_IN_TEXTS, RESPONSE_SOURCES)
 
 
 class TextRecord(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.settings.reward import RewardSettings
-from sarm.train.sparse_adamw import SparseAdamW
+from sarm.train.sparse_adamw import adamw
 
 
 class _NotFiniteError(Exception):
@@ -50,7 +50,7 @@ class ZeroEngine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(device),  # type: ignore[arg-type]  # its wrapper hides `to`
             model_parameters=parameter_groups,
-            optimizer=SparseAdamW(parameter_groups, fused=True) if config.head_l1 else None,
+            optimizer=adamw(parameter_groups) if config.head_l1 else None,
             config=settings,
             dist_init_required=False,
         )
