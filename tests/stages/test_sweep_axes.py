@@ -17,9 +17,11 @@ from sarm.stages.job import parse
 from sarm.stages.sweep.cells import check_sweep, sweep_plan
 from sarm.stages.sweep.cost import describe_sweep
 from sarm.stages.sweep.plan import SweepPlan
-from sarm.stages.sweep.readings import folders_of
+from sarm.stages.sweep.readings import contents_of, folders_of
 from sarm.stages.sweep.stages import _of_one_read
 from sarm.stages.sweep.trials import _space, cell_of
+
+KINDS = ("text", "chat", "heldout")
 
 
 def plan_of(*axes: str, **changed: object) -> SweepPlan:
@@ -91,12 +93,28 @@ def test_what_is_no_axis_is_refused_in_one_line_by_the_command_line(axes, messag
         ),
         (["extraction.units=document,token"], "learn from one unit"),
         (["extraction.units=document sentence"], "learn from one unit"),
-        (["extraction.units=document,turn_end"], "learn from one unit"),
+        (["extraction.units=document,turn_end"], "the recipe papers learns from sentence ends"),
+        (["sae.recipe=papers,turn_ends"], "cross_entropy_texts must be 0 where the recipe is turn_ends"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_before_anything_starts(axes, message):
     with pytest.raises(UserError, match=message):
         plan_of(*axes)
+
+
+def test_dictionaries_of_turn_ends_read_all_that_their_recipe_does():
+    tiny = ABLATIONS["tiny"][1]
+    extraction = replace(tiny.extraction, units=("turn_end",))
+    sae = replace(tiny.sae, recipe="turn_ends", cross_entropy_texts=0)
+    sweep = replace(
+        tiny.sweep, axes=("sae.reward_share=0,0.1",), layers=(2,), widths=(4,), components=("sarm",), centre=None
+    )
+    config = replace(tiny, sae=sae, extraction=extraction, sweep=sweep)
+    plan = sweep_plan(config, check_sweep(config), lambda model: 64)
+    (reading,) = plan.readings
+    assert contents_of(reading).keys() == {"text", "chat", "heldout", "chat-turn_end", "responses-turn_end"}
+    assert {plan.sae(key).reward_share for key in plan.saes} == {0.0, 0.1}
+    assert folders_of(plan.config, reading).activations("chat-turn_end", 2, 2).parts[-2:] == ("layer2", "chat-turn_end")
 
 
 def test_a_dictionary_is_measured_against_its_own_models_width():
@@ -179,12 +197,12 @@ def test_activations_are_extracted_once_for_each_reading_of_the_texts():
     plan = plan_of("extraction.units=document,sentence", "sae.lr=1e-3,2e-3", layers=(1, 2))
     assert list(plan.readings.values()) == [[1, 2], [1, 2]]
     own, sentences = (folders_of(plan.config, reading) for reading in plan.readings)
-    assert (own.text, own.chat, own.heldout) == ("text", "chat", "heldout")
-    assert (sentences.text, sentences.chat, sentences.heldout) == ("text-sentence", "chat", "heldout")
+    assert [own.called(name) for name in KINDS] == ["text", "chat", "heldout"]
+    assert [sentences.called(name) for name in KINDS] == ["text-sentence", "chat", "heldout"]
     coarse = plan_of("extraction.dtype=float16,bfloat16")
     own, other = (folders_of(coarse.config, reading) for reading in coarse.readings)
-    assert own.text == "text"
-    assert {other.text, other.chat, other.heldout}.isdisjoint({"text", "chat", "heldout"})
+    assert own.called("text") == "text"
+    assert {other.called(name) for name in KINDS}.isdisjoint({"text", "chat", "heldout"})
     assert (
         len({coarse.sae_folder(key) for key in coarse.saes})
         == len({coarse.cell_folder(cell) for cell in coarse.cells})
@@ -260,6 +278,8 @@ def test_grids_of_named_axes_keep_the_folders_that_they_always_had(name):
     plan = sweep_plan(config, check_sweep(config), lambda model: d_in)
     assert [plan.cell_folder(cell).name for cell in plan.cells] == recorded["cells"]
     assert [plan.sae_folder(key).name for key in plan.saes] == recorded["saes"]
-    assert {folders_of(config, reading).chat for reading in plan.readings} == {"chat"}
+    assert {folders_of(config, reading).called("chat") for reading in plan.readings} == {"chat"}
     has_tokens = "token_sae" in config.sweep.components
-    assert [folders_of(config, reading).text for reading in plan.readings] == ["text"] + ["text-token"] * has_tokens
+    assert [folders_of(config, reading).called("text") for reading in plan.readings] == ["text"] + [
+        "text-token"
+    ] * has_tokens

@@ -20,7 +20,7 @@ from sarm.data.formats.sae_folder import load_sae
 from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.sources.prepare import NEAR_DUPLICATES
 from sarm.data.store.blocks import plan_blocks
-from sarm.data.store.pairs import PAIR_COLUMNS, load_pairs, of_split
+from sarm.data.store.pairs import PAIR_COLUMNS, of_split
 from sarm.data.store.parts import read_counts, read_parts
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.ray.block_actor import Output
@@ -28,8 +28,6 @@ from sarm.engine.ray.passes import Pass
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
 from sarm.evaluate import pairs as measures
-from sarm.evaluate.readability import named_latents, readability
-from sarm.interpret.answered import answered_of
 from sarm.interpret.attribution import check_completeness, feature_table
 from sarm.interpret.contexts import strongest_texts
 from sarm.nn.protocol import PROTOCOL_VERSION
@@ -42,6 +40,7 @@ from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.stages import plan
 from sarm.stages.evaluate_frozen import Frozen, dictionary_figures, probe_scores, read_frozen, sparse_head_scores
+from sarm.stages.evaluate_readability import answers_of, readability_of
 
 
 def evaluate(session: Session, extraction: ExtractionSettings, evaluation: EvaluationSettings) -> Manifest:
@@ -74,11 +73,9 @@ def _measure(
     metrics["contents"] = contents
     metrics["completeness"] = check_completeness(scores["sarm"], weight)
     features = feature_table(scores["sarm"], weight)
-    answers = _answers(session, scores["sarm"])
+    answers = answers_of(session.folders.pairs, scores["sarm"])
     say("evaluate: which words tell where its latents fire")
-    answered = answered_of(scores["sarm"], answers["text"], len(weight))
-    named = named_latents(answered, weight, session.run.seed)
-    metrics["readability"] = readability(answered, weight, named, session.run.seed)
+    metrics["readability"], named = readability_of(session.folders.sarm, answers, scores["sarm"], session.run.seed)
     metrics["names"] = {str(name.latent): name.figures() for name in named}
     contexts = strongest_texts(answers, evaluation.contexts_per_feature)
     pq.write_table(features, folder / "features.parquet", write_page_checksum=True)
@@ -199,20 +196,3 @@ def _contents(scores: Path) -> dict[str, Any]:
     counts = read_counts(scores)
     names = ("contents_with_control_tokens", "contents_already_templated")
     return {"rejected": counts["rejected"], **{name: counts.get(name, 0) for name in names}}
-
-
-def _answers(session: Session, scores: pa.Table) -> pa.Table:
-    pairs = load_pairs(session.folders.pairs, "heldout")
-    place = pc.index_in(scores["pair_id"], value_set=pairs["pair_id"].combine_chunks())
-    return pa.concat_tables(
-        pa.table(
-            {
-                "doc_id": scores["pair_id"],
-                "side": pa.array([side] * len(scores)),
-                "text": pairs[side].take(place),
-                "latents": scores[f"{side}_latents"],
-                "values": scores[f"{side}_values"],
-            }
-        )
-        for side in ("chosen", "rejected")
-    )

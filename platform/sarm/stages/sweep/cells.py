@@ -7,7 +7,6 @@ from typing import Any
 
 from sarm.settings.axes import text_of
 from sarm.settings.checks import UserError
-from sarm.settings.extraction import TURN_END
 from sarm.settings.model import ModelSettings
 from sarm.settings.sweep import Ablation
 from sarm.stages.sweep.plan import SweepPlan, without_idle
@@ -45,9 +44,9 @@ def check_sweep(config: Ablation) -> list[Cell]:
     Raises UserError.
     """
     for axis_units in (config.extraction.units, *_units(config)):
-        if len(axis_units) > 1 or axis_units[0] in ("token", TURN_END):
+        if len(axis_units) > 1 or axis_units[0] == "token":
             raise UserError(
-                f"an ablation's SAEs learn from one unit, and token_sae from tokens besides, got --extraction.units {' '.join(axis_units)}. Pass document or sentence."
+                f"an ablation's SAEs learn from one unit, and token_sae from tokens besides, got --extraction.units {' '.join(axis_units)}. Pass document, sentence or turn_end."
             )
     if config.reward.baselines:
         raise UserError(

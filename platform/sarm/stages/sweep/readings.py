@@ -3,15 +3,17 @@
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sarm.contracts.folders import Folders
-from sarm.settings.extraction import ExtractionSettings
+from sarm.settings.extraction import TURN_END, ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.settings.sweep import Ablation
 from sarm.stages import plan
+from sarm.stages.plan import MORE_RESPONSES, RESPONSES, UNPAIRED
 
 _HASH_LENGTH = 8
 
@@ -37,6 +39,8 @@ def contents_of(reading: Reading) -> dict[str, dict[str, Any]]:
     """What decides each folder of activations of a pass, whatever the layer."""
     (unit,) = reading.extraction.units
     of = {"text": ("all", unit), "chat": ("train", "chat"), "heldout": ("heldout", "chat")}
+    if unit == TURN_END:
+        of |= {RESPONSES: ("train", unit), MORE_RESPONSES: (UNPAIRED, unit)}
     return {name: plan.activation_settings(*reading, *split_and_unit, 1) for name, split_and_unit in of.items()}
 
 
@@ -44,12 +48,15 @@ def contents_of(reading: Reading) -> dict[str, dict[str, Any]]:
 class SweepFolders(Folders):
     """Where the shared stages of a sweep write: a folder for each layer, and in it one for each reading of texts and of pairs."""
 
-    text: str = "text"
-    chat: str = "chat"
-    heldout: str = "heldout"
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What activations of other settings than the sweep's own are called."""
 
     def activations(self, name: str, layer: int, first_layer: int) -> Path:
-        return self.out / "activations" / f"layer{layer}" / str(getattr(self, name))
+        return self.out / "activations" / f"layer{layer}" / self.called(name)
+
+    def called(self, name: str) -> str:
+        """What the folder of these activations is called."""
+        return self.names.get(name, name)
 
 
 def folders_of(config: Ablation, reading: Reading) -> SweepFolders:
@@ -59,7 +66,7 @@ def folders_of(config: Ablation, reading: Reading) -> SweepFolders:
     names = {name: name if mine[name] == own[name] else f"{name}-{digest(mine[name])}" for name in mine}
     if unit != config.extraction.units[0]:
         names["text"] = names["text"].replace("text", f"text-{unit}", 1)
-    return SweepFolders(config.run.out, **names)
+    return SweepFolders(config.run.out, names)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sarm.report.sweep_figures import accuracy_by_axis, accuracy_by_cost
 from sarm.report.sweep_table import DIFFERENCE, as_markdown, best_row, settings_of
 from sarm.stages.sweep.plan import SweepPlan
 from sarm.stages.sweep.points import Cell, centre_of
-from sarm.stages.sweep.stages import result_of
+from sarm.stages.sweep.stages import READABLE, result_of
 from sarm.stages.sweep.trials import status_of
 
 _FIGURES = {
@@ -35,6 +35,7 @@ _FIGURES = {
     "alive_at_reward": pa.float64(),
     "dead_share": pa.float64(),
     "reward_fidelity": pa.float64(),
+    **{name: pa.float64() for name in READABLE},
 }
 _COSTS = {"training_seconds": pa.float64(), "evaluation_seconds": pa.float64()}
 

@@ -39,6 +39,14 @@ _IN_MLFLOW = {
     "dead_share": "sae_dead_share",
     "evaluation_seconds": "seconds_of_evaluation",
 }
+READABLE = (
+    "num_alive_at_reward",
+    "always_on_share",
+    "dense_share",
+    "latents_half_margin",
+    "latents_ninety_margin",
+    "names_auc",
+)
 WITH_TRAINED_SAE = ("sarm", "token_sae")
 
 
@@ -72,7 +80,8 @@ def _train_group(session: Session, plan: SweepPlan, group: list[SaeKey]) -> None
         folder = plan.sae_folder(key)
         wanted.append(SaeStage(f"train SAE {folder.name}", folder, plan.sae(key), key.seed))
     folders = folders_of(plan.config, plan.reading(group[0]))
-    activations = {name: folders.activations(name, layer, layer) for name in ("text", "chat")}
+    responses = [RESPONSES, *([MORE_RESPONSES] if plan.config.data.responses else [])]
+    activations = {name: folders.activations(name, layer, layer) for name in ("text", "chat", *responses)}
     together = digest(sorted(one.folder.name for one in wanted))
     train_saes(
         session=session,
@@ -143,6 +152,7 @@ def _measure(
     from sarm.evaluate.pairs import measure_pairs
     from sarm.evaluate.sae_quality import measure
     from sarm.stages.evaluate import score_heldout
+    from sarm.stages.evaluate_readability import answers_of, readability_of
 
     scores = score_heldout(session, plan.settings(cell).extraction, model, folder)
     measured = measure_pairs(scores)
@@ -153,9 +163,17 @@ def _measure(
         sae, _ = load_sae(session.folders.sae)
         quality = measure(sae, ActivationStore(session.folders.heldout_activations).read_sides()[1])
         figures |= {"fvu_heldout": quality.fvu, "alive_at_reward": quality.counts.alive_share()}
+        answers = answers_of(session.folders.pairs, scores)
+        readable, _ = readability_of(session.folders.out / model, answers, scores, cell.seed)
+        figures |= {name: value for name in READABLE if (value := _value(getattr(readable, name))) is not None}
     (folder / "metrics.json").write_text(json.dumps(plain_values(measured), indent=2))
     child.log_artifact(folder / "metrics.json")
     return {"figures": figures, "rows": scores.num_rows}
+
+
+def _value(figure: Any) -> float | None:
+    """A count, or an estimate without its interval."""
+    return figure.value if isinstance(figure, Estimate) else figure
 
 
 class Cost(NamedTuple):
