@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -27,23 +29,23 @@ def test_a_reward_that_is_length_is_worth_nothing_at_equal_length():
     tokens[:, 0] += 80
     rows = [row(i, pair, pair) for i, pair in enumerate(tokens)]
     found = length_and_style(rows)
-    assert found["accuracy"] > 0.6
-    assert found["length_controlled_accuracy"] == pytest.approx(0.5, abs=0.1)
+    assert found.accuracy > 0.6
+    assert found.length_controlled_accuracy == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_reward_blind_to_length_keeps_its_accuracy_under_control():
     rng = np.random.default_rng(0)
     rows = [row(i, [float(rng.random() < 0.8), 0.5], rng.integers(20, 400, size=2)) for i in range(800)]
     found = length_and_style(rows)
-    assert found["length_controlled_accuracy"] == pytest.approx(found["accuracy"], abs=0.02)
+    assert found.length_controlled_accuracy == pytest.approx(found.accuracy, abs=0.02)
 
 
 def test_a_model_that_counts_no_tokens_gets_no_length_figures():
     """Not a longest and shortest of 0, and not an accuracy of one half at equal length."""
     rows = [row(i, [float(i % 3 > 0), 0.5], [np.nan, np.nan]) for i in range(60)]
     found, by_ruler = length_and_style(rows), rulers(PAIRS, rows, 0)
-    assert found["accuracy"] == pytest.approx(2 / 3)
-    assert [name for name, value in found.items() if value is not None] == ["accuracy", "num_prompts_spearman"]
+    assert found.accuracy == pytest.approx(2 / 3)
+    assert [name for name, value in asdict(found).items() if value is not None] == ["accuracy", "num_prompts_spearman"]
     assert (by_ruler["longest"], by_ruler["shortest"]) == ({}, {})
     assert by_ruler["random"]["overall"] == pytest.approx(0.5, abs=0.1)
 
@@ -62,13 +64,13 @@ def test_a_model_that_counts_no_tokens_logs_no_length_figures():
 def test_spearman_is_taken_within_prompts():
     # Within each prompt longer is worse; over all rows longer prompts score higher.
     rows = [row(i, [10 * i - j for j in range(4)], [10 * i + j for j in range(4)]) for i in range(5)]
-    assert length_and_style(rows)["mean_spearman_reward_length"] == pytest.approx(-1)
+    assert length_and_style(rows).mean_spearman_reward_length == pytest.approx(-1)
 
 
 def test_spearman_shares_ranks_at_equal_values():
     scores, tokens = [1.0, 2, 2, 5, 0], [3.0, 3, 1, 8, 2]
     expected = spearmanr(scores, tokens).statistic
-    assert length_and_style([row(0, scores, tokens)])["mean_spearman_reward_length"] == pytest.approx(expected)
+    assert length_and_style([row(0, scores, tokens)]).mean_spearman_reward_length == pytest.approx(expected)
 
 
 def test_the_temperature_of_overconfident_margins_is_found_on_the_other_half():
@@ -77,9 +79,9 @@ def test_the_temperature_of_overconfident_margins_is_found_on_the_other_half():
     won = np.where(rng.random(6000) < 1 / (1 + np.exp(-np.abs(true))), np.abs(true), -np.abs(true))
     assert fit_temperature(5 * won) == pytest.approx(5, rel=0.1)
     found = calibrated([row(i, [5 * m, 0], [1, 1]) for i, m in enumerate(won)])
-    assert found["temperature"] == pytest.approx(5, rel=0.15)
-    assert found["scaled"]["nll"] < found["raw"]["nll"]
-    assert found["scaled"]["ece"] < 0.04
+    assert found.temperature == pytest.approx(5, rel=0.15)
+    assert found.scaled.nll < found.raw.nll
+    assert found.scaled.ece < 0.04
 
 
 def test_drift_is_the_largest_move_of_a_score_taken_alone():
@@ -89,7 +91,7 @@ def test_drift_is_the_largest_move_of_a_score_taken_alone():
         for i, (s, a) in enumerate([(1.0, 1.0), (2.0, 2.5), (3.0, None)])
     ]
     found = drift(pa.Table.from_pylist(rows, schema=ITEMS_TABLE))
-    assert (found["num_completions"], found["max"]) == (2, 0.5)
+    assert (found.num_completions, found.max) == (2, 0.5)
     assert drift(pa.Table.from_pylist(rows[2:], schema=ITEMS_TABLE)) is None
 
 
@@ -119,5 +121,5 @@ def test_flips_are_counted_over_pairs_and_joined_by_id():
     plain = [row(i, [1, 0], [1, 1]) for i in range(4)]
     edited = [row(0, [0, 1], [1, 1]), row(1, [2, 1], [1, 1]), row(9, [0, 1], [1, 1])]
     found = flips(plain, edited)
-    assert (found["num_rows"], found["flipped"], found["accuracy_after"]) == (2, 0.5, 0.5)
+    assert (found.num_rows, found.flipped, found.accuracy_after) == (2, 0.5, 0.5)
     assert flips(plain, edited[2:]) is None

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sarm.interpret.agreement import agreement, gwet_ac2, jaccard, krippendorff_alpha, quadratic_kappa
+from sarm.contracts.figures import plain_values
+from sarm.interpret.agreement import BetweenJudges, agreement, gwet_ac2, jaccard, krippendorff_alpha, quadratic_kappa
 
 NAN = float("nan")
 # Krippendorff (2011), "Computing Krippendorff's Alpha-Reliability", example C: four observers, twelve units.
@@ -87,7 +88,7 @@ def rows(**judges: list[list[int | None]]) -> list[dict]:
 
 
 def test_the_selected_set_over_judges_and_thresholds():
-    found = agreement(rows(a=[[5, 4, 3, 1], [5, 4, 3, 1]], b=[[5, 5, None, 1]]), "safety")
+    found = plain_values(agreement(rows(a=[[5, 4, 3, 1], [5, 4, 3, 1]], b=[[5, 5, None, 1]]), "safety"))
     assert found["num_items"] == 4
     assert found["answered"] == {"a": 1.0, "b": 0.75}
     assert found["selected"]["num"] == {"a": {"3": 3, "4": 2, "5": 1}, "b": {"3": 2, "4": 2, "5": 2}}
@@ -100,5 +101,5 @@ def test_the_selected_set_over_judges_and_thresholds():
 
 
 def test_one_judge_and_no_rows_have_no_agreement():
-    assert agreement(rows(a=[[1, 2]]), "safety")["between"] == {"alpha": None, "ac2": None, "kappa": {}}
-    assert agreement([], "safety")["num_items"] == 0
+    assert agreement(rows(a=[[1, 2]]), "safety").between == BetweenJudges(None, None, {})
+    assert agreement([], "safety").num_items == 0

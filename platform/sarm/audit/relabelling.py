@@ -10,7 +10,7 @@ growing budgets are nested, and int(N p) pairs large.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -128,9 +128,18 @@ def apply_changes(pairs: pa.Table, changes: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(kept, schema=pairs.schema)
 
 
+class Detection(NamedTuple):
+    """How well dropped pairs are those that are noisy."""
+
+    precision: float
+    """Share of the dropped pairs that is noisy."""
+    recall: float
+    """Share of the noisy pairs that is dropped."""
+
+
 def precision_recall(
     dropped: Int64[NDArray[np.int64], " dropped"], is_noisy_N: Bool[np.ndarray, " pairs"]
-) -> dict[str, float]:
-    """Of the dropped pairs the share that was noisy, and of the noisy pairs the share that was dropped."""
+) -> Detection:
+    """Of dropped pairs, by number."""
     hits = int(is_noisy_N[dropped].sum())
-    return {"precision": hits / max(1, len(dropped)), "recall": hits / max(1, int(is_noisy_N.sum()))}
+    return Detection(hits / max(1, len(dropped)), hits / max(1, int(is_noisy_N.sum())))

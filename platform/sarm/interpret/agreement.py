@@ -7,6 +7,7 @@ where nearly all ratings are one level, where alpha and kappa fall to 0. Weights
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,12 +73,47 @@ def jaccard(a: set[int], b: set[int]) -> float | None:
     return len(a & b) / len(a | b) if a | b else None
 
 
-def agreement(rows: Sequence[Mapping[str, Any]], rubric: str) -> dict[str, Any]:
-    """How raters agree on a rubric; `rows` have latent, rubric, judge, repeat and rating (None where there is none).
+@dataclass(frozen=True)
+class WithinJudge:
+    """How the repetitions of one judge agree; None where that is undefined."""
 
-    `between` compares the first ratings of different judges, `within` the repetitions of one; `selected` says which latents each judge
-    puts at or above each threshold, and how much of that set another judge, or another threshold, shares.
-    """
+    alpha: float | None
+    ac2: float | None
+
+
+@dataclass(frozen=True)
+class BetweenJudges:
+    """How the first ratings of different judges agree; `kappa` is by pair of judges."""
+
+    alpha: float | None
+    ac2: float | None
+    kappa: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """How many latents each judge puts at or above each threshold, and how much of that set another judge, or another threshold, shares."""
+
+    num: dict[str, dict[str, int]]
+    shared_by_judges: dict[str, dict[str, float | None]]
+    shared_by_thresholds: dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How raters agree on a rubric."""
+
+    num_items: int
+    answered: dict[str, float]
+    """Share of the items that each judge has rated."""
+    between: BetweenJudges
+    within: dict[str, WithinJudge]
+    """Of judges that were asked more than once."""
+    selected: Selected
+
+
+def agreement(rows: Sequence[Mapping[str, Any]], rubric: str) -> Agreement:
+    """How raters agree on a rubric; `rows` have latent, rubric, judge, repeat and rating (None where there is none)."""
     own = [row for row in rows if row["rubric"] == rubric]
     latents = sorted({row["latent"] for row in own})
     judges = sorted({row["judge"] for row in own})
@@ -93,32 +129,36 @@ def agreement(rows: Sequence[Mapping[str, Any]], rubric: str) -> dict[str, Any]:
         judge: {t: {latents[i] for i in np.flatnonzero(first_RN[r] >= t)} for t in THRESHOLDS}
         for r, judge in enumerate(judges)
     }
-    return {
-        "num_items": len(latents),
-        "answered": {judge: float(np.mean(~np.isnan(first_RN[r]))) for r, judge in enumerate(judges)},
-        "between": {
-            "alpha": krippendorff_alpha(first_RN) if pairs else None,
-            "ac2": gwet_ac2(first_RN) if pairs else None,
-            "kappa": {f"{judges[a]} / {judges[b]}": quadratic_kappa(first_RN[a], first_RN[b]) for a, b in pairs},
-        },
-        "within": {
-            judge: {
-                "alpha": krippendorff_alpha(np.array([line(judge, r) for r in repeats[judge]])),
-                "ac2": gwet_ac2(np.array([line(judge, r) for r in repeats[judge]])),
-            }
+    return Agreement(
+        num_items=len(latents),
+        answered={judge: float(np.mean(~np.isnan(first_RN[r]))) for r, judge in enumerate(judges)},
+        between=BetweenJudges(
+            alpha=krippendorff_alpha(first_RN) if pairs else None,
+            ac2=gwet_ac2(first_RN) if pairs else None,
+            kappa={f"{judges[a]} / {judges[b]}": quadratic_kappa(first_RN[a], first_RN[b]) for a, b in pairs},
+        ),
+        within={
+            judge: WithinJudge(
+                alpha=krippendorff_alpha(np.array([line(judge, r) for r in repeats[judge]])),
+                ac2=gwet_ac2(np.array([line(judge, r) for r in repeats[judge]])),
+            )
             for judge in judges
             if len(repeats[judge]) > 1
         },
-        "selected": {
-            "num": {judge: {str(t): len(found) for t, found in of_t.items()} for judge, of_t in chosen.items()},
-            "shared_by_judges": {
-                str(t): {f"{judges[a]} / {judges[b]}": jaccard(chosen[judges[a]][t], chosen[judges[b]][t]) for a, b in pairs} for t in THRESHOLDS
+        selected=Selected(
+            num={judge: {str(t): len(found) for t, found in of_t.items()} for judge, of_t in chosen.items()},
+            shared_by_judges={
+                str(t): {
+                    f"{judges[a]} / {judges[b]}": jaccard(chosen[judges[a]][t], chosen[judges[b]][t]) for a, b in pairs
+                }
+                for t in THRESHOLDS
             },
-            "shared_by_thresholds": {
-                judge: {f"{a} / {b}": jaccard(of_t[a], of_t[b]) for a, b in itertools.pairwise(THRESHOLDS)} for judge, of_t in chosen.items()
+            shared_by_thresholds={
+                judge: {f"{a} / {b}": jaccard(of_t[a], of_t[b]) for a, b in itertools.pairwise(THRESHOLDS)}
+                for judge, of_t in chosen.items()
             },
-        },
-    }  # fmt: skip
+        ),
+    )
 
 
 def _counts(ratings_RN: Ratings, levels: int) -> Float64[NDArray[np.float64], "items levels"]:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sarm.contracts.figures import plain_values
 from sarm.interpret.agreement import agreement
 from sarm.interpret.labels import EXTRACTIVE
 from sarm.report.numbers import share, span
@@ -43,7 +44,7 @@ def measure(
         "min_coverage": min_coverage,
         "above_chance": sum((row.get("detection_low") or 0) > 0.5 for row in judged),
         "by_kind": {kind: statistics.mean(bool(row["said"]) == (kind == "fires") for row in own if row["kind"] == kind) for kind in kinds},
-        "agreement": {rubric: agreement(ratings, rubric) for rubric in rubrics} if ratings else {},
+        "agreement": {rubric: plain_values(agreement(ratings, rubric)) for rubric in rubrics} if ratings else {},
         "judges": list(costs),
         "explanations": [dict(row) for row in rows],
     }  # fmt: skip

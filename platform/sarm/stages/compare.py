@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from sarm.contracts.figures import plain_values
 from sarm.contracts.manifest import MANIFEST, StageFolder, read_manifest, sha256_of, verify_files, write_atomically
 from sarm.engine.mlflow.tracking import StageRun, tracking_uri
 from sarm.engine.session import tracked_folder
@@ -51,12 +52,14 @@ def run_comparison(settings: Comparison) -> Path:
         return folder.folder
     items = {key: pq.read_table(path / "items.parquet") for key, path in folders.items()}
     found = {
-        name: compare(
-            benchmark=BENCHMARKS[name],
-            rows_a=scored_rows(items["a"], name),
-            rows_b=scored_rows(items["b"], name),
-            permutations=settings.permutations,
-            seed=settings.run.seed,
+        name: plain_values(
+            compare(
+                benchmark=BENCHMARKS[name],
+                rows_a=scored_rows(items["a"], name),
+                rows_b=scored_rows(items["b"], name),
+                permutations=settings.permutations,
+                seed=settings.run.seed,
+            )
         )
         for name in common
     }

@@ -54,7 +54,7 @@ def label_noise(
             for method, suspicion_N in ranked.items():
                 dropped = used[changed_pairs(suspicion_N[used], share, "drop", train.pair_ids[used])]
                 credit = head.credits(head.fit(np.setdiff1d(used, dropped), sign_N, penalty))
-                figures_of = precision_recall(dropped, noisy_N) | {"target": float(credit["target"].mean())}
+                figures_of = precision_recall(dropped, noisy_N)._asdict() | {"target": float(credit["target"].mean())}
                 sums.setdefault((share, method), []).append(figures_of)
     return [
         {"share": share, "method": method, **{name: float(np.mean([f[name] for f in own])) for name in own[0]},

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import EXPLANATIONS_FOLDER
 from sarm.contracts.manifest import MANIFEST, StageFolder, read_manifest, sha256_of, verify_files, write_atomically
 from sarm.contracts.tables import RATINGS_TABLE
@@ -73,8 +74,8 @@ def _compare(settings: HumanRatings, folder_id: str, model: str | None, judged: 
     rated = {row["latent"] for row in human}
     own = [row for row in known if row["latent"] in rated]
     content = {
-        "people": {rubric: agreement(human, rubric) for rubric in rubrics},
-        "people_and_judges": {rubric: agreement([*human, *own], rubric) for rubric in rubrics},
+        "people": {rubric: plain_values(agreement(human, rubric)) for rubric in rubrics},
+        "people_and_judges": {rubric: plain_values(agreement([*human, *own], rubric)) for rubric in rubrics},
     }
     with tracked_folder(folder, settings.run) as own_run:
         pq.write_table(pa.Table.from_pylist([*human, *own], schema=RATINGS_TABLE), folder.folder / "ratings.parquet")

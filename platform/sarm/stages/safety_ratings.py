@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from sarm.audit.selection import read_ratings
+from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import EXPLANATIONS_FOLDER
 from sarm.contracts.manifest import MANIFEST, read_manifest, verify_files
 from sarm.interpret.agreement import agreement
@@ -51,7 +52,7 @@ def safety_ratings(source: Path, sarm: Path) -> SafetyRatings:
             f"{source} holds no valid rating on safety. Run jobs/interpret.py with --rubrics safety, or leave out --ratings."
         )
     found = {latent: float(median(map(median, raters.values()))) for latent, raters in by_rater.items()}
-    return SafetyRatings(found, agreement(rows, RUBRIC))
+    return SafetyRatings(found, plain_values(agreement(rows, RUBRIC)))
 
 
 def _is_of_people(folder: Path) -> bool:

@@ -7,8 +7,7 @@ A function as reward model counts no tokens (NaN): what needs a length is then N
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +19,44 @@ from scipy import optimize
 from sarm.contracts.ids import hash_share
 from sarm.evaluate.benchmarks.benchmark import Benchmark
 from sarm.evaluate.benchmarks.rows import PerCompletion, ScoredRow
-from sarm.evaluate.statistics import calibration
+from sarm.evaluate.statistics import Calibration, calibration
 
 PerPair = Float64[NDArray[np.float64], " pairs"]
 _RIDGE = 1e-3
 _RANDOM_DRAWS = 20
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """Accuracies over all (correct, wrong) pairs, each row counting once. All but the plain one are None where lengths are unknown."""
+
+    accuracy: float
+    length_controlled_accuracy: float | None
+    length_and_style_controlled_accuracy: float | None
+    mean_spearman_reward_length: float | None
+    """Of the prompts that have one; None where none has."""
+    num_prompts_spearman: int
+
+
+@dataclass(frozen=True)
+class ScaledCalibration:
+    """Calibration on one half of the prompts, as the margins are and divided by a temperature that was fitted on the other half."""
+
+    num_pairs: int
+    raw: Calibration
+    temperature: float
+    scaled: Calibration
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far scores move when a completion is scored alone instead of in a batch."""
+
+    num_completions: int
+    max: float
+    mean: float
+    max_in_std: float | None
+    """In standard deviations of all scores; None where these are equal."""
 
 
 def rulers(benchmark: Benchmark, rows: Sequence[ScoredRow], seed: int) -> dict[str, dict[str, float]]:
@@ -47,11 +79,8 @@ def has_lengths(rows: Sequence[ScoredRow]) -> bool:
     return all(bool(np.isfinite(row.tokens).all()) for row in rows)
 
 
-def length_and_style(rows: Sequence[ScoredRow]) -> dict[str, Any]:
-    """Controlled accuracies over all (correct, wrong) pairs, each row counting once, and the mean Spearman within prompts.
-
-    All but the plain accuracy are None where lengths are unknown.
-    """
+def length_and_style(rows: Sequence[ScoredRow]) -> Controlled:
+    """Controlled accuracies, and the mean Spearman of reward and length within prompts."""
     won, lengths, styles, weights = [], [], [], []
     correlations, known = [], has_lengths(rows)
     for row in rows:
@@ -64,15 +93,14 @@ def length_and_style(rows: Sequence[ScoredRow]) -> dict[str, Any]:
         if known and len(row.scores) > 2 and np.ptp(row.scores) > 0 and np.ptp(row.tokens) > 0:
             correlations.append(float(np.corrcoef(_ranks(row.scores), _ranks(row.tokens))[0, 1]))
     y, length, style, weight = (np.concatenate(part) for part in (won, lengths, styles, weights))
-    return {
-        "accuracy": float((y * weight).sum() / weight.sum()),
-        "length_controlled_accuracy": _accuracy_at_zero(y, length[:, None], weight) if known else None,
-        "length_and_style_controlled_accuracy": _accuracy_at_zero(y, np.stack([length, style], 1), weight)
-        if known
-        else None,
-        "mean_spearman_reward_length": float(np.mean(correlations)) if correlations else None,
-        "num_prompts_spearman": len(correlations),
-    }
+    both = np.stack([length, style], 1)
+    return Controlled(
+        accuracy=float((y * weight).sum() / weight.sum()),
+        length_controlled_accuracy=_accuracy_at_zero(y, length[:, None], weight) if known else None,
+        length_and_style_controlled_accuracy=_accuracy_at_zero(y, both, weight) if known else None,
+        mean_spearman_reward_length=float(np.mean(correlations)) if correlations else None,
+        num_prompts_spearman=len(correlations),
+    )
 
 
 def _ranks(values_N: PerCompletion) -> PerCompletion:
@@ -97,7 +125,7 @@ def _accuracy_at_zero(won_N: PerPair, x_ND: Float64[NDArray[np.float64], "pairs 
     return float(1 / (1 + np.exp(-beta[0])))
 
 
-def calibrated(rows: Sequence[ScoredRow]) -> dict[str, Any] | None:
+def calibrated(rows: Sequence[ScoredRow]) -> ScaledCalibration | None:
     """NLL, Brier and ECE of sigmoid(margin / T) on one half of the prompts, at T = 1 and at the T fitted on the other half.
 
     The halves are fixed by the hash of the prompt. Pairs are (best correct, each wrong). None if a half is empty.
@@ -110,12 +138,7 @@ def calibrated(rows: Sequence[ScoredRow]) -> dict[str, Any] | None:
         return None
     test, fit = (np.concatenate(half) for half in halves)
     temperature = fit_temperature(fit)
-    return {
-        "num_pairs": len(test),
-        "raw": asdict(calibration(test)),
-        "temperature": temperature,
-        "scaled": asdict(calibration(test / temperature)),
-    }
+    return ScaledCalibration(len(test), calibration(test), temperature, calibration(test / temperature))
 
 
 def fit_temperature(margins_N: PerPair) -> float:
@@ -129,16 +152,11 @@ def fit_temperature(margins_N: PerPair) -> float:
     return float(scale * np.exp(found.x))
 
 
-def drift(items: pa.Table) -> dict[str, Any] | None:
-    """How far finite scores move when a completion is scored alone instead of in a batch; None if none was."""
+def drift(items: pa.Table) -> Drift | None:
+    """Over completions with two finite scores; None if none has."""
     both = items.filter(pc.and_(pc.is_finite(items["score"]), pc.is_finite(items["score_alone"])))
     if not both.num_rows:
         return None
     gap = np.abs(both["score"].to_numpy() - both["score_alone"].to_numpy())
     spread = float(np.std(items.filter(pc.is_finite(items["score"]))["score"].to_numpy()))
-    return {
-        "num_completions": both.num_rows,
-        "max": float(gap.max()),
-        "mean": float(gap.mean()),
-        "max_in_std": float(gap.max() / spread) if spread else None,
-    }
+    return Drift(both.num_rows, float(gap.max()), float(gap.mean()), float(gap.max() / spread) if spread else None)

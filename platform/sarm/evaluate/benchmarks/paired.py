@@ -7,10 +7,11 @@ Holm: p-values sorted, the i-th of m times m - i + 1, so that over all subsets a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from sarm.contracts.figures import OPTIONAL
 from sarm.evaluate.benchmarks.benchmark import Benchmark
 from sarm.evaluate.benchmarks.rows import Observations, ScoredRow
 from sarm.evaluate.influence import (  # fmt: skip
@@ -45,9 +46,45 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
+@dataclass(frozen=True)
+class FigureDifference:
+    """One figure of A, of B, and A - B."""
+
+    a: float
+    b: float
+    difference: float
+    difference_ci95: Interval
+    num_differing_prompts: int
+    p_swap: float
+
+
+@dataclass(frozen=True)
+class SubsetDifference:
+    """The rows of a subset that one model alone gets right."""
+
+    num_rows: int
+    num_prompts: int
+    only_a: int
+    only_b: int
+    p_swap: float
+    p_holm: float
+    """Adjusted over all subsets."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the rows that both have scored; `num_unmatched` are scored by one alone."""
+
+    num_rows: int
+    num_unmatched: int
+    figures: dict[str, FigureDifference]
+    subsets: dict[str, SubsetDifference]
+    note: str | None = field(default=None, metadata=OPTIONAL)
+
+
 def compare(
     benchmark: Benchmark, rows_a: Sequence[ScoredRow], rows_b: Sequence[ScoredRow], permutations: int, seed: int
-) -> dict[str, Any]:
+) -> Comparison:
     """Every figure of A, of B and of A - B with its interval and p-value; and, by subset, the rows that one model alone gets right.
 
     Rows are joined by subset and id; those of one model only are counted in `num_unmatched`.
@@ -55,9 +92,9 @@ def compare(
     """
     by_key = {(row.subset, row.row_id): row for row in rows_b}
     pairs = [(row, by_key[key]) for row in rows_a if (key := (row.subset, row.row_id)) in by_key]
-    counts = {"num_rows": len(pairs), "num_unmatched": len(rows_a) + len(rows_b) - 2 * len(pairs)}
+    num_unmatched = len(rows_a) + len(rows_b) - 2 * len(pairs)
     if not pairs:
-        return {**counts, "figures": {}, "subsets": {}, "note": "no row was scored in both runs"}
+        return Comparison(0, num_unmatched, {}, {}, "no row was scored in both runs")
     _check_prompts(pairs)
     rows = [list(one) for one in zip(*pairs, strict=True)]
     of_a, of_b = (benchmark.figures(one) for one in rows)
@@ -71,15 +108,15 @@ def compare(
     for i, name in enumerate(of_a):
         gain, gradient_P = of_a[name] - of_b[name], by_figure[name]
         own = gradient_P != 0
-        figures[name] = {
-            "a": of_a[name],
-            "b": of_b[name],
-            "difference": gain,
-            "difference_ci95": list(_interval(gain, gradient_P, (a, b), (observed_a, observed_b))),
-            "num_differing_prompts": int((a.sums[:, own] != b.sums[:, own]).any(axis=1).sum()),
-            "p_swap": float(p_F[i]),
-        }
-    return {**counts, "figures": figures, "subsets": _subsets(benchmark, pairs, permutations, seed)}
+        figures[name] = FigureDifference(
+            a=of_a[name],
+            b=of_b[name],
+            difference=gain,
+            difference_ci95=_interval(gain, gradient_P, (a, b), (observed_a, observed_b)),
+            num_differing_prompts=int((a.sums[:, own] != b.sums[:, own]).any(axis=1).sum()),
+            p_swap=float(p_F[i]),
+        )
+    return Comparison(len(pairs), num_unmatched, figures, _subsets(benchmark, pairs, permutations, seed))
 
 
 def _interval(
@@ -115,21 +152,24 @@ def _check_prompts(pairs: Sequence[tuple[ScoredRow, ScoredRow]]) -> None:
 
 def _subsets(
     benchmark: Benchmark, pairs: Sequence[tuple[ScoredRow, ScoredRow]], permutations: int, seed: int
-) -> dict[str, Any]:
+) -> dict[str, SubsetDifference]:
     outcomes: dict[str, list[tuple[str, bool, bool]]] = {}
     for a, b in pairs:
         outcomes.setdefault(a.subset, []).append((a.cluster, benchmark.is_right(a), benchmark.is_right(b)))
-    found: dict[str, dict[str, Any]] = {}
+    counts: dict[str, dict[str, int]] = {}
     p_values: dict[str, float] = {}
     for subset, own in outcomes.items():
         names, prompt_N = np.unique([cluster for cluster, _, _ in own], return_inverse=True)
         gain_N = np.array([float(a) - float(b) for _, a, b in own])
         p_values[subset] = float(sign_flip_p_values(cluster_sums(gain_N[:, None], prompt_N), permutations, seed)[0])
-        found[subset] = {
+        counts[subset] = {
             "num_rows": len(own),
             "num_prompts": len(names),
             "only_a": int((gain_N > 0).sum()),
             "only_b": int((gain_N < 0).sum()),
         }
     adjusted = holm(p_values)
-    return {subset: {**one, "p_swap": p_values[subset], "p_holm": adjusted[subset]} for subset, one in found.items()}
+    return {
+        subset: SubsetDifference(**one, p_swap=p_values[subset], p_holm=adjusted[subset])
+        for subset, one in counts.items()
+    }

@@ -7,12 +7,13 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from sarm.evaluate.benchmarks.rows import ScoredRow
-from sarm.evaluate.intervals import share_interval
+from sarm.evaluate.intervals import Interval, share_interval
 from sarm.settings.benchmarks import PROBES
 
 _MARKUP = re.compile(r"^(?:#{1,6} |[-*+] |\d+[.)] |> )|\*\*|__|`", re.M)
@@ -75,8 +76,20 @@ _EDITS: dict[str, Callable[[str], str]] = {
 assert {*_EDITS, "quoting"} == set(PROBES)
 
 
-def flips(plain: Sequence[ScoredRow], edited: Sequence[ScoredRow]) -> dict[str, Any] | None:
-    """Share of (correct, wrong) pairs whose order changes under an edit, with its interval, and the accuracy before and after.
+@dataclass(frozen=True)
+class Flips:
+    """What an edit does to the order of (correct, wrong) pairs, each row counting once."""
+
+    num_rows: int
+    flipped: float
+    """Share of pairs whose order changes."""
+    flipped_ci95: Interval
+    accuracy_before: float
+    accuracy_after: float
+
+
+def flips(plain: Sequence[ScoredRow], edited: Sequence[ScoredRow]) -> Flips | None:
+    """How often the order of pairs changes under an edit.
 
     Rows are joined by subset and id; equal scores are an order of their own. None if no row is in both.
     """
@@ -87,13 +100,13 @@ def flips(plain: Sequence[ScoredRow], edited: Sequence[ScoredRow]) -> dict[str, 
     signs = [(_signs(a), _signs(b)) for a, b in pairs]
     flipped = np.array([float((a != b).mean()) for a, b in signs])
     interval = share_interval(flipped, np.array([a.cluster for a, _ in pairs]))
-    return {
-        "num_rows": len(pairs),
-        "flipped": float(flipped.mean()),
-        "flipped_ci95": list(interval),
-        "accuracy_before": float(np.mean([(a > 0).mean() for a, _ in signs])),
-        "accuracy_after": float(np.mean([(b > 0).mean() for _, b in signs])),
-    }
+    return Flips(
+        num_rows=len(pairs),
+        flipped=float(flipped.mean()),
+        flipped_ci95=interval,
+        accuracy_before=float(np.mean([(a > 0).mean() for a, _ in signs])),
+        accuracy_after=float(np.mean([(b > 0).mean() for _, b in signs])),
+    )
 
 
 def _signs(row: ScoredRow) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sarm.contracts.figures import plain_values
 from sarm.evaluate.benchmarks.benchmark import Benchmark, Measure
 from sarm.evaluate.benchmarks.controls import calibrated, drift, length_and_style, rulers
 from sarm.evaluate.benchmarks.items import scored_rows
@@ -27,7 +28,7 @@ def measure(items: pa.Table, seed: int) -> Measures:
     probes = [variant for variant in items["variant"].unique().to_pylist() if variant]
     return {
         "benchmarks": {name: _measure(name, items, probes, seed) for name in names},
-        "drift": drift(items.filter(pc.equal(items["variant"], ""))),
+        "drift": plain_values(drift(items.filter(pc.equal(items["variant"], "")))),
     }
 
 
@@ -59,10 +60,10 @@ def _measure(name: str, items: pa.Table, probes: Sequence[str], seed: int) -> Me
         for figure, value in values.items()
     }
     found |= _own(benchmark.measures, rows, values)
-    found["controls"] = length_and_style(rows) | _own(benchmark.controls, rows, values)
-    found["calibration"] = calibrated(rows)
+    found["controls"] = plain_values(length_and_style(rows)) | _own(benchmark.controls, rows, values)
+    found["calibration"] = plain_values(calibrated(rows))
     found["probes"] = {
-        probe: flipped for probe in probes if (flipped := flips(rows, scored_rows(items, name, probe))) is not None
+        probe: plain_values(flipped) for probe in probes if (flipped := flips(rows, scored_rows(items, name, probe)))
     }
     return found
 
