@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUTS ?= outputs
 UI_PORT ?= 5000
-# The study of quality trains a dozen models, for hours, that of full retraining four: only when they are named.
-BENCH ?= $(filter-out pair_weights quality retraining,$(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py)))
+# The study of quality trains a dozen models, for hours, that of dictionaries three dozen, that of full retraining four: only when they are named.
+BENCH ?= $(filter-out pair_weights quality retraining dictionaries,$(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py)))
 # These run in the environment of the libraries that they are compared with.
 BESIDE_OTHERS := sae sarm
 

@@ -4,9 +4,11 @@ cost      the training answers' true ends alone, beside the same with an end of 
           words too: one process, the same batches of pairs, turn about. Of several rounds the best counts: other work only slows
 frozen    dictionaries by the papers' recipe and at turn ends, with and without the reward's direction, and with a random one: on prompts
           that neither they nor the heads have seen (three folds by a hash that no tuning has used)
+whole     SARM by the demo's recipe beside a scalar head, a random encoder and the papers' recipe, each fold held out in turn: hours
 
     python tests/bench/bench_dictionaries.py --parts cost
     python tests/bench/bench_dictionaries.py --parts frozen --seeds 1
+    python tests/bench/bench_dictionaries.py --parts whole --seeds 1 --folds 0
     python tests/bench/bench_dictionaries.py --parts cost --model tiny --rounds 1    # whether it runs
 """
 
@@ -22,7 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from dictionary_folds import dictionaries, extracted, study
+from dictionary_folds import FOLDS, dictionaries, extracted, study
+from dictionary_wholes import trained
 
 from sarm.contracts.passes import Target
 from sarm.contracts.tables import activations_table
@@ -50,6 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3, help="of each dictionary on each fold")
+    parser.add_argument("--folds", nargs="*", type=int, choices=range(FOLDS), default=list(range(FOLDS)))
     parser.add_argument("--dictionaries", nargs="*", choices=list(dictionaries()), default=list(dictionaries()))
     parser.add_argument(
         "--work", type=Path, default=OUT.with_suffix(""), help="where activations and finished trainings are kept"
@@ -68,13 +72,13 @@ def main() -> None:
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(figures, indent=2))
-    for name, row in figures.get("frozen", {}).items():
+    for name, row in {**figures.get("frozen", {}), "whole trainings": figures.get("whole", {})}.items():
         print(f"\n{name}")
         for key, value in row.items():
-            shown = " ".join(f"{one:.3f}" for one in value) if isinstance(value, list) else f"{value:.3f}"
-            print(f"    {key:34} {shown}")
+            shown = " ".join(f"{one:.3f}" for one in value) if isinstance(value, list) else value
+            print(f"    {key:34} {f'{shown:.3f}' if isinstance(shown, float) else shown}")
     for name, value in figures.items():
-        if name == "frozen":
+        if name in ("frozen", "whole"):
             continue
         bound = f"   bound: at most {BOUNDS[name]}" if name in BOUNDS else ""
         print(f"{name:24} {value}{bound}")
@@ -115,6 +119,17 @@ def frozen(preset: Pipeline, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"frozen": study(material, arguments.work, arguments.seeds, arguments.dictionaries)}
 
 
+def whole(preset: Pipeline, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The study of `dictionary_wholes`."""
+    found = trained(preset, arguments.work / "whole", arguments.folds, arguments.seeds)
+    about = ("sarm_minus_scalar_head", "sarm_minus_random_encoder", "sarm_minus_papers")
+    named = {name.removesuffix("_head"): found[name] for name in about if name in found}
+    pairs = {name: value[0] for name, value in named.items()} | {
+        f"{name}_ci95": value[1:] for name, value in named.items()
+    }
+    return {"whole": found, **pairs}
+
+
 def _training_pairs(preset: Pipeline) -> pa.Table:
     with tempfile.TemporaryDirectory() as name:
         prepare_pairs(preset.data, Path(name))
@@ -133,7 +148,11 @@ def _reader(preset: Pipeline, pairs: pa.Table, actor: Callable[..., Any], **unit
     return made, made.prepare(pairs)
 
 
-PARTS: dict[str, Callable[[Pipeline, argparse.Namespace], dict[str, Any]]] = {"cost": cost, "frozen": frozen}
+PARTS: dict[str, Callable[[Pipeline, argparse.Namespace], dict[str, Any]]] = {
+    "cost": cost,
+    "frozen": frozen,
+    "whole": whole,
+}
 
 if __name__ == "__main__":
     main()

@@ -17,10 +17,12 @@ from sarm.data.store.activations import ActivationStore
 from sarm.engine.mlflow.run_card import SOURCE_NAME, parameters
 from sarm.engine.mlflow.tracking import PARENT_RUN, StageRun
 from sarm.engine.session import Reports, Session
+from sarm.evaluate.readability import Estimate
 from sarm.settings.identity import as_json
 from sarm.settings.sae import OF_ONE_DICTIONARY
 from sarm.stages import plan as plans
 from sarm.stages.extract import extract
+from sarm.stages.plan import MORE_RESPONSES, RESPONSES
 from sarm.stages.prepare import prepare
 from sarm.stages.sweep.plan import SweepPlan
 from sarm.stages.sweep.points import Cell, SaeKey
@@ -171,7 +173,7 @@ def _measure(
     return {"figures": figures, "rows": scores.num_rows}
 
 
-def _value(figure: Any) -> float | None:
+def _value(figure: Estimate | int | None) -> float | None:
     """A count, or an estimate without its interval."""
     return figure.value if isinstance(figure, Estimate) else figure
 
