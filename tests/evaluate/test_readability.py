@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -49,6 +51,23 @@ def made(num_prompts: int = 40, seed: int = 0) -> tuple[Answered, np.ndarray]:
             prompts.append(prompt)
         pairs.append((2 * prompt, 2 * prompt + 1))
     return Answered(csr(values), np.array(prompts), texts, np.array(pairs)), np.array([1.0, -1.0, 0.5, 3.0])
+
+
+def test_a_name_has_words_that_say_something():
+    texts = [
+        "they and the guards are here",
+        "the guards and they are there",
+        "they cannot and will not",
+        "nobody is there",
+    ] * 6
+    fires = np.array([True, True, False, False] * 6)
+    values = csr([[float(fire)] for fire in fires])
+    answered = Answered(values, np.arange(24), texts, np.array([(0, 2)]))
+    (named,) = named_latents(answered, np.array([1.0]))
+    assert "guards" in named.terms
+    assert not {"they", "and", "the", "are", "they are", "and the"} & set(named.terms)
+    (refused,) = named_latents(dataclasses.replace(answered, values=csr([[float(not fire)] for fire in fires])), np.array([1.0]))  # fmt: skip
+    assert any("cannot" in term or "not" in term.split() for term in refused.terms)
 
 
 def test_a_latent_that_follows_a_word_has_that_name_and_one_that_fires_by_chance_has_none():

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import re
@@ -243,6 +244,16 @@ def test_summary_shows_the_end_of_a_context_and_obeys_none_of_it():
     output = printed(report_with("start [bold red]\x1b[2J " + "x" * 300 + " [/bold] the end", title="run"), 80)
     assert "[/bold] the end" in output
     assert "\x1b" not in output
+
+
+def test_summary_names_features_by_words_and_says_how_well_they_tell():
+    report = report_with("the last words", title="run")
+    names = {"auc": 0.874, "terms": ["sorry", "cannot", "w" * 90]}
+    report = dataclasses.replace(report, raising=[{**report.raising[0], "names": names}])
+    output = printed(report, 80)
+    assert "sorry, cannot, w" in output
+    assert "… (0.87)" in output
+    assert {len(line) for line in output.splitlines() if line.startswith("│")} == {80}
 
 
 def test_summary_of_an_empty_report_prints_its_path():

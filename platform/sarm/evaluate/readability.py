@@ -22,6 +22,7 @@ NAMED_LATENTS, TERMS_SHOWN = 20, 5
 # Firing and silent responses without which an AUC says nothing.
 _FEWEST = 8
 _FOLDS, _RESAMPLES = 5, 300
+_NEGATIONS = frozenset({"cannot", "cant", "never", "no", "none", "nor", "not", "nothing"})
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,13 @@ def _named(
     return Named(latent, auc, everything.terms(TERMS_SHOWN), scores_R, fires_R)
 
 
+def _says_something(term: str) -> bool:
+    """Whether a term has more than function words. A reader learns nothing from "the" and "they are", but from "cannot"."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    return any(word not in ENGLISH_STOP_WORDS or word in _NEGATIONS for word in term.split())
+
+
 class _WordClassifier:
     """Logistic regression on the words and word pairs of a text, by TF-IDF."""
 
@@ -191,8 +199,9 @@ class _WordClassifier:
     def terms(self, num: int) -> tuple[str, ...]:
         """The terms of the largest positive weights."""
         weights, names = self._regression.coef_[0], self._words.get_feature_names_out()
-        order = np.argsort(-weights, kind="stable")[:num]
-        return tuple(str(names[place]) for place in order if weights[place] > 0)
+        order = [int(place) for place in np.argsort(-weights, kind="stable") if weights[place] > 0]
+        found = [str(names[place]) for place in order]
+        return tuple([name for name in found if _says_something(name)][:num] or found[:num])
 
 
 def _names_auc(named: Sequence[Named], prompts_R: NDArray[np.generic], seed: int) -> Estimate | None:

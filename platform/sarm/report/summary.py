@@ -63,23 +63,33 @@ def _accuracies(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _features(raising: Sequence[Mapping[str, Any]], lowering: Sequence[Mapping[str, Any]], room: int) -> Table:
-    """A context keeps its end, where the rewarded token is, so it is cut here and not by the table."""
+    """Words above, a context below. A context keeps its end, where the rewarded token is, so it is cut here and not by the table."""
     table = _table()
     table.add_column("latent", justify="right", no_wrap=True)
     table.add_column("w·z mean", justify="right", no_wrap=True)
     table.add_column("fires", justify="right", no_wrap=True)
-    table.add_column("end of its strongest context", ratio=1, no_wrap=True, overflow="crop")
+    table.add_column("words (AUC); end of its strongest context", ratio=1, no_wrap=True, overflow="crop")
     for title, rows, style in (("raise the reward", raising, "blue"), ("lower the reward", lowering, "yellow")):
         table.add_row("", "", "", Text(title, style="bold"))
         for row in rows[:FEATURES_SHOWN]:
             context = one_line(row["contexts"][0]["text"]) if row["contexts"] else ""
+            shown = context if len(context) <= room else "…" + context[1 - room :].lstrip()
             table.add_row(
                 str(row["latent"]),
                 Text(signed(row["mean_contribution"]), style=style),
                 share(row["frequency"]),
-                Text(context if len(context) <= room else "…" + context[1 - room :].lstrip(), style="dim"),
+                Text.assemble(_words(row.get("names"), room), (shown, "dim")),
             )
     return table
+
+
+def _words(names: Mapping[str, Any] | None, room: int) -> str:
+    """The words that tell best where a latent fires, with how well they do on other prompts; a line of its own."""
+    if not names or not names["terms"]:
+        return ""
+    told = f" ({names['auc']:.2f})"
+    words = one_line(", ".join(names["terms"]))
+    return f"{words if len(words) + len(told) <= room else words[: room - len(told) - 1] + '…'}{told}\n"
 
 
 def _table(*, expand: bool = True) -> Table:
