@@ -1,7 +1,7 @@
 """Audited SARM -> training pairs poisoned and denoised by its features and by controls, the head retrained on each.
 
 python jobs/relabel.py --out outputs/audit
-python jobs/relabel.py --out outputs/audit --poison 0.01 0.05 --denoise 0.04 --seeds 10
+python jobs/relabel.py --out outputs/audit-chat --poison 0.01 0.05 --denoise 0.04 --seeds 10
 """
 
 from sarm.settings.audit import Relabel

@@ -7,7 +7,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from sarm.audit.relabelling import apply_changes, changed_pairs, changes_table, pair_scores, precision_recall, rankings
+from sarm.audit.relabelling import (
+    apply_changes,
+    changed_pairs,
+    changes_table,
+    feature_scores,
+    pair_scores,
+    precision_recall,
+    rankings,
+)
 from sarm.audit.selection import Selection
 from sarm.contracts.tables import PAIRS_TABLE
 from sarm.settings.checks import UserError
@@ -22,6 +30,13 @@ def test_a_pair_scores_safe_minus_unsafe_per_sentence(codes):
         ends = np.maximum(codes.ends, 1) if site == "sentence" else np.ones(len(z))
         g = (z[:, 1] - z[:, 2]) / ends
         np.testing.assert_allclose(pair_scores(codes, SELECTION, site), g[codes.chosen] - g[codes.rejected])
+
+
+def test_without_a_feature_every_pair_has_the_same_score(codes):
+    none = Selection(np.array([], dtype=np.int64), np.array([], dtype=np.int64))
+    found = feature_scores(codes, none)
+    assert len(found) == 2
+    assert all(not scores.any() for scores in found.values())
 
 
 def test_budgets_are_nested_and_ends_of_one_ranking():

@@ -11,6 +11,7 @@ from sarm.audit.relabelling import changed_pairs, feature_scores, flipped, preci
 from sarm.audit.retraining import CachedHead, Repetition, cross_fitted
 from sarm.audit.selection import select
 from sarm.contracts.manifest import read_manifest
+from sarm.engine.terminal import say
 from sarm.settings.audit import Relabel
 from sarm.stages.audit_folder import FEATURES as FEATURES_SCHEMA
 from sarm.stages.audit_folder import Audited
@@ -26,6 +27,7 @@ def label_noise(
     asked = read_manifest(out / "features", FEATURES_SCHEMA).config
     off_S = off_target_firing(audited.codes)
     sums: dict[tuple[float, str], list[dict[str, float]]] = {}
+    without = 0
     for s, repetition in enumerate(repetitions):
         rng, used = np.random.default_rng((seed, s, 1)), repetition.rows
         noisy_N = np.zeros(train.num_pairs, dtype=bool)
@@ -43,8 +45,13 @@ def label_noise(
         is_used[used] = train.roles[used] == "select"
         contrasted = contrast(noisy.keep(is_used), asked["site"], _PERMUTATIONS, seed)
         picked = select(found=contrasted, off_target_S=off_S, weight_S=weight_S, fdr=asked["fdr"], max_off_target=asked["max_off_target"], max_features=asked["max_features"], rank=asked["rank"])  # fmt: skip
+        scores = feature_scores(noisy, picked)
+        if not len(picked.latent):
+            # Without a feature these methods know nothing of any pair.
+            without += 1
+            scores = {name: rng.random(train.num_pairs) for name in scores}
         ranked = rankings(
-            scores=feature_scores(noisy, picked),
+            scores=scores,
             margins_N=margin_N,
             probe_N=probe_N,
             log_length_N=noisy.log_length,
@@ -56,6 +63,8 @@ def label_noise(
                 credit = head.credits(head.fit(np.setdiff1d(used, dropped), sign_N, penalty))
                 figures_of = precision_recall(dropped, noisy_N)._asdict() | {"target": float(credit["target"].mean())}
                 sums.setdefault((share, method), []).append(figures_of)
+    if without:
+        say(f"under the injected noise no feature is significant in {without} of {len(repetitions)} repetitions, in which features drop pairs at random. Pass a smaller --noise, or audit more pairs.")  # fmt: skip
     return [
         {"share": share, "method": method, **{name: float(np.mean([f[name] for f in own])) for name in own[0]},
          "precision_min": float(min(f["precision"] for f in own)), "precision_max": float(max(f["precision"] for f in own))}
