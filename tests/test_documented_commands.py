@@ -55,6 +55,7 @@ NOT_RUN = {
 SLOW = {
     "make demo": "the whole demo, a quarter of an hour",
     "ray job submit *": "starts a cluster, and a job on it",
+    "python jobs/pipeline.py demo-papers": "the whole demo once more",
     "python jobs/train_sarm.py --config k54.json *": "trains another demo",
     "python tune/ablation.py tiny": "trains five cells, four minutes",
     "python jobs/extract_activations.py demo --layers 7 10 15 *": "layers that only the demo's model has",
@@ -82,7 +83,7 @@ _ORDER = (
     "*rate.py*", "*feature_pages.py demo", "*reward_card.py*", "*convert_s*", "*evaluate.py --model*", "*compare.py*", "*audit_features.py demo*", "*audit_features.py*", "*steer.py*doubled --edit*",
     "*steer.py*", "*relabel.py*",
 )  # fmt: skip
-_LAST = ("*--config k54.json*", "*--redo-from feature_pages*", "*--redo-from*", "*tune/*")
+_LAST = ("*demo-papers", "*--config k54.json*", "*--redo-from feature_pages*", "*--redo-from*", "*tune/*")
 
 
 def matching(command: Command, patterns: dict[str, str]) -> list[str]:
