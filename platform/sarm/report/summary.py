@@ -16,6 +16,8 @@ from sarm.data.sources.shown_text import one_line
 from sarm.report.numbers import seconds, share, signed, span
 
 FEATURES_SHOWN = 5
+# Below it, words are not shown: they would tell a reader something that is not so.
+_LEAST_AUC = 0.6
 # Frame, padding and the three columns of numbers: what is left of a line is for the context.
 OTHER_COLUMNS = 37
 
@@ -88,7 +90,7 @@ def _words(names: Mapping[str, Any] | None, room: int) -> str:
     if not names or not names["terms"]:
         return ""
     told = f" ({names['auc']:.2f})"
-    words = one_line(", ".join(names["terms"]))
+    words = one_line(", ".join(names["terms"])) if names["auc"] >= _LEAST_AUC else "no word tells where it fires"
     return f"{words if len(words) + len(told) <= room else words[: room - len(told) - 1] + '…'}{told}\n"
 
 
