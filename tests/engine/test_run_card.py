@@ -20,10 +20,12 @@ def config_of(config: object) -> dict:
 def test_a_pipeline_has_few_parameters_and_they_say_what_was_trained_on_what():
     found = parameters(config_of(PRESETS["demo"][1]))
     assert len(found) <= 16
-    expected = {"model": "demo:smollm2", "layer": "15", "d_sae": "9216", "k": "27", "lr_sae": "0.0005", "lr_reward": "5e-06",
+    expected = {"model": "demo:smollm2", "layer": "15", "d_sae": "2304", "k": "27", "lr_sae": "0.001", "lr_reward": "5e-06",
+                "sae_recipe": "turn_ends, reward share 0.1",
                 "lr_head": "0.0001", "reward_epochs": "1", "reward_batch": "16", "texts": "demo:openwebtext, demo:wikipedia",
                 "pairs": "demo:harm", "seed": "0"}  # fmt: skip
     assert found.items() >= expected.items()
+    assert parameters(config_of(PRESETS["demo-papers"][1])).items() >= {"d_sae": "9216", "lr_sae_chat": "0.001"}.items()
 
 
 def test_runs_that_differ_in_layer_width_and_k_differ_in_these_first():

@@ -148,9 +148,11 @@ def check_activations(sae: SaeSettings, stores: dict[str, "ActivationStore"]) ->
     for name, store in stores.items():
         needed = max(32, sae.batch_size)
         if store.num_rows < needed:
-            other = f"--sae.{name}-epochs 0" if sae.recipe == "papers" else "other --sae.shares"
+            is_phase = sae.recipe == "papers"
+            what = f"the {name} phase" if is_phase else f"activations/{name}"
+            other = f"--sae.{name}-epochs 0" if is_phase else "other --sae.shares"
             raise UserError(
-                f"{name} has {store.num_rows} activations, at least {needed} are needed (one batch). Add sources, or pass a smaller --sae.batch-size or {other}."
+                f"{what} has {store.num_rows} activations, at least {needed} are needed (one batch). Add sources, or pass a smaller --sae.batch-size or {other}."
             )
         if not any(0 < value < math.inf for value in store.spread()):
             raise UserError(

@@ -72,6 +72,10 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
     # Most sweeps have the named axes alone.
     names |= {"axes": "sweep.axes"} if _at(config, "sweep.axes") else {}
     found = {name: _at(config, path) for name, path in names.items()}
+    if _at(config, "sae.recipe") == "turn_ends":
+        # It has one phase.
+        found.pop("lr_sae_chat", None)
+        found["sae_recipe"] = f"turn_ends, reward share {_at(config, 'sae.reward_share'):g}"
     if all(value is None for name, value in found.items() if name not in ("seed", "pairs")):
         return {key: _text(value) for key, value in flat_params(config).items() if not key.startswith("run.")}
     return {name: _text(value) for name, value in found.items() if value is not None}
