@@ -120,7 +120,8 @@ class SaeSettings:
         _check(self, "sae.shares", adds_up, "two shares that add up to 1")
         _check(self, "sae.reward_share", 0 <= self.reward_share < 1, "at least 0 and below 1")
         if self.recipe == "papers":
-            _check(self, "sae.reward_share", self.reward_share == 0, "0 unless the recipe is turn_ends")
+            off = "0 where the recipe is papers (the preset demo-papers is the demo by that recipe)"
+            _check(self, "sae.reward_share", self.reward_share == 0, off)
         else:
             no_texts = self.cross_entropy_texts == 0
             _check(self, "sae.cross_entropy_texts", no_texts, "0 where the recipe is turn_ends, which reads no texts")
