@@ -63,13 +63,16 @@ def rankings(
     `scores` are those of features, by name. margin is the size of the reward model's margin (poison flips what it is surest of, denoise drops what it is least sure of), loss its
     Bradley-Terry loss, probe that of a linear probe on activations, length takes the shorter answer to be the better one.
     """
+    # NaN where a pair takes no part.
+    with np.errstate(invalid="ignore"):
+        loss_N, by_probe_N = np.logaddexp(0.0, -margins_N), np.logaddexp(0.0, -probe_N)
     return {
         **{name: -scores_N for name, scores_N in scores.items()},
         "random": rng.permutation(len(margins_N)).astype(np.float64),
         "margin": -np.abs(margins_N),
-        "loss": np.logaddexp(0.0, -margins_N),
+        "loss": loss_N,
         "length": log_length_N,
-        "probe": np.logaddexp(0.0, -probe_N),
+        "probe": by_probe_N,
     }
 
 
