@@ -263,7 +263,7 @@ def summary(material: Material, results: Sequence[Mapping[str, Any]]) -> dict[st
             row[f"accuracy_{head}"] = float(np.nanmean(right_N))
             if head != "probe":
                 row[f"{head}_minus_probe"] = _difference(material, right_N - correct[name]["probe"])
-            if name != "papers" and "papers" in correct:
+            if name != "papers" and head != "probe" and "papers" in correct:
                 row[f"{head}_minus_papers"] = _difference(material, right_N - correct["papers"][head])
         table[name] = row | {"trainings": len(own)}
     return table
