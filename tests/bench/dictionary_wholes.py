@@ -52,7 +52,8 @@ def trained(preset: Pipeline, work: Path, folds: Sequence[int], seeds: int) -> d
     units = ("document", TURN_END)
     recipes = {
         "turn_ends": (preset.sae, ("scalar", "random_encoder")),
-        "papers": (PRESETS["demo-papers"][1].sae, ()),
+        # Of a preset that has no other recipe, its own twice: whether it runs.
+        "papers": (PRESETS.get(f"{preset.run.out.name}-papers", ("", preset))[1].sae, ()),
     }
     base = replace(preset, extraction=replace(preset.extraction, units=units))
     for fold in folds:
@@ -65,8 +66,8 @@ def trained(preset: Pipeline, work: Path, folds: Sequence[int], seeds: int) -> d
                 out = root / f"{name}-seed{seed}"
                 out.mkdir(exist_ok=True)
                 for shared in _SHARED:
-                    if not (out / shared).exists():
-                        (out / shared).symlink_to(run.out / shared)
+                    if (run.out / shared).exists() and not (out / shared).exists():
+                        shutil.copytree(run.out / shared, out / shared)
                 config = replace(base, sae=sae, reward=replace(base.reward, baselines=baselines), run=replace(run, out=out, seed=seed))  # fmt: skip
                 run_chain(config.part(Evaluate))
                 print(f"fold {fold} seed {seed} {name}: done", flush=True)
@@ -91,17 +92,22 @@ def _write_split(config: Pipeline, folders: Folders, fold: int) -> None:
     splits = {split: sum(row["split"] == split for row in rows) for split in ("train", "heldout")}
     # Which prompts are alike was found for another split.
     folder.finish({**counts, "splits": splits, "near_duplicate_prompts": 0, "near_duplicate_pairs": 0})
-    # All responses, then those of the fold's prompts out.
-    more = folders.out / "drawn-responses"
-    every = prepare_responses(replace(config.data, heldout_share=1e-9), drawn, more)
-    table = pa.concat_tables([pq.read_table(path) for path in sorted(more.glob("*.parquet"))])
+    if config.data.responses:
+        _write_responses(config, folders, fold, drawn)
+    shutil.rmtree(drawn)
+
+
+def _write_responses(config: Pipeline, folders: Folders, fold: int, pairs: Path) -> None:
+    """responses/v1 without those of the fold's prompts."""
+    every = folders.out / "drawn-responses"
+    counts = prepare_responses(replace(config.data, heldout_share=1e-9), pairs, every)
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(every.glob("*.parquet"))])
     table = table.filter(pa.array([fold_of(prompt) != fold for prompt in table["prompt_id"].to_pylist()]))
     folder = plan.responses(folders, config.data).open()
     folder.claim()
     pq.write_table(table, folders.responses / "part-00000.parquet", write_page_checksum=True)
-    folder.finish({**every, "rows": table.num_rows})
-    for path in (drawn, more):
-        shutil.rmtree(path)
+    folder.finish({**counts, "rows": table.num_rows})
+    shutil.rmtree(every)
 
 
 def summary(work: Path) -> dict[str, Any]:
