@@ -21,6 +21,7 @@ from sarm.data.sources.prepare import prepare_pairs
 from sarm.data.sources.responses import prepare_responses
 from sarm.data.store.parts import read_parts
 from sarm.evaluate.intervals import difference_interval, share_interval
+from sarm.evaluate.readability import READABLE
 from sarm.evaluate.statistics import pair_credit
 from sarm.settings.extraction import TURN_END
 from sarm.settings.jobs import Evaluate, ExtractActivations, Pipeline
@@ -35,14 +36,6 @@ _MODELS = {
     "random_encoder": ("turn_ends", "sarm_random_encoder"),
     "papers": ("papers", "sarm"),
 }
-_FIGURES = (
-    "num_alive_at_reward",
-    "always_on_share",
-    "dense_share",
-    "latents_half_margin",
-    "latents_ninety_margin",
-    "names_auc",
-)
 
 
 def trained(preset: Pipeline, work: Path, folds: Sequence[int], seeds: int) -> dict[str, Any]:
@@ -140,7 +133,7 @@ def summary(work: Path) -> dict[str, Any]:
             low, high = difference_interval(gain, np.array([prompts[pair] for pair in common]))
             found[f"sarm_minus_{name}"] = [float(gain.mean()), low, high]
     for recipe, metrics in figures.items():
-        for key in _FIGURES:
+        for key in READABLE:
             values = [one["readability"][key] for one in metrics if one["readability"].get(key) is not None]
             plain = [value["value"] if isinstance(value, Mapping) else value for value in values]
             if plain:

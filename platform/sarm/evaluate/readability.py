@@ -9,7 +9,7 @@ names AUC           how well words tell where a latent fires: a classifier of wo
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,10 @@ class Readability:
     latents_ninety_margin: Estimate
     names_auc: Estimate | None
     """None where no latent fires on, and is silent on, enough responses."""
+
+
+READABLE = tuple(one.name for one in fields(Readability))
+"""The names of the figures."""
 
 
 @dataclass(frozen=True)

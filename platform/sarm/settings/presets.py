@@ -52,7 +52,7 @@ demo = Pipeline(
         heldout_share=0.25,
     ),
     extraction=ExtractionSettings(units=(TURN_END,)),
-    # Four latents for each dimension, as there are five rows a latent: docs/dictionaries.md compares with the papers' recipe.
+    # Four latents for each dimension, which is three rows a latent: docs/dictionaries.md compares with the papers' recipe.
     sae=SaeSettings(
         recipe="turn_ends",
         d_sae=4 * 576,

@@ -77,10 +77,10 @@ class RewardSettings:
     """The reconstruction loss trains the SAE alone, not the blocks beneath it."""
     dense_weight: float = 0.0
     """Weight of a penalty on latents that come to fire on over half of the responses: the share of a response's activation that they carry;
-    0.1 is a good value."""
+    untried on whole trainings, 0.1 is where to begin."""
     head_l1: float = 0.0
     """Weight of an L1 penalty on the head, by proximal steps that set weights to exactly zero: the reward is then a sum of fewer latents.
-    A latent is read if the mean gradient of its weight is above this; 0.001 to 0.02 are usual."""
+    A latent is read if the mean gradient of its weight is above this; untried on whole trainings, 0.001 to 0.02 are where to begin."""
     lora_rank: int = 0
     """Train low-rank adapters of the blocks instead of their weights (needs `pip install peft`), merged when training ends; 0: train the weights."""
 

@@ -17,12 +17,13 @@ from sarm.engine.mlflow.ui_command import ui_command
 from sarm.engine.session import RUN_FILE, Session
 from sarm.engine.terminal import say
 from sarm.evaluate.pairs import accuracy_difference
+from sarm.evaluate.readability import READABLE
 from sarm.report.figures import save_figure
 from sarm.report.sweep_figures import accuracy_by_axis, accuracy_by_cost
 from sarm.report.sweep_table import DIFFERENCE, as_markdown, best_row, settings_of
 from sarm.stages.sweep.plan import SweepPlan
 from sarm.stages.sweep.points import Cell, centre_of
-from sarm.stages.sweep.stages import READABLE, result_of
+from sarm.stages.sweep.stages import result_of
 from sarm.stages.sweep.trials import status_of
 
 _FIGURES = {

@@ -17,7 +17,7 @@ from sarm.data.store.activations import ActivationStore
 from sarm.engine.mlflow.run_card import SOURCE_NAME, parameters
 from sarm.engine.mlflow.tracking import PARENT_RUN, StageRun
 from sarm.engine.session import Reports, Session
-from sarm.evaluate.readability import Estimate
+from sarm.evaluate.readability import READABLE, Estimate
 from sarm.settings.identity import as_json
 from sarm.settings.sae import OF_ONE_DICTIONARY
 from sarm.stages import plan as plans
@@ -41,14 +41,6 @@ _IN_MLFLOW = {
     "dead_share": "sae_dead_share",
     "evaluation_seconds": "seconds_of_evaluation",
 }
-READABLE = (
-    "num_alive_at_reward",
-    "always_on_share",
-    "dense_share",
-    "latents_half_margin",
-    "latents_ninety_margin",
-    "names_auc",
-)
 WITH_TRAINED_SAE = ("sarm", "token_sae")
 
 
