@@ -8,6 +8,7 @@ from sarm.contracts.tables import FEATURES_TABLE, PAIR_SCORES_TABLE
 from sarm.interpret.attribution import (
     check_completeness,
     feature_table,
+    mean_contribution,
     pair_explanation,
     top_features,
 )
@@ -129,3 +130,16 @@ def test_scores_without_latents_of_another_head_or_pair_are_refused():
         feature_table(TWO_PAIRS, WEIGHT_S[:3])
     with pytest.raises(UserError, match="'z'"):
         pair_explanation(TWO_PAIRS, "z", WEIGHT_S, 1)
+
+
+def test_what_fires_on_every_response_is_an_intercept_and_neither_raises_nor_lowers():
+    always = table_of(score_row("p", {0: 2.0, 1: 1.0}, {0: 3.0}), score_row("q", {0: 4.0}, {0: 1.0, 2: 2.0}))
+    features = feature_table(always, WEIGHT_S)
+    top = top_features(features, 5)
+    assert top.always_on["latent"].to_pylist() == [0]
+    assert top.intercept == pytest.approx(float(WEIGHT_S[0]) * 2.5)
+    assert 0 not in [*top.raising["latent"].to_pylist(), *top.lowering["latent"].to_pylist()]
+    listed = [*mean_contribution(top.raising), *mean_contribution(top.lowering)]
+    rewards = np.concatenate([always["chosen_reward"].to_numpy(), always["rejected_reward"].to_numpy()])
+    assert top.intercept + sum(listed) == pytest.approx(rewards.mean()), "nothing is counted twice, and nothing lost"
+    assert top_features(feature_table(TWO_PAIRS, WEIGHT_S), 5).intercept == 0

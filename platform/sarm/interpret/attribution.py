@@ -3,6 +3,7 @@
 reward = sum_i w_i z_i, so the contribution w_i z_i of latent i is exact, no approximation of any model
 mean contribution of i = sum over responses of w_i z_i / number of responses (zero where i is silent)
 margin contribution of i in a pair = w_i (z_i(chosen) - z_i(rejected)); over i they sum to the margin
+intercept = sum of the mean contributions of always-on latents: part of every reward, so that no comparison sees it
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from jaxtyping import Float, Float64, Int64
 from numpy.typing import NDArray
 
 from sarm.contracts.tables import FEATURES_TABLE
+from sarm.evaluate.readability import ALWAYS_ON
 from sarm.settings.checks import UserError
 
 
@@ -31,6 +33,13 @@ class TopFeatures(NamedTuple):
 
     raising: pa.Table
     lowering: pa.Table
+    always_on: pa.Table
+    """Latents that fire on nearly every response, which are in neither of the two."""
+
+    @property
+    def intercept(self) -> float:
+        """What always-on latents add to the mean reward."""
+        return float(mean_contribution(self.always_on).sum())
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,11 @@ def check_completeness(scores: pa.Table, weight_S: Float[np.ndarray, " d_sae"]) 
 def top_features(features: pa.Table, n: int) -> TopFeatures:
     """The at most `n` latents that raise, and that lower, the reward most by mean contribution over all responses.
 
-    Raising latents have a positive mean, lowering ones a negative mean; equal means are ordered by latent.
+    Raising latents have a positive mean, lowering ones a negative mean; equal means are ordered by latent. Latents that fire on at
+    least 95 % of the responses stand apart: they tell no response from another.
     """
+    often_F = (features["frequency_chosen"].to_numpy() + features["frequency_rejected"].to_numpy()) / 2 >= ALWAYS_ON
+    always_on, features = features.filter(pa.array(often_F)), features.filter(pa.array(~often_F))
     mean_F = mean_contribution(features)
     latent_F = features["latent"].to_numpy()
     descending = np.lexsort((latent_F, -mean_F))
@@ -113,6 +125,7 @@ def top_features(features: pa.Table, n: int) -> TopFeatures:
     return TopFeatures(
         features.take(pa.array(descending[mean_F[descending] > 0][:n], pa.int64())),
         features.take(pa.array(ascending[mean_F[ascending] < 0][:n], pa.int64())),
+        always_on,
     )
 
 

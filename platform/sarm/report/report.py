@@ -36,6 +36,8 @@ LABELS = {
     "num_alive_at_reward": "latents that fire on held-out answers",
     "always_on_share": "contributions of always-on latents",
     "dense_share": "contributions of dense latents",
+    "intercept": "intercept: what always-on latents add to every reward",
+    "num_always_on": "always-on latents",
     "latents_half_margin": "latents that carry half of a margin",
     "latents_ninety_margin": "latents that carry 9/10 of a margin",
     "names_auc": "AUC of words for strong latents",

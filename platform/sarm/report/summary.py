@@ -31,7 +31,8 @@ def print_summary(report: Mapping[str, Any], html_path: Path, console: Console |
     if report["accuracies"]:
         parts += [_accuracies(report["accuracies"]), Text()]
     if report["raising"] or report["lowering"]:
-        parts += [_features(report["raising"], report["lowering"], console.width - OTHER_COLUMNS), Text()]
+        parts += [_features(report["raising"], report["lowering"], console.width - OTHER_COLUMNS)]
+        parts += [_intercept(report), Text()] if report.get("intercept") is not None else [Text()]
     console.print(Panel(Group(*parts[:-1]), title=_text(report["title"]), border_style="dim", padding=(1, 2)))
     # Outside the frame and never wrapped, so that the path and the command can be copied whole.
     console.print(Text.assemble(("report   ", "dim"), one_line(str(html_path))), soft_wrap=True)
@@ -83,6 +84,14 @@ def _features(raising: Sequence[Mapping[str, Any]], lowering: Sequence[Mapping[s
                 Text.assemble(_words(row.get("names"), room), (shown, "dim")),
             )
     return table
+
+
+def _intercept(report: Mapping[str, Any]) -> Text:
+    """What no comparison sees, so that the features above are those that tell answers apart."""
+    number = report["num_always_on"]
+    fire = "latent fires" if number == 1 else "latents fire"
+    told = f" in every reward: {number} {fire} on nearly every answer. No comparison of answers sees it."
+    return Text.assemble("intercept ", signed(report["intercept"]), (told, "dim"))
 
 
 def _words(names: Mapping[str, Any] | None, room: int) -> str:

@@ -47,9 +47,10 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
     scores = read_parts(folders.evaluation / "sarm_scores")
     features = pq.read_table(folders.evaluation / "features.parquet")
     contexts = pq.read_table(folders.evaluation / "contexts.parquet")
+    top = top_features(features, evaluation.top_features)
     raising, lowering = (
         describe_features(table, contexts, _CONTEXTS_SHOWN, metrics.get("names", {}))
-        for table in top_features(features, evaluation.top_features)
+        for table in (top.raising, top.lowering)
     )
     accuracies = [
         {
@@ -72,7 +73,7 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
     content = Report(
         title=title,
         facts=_facts(manifests, metrics),
-        headline=_headline(manifests, metrics),
+        headline=_headline(manifests, metrics) | {"intercept": top.intercept, "num_always_on": top.always_on.num_rows},
         accuracies=accuracies,
         stages=[_stage_row(name, manifest) for name, manifest in manifests.items()],
         subsets=metrics["sarm"].get("by_subset", {}),

@@ -2,7 +2,9 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,8 +35,7 @@ class ZeroEngine:
     ):
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
-
+        deepspeed = _imported()
         # DeepSpeed would compile its C++ all-reduce for inference here, and a machine may have no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.device, self.model, self.stage = device, model, config.zero_stage
@@ -84,8 +85,7 @@ class ZeroEngine:
 
     def whole_state(self) -> dict[str, Tensor]:
         """The unsharded weights and buffers, on rank 0 (an empty dict elsewhere); every rank must call it."""
-        import deepspeed
-
+        deepspeed = _imported()
         is_first = torch.distributed.get_rank() == 0
         kept = self.model.state_dict().keys()
         buffers = self.model.named_buffers() if is_first else ()
@@ -101,6 +101,16 @@ class ZeroEngine:
         self._grad_norm = float(norm)
         if not math.isfinite(self._grad_norm):
             raise _NotFiniteError
+
+
+def _imported() -> ModuleType:
+    """DeepSpeed without its autotuner, which nothing here uses and which imports all of MLflow: seconds of every worker's start."""
+    autotuner = ModuleType("deepspeed.autotuning.autotuner")
+    autotuner.Autotuner = None  # type: ignore[attr-defined]
+    sys.modules.setdefault(autotuner.__name__, autotuner)
+    import deepspeed
+
+    return deepspeed
 
 
 def deepspeed_config(config: RewardSettings) -> dict[str, Any]:
