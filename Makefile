@@ -28,7 +28,12 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: $(VENV)/.ready  ## the whole chain on a real model and real preferences, on this machine
 	$(BIN)/python jobs/pipeline.py demo
 
-test: $(VENV)/.ready lint types  ## everything that checks the project
+# mypy keeps one core busy for a minute, and the tests now and then leave one idle: side by side.
+test: $(VENV)/.ready lint  ## everything that checks the project
+	$(MAKE) --no-print-directory -j 2 types tests
+
+.PHONY: tests
+tests: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-docs: $(VENV)/.ready  ## every command of README, docs and help, unchanged, the whole demo among them: half an hour; DOCS=FOLDER keeps it

@@ -14,6 +14,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.exceptions import RayActorError
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.util.placement_group import get_current_placement_group
@@ -127,14 +128,16 @@ def run_workers(worker: Callable[[Any], Any], task: Task, cluster: Cluster, call
 
 def _fit(worker: Callable[[Any], Any], task: Task, cluster: Cluster, threads: int, callbacks: Sequence[Any]) -> Any:
     storage = task.folder / ".ray_train"
+    call = {
+        "worker": worker,
+        "task": task,
+        "threads": threads,
+        "here": _Here(storage, is_watched=os.environ[_WATCHER] != "0"),
+    }
     trainer = _Trainer(
         _call,
-        train_loop_config={
-            "worker": worker,
-            "task": task,
-            "threads": threads,
-            "here": _Here(storage, is_watched=os.environ[_WATCHER] != "0"),
-        },
+        # Bytes: Ray Train's controller unpickles the config too, and what the worker's module imports takes seconds.
+        train_loop_config={"call": ray.cloudpickle.dumps(call)},
         torch_config=TorchOverNodeAddresses(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=task.run.num_workers,
@@ -173,7 +176,8 @@ def _no_room(name: str, num_workers: int, threads: int, cluster: Cluster) -> str
     )
 
 
-def _call(config: dict[str, Any]) -> Any:
+def _call(packed: dict[str, bytes]) -> Any:
+    config = ray.cloudpickle.loads(packed["call"])
     torch.set_num_threads(config["threads"])
     _here.set(config["here"])
     if (group := get_current_placement_group()) is not None:
@@ -190,10 +194,16 @@ def _call(config: dict[str, Any]) -> Any:
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """Ray Train's, which leaves Ctrl-C to the job: its own handler ends the workers before they have saved, with status 1."""
+    """Ray Train's, which leaves Ctrl-C to the job: its own handler ends the workers before they have saved, with status 1.
+
+    Workers read their rows themselves, so that nothing is served by Ray Train's own actor for data sets: it would load Ray Data.
+    """
 
     def _register_sigint_handler(self, controller: Any) -> None:
         pass
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
 
 @contextlib.contextmanager
