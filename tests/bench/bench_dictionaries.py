@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from dictionary_folds import FOLDS, dictionaries, extracted, study
-from dictionary_wholes import trained
+from dictionary_wholes import BESIDE, trained
 
 from sarm.contracts.passes import Target
 from sarm.contracts.tables import activations_table
@@ -55,6 +55,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of each dictionary on each fold")
     parser.add_argument("--folds", nargs="*", type=int, choices=range(FOLDS), default=list(range(FOLDS)))
     parser.add_argument("--dictionaries", nargs="*", choices=list(dictionaries()), default=list(dictionaries()))
+    parser.add_argument(
+        "--beside", nargs="*", choices=BESIDE, default=BESIDE, help="what SARM stands beside in `whole`"
+    )
     parser.add_argument(
         "--work", type=Path, default=OUT.with_suffix(""), help="where activations and finished trainings are kept"
     )
@@ -121,7 +124,7 @@ def frozen(preset: Pipeline, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def whole(preset: Pipeline, arguments: argparse.Namespace) -> dict[str, Any]:
     """The study of `dictionary_wholes`."""
-    found = trained(preset, arguments.work / "whole", arguments.folds, arguments.seeds)
+    found = trained(preset, arguments.work / "whole", arguments.folds, arguments.seeds, arguments.beside)
     about = ("sarm_minus_scalar_head", "sarm_minus_random_encoder", "sarm_minus_papers")
     named = {name.removesuffix("_head"): found[name] for name in about if name in found}
     pairs = {name: value[0] for name, value in named.items()} | {

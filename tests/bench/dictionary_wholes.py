@@ -23,13 +23,14 @@ from sarm.data.store.parts import read_parts
 from sarm.evaluate.intervals import difference_interval, share_interval
 from sarm.evaluate.readability import READABLE
 from sarm.evaluate.statistics import pair_credit
-from sarm.settings.extraction import TURN_END
+from sarm.settings.extraction import TURN_END, Unit
 from sarm.settings.jobs import Evaluate, ExtractActivations, Pipeline
 from sarm.settings.presets import PRESETS
 from sarm.stages import plan
 
 # Of a fold, what all its trainings read.
 _SHARED = ("corpus", "pairs", "responses", "activations")
+BESIDE = ("scalar_head", "random_encoder", "papers")
 _MODELS = {
     "sarm": ("turn_ends", "sarm"),
     "scalar_head": ("turn_ends", "scalar_head"),
@@ -38,16 +39,17 @@ _MODELS = {
 }
 
 
-def trained(preset: Pipeline, work: Path, folds: Sequence[int], seeds: int) -> dict[str, Any]:
-    """All trainings that are missing, and the summary of those that are there."""
+def trained(preset: Pipeline, work: Path, folds: Sequence[int], seeds: int, beside: Sequence[str]) -> dict[str, Any]:
+    """All trainings that are missing, and the summary of those that are there; `beside` are the models that SARM is compared with."""
     from sarm.stages.chain import run_chain
 
-    units = ("document", TURN_END)
-    recipes = {
-        "turn_ends": (preset.sae, ("scalar", "random_encoder")),
+    flags = {"scalar_head": "scalar", "random_encoder": "random_encoder"}
+    recipes = {"turn_ends": (preset.sae, tuple(flag for name, flag in flags.items() if name in beside))}
+    units: tuple[Unit, ...] = (TURN_END,)
+    if "papers" in beside:
         # Of a preset that has no other recipe, its own twice: whether it runs.
-        "papers": (PRESETS.get(f"{preset.run.out.name}-papers", ("", preset))[1].sae, ()),
-    }
+        recipes["papers"] = (PRESETS.get(f"{preset.run.out.name}-papers", ("", preset))[1].sae, ())
+        units = ("document", TURN_END)
     base = replace(preset, extraction=replace(preset.extraction, units=units))
     for fold in folds:
         root = work / f"fold{fold}"
