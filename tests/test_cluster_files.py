@@ -134,6 +134,15 @@ def test_compose_keeps_mlflow_at_home_and_its_passwords_in_files():
     assert "ports" not in compose["services"]["database"]
 
 
+def test_the_image_can_launch_kernels_and_sees_the_gpus_of_its_machine():
+    text = (CLUSTER / "Dockerfile").read_text()
+    (installed,) = re.findall(r"apt-get install --yes --no-install-recommends (.*) \\", text)
+    assert {"gcc", "libc6-dev"} <= set(installed.split())
+    variables = dict(pair.split("=") for line in re.findall(r"^ENV (.*)", text, re.M) for pair in line.split())
+    assert variables["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert set(variables["NVIDIA_DRIVER_CAPABILITIES"].split(",")) == {"compute", "utility"}
+
+
 def test_images_hold_what_is_locked_and_run_as_nobody_in_particular():
     lines = (CLUSTER / "Dockerfile").read_text().splitlines()
     copied = [line.split()[2:-1] for line in lines if line.startswith("COPY --chown")]

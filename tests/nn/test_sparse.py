@@ -11,10 +11,11 @@ from tests.nn.every_sae import DEFINITIONS, KINDS, auxk_by_definition, kind_of
 from torch import Tensor
 
 from sarm.nn.architectures import build_sae
+from sarm.nn.backends import Backend, TorchBackend, backend_for, why_not_launched
 from sarm.nn.batch_topk import BatchTopKRule
 from sarm.nn.sae import Sae, dense
 from sarm.nn.selection import Share, largest
-from sarm.nn.sparse import Backend, Plan, TorchBackend, Workspace, backend_for, reconstruct
+from sarm.nn.sparse import Plan, Workspace, reconstruct
 from sarm.nn.thresholds import ThresholdSae
 
 B, D, S, K = 9, 5, 24, 3
@@ -219,6 +220,28 @@ def test_the_workspace_keeps_one_chunk_however_many_rows_and_latents_there_are()
 
 def test_cpu_tensors_take_the_torch_backend():
     assert isinstance(backend_for(torch.device("cpu")), TorchBackend)
+
+
+def test_kernels_that_cannot_be_launched_are_not_taken_and_the_reason_is_said():
+    class WithoutCompiler(TorchBackend):
+        def decode(self, W_SD, values_N, bags):
+            raise RuntimeError("Failed to find C compiler.\n Please specify via CC environment variable")
+
+    class Wrong(TorchBackend):
+        def decode(self, W_SD, values_N, bags):
+            return super().decode(W_SD, values_N, bags) + 1
+
+    cpu = torch.device("cpu")
+    assert why_not_launched(TorchBackend(), cpu) == ""
+    reason = why_not_launched(WithoutCompiler(), cpu)
+    assert reason == "Failed to find C compiler. Please specify via CC environment variable."
+    assert "wrong" in why_not_launched(Wrong(), cpu)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there a first launch works")
+def test_without_a_gpu_that_works_the_torch_backend_is_taken_with_a_warning():
+    with pytest.warns(UserWarning, match="Triton's do not run here: .+ C compiler"):
+        assert isinstance(backend_for(torch.device("cuda")), TorchBackend)
 
 
 needs_triton = pytest.mark.skipif(

@@ -226,11 +226,27 @@ def split_training(architecture: str, split: str) -> SaeTraining:
     return SaeTraining([sae], phase(), [config], 0, split=split)
 
 
+def refuse_what_nccl_refuses() -> None:
+    """From here on, collectives of this process take contiguous tensors only; gloo alone takes any."""
+    for name in ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        call = getattr(dist, name)
+
+        def checked(*tensors, call=call, **options):
+            given = [t for one in tensors for t in (one if isinstance(one, list) else [one]) if isinstance(t, Tensor)]
+            assert all(t.is_contiguous() for t in given), (
+                f"NCCL: tensors must be contiguous, got {[t.stride() for t in given]}"
+            )
+            return call(*tensors, **options)
+
+        setattr(dist, name, checked)
+
+
 def train_on_rank(rank: int, world: int, folder: str) -> None:
     """What each process of the test below runs: every case, one after the other."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    refuse_what_nccl_refuses()
     found = {}
     for architecture, split in SPLIT_CASES:
         training = split_training(architecture, split)

@@ -7,70 +7,17 @@ long, memory is one C x S chunk of pre-activations: nothing is B x S, nothing is
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import Backend
 from .bags import Bags
-from .sae import Sae, bag_weight_gradient
+from .sae import Sae
 from .screening import Screen, is_worth_it
 from .selection import Entries, LargestRule, PreActs, Reconstruction, Rule, Share
-
-
-@runtime_checkable
-class Backend(Protocol):
-    """The three sparse products of a step."""
-
-    def decode(self, W_SD: Tensor, values_N: Tensor, bags: Bags) -> Tensor:
-        """Every bag's sum of values[n] * W[latents[n]]."""
-
-    def value_gradients(self, grad_GD: Tensor, W_SD: Tensor, bags: Bags) -> Tensor:
-        """<grad[bags[n]], W[latents[n]]> of each entry."""
-
-    def weight_gradients(
-        self, x_BD: Tensor, grad_GD: Tensor, pre_grads_N: Tensor, values_N: Tensor, bags: Bags, num_latents: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of W_enc (as S x D), b_enc and W_dec."""
-
-
-class TorchBackend:
-    """ATen calls only, on any device; both weight gradients are those of an embedding bag."""
-
-    def decode(self, W_SD: Tensor, values_N: Tensor, bags: Bags) -> Tensor:
-        return F.embedding_bag(bags.latents, W_SD, bags.offsets, per_sample_weights=values_N, mode="sum")
-
-    def value_gradients(self, grad_GD: Tensor, W_SD: Tensor, bags: Bags) -> Tensor:
-        gradient_N: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad_GD, W_SD, bags.latents, bags.offsets, bags.bags, 0, -1
-        )
-        return gradient_N
-
-    def weight_gradients(
-        self, x_BD: Tensor, grad_GD: Tensor, pre_grads_N: Tensor, values_N: Tensor, bags: Bags, num_latents: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            bag_weight_gradient(
-                rows_GD=x_BD, latents_N=bags.latents, bags_N=bags.rows, weights_N=pre_grads_N, num_latents=num_latents
-            ),
-            pre_grads_N.new_zeros(num_latents).index_add_(0, bags.latents, pre_grads_N),
-            bag_weight_gradient(
-                rows_GD=grad_GD, latents_N=bags.latents, bags_N=bags.bags, weights_N=values_N, num_latents=num_latents
-            ),
-        )
-
-
-def backend_for(device: torch.device) -> Backend:
-    """Triton kernels on CUDA where Triton is installed, else ATen."""
-    if device.type == "cuda":
-        try:
-            from .triton_backend import TritonBackend
-        except ImportError:
-            return TorchBackend()
-        return TritonBackend()
-    return TorchBackend()
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Triton kernels of the sparse step, for CUDA; sums in a fixed order, so a step can be repeated bit for bit (no atomics).
 
 N entries, D d_in, S d_sae. Each program owns one bag or one latent and walks its entries, whose rows it streams.
-Only imported where CUDA is used (`sparse.backend_for`).
+Only imported where CUDA is used (`backends.backend_for`).
 """
 
 import torch

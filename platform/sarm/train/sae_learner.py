@@ -12,10 +12,11 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sarm.nn.backends import backend_for
 from sarm.nn.losses import reconstruction_loss
 from sarm.nn.sae import Sae
 from sarm.nn.selection import Reconstruction, Rule, Share
-from sarm.nn.sparse import Plan, Workspace, backend_for, reconstruct
+from sarm.nn.sparse import Plan, Workspace, reconstruct
 from sarm.settings.checks import UserError
 from sarm.settings.sae import SaeSettings
 
@@ -60,7 +61,10 @@ class Learner:
         loss.backward()
         if self._group is not None and not self._splits_latents:
             for parameter in self.sae.parameters():
-                dist.all_reduce(parameter.grad, group=self._group)
+                assert parameter.grad is not None
+                # W_enc's gradient is a transpose, as W_enc is, and NCCL takes what is contiguous alone; gloo takes everything.
+                grad = parameter.grad if parameter.grad.is_contiguous() else parameter.grad.T
+                dist.all_reduce(grad, group=self._group)
         self.sae.remove_parallel_gradient_()
         if self._W_enc_SD is not None:
             assert self.sae.W_enc.grad is not None

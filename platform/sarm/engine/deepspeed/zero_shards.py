@@ -96,7 +96,9 @@ def load_moments_(engine: ZeroEngine, found: Checkpoint, kind: str, num_steps: i
     for piece in pieces.values():
         if not adam.state.get(piece.flat):
             moments = {key: torch.zeros_like(piece.flat) for key in _MOMENTS}
-            adam.state[piece.flat] = {"step": torch.tensor(float(num_steps)), **moments}
+            # Fused AdamW wants its count of steps where the weights are.
+            step = torch.tensor(float(num_steps), device=piece.flat.device)
+            adam.state[piece.flat] = {"step": step, **moments}
     missing = {piece.name: piece.numel for piece in pieces.values()}
     for part in _parts(found, kind):
         for name, shard in part.items():
