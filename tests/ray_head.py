@@ -10,9 +10,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -22,6 +24,8 @@ class Head(NamedTuple):
 
     address: str
     """Of its jobs server."""
+    gcs: str
+    """Where drivers join it."""
     token: str
     """Made for this cluster: what travels to it must not hold it."""
     temporary: Path
@@ -35,18 +39,26 @@ class Head(NamedTuple):
 
 
 @contextlib.contextmanager
-def running_head(folder: Path, environment: dict[str, str], started_in: Path | None = None) -> Iterator[Head]:
-    """Start a head, whose log and token are in `folder`, and end it by its process group."""
+def running_head(
+    folder: Path,
+    environment: dict[str, str],
+    started_in: Path | None = None,
+    num_cpus: int = 4,
+    gcs: int = 0,
+    more: Sequence[str] = (),
+) -> Iterator[Head]:
+    """Start a head, whose log and token are in `folder`, and end it by its process group; `gcs` is its port, `more` are flags of `ray start`."""
     token = os.urandom(16).hex()
     (folder / "token").write_text(token)
     (folder / "token").chmod(0o600)
     environment = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    gcs, dashboard, agent, grpc_agent, client = free_ports(5)
+    dashboard, agent, grpc_agent, client, free = free_ports(5)
+    gcs = gcs or free
     with tempfile.TemporaryDirectory(prefix="sarm-ray-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         command = [
-            RAY, "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4", f"--port={gcs}",
+            RAY, "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}", f"--port={gcs}",
             f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc_agent}",
-            f"--ray-client-server-port={client}", "--object-store-memory=200000000", f"--temp-dir={temporary}",
+            f"--ray-client-server-port={client}", "--object-store-memory=200000000", f"--temp-dir={temporary}", *more,
         ]  # fmt: skip
         with (folder / "head.log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=started_in or folder, start_new_session=True)  # fmt: skip
@@ -57,10 +69,19 @@ def running_head(folder: Path, environment: dict[str, str], started_in: Path | N
                 assert process.poll() is None, (folder / "head.log").read_text()[-2000:]
                 assert time.monotonic() < deadline, (folder / "head.log").read_text()[-2000:]
                 time.sleep(0.5)
-            yield Head(address, token, Path(temporary), environment | {"RAY_API_SERVER_ADDRESS": address})
+            yield Head(
+                address, f"127.0.0.1:{gcs}", token, Path(temporary), environment | {"RAY_API_SERVER_ADDRESS": address}
+            )
         finally:
+            # Nodes that an autoscaler started are in no group of ours; they name this cluster's folder.
+            others = [
+                one for one in psutil.process_iter(["cmdline"]) if temporary in " ".join(one.info["cmdline"] or [])
+            ]
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(timeout=60)
+            for one in others:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
 
 
 def asked(method: str, url: str, token: str | None) -> int:

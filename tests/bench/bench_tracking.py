@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from sarm.engine.mlflow.outbox import close_all
 from sarm.engine.mlflow.tracker import Tracker
-from sarm.engine.ray.trainer import Progress
+from sarm.engine.ray.training_progress import Progress
 from sarm.settings.run import RunSettings
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -11,8 +11,8 @@ from sarm.contracts.tables import activations_table
 from sarm.data.formats.models import model_folder
 from sarm.data.store.blocks import plan_blocks
 from sarm.engine.ray.block_actor import Output
-from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.passes import Pass, run_over
+from sarm.engine.ray.room import Cluster, Node
 from sarm.passes.activations import TextActivations
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
@@ -60,7 +60,7 @@ def main(address: str, folder: Path) -> None:
     ray.init(address=address, log_to_driver=False, logging_level="error")
     started = time.monotonic()
     run = RunSettings(out=folder, num_actors=2, cpus_per_worker=1)
-    cluster = Cluster(num_nodes=3, num_cpus=5, num_gpus=0, is_local=False)
+    cluster = Cluster(nodes=(Node(1), Node(2), Node(2)), is_local=False)
     counts = run_over(make_pass(folder), run, cluster, stall_seconds=STALL_SECONDS)[TARGET]
     print(
         f"done rows={counts['rows']} audited={counts['audited_rows']} seconds={time.monotonic() - started:.2f}",

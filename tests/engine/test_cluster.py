@@ -1,15 +1,23 @@
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.util import get_node_ip_address
+from tests.ray_head import free_ports, running_head
 
-from sarm.engine.ray.cluster import Cluster, check_machine, connect, nodes_without
+from sarm.engine.ray.cluster import check_machine, connect, nodes_without
+from sarm.engine.ray.room import Cluster, Node, with_room
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
 
 
-def cluster(**changes: object) -> Cluster:
-    return Cluster(**{"num_nodes": 1, "num_cpus": 8, "num_gpus": 0, "is_local": False, **changes})  # type: ignore[arg-type]
+def cluster(*nodes: Node, **changes: Any) -> Cluster:
+    return Cluster(nodes=nodes or (Node(8),), **{"is_local": False, **changes})
 
 
 def test_cores_are_shared_out_and_one_is_spared_on_a_joined_cluster() -> None:
@@ -25,11 +33,96 @@ def test_workers_that_do_not_fit_are_refused_with_what_would() -> None:
 
 def test_more_workers_than_gpus_are_refused() -> None:
     with pytest.raises(UserError, match="4 workers need a GPU each, the cluster has 2"):
-        cluster(num_gpus=2).cpus_each(RunSettings(), 4)
+        cluster(Node(8, 2)).cpus_each(RunSettings(), 4)
 
 
 def test_one_core_still_runs_one_worker() -> None:
-    assert cluster(num_cpus=1).cpus_each(RunSettings(), 1) == 1
+    assert cluster(Node(1)).cpus_each(RunSettings(), 1) == 1
+
+
+def test_cores_are_shared_out_node_by_node() -> None:
+    # A worker is on one node: two nodes of four cores have room for one of four beside a spare core, not for one of seven.
+    two = cluster(Node(4), Node(4))
+    assert two.cpus_each(RunSettings(), 1) == 4
+    assert two.cpus_each(RunSettings(), 2) == 3
+    assert two.cpus_each(RunSettings(), 3) == 2
+    assert two.cpus_each(RunSettings(), 7) == 1
+    ragged = cluster(Node(0), Node(2), Node(16))
+    assert ragged.cpus_each(RunSettings(), 1) == 16
+    assert ragged.cpus_each(RunSettings(), 4) == 4
+    with pytest.raises(
+        UserError, match="1 workers of 5 cores do not fit the cluster's nodes, each on one: 4 CPUs, 4 CPUs"
+    ):
+        cluster(Node(4), Node(4), is_local=False).cpus_each(RunSettings(cpus_per_worker=5), 1)
+
+
+def test_gpus_are_shared_out_with_the_cores_beside_them() -> None:
+    cards = cluster(Node(4), Node(16, 8), Node(16, 8))
+    assert cards.cpus_each(RunSettings(), 16) == 2, "the spare core is the head's, which has no GPU"
+    assert cards.cpus_each(RunSettings(), 8) == 4
+    assert not cluster(Node(16, 8), gpus_wanted="no").use_gpu
+    assert cluster(Node(16, 8), gpus_wanted="no").cpus_each(RunSettings(), 9) == 1
+    assert cluster(Node(16), gpus_wanted="yes").use_gpu
+    with pytest.raises(
+        UserError, match=r"the cluster has 0\. .*--use-gpu no.*--wait-for-nodes SECONDS and --use-gpu yes"
+    ):
+        cluster(Node(16), gpus_wanted="yes").cpus_each(RunSettings(), 1)
+
+
+def test_a_job_waits_for_the_nodes_that_an_autoscaler_brings_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[Any] = []
+    empty, grown = cluster(Node(2), gpus_wanted="yes"), cluster(Node(2), Node(8, 4), gpus_wanted="yes")
+    seen = iter([empty, empty, grown])
+    run = RunSettings(wait_for_nodes=5, cpus_per_worker=2)
+    assert with_room(empty, run, 3, look=lambda: next(seen), ask=asked.append) == grown
+    assert asked == [[{"CPU": 2.0, "GPU": 1.0}] * 3 + [{"CPU": 1.0}], []], "and nothing is held when they are there"
+    assert "waiting for nodes: 3 workers of 2 CPUs and a GPU each; there are 1 nodes with 2 CPUs and 0 GPUs" in capsys.readouterr().out  # fmt: skip
+    with pytest.raises(UserError, match=r"after 0 s the cluster still has no room: 3 workers need a GPU each"):
+        with_room(empty, RunSettings(wait_for_nodes=0.05), 3, look=lambda: empty, ask=asked.append)
+    assert asked[-1] == []
+    # Without waiting, and where there is room, nobody is asked.
+    assert with_room(empty, RunSettings(), 3, look=lambda: grown, ask=asked.append) == empty
+    assert with_room(grown, run, 3, look=lambda: empty, ask=asked.append) == grown
+    assert len(asked) == 4
+
+
+WORKER = {"resources": {"CPU": 3, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}
+# What Ray's own tests of its autoscaler write: nodes are processes of this machine.
+GROWING: dict[str, Any] = {
+    "cluster_name": "growing", "max_workers": 2, "upscaling_speed": 1.0, "idle_timeout_minutes": 5, "auth": {}, "docker": {}, "file_mounts": {},
+    "cluster_synced_files": [], "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [],
+    "provider": {"type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True},
+    "head_node_type": "ray.head.default",
+    "available_node_types": {"ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}, "worker": WORKER},
+    "initialization_commands": [], "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [],
+    "head_start_ray_commands": [], "worker_start_ray_commands": [],
+}  # fmt: skip
+WAITS = """
+import sys
+from sarm.engine.ray.cluster import connect, room_for
+from sarm.settings.run import RunSettings
+
+run = RunSettings(ray_address=sys.argv[1], use_gpu="yes", wait_for_nodes=120, cpus_per_worker=2)
+with connect(run) as before:
+    now = room_for(before, run, 2)
+    print(sorted(before.nodes), sorted(now.nodes))
+"""
+
+
+def test_a_cluster_that_starts_from_no_workers_grows_to_what_a_job_needs(tmp_path: Path) -> None:
+    """Ray's own autoscaler."""
+    (gcs,) = free_ports(1)
+    provider = GROWING["provider"] | {"gcs_address": f"{get_node_ip_address()}:{gcs}"}
+    (tmp_path / "growing.json").write_text(json.dumps(GROWING | {"provider": provider}))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+    flag = f"--autoscaling-config={tmp_path / 'growing.json'}"
+    with running_head(tmp_path, environment, num_cpus=1, gcs=gcs, more=[flag]) as head:
+        command = [sys.executable, "-c", WAITS, head.gcs]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=head.environment, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "[Node(cpus=1, gpus=0)] [Node(cpus=1, gpus=0), Node(cpus=3, gpus=1), Node(cpus=3, gpus=1)]" in done.stdout
+    assert "waiting for nodes: 2 workers of 2 CPUs and a GPU each" in done.stdout
 
 
 def test_a_variable_that_lets_parquet_run_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from sarm.engine.mlflow import mlflow_calls, outbox
 from sarm.engine.mlflow.tracker import Tracker
 from sarm.engine.mlflow.tracking import StageRun
-from sarm.engine.ray.trainer import Progress
+from sarm.engine.ray.training_progress import Progress
 from sarm.settings.run import RunSettings
 
 SEND = outbox.send
@@ -90,7 +90,7 @@ _KILLED = """
     from pathlib import Path
     from sarm.engine.mlflow import mlflow_calls, outbox
     from sarm.engine.mlflow.tracking import StageRun
-    from sarm.engine.ray.trainer import Progress
+    from sarm.engine.ray.training_progress import Progress
     from mlflow.exceptions import MlflowException
 
     def away(*_):

@@ -18,7 +18,7 @@ from sarm.engine.mlflow.outbox import close_all
 from sarm.engine.mlflow.run_card import DataSet
 from sarm.engine.mlflow.tracker import Tracker
 from sarm.engine.mlflow.tracking import StageRun, tracking_uri
-from sarm.engine.ray.trainer import Progress
+from sarm.engine.ray.training_progress import Progress
 from sarm.engine.session import Session, open_session
 from sarm.settings.audit import AuditFeatures, Relabel, Steer
 from sarm.settings.checks import UserError

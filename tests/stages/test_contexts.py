@@ -17,8 +17,8 @@ from tests.stages.random_sarm import D_SAE, random_sarm
 from sarm.contracts.tables import PAIRS_TABLE
 from sarm.data.formats.sarm_folder import load_sarm
 from sarm.data.tokens.sentences import sentence_ends
-from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.passes import run_over
+from sarm.engine.ray.room import Cluster, Node
 from sarm.interpret.context_store import load_contexts
 from sarm.interpret.context_tables import Chosen, strongest
 from sarm.interpret.context_texts import Ref, parts, sentence_spans, unpack
@@ -70,7 +70,7 @@ def one_by_one(sarm, tiny_chat):
 
 def test_many_actors_write_the_same_bytes_as_one_that_reads_in_another_order(sarm, files, tmp_path, ray_cluster):
     run = RunSettings(out=tmp_path, num_actors=2, cpus_per_worker=1)
-    cluster = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)
+    cluster = Cluster(nodes=(Node(6),), is_local=False)
     # One pass is enough to see it, and starting actors is what takes time.
     settings = dataclasses.replace(SETTINGS, corpus=False, span_answers=0)
     for name, how in (("many", lambda work: run_over(work, run, cluster)), ("one", run_alone)):

@@ -20,8 +20,8 @@ from sarm.data.store.blocks import plan_blocks
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.data.tokens.sentences import sentence_end_tokens, sentence_ends
 from sarm.engine.ray.block_actor import Output
-from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.passes import Pass, run_over
+from sarm.engine.ray.room import Cluster, Node
 from sarm.nn.backbone import load_backbone
 from sarm.passes.activations import TextActivations
 from sarm.settings.checks import StalledError, UserError
@@ -126,7 +126,7 @@ def text_pass(
 
 def do(work: Pass, num_actors: int = 1, **options: float) -> dict:
     run = RunSettings(out=Path("unused"), num_actors=num_actors, cpus_per_worker=1)
-    (counts,) = run_over(work, run, Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False), **options).values()
+    (counts,) = run_over(work, run, Cluster(nodes=(Node(6),), is_local=False), **options).values()
     return counts
 
 
@@ -199,7 +199,7 @@ def test_a_starved_pass_ends_and_says_how_many_actors_have_room(tmp_path: Path, 
     work = text_pass(tmp_path / "in", ["A sentence."] * 20, tmp_path / "out", preset.model)
     run = RunSettings(out=Path("unused"), num_actors=1, cpus_per_worker=40)
     with pytest.raises(StalledError, match=r"1 actors of 40 CPUs were asked for and the 1 nodes .* have room for 0"):
-        run_over(work, run, Cluster(num_nodes=1, num_cpus=99, num_gpus=0, is_local=False), stall_seconds=3.0)
+        run_over(work, run, Cluster(nodes=(Node(99),), is_local=False), stall_seconds=3.0)
 
 
 def test_limits_keep_the_first_texts(extracted: Path, preset: Pipeline) -> None:

@@ -25,7 +25,7 @@ from sarm.data.store.checkpoints import Checkpoint, Checkpoints
 from sarm.engine.mlflow.tracker import Tracker
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.ray import stall, training_states
-from sarm.engine.ray.cluster import Cluster
+from sarm.engine.ray.room import Cluster, Node
 from sarm.engine.ray.trainer import run_workers
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import StoppedError
@@ -35,7 +35,7 @@ from sarm.settings.run import RunSettings
 from sarm.stages.train_reward_worker import RewardTask, reward_worker
 from sarm.train.reward import RewardTraining
 
-CLUSTER = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)
+CLUSTER = Cluster(nodes=(Node(6),), is_local=False)
 REWARD = RewardSettings(
     lr=1e-3, head_lr=1e-2, epochs=2, batch_pairs=24, batch_tokens=512, validation_share=0.3, validate_every=2
 )

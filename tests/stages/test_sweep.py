@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from ray.util.placement_group import placement_group, placement_group_table
 
-from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.placement import note_placement_group, release_placement_groups
+from sarm.engine.ray.room import Cluster, Node
 from sarm.settings.sweep import Ablation
 from sarm.settings.sweep_presets import ABLATIONS
 from sarm.stages.sweep.folder import claim_sweep
@@ -130,7 +130,7 @@ def test_optuna_proposes_cells_of_the_grid_and_is_told_what_they_reached(config,
         mlflow_uri=f"sqlite:///{config.run.out.parent / 'mlflow.db'}", parent_run_id=parent.info.run_id
     )
     before = manifests(config)
-    cluster = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)
+    cluster = Cluster(nodes=(Node(6),), is_local=False)
     run_trials(plan, plan.cells, cluster, num_samples=4)
     assert manifests(config) == before
     said = capsys.readouterr().out
@@ -165,7 +165,7 @@ def test_a_setting_is_an_axis_and_what_its_cells_share_is_not_done_again(config,
         mlflow_uri=f"sqlite:///{config.run.out.parent / 'mlflow.db'}", parent_run_id=parent.info.run_id
     )
     capsys.readouterr()
-    cluster = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)
+    cluster = Cluster(nodes=(Node(6),), is_local=False)
     run_trials(plan, plan.cells, cluster, num_samples=3)
     said = [line.split()[1].rstrip(":") for line in capsys.readouterr().out.splitlines() if line.endswith(": started")]
     assert len(said) == 3

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sarm.engine.ray.cluster import Cluster
+from sarm.engine.ray.room import Cluster, Node
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.settings.sweep import Ablation, SweepSettings
@@ -186,7 +186,7 @@ def test_a_folder_of_another_sweep_is_refused_and_one_of_other_cells_is_not(tiny
 
 def test_as_many_trials_run_at_once_as_the_cluster_has_room_for(tiny):
     def cluster(cpus: int, gpus: int = 0, *, is_local: bool = False) -> Cluster:
-        return Cluster(num_nodes=1, num_cpus=cpus, num_gpus=gpus, is_local=is_local)
+        return Cluster(nodes=(Node(cpus, gpus),), is_local=is_local)
 
     run = tiny.run
     assert trials_at_once(tiny.sweep, run, cluster(2, is_local=True)) == 2

@@ -23,7 +23,7 @@ from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.data.tokens.groups import prompt_groups
 from sarm.engine.mlflow.tracker import Tracker
 from sarm.engine.mlflow.tracking import StageRun
-from sarm.engine.ray.cluster import Cluster
+from sarm.engine.ray.room import Cluster, Node
 from sarm.engine.ray.trainer import run_workers
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.identity import identity
@@ -38,7 +38,7 @@ from sarm.train.reward import parameter_groups, train_reward
 from sarm.train.reward_engine import LocalEngine
 from sarm.train.sae import SaeTraining
 
-CLUSTER = Cluster(num_nodes=1, num_cpus=6, num_gpus=0, is_local=False)
+CLUSTER = Cluster(nodes=(Node(6),), is_local=False)
 
 
 @pytest.fixture(scope="module")

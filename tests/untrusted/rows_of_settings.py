@@ -6,7 +6,7 @@ import os
 import pytest
 from tests.untrusted.world import Table, World
 
-from sarm.engine.ray.cluster import Cluster
+from sarm.engine.ray.room import Cluster, Node
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
 
@@ -127,7 +127,7 @@ def _(world: World) -> None:
     world.run()
     wanted = ("--num-workers", "900", "--num-actors", "900")
     world.refuses("900 workers", f"the cluster has {cores}", of=("train_sarm", "tiny", *wanted))
-    gpus = Cluster(num_nodes=2, num_cpus=64, num_gpus=2, is_local=False)
+    gpus = Cluster(nodes=(Node(32, 1), Node(32, 1)), is_local=False)
     with pytest.raises(UserError, match="8 workers need a GPU each, the cluster has 2"):
         gpus.cpus_each(RunSettings(), 8)
 
@@ -135,7 +135,7 @@ def _(world: World) -> None:
 @row(16, "actor pool uses all CPUs")
 def _(world: World) -> None:
     # Asked of a cluster that was joined: there is none to start.
-    joined = Cluster(num_nodes=2, num_cpus=8, num_gpus=0, is_local=False)
+    joined = Cluster(nodes=(Node(4), Node(4)), is_local=False)
     with pytest.raises(UserError, match="8 workers of 1 cores and one spare core need 9 CPUs, the cluster has 8"):
         joined.cpus_each(RunSettings(cpus_per_worker=1), 8)
 

@@ -3,6 +3,8 @@
 import errno
 from collections.abc import Iterator
 
+from sarm.settings.checks import UserError
+
 DONE, USER, AGAIN = 0, 2, 75
 # Libraries and names of errors, looked for among an error's causes. Names are compared, so that no library is imported for a comparison.
 _TRANSIENT = {
@@ -27,6 +29,17 @@ def status_of(error: BaseException) -> int | None:
 
 def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _FULL
+
+
+def mistake_in(error: BaseException) -> UserError | None:
+    """What the user can mend beneath Ray's wrappers, as the line that it was raised with; None if nothing there says so."""
+    for cause in causes_of(error):
+        if isinstance(cause, UserError):
+            said = str(cause.args[0]) if cause.args else str(cause)
+            # Ray's own class for it is one too, and its text is a whole traceback; Ray Data writes advice of its own behind.
+            if not said.startswith("\x1b"):
+                return UserError(said.strip().splitlines()[0])
+    return None
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:

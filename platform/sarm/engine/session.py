@@ -16,7 +16,8 @@ from sarm.contracts.manifest import Manifest, StageFolder, write_atomically
 from sarm.contracts.untrusted import read_json
 from sarm.engine.mlflow import run_card
 from sarm.engine.mlflow.tracking import StageRun, ended_by, tracking_uri
-from sarm.engine.ray.cluster import Cluster, check_machine, connect, nodes_without
+from sarm.engine.ray.cluster import check_machine, connect, nodes_without
+from sarm.engine.ray.room import Cluster
 from sarm.engine.stopping import leave_if_asked
 from sarm.engine.terminal import say
 from sarm.engine.writer_lock import WriterLock

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import tyro
 
-from sarm.settings.checks import OPERATIONAL, UserError, check, check_least
+from sarm.settings.checks import OPERATIONAL, UserError, check, check_least, check_rate
 from sarm.settings.results_root import READ, WRITTEN, place_paths
 
 # `run` and `out` are too common to be typed with a prefix: `--out`, `--seed`, `--dry-run`.
@@ -75,6 +75,10 @@ class RunSettings:
     """How often in a row workers are started again after one of them died. A newer training state in between starts the count anew."""
     cpus_per_worker: int = field(default=0, metadata=OPERATIONAL)
     """CPU cores (and torch threads) of each worker and actor; 0 divides the cluster's cores among them."""
+    use_gpu: Literal["auto", "yes", "no"] = field(default="auto", metadata=OPERATIONAL)
+    """Whether each worker and actor takes a GPU: `auto` where the cluster has any, `yes` also where an autoscaler has yet to bring them, `no` never."""
+    wait_for_nodes: float = field(default=0.0, metadata=OPERATIONAL)
+    """Seconds to wait for the nodes of a cluster that grows: the autoscaler is asked for what the workers need. 0: what is there now has to do."""
     supervise: bool = field(default=False, metadata=OPERATIONAL)
     """Run the job in a process of its own. If it dies, it is started again, as often in a row as `max_restarts` says."""
     submit: str = field(default="", metadata=OPERATIONAL)
@@ -94,6 +98,7 @@ class RunSettings:
         check(self, "experiment", bool(is_name), "1 to 100 letters, digits, spaces and ._+-()")
         place_paths(self)
         check_least(self, "", num_workers=1, num_actors=1, cpus_per_worker=0, max_restarts=0)
+        check_rate(self, "wait_for_nodes", zero_allowed=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,11 @@ from sarm.engine.deepspeed.zero_shards import Shards, load_moments_, load_weight
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.ray.stall import StallGuard
 from sarm.engine.ray.trainer import (
-    Progress,
     preemption_notice,
-    report_progress,
     worker_device,
     worker_storage,
 )
+from sarm.engine.ray.training_progress import Progress, report_progress
 from sarm.engine.ray.training_states import WorkerStates
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.protocol import PROTOCOL_VERSION

@@ -14,12 +14,12 @@ from sarm.data.store.checkpoints import Checkpoint, Checkpoints
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.ray.stall import StallGuard
 from sarm.engine.ray.trainer import (
-    Progress,
     preemption_notice,
     worker_device,
     worker_storage,
     workers_on_device,
 )
+from sarm.engine.ray.training_progress import Progress
 from sarm.engine.ray.training_states import WorkerStates
 from sarm.evaluate.sae_quality import measure
 from sarm.nn.architectures import OPTIONS, build_sae

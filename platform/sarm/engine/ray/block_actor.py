@@ -21,6 +21,7 @@ from sarm.contracts.manifest import write_atomically
 from sarm.contracts.passes import Beat, Cost, Tables
 from sarm.data.store.blocks import Block, read_block
 from sarm.data.store.parts import finished_table, write_part
+from sarm.engine.ray.device import gpu_refusal
 from sarm.passes.usage import Usage
 from sarm.settings.checks import UserError
 
@@ -119,6 +120,10 @@ class BlockActor:
         arguments: Mapping[str, Any],
         threads: int,
     ):
+        # Raised at the first block: of what a constructor raises, Ray keeps no more than the text.
+        self._refusal = gpu_refusal()
+        if self._refusal:
+            return
         self._blocks, self._columns, self._keep, self._outputs = blocks, columns, keep, outputs
         self._journal_folder = next(iter(outputs.values())).folder
         # One block in the forward pass at a time; beside it another is read and tokenised, or written. Always the same thread: each
@@ -128,6 +133,8 @@ class BlockActor:
         self._usage = Usage()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._refusal:
+            raise UserError(self._refusal)
         done = [self._do(self._blocks[number]) for number in batch.column("number").to_pylist()]
         return pa.Table.from_pylist(done)
 

@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and what fits on it.
+"""Joining or starting a Ray cluster, and looking at its nodes.
 
 Functions that need Ray import it themselves, so that a refusal does not wait for the import.
 """
@@ -13,11 +13,11 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sarm.engine.failures import causes_of
+from sarm.engine.ray.room import Cluster, Node, with_room
 from sarm.engine.stopping import STARTED_AGAIN, ray_starting, was_asked
 from sarm.settings.checks import NO_PROGRESS_SECONDS, UserError
 from sarm.settings.run import RunSettings
@@ -36,39 +36,6 @@ _UNSAFE_VARIABLES = (
 )
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """What the workers of a run may use."""
-
-    num_nodes: int
-    num_cpus: int
-    num_gpus: int
-    is_local: bool
-
-    @property
-    def use_gpu(self) -> bool:
-        """Whether workers and actors take a GPU each: yes wherever there is one."""
-        return self.num_gpus > 0
-
-    def cpus_each(self, run: RunSettings, count: int) -> int:
-        """Cores of each of `count` workers or actors.
-
-        Raises UserError if they do not fit the cluster, with what would.
-        """
-        slots = self.num_cpus if self.is_local else self.num_cpus - 1
-        each = run.cpus_per_worker or max(1, slots // count)
-        if count * each > max(1, slots):
-            raise UserError(
-                f"{count} workers of {each} cores and one spare core need {count * each + 1} CPUs, the cluster has {self.num_cpus}. "
-                "Pass a smaller --cpus-per-worker, or a larger cluster."
-            )
-        if self.use_gpu and count > self.num_gpus:
-            raise UserError(
-                f"{count} workers need a GPU each, the cluster has {self.num_gpus}. Pass --num-workers and --num-actors."
-            )
-        return each
-
-
 @contextmanager
 def connect(run: RunSettings) -> Iterator[Cluster]:
     """The cluster of `run.ray_address`, else of the submitted job, else one started here and stopped at the end."""
@@ -78,7 +45,7 @@ def connect(run: RunSettings) -> Iterator[Cluster]:
 
     address = address_of(run)
     if ray.is_initialized():
-        yield _describe(is_local=False)
+        yield cluster_now(run, is_local=False)
         return
     with ray_starting():
         if address == "local":
@@ -96,7 +63,7 @@ def connect(run: RunSettings) -> Iterator[Cluster]:
         else:
             _join(address)
     try:
-        yield _describe(is_local=address == "local")
+        yield cluster_now(run, is_local=address == "local")
     finally:
         ray.shutdown()
 
@@ -223,7 +190,7 @@ def check_machine(run: RunSettings) -> None:
     """Raise UserError if the run's cluster would be started here and neither workers nor actors would fit it."""
     is_joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if address_of(run) == "local" and not is_joined:
-        here = Cluster(num_nodes=1, num_cpus=_cores(), num_gpus=0, is_local=True)
+        here = Cluster(nodes=(Node(_cores()),), is_local=True)
         here.cpus_each(run, min(run.num_workers, run.num_actors))
 
 
@@ -235,14 +202,24 @@ def prepare_worker() -> None:
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
-def _describe(*, is_local: bool) -> Cluster:
+def cluster_now(run: RunSettings, *, is_local: bool) -> Cluster:
+    """What the nodes that are there give the run's workers."""
     import ray
 
-    resources = ray.cluster_resources()
-    cpus = int(resources.get("CPU", 0))
-    return Cluster(
-        num_nodes=sum(node["Alive"] for node in ray.nodes()),
-        num_cpus=cpus - _SPARE_SLOTS if is_local else cpus,
-        num_gpus=int(resources.get("GPU", 0)),
-        is_local=is_local,
+    spare = _SPARE_SLOTS if is_local else 0
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = tuple(Node(int(node.get("CPU", 0)) - spare, int(node.get("GPU", 0))) for node in found)
+    return Cluster(nodes=nodes, is_local=is_local, gpus_wanted=run.use_gpu)
+
+
+def room_for(cluster: Cluster, run: RunSettings, count: int) -> Cluster:
+    """The cluster as it is once `count` workers fit it (`with_room`). Raises UserError if they do not in time."""
+    from ray.autoscaler.sdk import request_resources
+
+    return with_room(
+        cluster,
+        run,
+        count,
+        look=lambda: cluster_now(run, is_local=False),
+        ask=lambda bundles: request_resources(bundles=bundles),
     )

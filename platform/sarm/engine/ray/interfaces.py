@@ -12,6 +12,8 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.util import get_node_ip_address
 
+from sarm.engine.ray.device import check_gpu
+
 _VARIABLE = "GLOO_SOCKET_IFNAME"
 
 
@@ -25,6 +27,8 @@ class TorchOverNodeAddresses(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        # Before a process group is made, whose own error names neither torch nor the driver.
+        worker_group.execute(check_gpu)
         if len(set(worker_group.execute(get_node_ip_address))) > 1:
             worker_group.execute(take_interface_of_node)
         super().on_start(worker_group, backend_config)

@@ -21,10 +21,11 @@ from ray.exceptions import RayError
 
 from sarm.data.store.blocks import Block
 from sarm.data.store.parts import audit, has_part, read_counts, remove_temporaries, write_rejected
-from sarm.engine.failures import causes_of, is_full_disk
+from sarm.engine.failures import causes_of, is_full_disk, mistake_in
 from sarm.engine.ray.block_actor import BEGUN, BlockActor, Inputs, Output
-from sarm.engine.ray.cluster import Cluster
+from sarm.engine.ray.cluster import room_for
 from sarm.engine.ray.pass_progress import PassProgress
+from sarm.engine.ray.room import Cluster
 from sarm.engine.terminal import say
 from sarm.settings.checks import NO_PROGRESS_SECONDS, StalledError, UserError
 from sarm.settings.run import RunSettings
@@ -75,6 +76,7 @@ def run_over(
     folders = [output.folder for output in work.outputs.values()]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
+    cluster = room_for(cluster, run, run.num_actors)
     threads = cluster.cpus_each(run, run.num_actors)
     missing = _missing(work)
     if len(missing) < len(work.blocks):
@@ -266,9 +268,9 @@ def checked(work: Pass, output: Output) -> dict[str, Any]:
 
 def _cause_of(error: BaseException) -> BaseException:
     """What the user can mend beneath Ray's wrappers, a mistake or a full disk, if there is something, else the error as it is."""
+    if (mistake := mistake_in(error)) is not None:
+        return mistake
     for cause in causes_of(error):
-        if isinstance(cause, UserError):
-            return UserError(str(cause.args[0]) if cause.args else str(cause))
         # Ray's own class for it is one too, and its text is a whole traceback.
         if is_full_disk(cause) and not isinstance(cause, RayError):
             return cause

@@ -3,9 +3,8 @@
 import contextlib
 import os
 import shutil
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,17 +19,18 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, Wo
 from ray.util.placement_group import get_current_placement_group
 
 from sarm.data.store.checkpoints import Checkpoints
-from sarm.engine.mlflow.tracking import StageRun, close_outboxes
-from sarm.engine.ray.cluster import Cluster
+from sarm.engine.failures import mistake_in
+from sarm.engine.mlflow.tracking import close_outboxes
+from sarm.engine.ray.cluster import room_for
 from sarm.engine.ray.interfaces import TorchOverNodeAddresses
 from sarm.engine.ray.placement import note_placement_group
+from sarm.engine.ray.room import Cluster
 from sarm.engine.ray.stall import who_stood_still
 from sarm.engine.stopping import leave_if_asked, saving
 from sarm.engine.terminal import say
 from sarm.settings.checks import StalledError, StoppedError
 from sarm.settings.run import RunSettings
 
-_PRINT_EVERY_SECONDS = 5.0
 _FEW_WORKERS = 16
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # Of a group of workers, each given 60 s by Ray Train.
@@ -93,6 +93,7 @@ def run_workers(worker: Callable[[Any], Any], task: Task, cluster: Cluster, call
     cluster has no room for them for minutes, and else what the worker raised, without Ray's wrapping.
     """
     run, name, states = task.run, task.name, task.states
+    cluster = room_for(cluster, run, run.num_workers)
     threads = cluster.cpus_each(run, run.num_workers)
     # Ray Train would log every printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -159,6 +160,8 @@ def _fit(worker: Callable[[Any], Any], task: Task, cluster: Cluster, threads: in
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise TimeoutError(_no_room(task.name, task.run.num_workers, threads, cluster)) from error
+        if (mistake := mistake_in(error.controller_failure)) is not None:
+            raise mistake from error
         raise
     except ray.train.WorkerGroupError as error:
         raise _WorkersFailed(_cause(error), who_stood_still(storage)) from error
@@ -256,45 +259,3 @@ def preemption_notice() -> str:
 def workers_on_device(device: torch.device) -> int:
     """How many workers share this one's device: all of the machine where it is the CPU."""
     return 1 if device.type == "cuda" else ray.train.get_context().get_local_world_size()
-
-
-def report_progress(every_steps: int, step: int, history: Sequence[Mapping[str, float]]) -> None:
-    """Tell Ray Train's callbacks how training goes, every `every_steps` steps; all workers call it together after each step.
-
-    `history` is the first worker's. `loss` is the newest validation's, or the mean over the steps since the last report.
-    """
-    if not every_steps or step % every_steps:
-        return
-    if not history:
-        ray.train.report({})
-        return
-    recent = history[-every_steps:]
-    measured = [entry["validation_loss"] for entry in history if "validation_loss" in entry]
-    loss = measured[-1] if measured else sum(entry["loss"] for entry in recent) / len(recent)
-    ray.train.report({"step": step, "percent": round(100 * history[-1]["progress"]), "loss": loss})
-
-
-class Progress:
-    """Prints a line now and then and logs every step's metrics to MLflow, each step once in the run's life."""
-
-    def __init__(self, name: str, tracking: StageRun, shown: tuple[str, ...], behind: str = ""):
-        self.history: list[dict[str, float]] = []
-        self._name, self._tracking, self._shown = name, tracking, shown
-        self._title = f"{name} {behind}".rstrip()
-        self._started = self._printed = time.monotonic()
-        self._done_before: float | None = None
-
-    def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        named = {f"{self._name}/{key}": value for key, value in metrics.items()}
-        self._tracking.log_metrics(named, step, series=f"{self._name}/progress")
-        self.history.append({"step": step, **metrics})
-        now, done = time.monotonic(), metrics["progress"]
-        is_first = self._done_before is None
-        if self._done_before is None:
-            self._done_before = done if step > 1 else 0.0
-        if now - self._printed >= _PRINT_EVERY_SECONDS or done >= 1 or is_first:
-            self._printed = now
-            left = (now - self._started) * (1 - done) / max(done - self._done_before, 1e-9)
-            values = "  ".join(f"{key} {metrics[key]:.4g}" for key in self._shown if key in metrics)
-            eta = f"  {left:.0f} s left" if done > self._done_before else ""
-            print(f"{self._title} {done:4.0%}  step {step}  {values}{eta}", flush=True)

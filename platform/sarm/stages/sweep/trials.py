@@ -18,8 +18,8 @@ import torch
 from sarm.contracts.manifest import MANIFEST, write_atomically
 from sarm.engine.mlflow.tracking import StageRun, outbox_of
 from sarm.engine.ray import trials
-from sarm.engine.ray.cluster import Cluster
 from sarm.engine.ray.placement import release_placement_groups
+from sarm.engine.ray.room import Cluster
 from sarm.engine.ray.trials import ACCURACY, LOSS, TIME
 from sarm.engine.session import RUN_FILE, Reports
 from sarm.engine.terminal import say
@@ -45,10 +45,7 @@ def trials_at_once(sweep: SweepSettings, run: RunSettings, cluster: Cluster) -> 
     """
     each = max(run.num_workers, run.num_actors)
     threads = cluster.cpus_each(run_of_trials(sweep, run), each)
-    slots = cluster.num_cpus if cluster.is_local else cluster.num_cpus - 1
-    room = max(1, slots // (each * threads))
-    if cluster.use_gpu:
-        room = min(room, cluster.num_gpus // each)
+    room = max(1, cluster.places(threads) // each)
     return min(room, sweep.trials_at_once or room)
 
 
