@@ -103,7 +103,7 @@ class ZeroEngine:
             raise _NotFiniteError
 
 
-def _imported() -> ModuleType:
+def _imported() -> Any:
     """DeepSpeed without its autotuner, which nothing here uses and which imports all of MLflow: seconds of every worker's start."""
     autotuner = ModuleType("deepspeed.autotuning.autotuner")
     autotuner.Autotuner = None  # type: ignore[attr-defined]

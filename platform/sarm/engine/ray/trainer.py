@@ -206,7 +206,8 @@ class _Trainer(ray.train.torch.TorchTrainer):
         pass
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        made = super()._create_default_callbacks()  # type: ignore[misc]  # V2 has it
+        return [one for one in made if not isinstance(one, DatasetsCallback)]
 
 
 @contextlib.contextmanager
