@@ -117,8 +117,10 @@ def summary(work: Path) -> dict[str, Any]:
             recipe = out.name.rpartition("-seed")[0]
             figures[recipe].append(json.loads((out / "evaluation" / "metrics.json").read_text()))
             for name, (own, folder) in _MODELS.items():
-                if own == recipe:
-                    scores = read_parts(out / "evaluation" / f"{folder}_scores")
+                place = out / "evaluation" / f"{folder}_scores"
+                # A baseline that was not asked for is not there.
+                if own == recipe and place.exists():
+                    scores = read_parts(place)
                     right = pair_credit(scores["chosen_reward"].to_numpy() - scores["rejected_reward"].to_numpy())
                     for pair, prompt, credit in zip(scores["pair_id"].to_pylist(), scores["prompt_id"].to_pylist(), right, strict=True):  # fmt: skip
                         credits[name].setdefault(pair, []).append(float(credit))
