@@ -28,7 +28,7 @@ from tests.data.tokens.chat_families import chat_of
 from tokenizers import Tokenizer
 
 from sarm.data.formats.sarm_folder import save_sarm
-from sarm.data.sources.layouts import RawPair
+from sarm.data.sources.layouts.layout import RawPair
 from sarm.data.sources.pairs import open_pairs
 from sarm.data.sources.tiny import tiny_model
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer

@@ -37,7 +37,7 @@ def check_sources(data: DataSettings) -> None:
         for spec in responses:
             text_sources.check_source(spec, "messages")
         for spec in pairs:
-            pair_sources.check_source(spec)
+            pair_sources.check_source(spec, data.column_names)
     if not data.pairs:
         raise UserError(
             "there are no preference pairs. Pass --data.pairs with files, hf:NAME, or a preset that names them."

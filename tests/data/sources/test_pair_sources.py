@@ -6,9 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from sarm.contracts.tables import PAIRS_TABLE, pa
-from sarm.data.sources import layouts
 from sarm.data.sources.built_in import BUILT_IN_PAIRS
-from sarm.data.sources.layouts import Answers, Layout, RawPair, parse_pair
+from sarm.data.sources.layouts import registry
+from sarm.data.sources.layouts.layout import Answers, Layout, RawPair
+from sarm.data.sources.layouts.registry import parse_pairs
 from sarm.data.sources.pairs import check_source, open_pairs
 from sarm.data.sources.rows import Reject
 from sarm.settings.checks import UserError
@@ -26,6 +27,15 @@ def assistant(content: str) -> dict[str, str]:
 
 def pair(*, prompt=(user("Hi?"),), chosen="Yes.", rejected="No.", subset=None, margin=None) -> RawPair:
     return RawPair(list(prompt), chosen, rejected, "here", subset, margin)
+
+
+def parse_pair(fields: dict, source: str) -> RawPair | str:
+    """Of a row that makes one pair, this one."""
+    found = parse_pairs(fields, source)
+    if isinstance(found, str):
+        return found
+    (only,) = found
+    return only
 
 
 def write(path: Path, *rows: dict) -> str:
@@ -92,7 +102,7 @@ HH = "\n\nHuman: Hi?\n\nAssistant: "
         ("not_text", {"chosen": 5}),
         ("not_text", {"prompt": {"text": "Hi?"}}),
         ("not_text", {"prompt": ["Hi?"]}),
-        ("not_text", {"prompt": [{"role": "user", "content": None}]}),
+        ("null_content", {"prompt": [{"role": "user", "content": None}]}),
         ("not_text", {"chosen": [assistant("Yes.")]}),
         ("nul_byte", {"chosen": "a\0"}),
         ("lone_surrogate", {"prompt": "\ud800"}),
@@ -105,7 +115,12 @@ HH = "\n\nHuman: Hi?\n\nAssistant: "
         ("prompt_differs", {"chosen": [user("A?"), assistant("Yes.")], "rejected": [user("B?"), assistant("No.")]}),
         ("prompt_differs", {"prompt": None, "chosen": HH + "a\n\nHuman: b\n\nAssistant: c", "rejected": HH + "No."}),
         ("bad_roles", {"chosen": [user("A?"), user("Yes.")], "rejected": [user("A?"), user("No.")]}),
-        ("bad_roles", {"prompt": [{"role": "tool", "content": "x"}]}),
+        ("bad_roles", {"prompt": [{"role": "wizard", "content": "x"}]}),
+        ("tool_turn", {"prompt": [{"role": "tool", "content": "x"}]}),
+        ("tool_call", {"prompt": [{**assistant(""), "tool_calls": [{"name": "search"}]}]}),
+        ("part_not_text", {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}),
+        ("tools", {"tools": [{"name": "search"}]}),
+        ("two_system_turns", {"system": "A.", "prompt": [{"role": "system", "content": "B."}, user("Hi?")]}),
         ("bad_roles", {"prompt": [{"role": ["user"], "content": "x"}]}),
         ("bad_roles", {"prompt": [user("Hi?"), assistant("Who?")]}),
     ],
@@ -114,7 +129,7 @@ def test_a_row_that_is_no_pair_is_rejected_by_reason(reason, change):
     assert parse_pair({"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", **change}, "here") == reason
 
 
-@pytest.mark.parametrize("safer", [None, 2, -1, "0", [0]])
+@pytest.mark.parametrize("safer", [None, 2, -1, "x", [0]])
 def test_a_row_without_a_safer_response_has_no_preference(safer):
     row = {"prompt": "Hi?", "response_0": "a", "response_1": "b", "safer_response_id": safer}
     assert parse_pair(row, "here") == "no_preference"
@@ -165,7 +180,8 @@ def test_our_own_pairs_are_read_back(tmp_path):
     ],
 )
 def test_columns_of_no_layout_are_refused_with_those_that_are_understood(tmp_path, columns):
-    message = f"it has {', '.join(columns)}, expected chosen .* or prompt .*safer_response_id"
+    near = "response_0.*safer_response_id" if "response_0" in columns else r"prompt \+ chosen \+ rejected"
+    message = f"it has {', '.join(columns)}. Near layouts are .*{near}.*--data.columns"
     with pytest.raises(UserError, match=message):
         open_pairs(write(tmp_path / "a.jsonl", columns))
     pq.write_table(pa.Table.from_pylist([columns]), tmp_path / "a.parquet")
@@ -175,30 +191,20 @@ def test_columns_of_no_layout_are_refused_with_those_that_are_understood(tmp_pat
 
 def test_a_layout_is_one_entry_read_told_apart_by_columns_and_named_in_errors(tmp_path, monkeypatch):
     ranked = Layout(
+        name="Ranked",
+        rule="the first",
         needs=(("question",), ("answers", "replies")),
         may_have=(),
         fits=lambda fields: "answers" in fields,
-        read=lambda fields: Answers([user(fields["question"])], *fields["answers"]),
+        read=lambda fields: [Answers([user(fields["question"])], *fields["answers"])],
     )
-    monkeypatch.setattr(layouts, "LAYOUTS", (*layouts.LAYOUTS, ranked))
-    rows = [{"question": "Hi?", "answers": ["Yes.", "No."], "other": 1}]
+    monkeypatch.setattr(registry, "LAYOUTS", (ranked, *registry.LAYOUTS))
+    rows = [{"question": "Hi?", "replies": None, "answers": ["Yes.", "No."], "other": 1}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     spec = str(tmp_path / "a.parquet")
     assert list(open_pairs(spec)) == [pair()._replace(source=spec)]
-    with pytest.raises(UserError, match=r"it has text, expected chosen .*, or question \+ answers\."):
-        open_pairs(write(tmp_path / "b.jsonl", {"text": "x"}))
-
-
-def test_no_row_fits_two_layouts():
-    rows = [
-        {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."},
-        {"chosen": HH + "Yes.", "rejected": HH + "No."},
-        {"prompt": "Hi?", "chosen": HH + "Yes.", "rejected": HH + "No."},
-        {"chosen": [user("Hi?")], "rejected": []},
-        {"prompt": "Hi?", "response_0": "a", "response_1": "b", "better_response_id": 1},
-        {"prompt": "Hi?", "response_0": "a", "chosen": "b", "rejected": "c"},
-    ]
-    assert [sum(layout.fits(row) for layout in layouts.LAYOUTS) for row in rows] == [1] * len(rows)
+    with pytest.raises(UserError, match=r"it has replies. Near layouts are question \+ answers or replies, or"):
+        open_pairs(write(tmp_path / "b.jsonl", {"replies": "x"}))
 
 
 def test_an_unknown_source_is_refused_with_the_known_ones():

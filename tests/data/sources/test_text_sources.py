@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sarm.data.sources.built_in import BUILT_IN_TEXTS
-from sarm.data.sources.rows import FORMATS, FileFormat, Reject, Row, _lines
+from sarm.data.sources.containers.packing import lines_of
+from sarm.data.sources.files import FORMATS
+from sarm.data.sources.rows import FileFormat, Reject, Row
 from sarm.data.sources.texts import TextRecord, check_source, open_texts
 from sarm.settings.checks import UserError
 
@@ -191,7 +193,7 @@ def test_lines_do_not_depend_on_how_the_stream_is_cut(content, widths):
     stream = io.BytesIO(content)
     cut = [chunk for width in widths if (chunk := stream.read(width))]
     whole = content.split(b"\n")
-    assert list(_lines(iter(cut))) == (whole if whole[-1] else whole[:-1])
+    assert list(lines_of(iter(cut))) == (whole if whole[-1] else whole[:-1])
 
 
 @pytest.mark.parametrize(
@@ -200,13 +202,14 @@ def test_lines_do_not_depend_on_how_the_stream_is_cut(content, widths):
         ("nothing.jsonl", "no file .*nothing.jsonl.* holds here.jsonl"),
         ("away/nothing.jsonl", "There is no folder .*away"),
         ("*.parquet", "no file matches"),
-        ("here.csv", "unknown extension.*.jsonl.zst"),
-        ("", "is a folder"),
+        ("here.doc", "unknown extension.*.jsonl"),
+        ("empty", "is a folder without data files"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_the_users_to_mend(tmp_path, spec, message):
     (tmp_path / "here.jsonl").write_bytes(jsonl("x"))
-    (tmp_path / "here.csv").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "here.doc").write_text("x")
     with pytest.raises(UserError, match=message):
         check_source(f"{tmp_path}/{spec}")
 
@@ -217,7 +220,7 @@ def test_an_unknown_scheme_is_refused_with_the_known_ones(spec):
         check_source(spec)
 
 
-@pytest.mark.parametrize("spec", ["hf:", "hf:a/b/c", "hf:a:", "hf:a b"])
+@pytest.mark.parametrize("spec", ["hf:", "hf:a/b/c", "hf:a:", "hf:a b", "hf:a:b:c:d", "hf:a@"])
 def test_a_malformed_data_set_name_is_refused(spec):
     with pytest.raises(UserError, match="hf:NAME:SPLIT"):
         check_source(spec)
@@ -260,10 +263,9 @@ def test_a_file_format_is_one_entry(tmp_path, monkeypatch):
     def rows(path, columns):
         yield from (Row({columns[0]: line}, str(path)) for line in path.read_text().splitlines())
 
-    monkeypatch.setitem(FORMATS, ".txt", FileFormat(rows, 1.0))
-    monkeypatch.setattr("sarm.data.sources.rows.EXTENSIONS", tuple(FORMATS))
-    (tmp_path / "a.txt").write_text("One.\nTwo.")
-    assert texts(tmp_path / "a.txt") == ["One.", "Two."]
+    monkeypatch.setitem(FORMATS, ".letters", FileFormat(rows, 1.0, "letters"))
+    (tmp_path / "a.letters").write_text("One.\nTwo.")
+    assert texts(tmp_path / "a.letters") == ["One.", "Two."]
 
 
 def test_a_data_set_is_streamed_with_its_split(monkeypatch):

@@ -1,7 +1,8 @@
 import pytest
 from tests.data.tokens.chat_families import CHATML, FAMILIES, chat_of, tokenizer_of
 
-from sarm.data.sources.layouts import RawPair, parse_pair
+from sarm.data.sources.layouts.layout import RawPair
+from sarm.data.sources.layouts.registry import parse_pairs
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.data.tokens.templated_text import control_spelled_in, is_rendered_conversation, template_spelled_in
 from sarm.data.tokens.templates import with_system_prompt, without_system_prompt
@@ -41,11 +42,11 @@ def test_control_tokens_are_known_without_a_tokenizer():
 
 def test_pairs_that_were_templated_before_are_left_out_by_name():
     rendered = chat_of("chatml").render(CONVERSATION[:1])
-    assert parse_pair({"prompt": rendered, "chosen": "a", "rejected": "b"}, "") == "already_templated"
-    assert parse_pair({"prompt": "q", "chosen": "[INST] q [/INST] a", "rejected": "b"}, "") == "already_templated"
+    assert parse_pairs({"prompt": rendered, "chosen": "a", "rejected": "b"}, "") == "already_templated"
+    assert parse_pairs({"prompt": "q", "chosen": "[INST] q [/INST] a", "rejected": "b"}, "") == "already_templated"
     mentions = {"prompt": "What does <|im_start|>user mean, and <|im_end|>?", "chosen": "a", "rejected": "b"}
-    assert isinstance(parse_pair(mentions, ""), RawPair)
-    assert parse_pair({"prompt": "q", "chosen": "word " * 2_000_000, "rejected": "b"}, "") == "too_long"
+    assert [type(pair) for pair in parse_pairs(mentions, "")] == [RawPair]
+    assert parse_pairs({"prompt": "q", "chosen": "word " * 2_000_000, "rejected": "b"}, "") == "too_long"
 
 
 PROMPTS = ("Be kind.", 'Say "no"', "a {{ b }} {% c %} {# d #}", "tab\tand\nline \\n", "é 中 😀 '", "</s> <|im_end|>")

@@ -8,6 +8,14 @@ from sarm.settings.checks import UserError
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
+# What the roles of others are here; the turns of tools are named as the reason for which they are left out.
+_SPELLINGS = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool_turn"),
+    "function_call": "tool_call",
+}
 # A tokenizer needs a second and some gigabytes for more, nearly all of which a model's context has no room for.
 MAX_CONTENT_BYTES = 4 << 20
 
@@ -37,13 +45,49 @@ def fault_of(text: str) -> str | None:
 
 
 def read_messages(items: Sequence[Any]) -> list[Message] | str:
-    """Role and content of each message, whatever else it carries left out; or why it is none: `not_text`, `bad_roles`."""
+    """Role and content of each message; or why they are none: `not_text`, `bad_roles`, `null_content`, `part_not_text`, `tool_call`, `tool_turn`.
+
+    Roles and fields may be called as ShareGPT and others call them (`from` and `value`, `human` and `gpt`), and a content may be a list of
+    texts, which are joined. What a stored conversation cannot say is a reason and is not dropped: calls of tools and what tools answered.
+    A `name`, which templates do not write, is left out.
+    """
+    messages: list[Message] = []
     for item in items:
-        if not isinstance(item, dict) or not isinstance(item.get("content"), str):
+        if not isinstance(item, dict):
             return "not_text"
-        if item.get("role") not in ROLES:
+        if any(item.get(call) for call in ("tool_calls", "function_call")):
+            return "tool_call"
+        said = next((item[key] for key in ("role", "from") if item.get(key) is not None), None)
+        if said is None:
+            return "not_text"
+        role = _SPELLINGS.get(said.lower()) if isinstance(said, str) else None
+        if role is None:
             return "bad_roles"
-    return [{"role": item["role"], "content": item["content"]} for item in items]
+        if role in ("tool_turn", "tool_call"):
+            return role
+        content = next((item[key] for key in ("content", "value", "text") if item.get(key) is not None), None)
+        text, reason = _content(content)
+        if reason:
+            return reason
+        messages.append({"role": role, "content": text})
+    return messages
+
+
+def _content(content: Any) -> tuple[str, str | None]:
+    """(the text of a content, why it has none)."""
+    if isinstance(content, str):
+        return content, None
+    if content is None:
+        return "", "null_content"
+    if not isinstance(content, list):
+        return "", "not_text"
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str) or (isinstance(part, dict) and "text" not in str(part.get("type") or "text")):
+            return "", "part_not_text"
+        texts.append(text)
+    return "".join(texts), None
 
 
 def fault_of_content(text: str) -> str | None:

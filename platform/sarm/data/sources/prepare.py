@@ -18,9 +18,9 @@ from sarm.contracts.tables import CONVERSATIONS_TABLE, CORPUS_TABLE, PAIRS_TABLE
 from sarm.data.sources import pairs as pair_sources
 from sarm.data.sources import texts as text_sources
 from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS
-from sarm.data.sources.layouts import RawPair
+from sarm.data.sources.layouts.layout import RawPair
 from sarm.data.sources.near_duplicates import SIMILARITY, Near, near_duplicates, text_of
-from sarm.data.sources.rows import Reject
+from sarm.data.sources.rows import LeftOut, Reject
 from sarm.data.tokens.templated_text import control_spelled_in, template_spelled_in
 from sarm.settings.checks import UserError
 from sarm.settings.data import DataSettings
@@ -91,11 +91,11 @@ def prepare_pairs(data: DataSettings, folder: Path) -> dict[str, Any]:
             f"there is no preference source. Pass --data.pairs with files, a glob, hf:NAME or one of {', '.join(BUILT_IN_PAIRS)}."
         )
     for spec in data.pairs:
-        pair_sources.check_source(spec)
+        pair_sources.check_source(spec, data.column_names)
     tally = Tally()
     pairs: dict[str, dict[str, Any]] = {}
     for spec in data.pairs:
-        for pair in tally.usable(pair_sources.open_pairs(spec, data.max_pairs), spec):
+        for pair in tally.usable(pair_sources.open_pairs(spec, data.max_pairs, data.column_names), spec):
             row = _pair_row(pair, data.heldout_share)
             if row["pair_id"] in pairs:
                 tally.duplicates += 1
@@ -143,6 +143,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.rejected: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
         self.corrupt_files: list[str] = []
         self._first: dict[str, str] = {}
@@ -156,12 +157,15 @@ class Tally:
             if any(found):
                 self.spelled[hashlib.blake2b(text.encode(), digest_size=16).digest()] = found
 
-    def usable(self, records: Iterable[Record | Reject], spec: str) -> Iterator[Record]:
+    def usable(self, records: Iterable[Record | Reject | LeftOut], spec: str) -> Iterator[Record]:
         """The records without the rejects, which are counted, under a progress bar."""
         self.sources[spec] += 0
         # A terminal can be redrawn twice a second; a log should not get a line each time.
         interval = 0.5 if sys.stderr.isatty() else 30.0
         for record in tqdm(records, desc=spec, unit=" rows", mininterval=interval, file=sys.stderr):
+            if isinstance(record, LeftOut):
+                self.left_out[record.reason] += 1
+                continue
             if not isinstance(record, Reject):
                 yield record
                 continue
@@ -175,6 +179,7 @@ class Tally:
         return {
             "duplicates": self.duplicates,
             "rejected": dict(self.rejected),
+            **({"left_out_answers": dict(self.left_out)} if self.left_out else {}),
             "contents_with_control_tokens": sum(control for control, _ in self.spelled.values()),
             "contents_already_templated": sum(templated for _, templated in self.spelled.values()),
             "corrupt_files": self.corrupt_files,

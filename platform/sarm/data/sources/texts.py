@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from sarm.data.sources.built_in import BUILT_IN_TEXTS, RESPONSE_SOURCES
+from sarm.data.sources.containers.column_rows import schema_of
 from sarm.data.sources.conversations import Message, fault_of, fault_of_messages, read_messages, transcript
-from sarm.data.sources.rows import Reject, Row, data_set_rows, file_rows, is_data_set, parquet_schema, source_files
+from sarm.data.sources.files import file_rows, has_columns
+from sarm.data.sources.hub import data_set_rows, is_data_set
+from sarm.data.sources.places import source_files
+from sarm.data.sources.rows import Reject, Row
 from sarm.settings.checks import UserError
 
 _BUILT_IN: Mapping[str, Callable[[], Iterable[Any]]] = ChainMap(BUILT_IN_TEXTS, RESPONSE_SOURCES)
@@ -28,8 +32,8 @@ def check_source(spec: str, text_field: str = "text") -> None:
     Raises UserError.
     """
     for path in source_files(spec, _BUILT_IN):
-        if path.name.endswith(".parquet"):
-            schema = parquet_schema(path)
+        if has_columns(path):
+            schema = schema_of(path)
             if text_field not in schema.names:
                 raise _no_column(str(path), text_field, schema.names)
             kind = schema.field(text_field).type
@@ -42,7 +46,7 @@ def check_source(spec: str, text_field: str = "text") -> None:
 def open_texts(spec: str, text_field: str = "text", limit: int | None = None) -> Iterator[TextRecord | Reject]:
     """The texts of one source in order, at most `limit` of them, and a `Reject` for each row without a usable text.
 
-    `spec` is a path or glob of files of a known format (`rows.FORMATS`), `hf:NAME[:SPLIT]` or one of BUILT_IN_TEXTS. Reasons: `bad_json`, `not_an_object`, `missing_text`, `not_a_string`, `empty`,
+    `spec` is a path, pattern or folder of files of a known format (`files.FORMATS`), a data set (`hub.SYNTAX`) or one of BUILT_IN_TEXTS. Reasons: `bad_json`, `not_an_object`, `missing_text`, `not_a_string`, `empty`,
     `invalid_utf8`, `lone_surrogate`, `nul_byte`, `corrupt_file` (the rows before the damage are kept); of conversations also
     `not_text`, `bad_roles`, `too_long`, `already_templated`.
     Raises UserError, before the first text, for a source that does not exist or has no column `text_field`.
@@ -98,6 +102,9 @@ def _no_column(where: str, text_field: str, columns: Iterable[str]) -> UserError
 def _is_string(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
+    # Its values may be texts, or messages.
+    if isinstance(kind, pa.JsonType):
+        return True
     is_string: bool = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     return is_string
 

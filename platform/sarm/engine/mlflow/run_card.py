@@ -9,6 +9,7 @@ import getpass
 import hashlib
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -146,7 +147,7 @@ def data_set(manifest: Manifest) -> DataSet | None:
     digest = hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest()[:12]
     profile = {key: manifest.counts[key] for key in ("rows", "splits", "prompts") if key in manifest.counts}
     if len(sources) == 1 and sources[0].startswith("hf:"):
-        kind, source = "hf", {"path": sources[0].removeprefix("hf:").partition(":")[0]}
+        kind, source = "hf", {"path": re.split("[:@]", sources[0].removeprefix("hf:"))[0]}
     else:
         kind, source = "local", {"uri": ", ".join(sources)}
     return DataSet(

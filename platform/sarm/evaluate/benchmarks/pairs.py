@@ -6,7 +6,7 @@ Every (correct, wrong) pair of a row counts 1, 1/2 at an equal score, or 0; a ro
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sarm.data.sources.layouts import parse_pair
+from sarm.data.sources.layouts.registry import parse_pairs
 from sarm.evaluate.benchmarks.benchmark import Benchmark, Parsed
 from sarm.evaluate.benchmarks.fields import Fault
 from sarm.evaluate.benchmarks.rows import Observations, ScoredRow, collect
@@ -14,11 +14,16 @@ from sarm.evaluate.statistics import pair_credit
 
 
 def parse(fields: Mapping[str, Any]) -> Parsed:
-    """chosen, rejected (texts with a prompt, or conversations that share one), subset."""
-    pair = parse_pair(fields, "")
-    if isinstance(pair, str):
-        raise Fault(pair)
-    return Parsed(pair.prompt, [pair.chosen], [pair.rejected], pair.subset or "")
+    """A row in any of the layouts of training, subset. Of several answers each correct one has to be compared with each wrong one."""
+    pairs = parse_pairs(fields, "")
+    if isinstance(pairs, str):
+        raise Fault(pairs)
+    chosen, rejected = (
+        list(dict.fromkeys(texts)) for texts in zip(*((pair.chosen, pair.rejected) for pair in pairs), strict=True)
+    )
+    if len(pairs) != len(chosen) * len(rejected) or not set(chosen).isdisjoint(rejected):
+        raise Fault("ranked_answers")
+    return Parsed(pairs[0].prompt, chosen, rejected, pairs[0].subset or "")
 
 
 def observe(rows: Sequence[ScoredRow]) -> Observations:

@@ -1,7 +1,6 @@
-"""Where a benchmark's rows are: JSONL, JSON and Parquet files (also packed), globs of them, or a Hugging Face data set."""
+"""Where a benchmark's rows are: files as training takes them, patterns and folders of them, or a Hugging Face data set."""
 
 import glob
-import gzip
 import hashlib
 import json
 import re
@@ -10,13 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sarm.contracts.ids import hash_share, prompt_key_of
-from sarm.data.sources.rows import EXTENSIONS, Reject, Row, data_set_rows, file_rows, is_data_set, source_files
+from sarm.data.sources.files import extension_of, file_rows
+from sarm.data.sources.hub import data_set_rows, is_data_set
+from sarm.data.sources.places import source_files
+from sarm.data.sources.rows import Reject, Row
 from sarm.evaluate.benchmarks.benchmark import BadRow, BenchmarkRow
 from sarm.evaluate.benchmarks.reading import read_benchmark
 from sarm.evaluate.benchmarks.registry import benchmark_named
 from sarm.settings.checks import UserError
 
-_JSON = (".json", ".json.gz")
 # Below this share of usable rows a figure would speak of another benchmark than its name says.
 _USABLE_SHARE = 0.5
 
@@ -59,13 +60,13 @@ def parse_source(text: str) -> Source:
     if not _is_file(place) and re.fullmatch(r"[\w.-]+/[\w.-]+", place):
         place = f"hf:{place}:{public.rpartition(':')[2] or 'test'}"
     if not is_data_set(place):
-        _files(place)
+        source_files(place, ())
     return Source(name, place)
 
 
 def _is_file(place: str) -> bool:
     """Whether the place is meant as a file, there or not."""
-    return place.endswith((*_JSON, *EXTENSIONS)) or glob.has_magic(place) or Path(place).expanduser().exists()
+    return bool(extension_of(place)) or glob.has_magic(place) or Path(place).expanduser().exists()
 
 
 def load_benchmark(source: Source, limit: int | None, allow_partial: bool) -> Loaded:
@@ -103,32 +104,5 @@ def _rows(place: str) -> Iterator[Row | Reject]:
     if is_data_set(place):
         yield from data_set_rows(place)
         return
-    for path in _files(place):
-        yield from _json_rows(path) if path.name.endswith(_JSON) else file_rows(path)
-
-
-def _files(place: str) -> list[Path]:
-    path = Path(place).expanduser()
-    named = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-    if named and all(file.name.endswith(_JSON) for file in named):
-        return named
-    return source_files(place, ())
-
-
-def _json_rows(path: Path) -> Iterator[Row | Reject]:
-    """The objects of a file that holds one JSON list of them."""
-    try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
-            found = json.load(file)
-    except (ValueError, RecursionError):
-        yield Reject("bad_json", str(path))
-        return
-    except (OSError, EOFError):
-        yield Reject("corrupt_file", str(path))
-        return
-    if not isinstance(found, list):
-        yield Reject("not_a_list", str(path))
-        return
-    for number, fields in enumerate(found):
-        where = f"{path} row {number}"
-        yield Row(fields, where) if isinstance(fields, dict) else Reject("not_an_object", where)
+    for path in source_files(place, ()):
+        yield from file_rows(path)

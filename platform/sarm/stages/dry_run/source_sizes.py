@@ -146,7 +146,7 @@ def _pairs(data: DataSettings) -> Pairs | str | None:
                 return spec
             rows, each = float(data.max_pairs), 500.0
         else:
-            rows, characters = _pair_files(spec)
+            rows, characters = _pair_files(spec, data.column_names)
             each = characters / max(1.0, rows) / CHARACTERS_A_TOKEN
         kept = min(rows, data.max_pairs or rows)
         count, tokens = count + kept, tokens + kept * each
@@ -164,7 +164,7 @@ def _basis(specs: tuple[str, ...]) -> str:
 
 def _text_files(spec: str, text_field: str) -> tuple[float, float]:
     """(rows, characters) of a path or glob."""
-    from sarm.data.sources.rows import source_files
+    from sarm.data.sources.places import source_files
     from sarm.data.sources.texts import TextRecord, open_texts
 
     files = source_files(spec, ())
@@ -172,13 +172,13 @@ def _text_files(spec: str, text_field: str) -> tuple[float, float]:
     return _scaled(files, (len(row.text) for row in rows if isinstance(row, TextRecord)), _AROUND_A_TEXT)
 
 
-def _pair_files(spec: str) -> tuple[float, float]:
-    from sarm.data.sources.layouts import RawPair
+def _pair_files(spec: str, columns: dict[str, str]) -> tuple[float, float]:
+    from sarm.data.sources.layouts.layout import RawPair
     from sarm.data.sources.pairs import open_pairs
-    from sarm.data.sources.rows import source_files
+    from sarm.data.sources.places import source_files
 
     files = source_files(spec, ())
-    rows = islice(open_pairs(str(files[0])), _SAMPLED_ROWS)
+    rows = islice(open_pairs(str(files[0]), columns=columns), _SAMPLED_ROWS)
     lengths = (
         sum(len(message["content"]) for message in row.prompt) + len(row.chosen) + len(row.rejected)
         for row in rows
@@ -189,7 +189,7 @@ def _pair_files(spec: str) -> tuple[float, float]:
 
 def _scaled(files: list[Path], lengths: Iterator[int], around: int) -> tuple[float, float]:
     """(rows, characters) of all files, from the characters of the first rows and the bytes of the files."""
-    from sarm.data.sources.rows import format_of
+    from sarm.data.sources.files import format_of
 
     found = list(lengths)
     if not found:
