@@ -32,7 +32,7 @@ BAD = {
     "missing id": (rb2(None), "missing id"),
     "no completion": (rb2(1) | {"rejected": []}, "rejected is not a list of texts"),
     "a number": (rb2(1) | {"rejected": [3]}, "rejected is not a list of texts"),
-    "empty completion": (rb2(1) | {"rejected": ["bad", " "]}, "empty text"),
+    "empty prompt": (rb2(1, prompt=" "), "empty text"),
     "unknown subset": (rb2(1, subset="Chess"), "unknown subset 'Chess'"),
     "another count": (rb2(1, num_correct=2), "num_correct is 2, chosen has 1"),
     "two correct": (rb2(1, chosen=2), "chosen has 2 completions, expected 1"),
@@ -55,6 +55,22 @@ def test_an_id_may_repeat_across_subsets_but_not_within_one():
     good, bad = read("reward_bench_2", rb2(1), rb2(1, "Math"), rb2(1))
     assert [row.subset for row in good] == ["Safety", "Math"]
     assert bad[0].reason == "repeated id 1"
+
+
+def test_an_empty_completion_is_scored_as_the_official_codes_do_and_left_out_of_own_pairs():
+    (row,), bad = read("reward_bench_2", rb2(1) | {"rejected": ["bad", "", " "]})
+    assert (row.completions, bad) == (("good 0", "bad", "", " "), [])
+    pair = {"id": 1, "prompt": "q", "chosen": "a", "rejected": "", "subset": "donotanswer"}
+    (row,), _ = read("reward_bench", pair)
+    assert row.completions == ("a", "")
+    assert [one.reason for one in read("pairs", pair)[1]] == ["empty_answer"]
+
+
+def test_own_pairs_of_several_answers_compare_each_correct_one_with_each_wrong_one():
+    (row,), _ = read("pairs", {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c"]})
+    assert (row.completions, row.num_correct) == (("a", "b", "c"), 2)
+    ranked = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [3, 2, 1]}
+    assert [one.reason for one in read("pairs", ranked)[1]] == ["ranked_answers"]
 
 
 def test_rm_bench_rows_need_three_styles_and_take_their_domain_before_their_subset():

@@ -203,7 +203,7 @@ def test_a_layout_is_one_entry_read_told_apart_by_columns_and_named_in_errors(tm
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     spec = str(tmp_path / "a.parquet")
     assert list(open_pairs(spec)) == [pair()._replace(source=spec)]
-    with pytest.raises(UserError, match=r"it has replies. Near layouts are question \+ answers or replies, or"):
+    with pytest.raises(UserError, match=r"it has replies. Near layouts are question \+ answers or replies\."):
         open_pairs(write(tmp_path / "b.jsonl", {"replies": "x"}))
 
 

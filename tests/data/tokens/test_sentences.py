@@ -24,6 +24,14 @@ def test_stops_end_sentences():
     assert sentences("It rains. Really? Yes! Good.") == ["It rains.", "Really?", "Yes!", "Good."]
 
 
+def test_rarer_stops_and_spaces_of_no_width_are_known():
+    assert sentences("What‽ Really⁉ So⁈ Yes‼ Good.") == ["What‽", "Really⁉", "So⁈", "Yes‼", "Good."]
+    assert sentences("全角．次の文．") == ["全角．", "次の文．"]
+    assert sentences("Τι κάνεις\u037e Καλά.") == ["Τι κάνεις\u037e", "Καλά."]
+    assert sentence_ends("One.\u200bTwo.\ufeffThree.") == [3, 8, 15]
+    assert sentence_ends("He met Mr.\u200bHill.") == [15]
+
+
 def test_runs_of_stops_end_one_sentence():
     assert sentences("What?! No!!! Fine.") == ["What?!", "No!!!", "Fine."]
 

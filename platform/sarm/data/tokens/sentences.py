@@ -10,13 +10,15 @@ from collections.abc import Sequence
 
 # A run of stops with the quotes, brackets, emphasis and footnote marks that close behind it; or a blank line.
 _STOP = re.compile(
-    r"""(?P<stop>[.!?…]+|[。！？｡।॥؟۔։።။]+)(?P<close>(?:["'”’»)\]}」』】〉》*_`]|\[\d{1,3}\])*)|(?P<blank>\n[^\S\n]*\n)"""
+    r"""(?P<stop>[.!?…‽⁇⁈⁉‼]+|[。！？．｡।॥؟۔։።။\u037e]+)(?P<close>(?:["'”’»)\]}」』】〉》*_`]|\[\d{1,3}\])*)|(?P<blank>\n[^\S\n]*\n)"""
 )
 _PUNCTUATION = re.compile(r"[.,?!;\n](?:\s*[.,?!;\n])*")
-_FOREIGN_STOPS = frozenset("。！？｡।॥؟۔։።။")
+_FOREIGN_STOPS = frozenset("。！？．｡।॥؟۔։።။\u037e")
 _QUOTES = frozenset("\"'”’»)")
 _WORD = re.compile(r"\w")
-_NOT_SPACE = re.compile(r"\S")
+# Characters of no width stand where a space could.
+_NO_WIDTH = "\u200b\u2060\ufeff"
+_NOT_SPACE = re.compile(rf"[^\s{_NO_WIDTH}]")
 _OPENING = "\"'“‘«([{*_"
 
 # Longest look back or ahead for a word: longer "words" are no abbreviations.
@@ -50,7 +52,7 @@ _STARTERS = _words(
 def sentence_ends(text: str) -> list[int]:
     """Index of the last character of each sentence, increasing; closing quotes and brackets belong to the sentence.
 
-    Stops (`.` `!` `?`, CJK, Indic, Arabic, Armenian, Ethiopic and Burmese ones) end a sentence unless they sit in an abbreviation, initial, number,
+    Stops (`.` `!` `?` and their ligatures, CJK, Indic, Arabic, Armenian, Ethiopic, Burmese ones and the Greek question mark) end a sentence unless they sit in an abbreviation, initial, number,
     address, file name or ellipsis; so does a blank line. A tail without a stop is not a sentence. Time is linear in the text.
     """
     ends: list[int] = []
@@ -127,7 +129,7 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
         return True
     following = text[behind : behind + 1]
     # Scripts without spaces and emoji may follow at once; anything else glued on is a number, an address, a file name.
-    if following and not following.isspace() and following < "\u2e80":
+    if following and not following.isspace() and following not in _NO_WIDTH and following < "\u2e80":
         return False
     ahead = _NOT_SPACE.search(text, behind, behind + _REACH)
     if ahead is None or text.count("\n", behind, ahead.start()) > 1:
@@ -135,7 +137,7 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
         return not (stop == "." and _is_list_number(text, match.start()))
     next_word = text[ahead.start() : ahead.start() + _REACH].lstrip(_OPENING)
     goes_on = next_word[:1].islower()
-    if "!" in stop or "?" in stop:
+    if any(mark in stop for mark in "!?‽⁇⁈⁉‼"):
         return not (goes_on and any(letter in _QUOTES for letter in close))
     if len(stop) > 1 or stop == "…":
         return not goes_on

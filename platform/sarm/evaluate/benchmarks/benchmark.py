@@ -92,6 +92,8 @@ class Benchmark:
     mean: Callable[[str, Sequence[float]], float] = plain_mean
     data_set: str = ""
     """The public data set, `hf:NAME:SPLIT`; empty for a user's own data."""
+    scores_empty: bool = False
+    """Whether an empty completion is scored, as the official code does it, and its row not left out."""
     subsets: Mapping[str, int] | None = None
     """Its subsets with their published number of rows. None: any subset, and rows need no id."""
     fault: Callable[[Parsed, str], str | None] = lambda parsed, row_id: None

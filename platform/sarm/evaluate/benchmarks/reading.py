@@ -66,8 +66,11 @@ def _row(benchmark: Benchmark, row: Row, number: int) -> BenchmarkRow:
     prompt, chosen, rejected, subset = parsed
     if benchmark.subsets is not None and subset not in benchmark.subsets:
         raise Fault(f"unknown subset {subset[:40]!r}")
-    for text in (*(message["content"] for message in prompt), *chosen, *rejected):
-        if reason := fault_of_content(text):
+    for text, may_be_empty in (
+        *((message["content"], False) for message in prompt),
+        *((text, benchmark.scores_empty) for text in (*chosen, *rejected)),
+    ):
+        if (reason := fault_of_content(text)) and not (reason == "empty" and may_be_empty):
             raise Fault(f"{reason} text")
     identifier = row.fields.get("id")
     if identifier is None and benchmark.subsets is not None:

@@ -66,5 +66,6 @@ REWARD_BENCH = Benchmark(
     observe=observe,
     combine=combine,
     data_set="hf:allenai/reward-bench:filtered",
+    scores_empty=True,
     subsets=SUBSETS,
 )

@@ -183,6 +183,7 @@ REWARD_BENCH_2 = Benchmark(
     combine=combine,
     mean=_mean,
     data_set="hf:allenai/reward-bench-2:test",
+    scores_empty=True,
     subsets=SUBSETS,
     fault=_fault,
     partner=_partner,

@@ -77,6 +77,7 @@ RM_BENCH = Benchmark(
     observe=observe,
     combine=combine,
     data_set="hf:THU-KEG/RM-Bench:train",
+    scores_empty=True,
     subsets={"chat": 129, "math": 529, "code": 228, "safety-refuse": 284, "safety-response": 157},
     pooled_sizes=_pooled_sizes,
     controls=(

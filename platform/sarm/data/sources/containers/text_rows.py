@@ -115,12 +115,12 @@ def _list_rows(where: str, chunks: Iterator[bytes]) -> Iterator[Row | Reject]:
             try:
                 fields, end = parse(text, place)
             except (ValueError, RecursionError):
-                end = len(text)
+                end = -1
             # A number may go on in the next chunk.
-            if end >= len(text) and not is_last:
+            if end in (-1, len(text)) and not is_last:
                 break
             at = f"{where} row {number}"
-            if end >= len(text):
+            if end < 0:
                 yield Reject("bad_json", at)
                 return
             yield Row(fields, at) if isinstance(fields, dict) else Reject("not_an_object", at)

@@ -60,11 +60,9 @@ class Layout(NamedTuple):
         """Every column that is read."""
         return frozenset({name for names in (*self.needs, self.may_have) for name in names})
 
-    def in_words(self) -> str:
-        """The columns, as messages and the documentation write them."""
-        return " + ".join(" or ".join(names) for names in self.needs) + "".join(
-            f" (+ {name})" for name in self.may_have
-        )
+    def needed(self) -> str:
+        """The columns that it needs, as messages write them."""
+        return " + ".join(" or ".join(names) for names in self.needs)
 
 
 def present(fields: Fields, *names: str) -> Any:
