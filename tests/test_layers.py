@@ -288,6 +288,7 @@ ANSWERS = [
     (ROOT / "jobs" / "rate.py", ["--help"]),
     (ROOT / "jobs" / "ui.py", ["--help"]),
     (ROOT / "jobs" / "interpret.py", ["contexts", "--judging.judges", "m@http://h:1/v1", "--dry-run"]),
+    (ROOT / "jobs" / "prepare_data.py", ["--inspect", "x", "--help"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--benchmarks", "rm_bench", "--dry-run"]),
 ]

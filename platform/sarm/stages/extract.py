@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from sarm.contracts.tables import SENTENCE, activations_table
 from sarm.data.formats.models import check_model, model_folder
+from sarm.data.sources.pair_notes import truncation_note
 from sarm.data.store.blocks import plan_blocks
 from sarm.data.store.pairs import PAIR_COLUMNS, of_split, pair_numbers
 from sarm.data.tokens.chat import ChatTokenizer
@@ -160,6 +161,8 @@ class _Extraction:
             child.log_table(rows, "rejected.json")
         if num := counts.get("contents_with_control_tokens"):
             say(f"{self.name}: {num:,} contents spell control tokens, which are encoded as text")
+        if note := truncation_note(counts.get("truncated", 0), counts.get("rows", 0), self.model.max_length):
+            say(f"{self.name}: {note}")
         if target.unit == TURN_END and SENTENCE not in counts.get("kinds", {}):
             say(_no_sentences(self.extraction))
         return plan.with_figures(

@@ -1,8 +1,11 @@
 """Sources -> corpus/v1, pairs/v1 and responses/v1."""
 
+from typing import Any
+
 from sarm.data.sources.prepare import prepare_corpus, prepare_pairs
 from sarm.data.sources.responses import prepare_responses
 from sarm.engine.session import Session
+from sarm.engine.terminal import say
 from sarm.settings.data import DataSettings
 from sarm.stages import plan
 
@@ -25,7 +28,7 @@ def prepare(session: Session, data: DataSettings) -> None:
         "prepare pairs",
         pairs,
         lambda _: plan.with_figures(
-            prepare_pairs(data, pairs.folder), "rows", "prompts", "near_duplicate_prompts", _SPELLED
+            _told(prepare_pairs(data, pairs.folder)), "rows", "prompts", "near_duplicate_prompts", _SPELLED
         ),
     )
     if data.responses:
@@ -41,3 +44,15 @@ def prepare(session: Session, data: DataSettings) -> None:
                 _SPELLED,
             ),
         )
+
+
+def _told(counts: dict[str, Any]) -> dict[str, Any]:
+    """The counts of pairs, after what a reader looks for first, and should know of them, was printed."""
+    splits = counts["splits"]
+    rejected = ", ".join(f"{number:,} {reason}" for reason, number in counts["rejected"].items())
+    say(
+        f"pairs: {counts['rows']:,} of {counts['prompts']:,} prompts, {splits['train']:,} to train on and {splits['heldout']:,} held out; rejected rows: {rejected or 'none'}"
+    )
+    for note in counts.pop("notes"):
+        say(f"pairs: {note}")
+    return counts

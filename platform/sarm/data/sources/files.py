@@ -8,9 +8,10 @@ from typing import IO
 
 from sarm.data.sources.containers.archive_rows import tar_rows, zip_rows
 from sarm.data.sources.containers.column_rows import arrow_rows, parquet_rows
+from sarm.data.sources.containers.damage import DAMAGE
 from sarm.data.sources.containers.packing import PACKINGS, chunks_of
 from sarm.data.sources.containers.text_rows import csv_rows, json_rows, txt_rows
-from sarm.data.sources.rows import DAMAGE, FileFormat, Reject, Row
+from sarm.data.sources.rows import FileFormat, Reject, Row
 
 Streamed = Callable[[str, Iterator[bytes]], Iterator[Row | Reject]]
 # What stands beside data and holds none, in folders and in archives.

@@ -97,7 +97,8 @@ def _see_pairs(seen: Seen, spec: str, columns: Mapping[str, str], limit: int) ->
         if isinstance(outcome, Reject):
             seen.reject(outcome.reason, outcome.where)
             continue
-        seen.layouts[outcome.layout] += bool(outcome.layout)
+        if outcome.layout:
+            seen.layouts[outcome.layout] += 1
         if outcome.reason is not None:
             seen.reject(outcome.reason, outcome.where)
             continue

@@ -20,6 +20,7 @@ from sarm.data.sources import texts as text_sources
 from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS
 from sarm.data.sources.layouts.layout import RawPair
 from sarm.data.sources.near_duplicates import SIMILARITY, Near, near_duplicates, text_of
+from sarm.data.sources.pair_notes import notes_on
 from sarm.data.sources.rows import LeftOut, Reject
 from sarm.data.tokens.templated_text import control_spelled_in, template_spelled_in
 from sarm.settings.checks import UserError
@@ -84,7 +85,7 @@ def prepare_pairs(data: DataSettings, folder: Path) -> dict[str, Any]:
     A prompt falls into `train` or `heldout` by the hash of its normalised text (`schema.normalised`), with all its pairs. Pairs that
     stand in both directions are dropped both. Held-out prompts that are nearly a training prompt stay, and `near_duplicates.json` names them. Returns counts
     as `prepare_corpus` does, with `contradictory`, `over_prompt_cap`, `prompts`, rows by split, and held-out prompts and pairs that are near-duplicates.
-    Raises UserError, before anything is written, if a source is unusable or a split would be empty.
+    `notes` are sentences that whoever trains on the pairs should read. Raises UserError, before anything is written, if a source is unusable or a split would be empty.
     """
     if not data.pairs:
         raise UserError(
@@ -135,6 +136,7 @@ def prepare_pairs(data: DataSettings, folder: Path) -> dict[str, Any]:
         "contradictory": len(contradictory),
         "over_prompt_cap": len(ordered) - len(kept),
         **tally.counts(),
+        "notes": notes_on(kept).sentences(),
     }
 
 

@@ -1,20 +1,12 @@
 """Rows as sources give them. What is wrong with one row is a `Reject`, a value that the reader counts; what is wrong with a source is a UserError."""
 
-import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from lzma import LZMAError
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import pyarrow as pa
 
 CHUNK_BYTES = 1 << 16
 # A row is held in memory whole.
 MAX_LINE_BYTES = 1 << 26
-# What a file that breaks off, or was damaged, raises while it is read.
-DAMAGE = (OSError, EOFError, zlib.error, LZMAError, pa.ArrowException, tarfile.TarError, zipfile.BadZipFile)
 
 
 class Reject(NamedTuple):

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from sarm.data.sources.containers.damage import DAMAGE
 from sarm.data.sources.containers.packing import ChunkFile, chunks_of, packing_of
-from sarm.data.sources.rows import DAMAGE, Reject, Row
+from sarm.data.sources.rows import Reject, Row
 
 ReadMember = Callable[[str, str, IO[bytes]], "Iterator[Row | Reject] | None"]
 # These `tarfile` cannot unpack itself.

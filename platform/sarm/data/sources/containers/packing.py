@@ -1,4 +1,4 @@
-"""Packed files as streams of bytes, by the end of their names; a damaged one raises what `rows.DAMAGE` lists, after what came before."""
+"""Packed files as streams of bytes, by the end of their names; a damaged one raises what `damage.DAMAGE` lists, after what came before."""
 
 import bz2
 import gzip

@@ -1,0 +1,76 @@
+"""`prepare_data --inspect`: what a source is taken for, its rows by reason, and examples with the rewarded token; nothing is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sarm.data.sources.inspection import inspect_source
+from sarm.settings.checks import UserError
+from sarm.settings.inspection import ColumnNames, Inspecting, Template
+from sarm.stages.inspect_source import inspect
+
+GOOD = {"prompt": "Hi\x1b[31m?", "response_0": "No.", "response_1": "Yes.", "better_response_id": 1, "category": "x"}
+
+
+def shown(capsys: pytest.CaptureFixture[str], **settings: object) -> str:
+    inspect(Inspecting(**settings))  # type: ignore[arg-type]
+    return capsys.readouterr().out
+
+
+def lines(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_preferences_are_shown_with_container_layout_reasons_and_the_rewarded_token(tmp_path, capsys):
+    spec = lines(tmp_path / "a.jsonl", GOOD, {**GOOD, "better_response_id": None}, {"prompt": "x"}, [1], GOOD)
+    before = sorted(tmp_path.iterdir())
+    said = shown(capsys, inspect=spec, examples=1)
+    assert sorted(tmp_path.iterdir()) == before
+    for words in (
+        "container JSON, 1 file", "columns   prompt, response_0, response_1, better_response_id", "taken for preferences",
+        "layout    SafeRLHF (3 rows)", "chosen: the response of `safer_response_id`", "rows      5, all that there are", "used      2 rows, 2 pairs",
+        f"1 no_preference, first {spec}:2", f"1 unknown_layout, first {spec}:3", f"1 not_an_object, first {spec}:4",
+        "Yes.⟦<|im_end|>⟧", "No.⟦<|im_end|>⟧",
+    ):  # fmt: skip
+        assert words in said, words
+    assert said.count("--- chosen") == 1
+    assert "\x1b" not in said, "a terminal would act on it"
+
+
+def test_only_so_many_rows_are_looked_at(tmp_path):
+    spec = lines(tmp_path / "a.jsonl", *[GOOD] * 30)
+    seen = inspect_source(spec, {}, "text", 10)
+    assert (seen.num_rows, seen.is_whole, seen.num_used) == (10, False, 10)
+    assert inspect_source(spec, {}, "text", 30).is_whole
+
+
+def test_the_template_of_a_model_says_what_it_refuses_and_cuts(tmp_path, capsys):
+    spec = lines(tmp_path / "a.jsonl", {**GOOD, "prompt": "word " * 200}, GOOD)
+    said = shown(capsys, inspect=spec, model=Template(name="tiny:llama", max_length=64))
+    assert "4 answers encoded, 2 cut at 64 tokens; refused: none" in said
+    assert "chosen (its beginning is cut off)" in said
+    assert "⟦<|im_end|>⟧" in said
+
+
+def test_columns_under_other_names_and_texts_and_conversations_are_shown(tmp_path, capsys):
+    spec = lines(tmp_path / "a.jsonl", {"q": "Hi?", "good": "Yes.", "bad": "No."})
+    with pytest.raises(UserError, match=r"it has q, good, bad.*--data.columns"):
+        inspect(Inspecting(inspect=spec))
+    said = shown(capsys, inspect=spec, data=ColumnNames(columns="prompt=q,chosen=good,rejected=bad"))
+    assert "used      1 rows, 1 pairs" in said
+    assert "taken for texts" in shown(capsys, inspect="tiny:texts", rows=3)
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    spec = lines(tmp_path / "b.jsonl", {"messages": turns})
+    said = shown(capsys, inspect=spec, data=ColumnNames(text_field="messages"))
+    assert "taken for conversations" in said
+    assert "--- answer" in said
+    with pytest.raises(UserError, match=r"no column 'text'; it has messages. Pass --data.text-field messages"):
+        inspect(Inspecting(inspect=spec))
+
+
+@pytest.mark.parametrize("spec", ["nothing.csv", "hf:a b", "s3://bucket/x"])
+def test_a_source_that_is_not_there_is_one_line(spec):
+    with pytest.raises(UserError):
+        inspect(Inspecting(inspect=spec))
