@@ -192,7 +192,8 @@ def _(world: World) -> None:
 
 @row(41, "CSV ragged, BOM, other delimiter")
 def _(world: World) -> None:
-    prepare(world, "unknown extension", ".jsonl", texts=world.file("a.csv", "text;b\n1;2;3\n"))
+    prepare(world, "1 ragged_row, first", "a.csv:2", texts=world.file("a.csv", "\ufefftext;b\n1;2;3\n"), whole=True)
+    prepare(world, "unknown extension", ".csv", texts=world.file("a.xlsx", "x"))
     ended = world.job("rate", world.tmp, "--filled", world.file("a.csv", "latent;rating\n1;2\n"), "--out", world.out)
     assert (ended.code, "manifest.json" in ended.err) == (2, True)
 

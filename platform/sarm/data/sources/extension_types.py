@@ -89,13 +89,13 @@ def _extension_names(message: bytes) -> Iterator[str]:
 
 def _followed(message: bytes, table: int, slot: int) -> int | None:
     """Where the slot of a table points to; None where it is empty."""
-    vtable = table - struct.unpack_from("<i", message, table)[0]
+    vtable = table - int(struct.unpack_from("<i", message, table)[0])
     if vtable < 0:
         raise ValueError("a table outside of the message")
-    size = struct.unpack_from("<H", message, vtable)[0]
+    size = int(struct.unpack_from("<H", message, vtable)[0])
     if 4 + 2 * slot >= size:
         return None
-    offset = struct.unpack_from("<H", message, vtable + 4 + 2 * slot)[0]
+    offset = int(struct.unpack_from("<H", message, vtable + 4 + 2 * slot)[0])
     if not offset:
         return None
     place = table + offset
