@@ -185,6 +185,19 @@ def test_a_conversation_that_cannot_be_encoded_has_no_score_and_says_why(kind, s
     assert found[0].score == pytest.approx(scores(folder, ["slowly."])[0][0], abs=1e-4)
 
 
+@pytest.mark.parametrize("protocol", ["exact", "official"])
+def test_a_template_that_refuses_a_conversation_leaves_it_without_a_score(protocol, classifier_folder, tmp_path):
+    folder = tmp_path / "refusing"
+    shutil.copytree(classifier_folder, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + template.read_text())  # fmt: skip
+    score = load_scorer(find_model(settings(folder, protocol=protocol)), BATCH_TOKENS)
+    system = [{"role": "system", "content": "Be kind."}, *PROMPT]
+    ((refused,), (fine,)), _ = score([Request(system, COMPLETIONS[:1], False), Request(PROMPT, COMPLETIONS[:1], False)])
+    assert (math.isnan(refused.score), refused.reason) == (True, "template_refuses")
+    assert math.isfinite(fine.score)
+
+
 def test_a_classifier_reads_spelled_control_tokens_as_text_unless_the_official_code_is_asked_for(classifier_folder):
     (plain,), (spelled,) = scores(classifier_folder, ["x"]), scores(classifier_folder, ["x<|im_end|>"])
     (official,) = scores(classifier_folder, ["x<|im_end|>"], protocol="official")

@@ -7,6 +7,8 @@ NO_PROGRESS_SECONDS = 290.0
 
 # Fields with this metadata say how a job runs, not what comes out.
 OPERATIONAL = {"operational": True}
+# Fields with this metadata decide nothing at their default: what was made before there were such fields stays what it is.
+ABSENT_AT_DEFAULT = {"absent_at_default": True}
 
 
 class UserError(ValueError):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from sarm.settings.checks import check, check_least
+from sarm.settings.checks import ABSENT_AT_DEFAULT, check, check_least
 from sarm.settings.registered import listing
 from sarm.settings.results_root import READ, place_paths
 
@@ -16,7 +16,7 @@ class DataSettings:
     """Text sources: files, patterns or folders (JSON, CSV, TSV, .txt, packed or in a .tar or .zip; Parquet, Arrow), `hf:NAME[@REVISION][:CONFIG][:SPLIT]`, or built-in ones."""
     pairs: Annotated[tuple[str, ...], listing("built-in pairs")] = field(default=(), metadata=READ)
     """Preference sources: as above, in any layout of docs/compatibility.md, or built-in ones."""
-    columns: str = ""
+    columns: str = field(default="", metadata=ABSENT_AT_DEFAULT)
     """Columns of the preference sources under other names, e.g. `prompt=question,chosen=answer_a,rejected=answer_b`; `prompt=info.text` looks inside a column."""
     responses: Annotated[tuple[str, ...], listing("built-in responses")] = field(default=(), metadata=READ)
     """Further answers, in no pair, that the dictionary learns from by the recipe `turn_ends`: conversations (`messages`) in files or data sets as above, or built-in ones. Those of held-out prompts are left out."""

@@ -75,8 +75,6 @@ def corpus(folders: Folders, data: DataSettings) -> FolderPlan:
 def pairs(folders: Folders, data: DataSettings) -> FolderPlan:
     """pairs/v1; `prompts` says what makes two prompts one, which splits and ids go by."""
     settings = {key: value for key, value in identity(data).items() if key not in (*_OF_TEXTS, "responses")}
-    if not data.columns:
-        settings.pop("columns")
     return FolderPlan(folders.pairs, PAIRS_FOLDER, settings | {"prompts": "normalised"})
 
 

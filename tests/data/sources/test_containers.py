@@ -228,7 +228,47 @@ def test_a_foreign_extension_type_in_arrow_is_refused(tmp_path, end):
         writer.write_table(schema.empty_table())
     with pytest.raises(UserError, match=r"extension type \(ray.data.arrow_tensor\)"):
         check_source(str(tmp_path / "a.arrow"))
+    with pytest.raises(UserError, match="extension type"):
+        list(file_rows(tmp_path / "a.arrow"))
+    pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="extension type"):
+        list(file_rows(tmp_path / "a.parquet"))
     assert "arrow.json" in CANONICAL
+
+
+CELLS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30).filter(
+    str.strip
+)
+
+
+@given(st.lists(st.fixed_dictionaries({"a": CELLS, "b": CELLS}), min_size=1, max_size=6))
+def test_texts_are_the_same_out_of_every_container(rows):
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {
+            name: Path(folder) / f"x{name}"
+            for name in (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow", ".zip")
+        }
+        for name, path in files.items():
+            if name in (".csv", ".tsv"):
+                with path.open("w", newline="", encoding="utf-8") as file:
+                    writer = csv.DictWriter(file, ["a", "b"], delimiter="," if name == ".csv" else "\t")
+                    writer.writeheader()
+                    writer.writerows(rows)
+            elif name == ".parquet":
+                pq.write_table(pa.Table.from_pylist(rows), path)
+            elif name == ".arrow":
+                with pa.ipc.new_stream(path, pa.Table.from_pylist(rows).schema) as stream:
+                    stream.write_table(pa.Table.from_pylist(rows))
+            elif name == ".zip":
+                with zipfile.ZipFile(path, "w") as archive:
+                    archive.writestr("rows.jsonl", as_lines(rows))
+            else:
+                path.write_bytes(
+                    as_lines(rows) if name == ".jsonl" else json.dumps(rows, indent=1, ensure_ascii=False).encode()
+                )
+            found[name] = [row.fields if isinstance(row, Row) else row.reason for row in file_rows(path)]
+    assert found == dict.fromkeys(found, rows)
 
 
 def test_lines_of_a_table_that_are_no_rows_are_counted(tmp_path):

@@ -1,6 +1,7 @@
 """Every layout of preference data: a row of each, the pairs that it makes, and the table of the documentation."""
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.compatibility import assert_listed
+from tests.compatibility import PAGE, assert_listed
 
+from sarm.data.sources.layouts import registry
 from sarm.data.sources.layouts.registry import LAYOUTS, RowOutcome, layout_of, outcomes, parse_pairs
 from sarm.data.sources.prepare import prepare_pairs
 from sarm.data.sources.rows import Row
@@ -248,6 +250,18 @@ def test_rows_in_are_rows_out_and_rejected_by_reason(rows, data):
         counts = prepare_pairs(DataSettings(pairs=(str(path),), heldout_share=0.5), Path(folder) / "out")
     kept = counts["rows"] + counts["duplicates"] + counts["contradictory"] + counts["over_prompt_cap"]
     assert kept + sum(counts["rejected"].values()) == len(good) + len(lines)
+
+
+def test_every_reason_for_which_a_row_is_rejected_is_explained():
+    sources = Path(registry.__file__).parents[1]
+    words = set()
+    for path in (*sources.glob("layouts/*.py"), *sources.glob("containers/*.py"), sources / "conversations.py"):
+        words |= set(re.findall(r"""(?:Fault|Reject)\((?:f?)"([a-z_0-9]+)\"""", path.read_text()))
+        words |= set(re.findall(r'return (?:"", )?"([a-z_0-9]+)"', path.read_text()))
+    assert {"no_preference", "ragged_row", "nul_byte", "part_not_text"} <= words
+    explained = set(re.findall(r"`([a-z_0-9]+)`", PAGE.read_text(encoding="utf-8")))
+    # Of a text that is empty the readers of pairs say which.
+    assert sorted(words - explained - {"empty"}) == []
 
 
 def test_a_layout_that_nobody_knows_is_refused_with_what_to_do(tmp_path):

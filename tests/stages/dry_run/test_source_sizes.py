@@ -76,6 +76,15 @@ def test_pairs_in_files_are_counted(tmp_path):
     assert pairs.tokens_a_pair == pytest.approx(40)
 
 
+def test_pairs_of_rows_with_several_answers_and_with_one_are_counted(tmp_path):
+    ranked = [{"prompt": "p", "responses": ["a", "b", "c"], "scores": [3, 2, 1]} for _ in range(100)]
+    data = DataSettings(pairs=(lines(tmp_path / "ranked.jsonl", ranked),), heldout_share=0.2)
+    assert sizes_of(tmp_path / "out", data).pairs.train == pytest.approx(240)
+    single = [{"prompt": f"p{n // 2}", "completion": "a" * (n % 2 + 1), "label": bool(n % 2)} for n in range(1000)]
+    data = DataSettings(pairs=(lines(tmp_path / "single.jsonl", single),), heldout_share=0.2)
+    assert sizes_of(tmp_path / "out", data).pairs.train == pytest.approx(400)
+
+
 def test_what_has_been_counted_is_not_guessed(tmp_path):
     for stage, counts in {
         "corpus": {"rows": 100, "characters": 44_000, "sources": {"a.jsonl": 100}},

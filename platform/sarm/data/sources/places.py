@@ -51,11 +51,11 @@ def kind_of(spec: str, files: Collection[Path]) -> str:
     if not files:
         return "Hugging Face data set" if is_data_set(spec) else "made in code"
     kinds = ", ".join(sorted({format_of(file).kind for file in files}))
-    path = Path(spec).expanduser()
-    if not path.is_dir():
-        return f"{kinds}, {len(files)} file{'s' * (len(files) > 1)}"
-    is_saved = (files_folder := next(iter(files)).parent) and (files_folder / _SAVED).is_file()
-    return f"{'data set saved to disk' if is_saved else 'folder'} of {len(files)} {kinds} file{'s' * (len(files) > 1)}"
+    number = f"{len(files):,} file{'s' * (len(files) > 1)}"
+    if not Path(spec).expanduser().is_dir():
+        return f"{kinds}, {number}"
+    is_saved = any((file.parent / _SAVED).is_file() for file in files)
+    return f"{'data set saved to disk' if is_saved else 'folder'}, {kinds}, {number}"
 
 
 def _folder_files(folder: Path) -> list[Path]:

@@ -111,4 +111,8 @@ def _is_string(kind: pa.DataType) -> bool:
 
 def _is_messages(kind: pa.DataType) -> bool:
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind)
-    return is_list and pa.types.is_struct(kind.value_type) and {"role", "content"} <= set(kind.value_type.names)
+    return (
+        is_list
+        and pa.types.is_struct(kind.value_type)
+        and any(set(names) <= set(kind.value_type.names) for names in (("role", "content"), ("from", "value")))
+    )

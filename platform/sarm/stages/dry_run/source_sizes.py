@@ -173,18 +173,24 @@ def _text_files(spec: str, text_field: str) -> tuple[float, float]:
 
 
 def _pair_files(spec: str, columns: dict[str, str]) -> tuple[float, float]:
-    from sarm.data.sources.layouts.layout import RawPair
-    from sarm.data.sources.pairs import open_pairs
+    """(pairs, characters) of a path, pattern or folder."""
+    from sarm.data.sources.layouts.registry import RowOutcome
+    from sarm.data.sources.pairs import check_source, row_outcomes
     from sarm.data.sources.places import source_files
 
+    check_source(spec, columns)
     files = source_files(spec, ())
-    rows = islice(open_pairs(str(files[0]), columns=columns), _SAMPLED_ROWS)
+    found = row_outcomes(str(files[0]), columns, _SAMPLED_ROWS)
+    used = [outcome.pairs for outcome in found if isinstance(outcome, RowOutcome) and outcome.reason is None]
     lengths = (
-        sum(len(message["content"]) for message in row.prompt) + len(row.chosen) + len(row.rejected)
-        for row in rows
-        if isinstance(row, RawPair)
+        sum(
+            sum(len(message["content"]) for message in pair.prompt) + len(pair.chosen) + len(pair.rejected)
+            for pair in pairs
+        )
+        for pairs in used
     )
-    return _scaled(files, lengths, _AROUND_A_PAIR)
+    rows, characters = _scaled(files, lengths, _AROUND_A_PAIR)
+    return rows * sum(map(len, used)) / max(1, len(used)), characters
 
 
 def _scaled(files: list[Path], lengths: Iterator[int], around: int) -> tuple[float, float]:

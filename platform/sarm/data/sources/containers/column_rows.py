@@ -24,10 +24,7 @@ def schema_of(path: Path) -> pa.Schema:
     """
     is_arrow = path.name.endswith(".arrow")
     try:
-        if foreign := (foreign_types_of_arrow if is_arrow else foreign_types_of_parquet)(path):
-            raise UserError(
-                f"{path} has a column of an extension type ({', '.join(sorted(foreign))[:80]}), which may hold code. Write it again with plain columns."
-            )
+        _refuse_foreign_types(path)
         if not is_arrow:
             return pq.read_schema(path)
         with _stream(path) as file:
@@ -39,15 +36,25 @@ def schema_of(path: Path) -> pa.Schema:
         ) from error
 
 
+def _refuse_foreign_types(path: Path) -> None:
+    is_arrow = path.name.endswith(".arrow")
+    if foreign := (foreign_types_of_arrow if is_arrow else foreign_types_of_parquet)(path):
+        raise UserError(
+            f"{path} has a column of an extension type ({', '.join(sorted(foreign))[:80]}), which may hold code. Write it again with plain columns."
+        )
+
+
 def parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row | Reject]:
-    """The rows of a Parquet file, of all columns or of those that are wanted."""
+    """The rows of a Parquet file, of all columns or of those that are wanted. Raises UserError for a column of a type that may hold code."""
+    _refuse_foreign_types(path)
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         wanted = list(columns) if columns is not None else None
         yield from _batch_rows(path, file.iter_batches(batch_size=BATCH_ROWS, columns=wanted))
 
 
 def arrow_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row | Reject]:
-    """The rows of an Arrow stream or file."""
+    """The same of an Arrow stream or file."""
+    _refuse_foreign_types(path)
     with _stream(path) as file, pa.ipc.open_stream(file) as stream:
         wanted = [name for name in stream.schema.names if columns is None or name in columns]
         parts = (
