@@ -252,6 +252,17 @@ def test_rows_in_are_rows_out_and_rejected_by_reason(rows, data):
     assert kept + sum(counts["rejected"].values()) == len(good) + len(lines)
 
 
+def test_an_instruction_with_one_output_holds_no_preferences(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "Hi?", "input": "", "output": "Yes."}))
+    with pytest.raises(UserError, match=r"holds no preference pairs: it has instruction, input, output"):
+        prepare_pairs(DataSettings(pairs=(str(tmp_path / "a.jsonl"),)), tmp_path / "out")
+
+
+def test_messages_beside_a_question_are_answers():
+    assert pairs_of(read({"question": "Hi?", "chosen": assistant("Yes."), "rejected": assistant("No.")})) == YES_NO
+    assert pairs_of(read({"question": "Hi?", "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]})) == YES_NO
+
+
 def test_every_reason_for_which_a_row_is_rejected_is_explained():
     sources = Path(registry.__file__).parents[1]
     words = set()

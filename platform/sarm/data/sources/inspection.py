@@ -12,7 +12,7 @@ from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS, RESPONSE_
 from sarm.data.sources.conversations import Message
 from sarm.data.sources.files import file_rows
 from sarm.data.sources.hub import data_set_rows, is_data_set
-from sarm.data.sources.layouts.registry import LAYOUTS, has_layout
+from sarm.data.sources.layouts.registry import LAYOUTS, has_layout, layout_of
 from sarm.data.sources.pair_notes import PairNotes
 from sarm.data.sources.places import kind_of, source_files
 from sarm.data.sources.rows import LeftOut, Reject, Row
@@ -65,7 +65,9 @@ def inspect_source(spec: str, columns: Mapping[str, str], text_field: str, limit
         rows = data_set_rows(spec) if is_data_set(spec) else (row for path in files for row in file_rows(path))
         peeked = [row for row in islice(rows, _PEEKED_ROWS) if isinstance(row, Row)]
         seen.columns = list(dict.fromkeys(name for row in peeked for name in row.fields))
-        seen.is_pairs = has_layout({*seen.columns, *columns})
+        seen.is_pairs = has_layout({*seen.columns, *columns}) and (
+            bool(columns) or any(layout_of(row.fields) for row in peeked) or {"chosen", "rejected"} <= set(seen.columns)
+        )
         holds_texts = not columns and text_field in seen.columns
         if seen.columns and not seen.is_pairs and not holds_texts:
             _refuse(spec, columns, seen, text_field)

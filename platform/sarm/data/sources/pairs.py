@@ -1,6 +1,6 @@
 """Preference pairs out of the sources that `--data.pairs` names, in any of the layouts of `layouts`."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,7 @@ from sarm.data.sources.layouts.registry import (
     close_columns,
     has_layout,
     known_columns,
+    layout_of,
     nearest_in_words,
     outcomes,
 )
@@ -133,11 +134,17 @@ def _at(fields: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _require_layout_of_first(where: str, rows: Iterable[Row | Reject], columns: Columns) -> None:
-    names = list(dict.fromkeys(name for row in rows if isinstance(row, Row) for name in row.fields))
+def _require_layout_of_first(where: str, rows: Sequence[Row | Reject], columns: Columns) -> None:
+    read = [row for row in rows if isinstance(row, Row)]
+    names = list(dict.fromkeys(name for row in read for name in row.fields))
     # Nothing readable at all is counted by the reader, not judged by columns.
-    if names:
-        _require_layout(where, names, columns)
+    if not names:
+        return
+    _require_layout(where, names, columns)
+    # Columns of one answer each, such as an instruction and its output, may bear the names of a layout's.
+    sides = {"chosen", "rejected"} & {*names, *columns}
+    if not sides and all(layout_of(row.fields) is None for row in _renamed(read, columns) if isinstance(row, Row)):
+        raise _no_layout(where, names, columns)
 
 
 def _require_layout(where: str, names: Collection[str], columns: Columns) -> None:
@@ -152,11 +159,14 @@ def _require_layout(where: str, names: Collection[str], columns: Columns) -> Non
             else "docs/compatibility.md lists the columns of each."
         )
         raise UserError(f"--data.columns names {', '.join(columns)}, which no layout reads together. {meant}")
-    known = {*names, *columns}
-    if not has_layout(known):
-        raise UserError(
-            f"{where} holds no preference pairs: it has {_listed(names)}. Near layouts are {nearest_in_words(known)}. Pass --data.columns prompt=...,chosen=...,rejected=... to say which columns these are; docs/compatibility.md lists all layouts."
-        )
+    if not has_layout({*names, *columns}):
+        raise _no_layout(where, names, columns)
+
+
+def _no_layout(where: str, names: Collection[str], columns: Columns) -> UserError:
+    return UserError(
+        f"{where} holds no preference pairs: it has {_listed(names)}. Near layouts are {nearest_in_words({*names, *columns})}. Pass --data.columns prompt=...,chosen=...,rejected=... to say which columns these are; docs/compatibility.md lists all layouts."
+    )
 
 
 def _listed(names: Collection[str]) -> str:

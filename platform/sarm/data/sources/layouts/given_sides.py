@@ -98,7 +98,7 @@ def _has_messages(fields: Fields) -> bool:
 
 def _is_beside_messages(fields: Fields) -> bool:
     sides = _both(fields, dict) or _both(fields, str)
-    return sides and (_has_messages(fields) or (_both(fields, dict) and has(fields, "prompt")))
+    return sides and (_has_messages(fields) or _both(fields, dict))
 
 
 def _asked_in(*names: str) -> Callable[[Fields], list[Message]]:
@@ -156,9 +156,9 @@ GIVEN_SIDES: tuple[Layout, ...] = (
         name="LLaMA-Factory ShareGPT, Axolotl: a conversation and two messages",
         rule=f"{_GIVEN}; answers are messages or texts behind the conversation",
         needs=((*_CONVERSATION, "prompt"), *_SIDES),
-        may_have=AROUND,
+        may_have=(*_QUESTIONS, *AROUND),
         fits=_is_beside_messages,
-        read=_reader(_asked_in("prompt", *_CONVERSATION), "chosen", "rejected"),
+        read=_reader(_asked_in("prompt", *_CONVERSATION, *_QUESTIONS), "chosen", "rejected"),
     ),
     Layout(
         name="LLaMA-Factory Alpaca",

@@ -83,7 +83,8 @@ def nearest_in_words(columns: Collection[str]) -> str:
         return sum(not set(names).isdisjoint(columns) for names in layout.needs)
 
     near = sorted(
-        (layout for layout in LAYOUTS if found(layout)), key=lambda one: (len(one.needs) - found(one), -found(one))
+        (layout for layout in LAYOUTS if 0 < found(layout) < len(layout.needs)),
+        key=lambda one: (len(one.needs) - found(one), -found(one)),
     )
     return ", or ".join(dict.fromkeys(layout.needed() for layout in near[:_NEAREST])) or "prompt + chosen + rejected"
 
