@@ -1,5 +1,7 @@
 """What `jobs/prepare_data.py --inspect` prints: what a source is taken for, its rows by reason, and examples as a model reads them."""
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -40,8 +42,22 @@ def inspect(settings: Inspecting) -> None:
     if settings.examples and seen.examples:
         how = settings.model.name or "a plain ChatML template; --model.name shows the model's own"
         print(f"\nexamples  by {how}; {_OPEN}rewarded token{_CLOSE}" if is_chat else "\nexamples")
-    for number, example in enumerate(seen.examples[: settings.examples], start=1):
-        print("\n".join(_shown(number, example, render)), flush=True)
+    for number, example in enumerate(_one_a_row(seen.examples)[: settings.examples], start=1):
+        try:
+            print("\n".join(_shown(number, example, render)), flush=True)
+        except BrokenPipeError:
+            # `| head` has seen enough. What is still in the buffer must go nowhere too.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
+
+
+def _one_a_row(examples: Sequence[Example]) -> list[Example]:
+    """The first pair of each row, then the others: one row with many answers would fill the screen."""
+    first, others, rows = [], [], set()
+    for example in examples:
+        (others if example.where and example.where in rows else first).append(example)
+        rows.add(example.where)
+    return first + others
 
 
 def _about(spec: str, seen: Seen) -> list[str]:

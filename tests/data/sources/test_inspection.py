@@ -1,6 +1,8 @@
 """`prepare_data --inspect`: what a source is taken for, its rows by reason, and examples with the rewarded token; nothing is written."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from sarm.settings.checks import UserError
 from sarm.settings.inspection import ColumnNames, Inspecting, Template
 from sarm.stages.inspect_source import inspect
 
+ROOT = Path(__file__).parents[3]
 GOOD = {"prompt": "Hi\x1b[31m?", "response_0": "No.", "response_1": "Yes.", "better_response_id": 1, "category": "x"}
 
 
@@ -37,6 +40,28 @@ def test_preferences_are_shown_with_container_layout_reasons_and_the_rewarded_to
         assert words in said, words
     assert said.count("--- chosen") == 1
     assert "\x1b" not in said, "a terminal would act on it"
+
+
+def test_examples_are_of_different_rows_as_far_as_there_are(tmp_path, capsys):
+    many = {"prompt": "first row", "chosen": ["a", "b"], "rejected": ["c", "d"]}
+    spec = lines(tmp_path / "a.jsonl", many, {**many, "prompt": "second row"})
+    said = shown(capsys, inspect=spec, examples=3)
+    assert [said.count(f"{spec}:{row}\n") for row in (1, 2)] == [2, 1]
+    assert said.index("second row") < said.rindex("first row")
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(tmp_path):
+    spec = lines(
+        tmp_path / "a.jsonl", *[{"prompt": f"p{i}", "chosen": "c" * 5000, "rejected": "r"} for i in range(400)]
+    )
+    job = [sys.executable, "jobs/prepare_data.py", "--inspect", spec, "--examples", "400"]
+    with subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("source")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_only_so_many_rows_are_looked_at(tmp_path):
