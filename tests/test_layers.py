@@ -33,7 +33,7 @@ ROOMS = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ALONE = {"nn"}
 EDGE_ONLY = {"ray", "deepspeed", "mlflow", "openai"}
 NN_LIBRARIES = {"torch", "transformers", "jaxtyping"}
-TRANSFORMERS_IN_NN = {"sarm.nn.backbone", "sarm.nn.modeling_sarm"}
+TRANSFORMERS_IN_NN = {"sarm.nn.backbone", "sarm.nn.pretrained", "sarm.nn.modeling_sarm"}
 TRITON_IN_NN = {"sarm.nn.triton_backend"}
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "mlflow", "pyarrow"}
 
@@ -111,7 +111,7 @@ def test_the_walk_sees_the_project():
     } <= names
     source = (PACKAGE / "data" / "formats" / "models.py").read_text()
     imported = {name for name, _ in imports_of("sarm.data.formats.models", source)}
-    assert "sarm.nn.backbone.read_config" in imported, "an import inside a function is an import"
+    assert "sarm.nn.pretrained.read_config" in imported, "an import inside a function is an import"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from sarm.contracts.passes import Target
 from sarm.contracts.tables import activations_table
 from sarm.data.formats.models import model_folder
 from sarm.data.sources.prepare import prepare_pairs
-from sarm.nn.backbone import read_config
+from sarm.nn.pretrained import read_config
 from sarm.passes.activations import Backbone, ChatActivations
 from sarm.passes.turn_ends import PairTurnEnds
 from sarm.settings.extraction import TURN_END, ExtractionSettings

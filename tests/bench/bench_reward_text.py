@@ -32,8 +32,9 @@ from sarm.data.sources.layouts.layout import RawPair
 from sarm.data.sources.pairs import open_pairs
 from sarm.data.sources.tiny import tiny_model
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
-from sarm.nn.backbone import load_backbone, without_final_norm
+from sarm.nn.backbone import without_final_norm
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.nn.topk import TopKSae
 from sarm.passes.models import sarm_settings

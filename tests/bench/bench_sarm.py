@@ -97,7 +97,7 @@ def prepare(folder: str, source: str, num_pairs: str) -> None:
     from sarm.data.sources.prepare import prepare_pairs
     from sarm.data.tokens.chat import load_chat_tokenizer
     from sarm.data.tokens.groups import prompt_groups
-    from sarm.nn.backbone import read_config
+    from sarm.nn.pretrained import read_config
     from sarm.nn.topk import TopKSae
     from sarm.settings.data import DataSettings
     from sarm.settings.model import ModelSettings

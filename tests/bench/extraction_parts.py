@@ -104,7 +104,7 @@ def loop(
     from sarm.data.store.blocks import read_block
     from sarm.data.tokens.chat import load_chat_tokenizer
     from sarm.data.tokens.windows import collate_windows, text_windows, window_batches
-    from sarm.nn.backbone import load_backbone
+    from sarm.nn.pretrained import load_backbone
     from sarm.passes.usage import keep_freed_memory
     from sarm.settings.extraction import ExtractionSettings
     from sarm.settings.model import ModelSettings

@@ -28,8 +28,8 @@ def sarm(folder: Path, batch: int, shared: bool) -> dict[str, Any]:
     from sarm.data.formats.sae_folder import load_sae
     from sarm.data.tokens.chat import Tokens
     from sarm.data.tokens.groups import PairOfGroup, PromptGroup
-    from sarm.nn.backbone import load_backbone
     from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+    from sarm.nn.pretrained import load_backbone
     from sarm.settings.reward import RewardSettings
     from sarm.train.reward import parameter_groups, train_reward
     from sarm.train.reward_engine import LocalEngine

@@ -18,7 +18,7 @@ from sarm.data.store.blocks import plan_blocks
 from sarm.data.store.parts import part_name, read_counts, with_sink_columns, write_rejected
 from sarm.data.tokens.sentences import sentence_end_tokens, sentence_ends
 from sarm.engine.ray.block_actor import BEGUN, BlockActor, Output
-from sarm.nn.backbone import load_backbone
+from sarm.nn.pretrained import load_backbone
 from sarm.passes.activations import TextActivations
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sarm.evaluate.cross_entropy import cross_entropies, reconstructed
-from sarm.nn.backbone import load_backbone, load_language_model, residual_stream
+from sarm.nn.backbone import residual_stream
+from sarm.nn.pretrained import load_backbone, load_language_model
 from sarm.nn.topk import TopKSae
 
 TEXTS = [[5, 9, 14, 23, 8, 8, 3], [7], [31, 2, 2, 40]]

@@ -3,14 +3,18 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.nn.family_options import NUM_LAYERS, OPTIONS, VOCABULARY, WINDOW
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from sarm.data.tokens.packing import answer_rows, collate
-from sarm.nn.backbone import FAMILIES, load_backbone, read_config, residual_stream
+from sarm.nn.backbone import FAMILIES, residual_stream, residuals_at
+from sarm.nn.pretrained import load_backbone, read_config
 
-NUM_LAYERS, VOCABULARY, WINDOW, LENGTH = 3, 97, 4, 13
+LENGTH = 13
 families = pytest.mark.parametrize("family", FAMILIES)
+# One of every way in which the backbone treats a family; what depends on that way alone is tried with these.
+kinds = pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen2", "phi", "llama4_text", "qwen3_5_text"])
 layers = pytest.mark.parametrize("layer", [1, 2, NUM_LAYERS])
 
 
@@ -52,7 +56,7 @@ def test_the_residual_stream_is_hidden_states_of_the_whole_model(family, layer, 
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@families
+@kinds
 @layers
 def test_the_residual_stream_is_what_leaves_the_block_before_any_final_norm(family, layer, family_folder):
     folder, ids = family_folder(family), random_ids(2, 2, LENGTH)
@@ -60,7 +64,7 @@ def test_the_residual_stream_is_what_leaves_the_block_before_any_final_norm(fami
     torch.testing.assert_close(found, residual_of_whole(folder, ids, layer), rtol=1e-5, atol=1e-5)
 
 
-@families
+@kinds
 def test_the_last_hidden_state_of_the_library_is_normalised_so_it_is_not_used(family, family_folder):
     folder, ids = family_folder(family), random_ids(3, 1, LENGTH)
     with torch.no_grad():
@@ -68,7 +72,7 @@ def test_the_last_hidden_state_of_the_library_is_normalised_so_it_is_not_used(fa
     assert (residual_alone(load_backbone(str(folder), NUM_LAYERS), ids) - normalised).abs().max() > 0.1
 
 
-@families
+@kinds
 @layers
 def test_only_the_kept_blocks_are_loaded(family, layer, family_folder):
     model = load_backbone(str(family_folder(family)), layer)
@@ -79,7 +83,7 @@ def test_only_the_kept_blocks_are_loaded(family, layer, family_folder):
 
 
 @families
-@layers
+@pytest.mark.parametrize("layer", [NUM_LAYERS])
 def test_several_answers_in_one_row_equal_one_by_one(family, layer, family_folder):
     model = load_backbone(str(family_folder(family)), layer)
     prompt = random_ids(4, 7).tolist()
@@ -97,7 +101,7 @@ def test_several_answers_in_one_row_equal_one_by_one(family, layer, family_folde
         torch.testing.assert_close(hidden[row, column], wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", [name for name, own in OPTIONS.items() if own.get("sliding_window")])
 def test_the_sliding_window_is_felt(family, family_folder):
     """A token outside the window of the only block changes nothing, one inside does."""
     model = load_backbone(str(family_folder(family)), 1)
@@ -109,7 +113,7 @@ def test_the_sliding_window_is_felt(family, family_folder):
         assert bool((residual_alone(model, changed)[0, -1] != last).any()) == is_seen
 
 
-@families
+@kinds
 def test_padding_is_finite_and_changes_nothing(family, family_folder):
     model = load_backbone(str(family_folder(family)), 2)
     ids = random_ids(7, 1, 5)
@@ -126,14 +130,24 @@ def test_padding_is_finite_and_changes_nothing(family, family_folder):
 def test_bfloat16_loads_and_runs(family, family_folder):
     folder, ids = family_folder(family), random_ids(8, 1, LENGTH)
     model = load_backbone(str(folder), 2, torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    kept = {name for name, p in model.named_parameters() if p.dtype != torch.bfloat16}
+    assert all(name.endswith(".A_log") for name in kept), "decays, which the library itself keeps in float32"
     found = residual_alone(model, ids)
     assert found.dtype == torch.bfloat16
-    wanted = residual_alone(load_backbone(str(folder), 2), ids)
-    assert torch.nn.functional.cosine_similarity(found.float(), wanted, dim=-1).min() > 0.99
+    if FAMILIES[family].alone:
+        # A state gathers rounding along the row: against the library's own blocks in the same dtype.
+        whole = whole_model(folder).to(torch.bfloat16)
+        with torch.no_grad():
+            wanted = whole(ids, output_hidden_states=True, use_cache=False).hidden_states[2].float()
+    else:
+        wanted = residual_alone(load_backbone(str(folder), 2), ids)
+    likeness = torch.nn.functional.cosine_similarity(found.float(), wanted, dim=-1)
+    # Rounding sends a token whose experts are nearly tied to others.
+    has_experts = {"num_experts_per_tok", "moe_k"} & OPTIONS[family].keys()
+    assert (likeness.quantile(0.2) if has_experts else likeness.min()) > 0.99
 
 
-@families
+@kinds
 def test_the_same_seedless_load_twice_is_the_same_model(family, family_folder):
     first, second = (load_backbone(str(family_folder(family)), 1) for _ in range(2))
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
@@ -149,7 +163,10 @@ def copy_without(folder, target, unwanted):
 
 def test_a_missing_weight_of_a_kept_block_is_an_error(family_folder, tmp_path):
     copy_without(family_folder("llama"), tmp_path, lambda name: "layers.1.mlp.up_proj" in name)
-    with pytest.raises(ValueError, match=r"lacks 1 weights of the first 2 blocks, e\.g\. layers\.1\.mlp\.up_proj"):
+    with pytest.raises(
+        ValueError,
+        match=r"of whose first 2 blocks every weight is needed, lacks 1 weights, e\.g\. layers\.1\.mlp\.up_proj",
+    ):
         load_backbone(str(tmp_path), 2)
 
 
@@ -200,3 +217,21 @@ def test_an_exported_model_of_a_family_that_is_not_listed_is_read_with_one_mask_
     unlisted = {name: family for name, family in FAMILIES.items() if name != "llama"}
     monkeypatch.setattr("sarm.nn.backbone.FAMILIES", unlisted)
     torch.testing.assert_close(residual_alone(model, ids), wanted, rtol=0, atol=0)
+
+
+@kinds
+@torch.no_grad()
+def test_activations_of_several_layers_from_one_pass_are_those_of_each(family, family_folder):
+    """At wanted places of packed rows, as extraction takes them; behind the last block without the norm that follows it."""
+    prompt = random_ids(4, 7).tolist()
+    answers = {n: prompt + random_ids(5 + n, 3 + 2 * n).tolist() for n in range(3)}
+    batch = collate(answer_rows(list(answers.items()), 64), pad_id=2)
+    whole = load_backbone(str(family_folder(family)), NUM_LAYERS)
+    found = residuals_at(
+        whole, [1, 2, NUM_LAYERS], batch.rows, batch.columns, batch.input_ids, batch.position_ids, batch.segment_ids
+    )
+    for layer, taken in zip([1, 2, NUM_LAYERS], found, strict=True):
+        cut = load_backbone(str(family_folder(family)), layer)
+        for key, activation in zip(batch.keys, taken, strict=True):
+            wanted = residual_alone(cut, torch.tensor([answers[key]]))[0, -1]
+            torch.testing.assert_close(activation, wanted, rtol=1e-5, atol=1e-5)

@@ -4,11 +4,12 @@ from itertools import product
 
 import pytest
 import torch
-from tests.nn.test_backbone import families, random_ids, residual_alone
+from tests.nn.test_backbone import kinds, random_ids, residual_alone
 from torch import Tensor
 
 from sarm.data.tokens.packing import TokenBatch, answer_rows, collate
-from sarm.nn.backbone import ANSWERS_PER_BLOCK, SEGMENTS_PER_BLOCK, _visible, load_backbone, residual_stream
+from sarm.nn.backbone import ANSWERS_PER_BLOCK, SEGMENTS_PER_BLOCK, _visible, residual_stream
+from sarm.nn.pretrained import load_backbone
 
 CLOSING = [5, 2]
 ROW_TOKENS = 200
@@ -52,7 +53,7 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.std())
 
 
-@families
+@kinds
 @pytest.mark.parametrize("closing", [CLOSING[1:], CLOSING], ids=["one token", "two tokens"])
 @pytest.mark.parametrize("sides", [(0, 0), (5, 0), (0, 5)], ids=["unpadded", "left", "right"])
 def test_every_branch_equals_the_conversation_that_stops_there(family, closing, sides, family_folder):
@@ -66,7 +67,7 @@ def test_every_branch_equals_the_conversation_that_stops_there(family, closing, 
         assert difference(found[key], alone) < 1e-5, key
 
 
-@families
+@kinds
 def test_nobody_sees_a_branch(family, family_folder):
     """Other tokens in the branches change no bit elsewhere, and answers end as they do without branches."""
     model = load_backbone(str(family_folder(family)), 3)

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -8,14 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.nn.test_backbone import kinds
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from sarm.data.formats.sarm_folder import load_sarm, save_sarm
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.data.tokens.packing import answer_rows, collate
-from sarm.nn.backbone import FAMILIES, load_backbone, residual_stream
+from sarm.nn.backbone import residual_stream
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 from sarm.nn.sae import Codes, dense, standardise
 from sarm.nn.topk import TopKSae
 from sarm.settings.model import ModelSettings
@@ -180,7 +183,7 @@ def test_the_gradient_reaches_the_blocks_through_topk_but_not_a_frozen_sae(tiny_
 
 
 @pytest.mark.parametrize("head", ["sae", "scalar"])
-@pytest.mark.parametrize("family", FAMILIES)
+@kinds
 def test_save_and_load_by_transformers_keeps_rewards(family, head, family_folder, tmp_path):
     model = build(family_folder(family), head, layer=2)
     model.save_pretrained(tmp_path)
@@ -222,6 +225,23 @@ def test_training_it_under_autocast_keeps_the_head_in_float32(model):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(input_ids=ids)
     assert (out.logits.dtype, out.latent_values.dtype) == (torch.float32, torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["sae", "scalar"])
+def test_score_takes_hidden_states_as_rl_libraries_hand_them_over(head, tiny_folder):
+    """As TRL does: the base model's last hidden states, the head at every token, the last shown one's is the reward."""
+    model = build(tiny_folder, head, layer=2)
+    rows = [sequence(1, 8), sequence(2, 5)]
+    ids = torch.tensor([row + [0] * (9 - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (9 - len(row)) for row in rows])
+    base = getattr(model, model.base_model_prefix)
+    hidden = base(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states[-1]
+    for own in (model, copy.deepcopy(model)):
+        rewards = own.score(hidden)
+        assert rewards.shape == (2, 9, 1)
+        for row, ids_of_row in enumerate(rows):
+            assert rewards[row, len(ids_of_row) - 1].item() == pytest.approx(reward_alone(model, ids_of_row), abs=1e-4)
 
 
 @pytest.fixture(scope="module")

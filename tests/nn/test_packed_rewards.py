@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.nn.test_backbone import kinds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sarm.data.tokens.packing import answer_rows, token_batches
-from sarm.nn.backbone import FAMILIES, load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 from sarm.nn.topk import TopKSae
 
 D_SAE, K, END = 211, 6, 2
@@ -76,8 +77,8 @@ def test_k_answers_and_joined_prompts_get_the_rewards_of_single_sequences(
     assert packed(model, sequences, row_tokens, batch_tokens) == pytest.approx(wanted, abs=2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_keeps_answers_apart(family_folder, family):
+@kinds
+def test_every_kind_of_family_keeps_answers_apart(family_folder, family):
     """With windows, soft caps and masks by kind of layer."""
     model, sequences = build(family_folder(family), layer=3), conversations(4, 3)
     assert packed(model, sequences, 200, 400) == pytest.approx(alone(model, sequences), abs=1e-4)

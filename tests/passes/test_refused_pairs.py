@@ -13,8 +13,8 @@ from sarm.data.formats.sarm_folder import save_sarm
 from sarm.data.sources.tiny import CHAT_TEMPLATE
 from sarm.data.store.parts import finished_table
 from sarm.data.tokens.chat import load_chat_tokenizer
-from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 from sarm.passes.activations import ChatActivations, TextActivations
 from sarm.passes.pair_scores import PairScores
 from sarm.passes.reader import Reader

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from sarm.data.formats.sarm_folder import save_sarm
 from sarm.data.tokens.chat import ChatTokenizer
-from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 from sarm.passes.models import check_tokenizer, find_model, score_key
 from sarm.passes.scorers import Request, load_scorer
 from sarm.settings.benchmarks import Benchmarking
@@ -170,8 +170,15 @@ def test_a_model_that_is_not_there_is_refused(name, words):
         find_model(settings(name))
 
 
+@pytest.mark.parametrize("flags", [{"head": "token:1"}, {"objectives": (1.0,)}, {"chat_template": "default"}])
+def test_flags_for_models_of_others_are_refused_with_a_sarm_and_a_function(flags, sarm_folder):
+    for model in (sarm_folder, "json:dumps"):
+        with pytest.raises(UserError, match="Leave out --head, --objectives and --chat-template"):
+            find_model(settings(model, **flags))
+
+
 def test_a_model_that_gives_no_reward_is_refused(tiny_folder):
-    with pytest.raises(UserError, match="expected a sequence classifier with one"):
+    with pytest.raises(UserError, match="holds no reward head"):
         find_model(settings(tiny_folder))
 
 

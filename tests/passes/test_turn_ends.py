@@ -27,7 +27,7 @@ from sarm.data.tokens.chat import ChatTokenizer
 from sarm.data.tokens.turn_ends import AnswerEnds
 from sarm.engine.ray.block_actor import Inputs, Output
 from sarm.engine.ray.passes import Pass
-from sarm.nn.backbone import load_backbone
+from sarm.nn.pretrained import load_backbone
 from sarm.passes.activations import Backbone, ChatActivations
 from sarm.passes.turn_ends import PairTurnEnds, TextTurnEnds, response_row_ids
 from sarm.settings.extraction import ExtractionSettings

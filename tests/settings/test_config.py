@@ -146,6 +146,7 @@ def test_identity_has_every_field_that_decides_the_result():
         later = {field.name for field in dataclasses.fields(section) if field.metadata.get("absent_at_default")}
         assert identity(section).keys() == {field.name for field in dataclasses.fields(section)} - later
     assert identity(DataSettings(columns="prompt=a"))["columns"] == "prompt=a"
+    assert identity(ModelSettings(chat_template="default"))["chat_template"] == "default"
     operational = {"split", "checkpoint_every_seconds", "checkpoint_every_steps"}
     assert identity(SaeSettings()).keys() == {field.name for field in dataclasses.fields(SaeSettings)} - operational
     assert identity(RunSettings()) == {"seed": 0}

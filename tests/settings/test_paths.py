@@ -21,15 +21,16 @@ from sarm.settings.results_root import text_in
 from sarm.stages.config_file import config_flags
 
 ROOT = Path(__file__).parents[2]
-# Texts that name no path. A new text is marked READ or WRITTEN, or is listed here.
+# Texts that name no path. A new text is marked READ or WRITTEN, or is listed here. A chat template is read as the setting is made, and
+# is its text from there on.
 NO_PATH = {
     "RunSettings": {"mlflow_uri", "experiment", "ray_address", "submit"},
     "Ui": {"mlflow_uri", "experiment"},
-    "ModelSettings": {"revision", "gguf_file", "system_prompt"},
+    "ModelSettings": {"revision", "gguf_file", "system_prompt", "chat_template"},
     "DataSettings": {"text_field", "columns"},
     "ColumnNames": {"text_field", "columns"},
     "Template": {"revision", "system_prompt"},
-    "Benchmarking": {"revision", "probes"},
+    "Benchmarking": {"revision", "probes", "head", "chat_template"},
     "Judging": {"judges", "prices"},
     "JudgeSpec": {"model", "base_url"},
     "RewardCard": {"prompt", "response"},
@@ -140,3 +141,10 @@ def test_a_config_file_in_outputs_is_found_there(in_package: Path, tmp_path: Pat
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text("name: doubled\n")
     assert config_flags(["--config", "outputs/mine.yaml"], Steer) == ["--name=doubled"]
+
+
+def test_a_chat_template_in_outputs_is_read_there(in_package: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "home" / "sarm-outputs" / "demo"
+    folder.mkdir(parents=True)
+    (folder / "own.jinja").write_text("{{ messages }}")
+    assert ModelSettings(chat_template="outputs/demo/own.jinja").chat_template == "{{ messages }}"

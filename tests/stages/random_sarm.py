@@ -7,8 +7,8 @@ import torch
 from sarm.data.formats.sarm_folder import save_sarm
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.nn.architectures import build_sae
-from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 
 D_SAE, K = 96, 6
 

@@ -22,7 +22,7 @@ from sarm.data.tokens.sentences import sentence_end_tokens, sentence_ends
 from sarm.engine.ray.block_actor import Output
 from sarm.engine.ray.passes import Pass, run_over
 from sarm.engine.ray.room import Cluster, Node
-from sarm.nn.backbone import load_backbone
+from sarm.nn.pretrained import load_backbone
 from sarm.passes.activations import TextActivations
 from sarm.settings.checks import StalledError, UserError
 from sarm.settings.extraction import ExtractionSettings

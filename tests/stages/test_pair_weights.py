@@ -13,9 +13,9 @@ import torch.multiprocessing as mp
 from sarm.data.tokens.chat import Tokens
 from sarm.data.tokens.groups import PairOfGroup, PromptGroup
 from sarm.engine.deepspeed.zero import ZeroEngine
-from sarm.nn.backbone import load_backbone
 from sarm.nn.losses import bradley_terry
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 from sarm.nn.topk import TopKSae
 from sarm.settings.reward import RewardSettings
 from sarm.stages.train_reward_worker import last_epoch_accuracy

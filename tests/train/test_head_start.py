@@ -11,8 +11,8 @@ from sarm.data.store.activations import ActivationStore
 from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.evaluate.probe import fit_probe
-from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 from sarm.nn.sae import standardise
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError

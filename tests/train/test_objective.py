@@ -8,9 +8,9 @@ import torch
 
 from sarm.data.tokens.groups import PairOfGroup, PromptGroup
 from sarm.nn.architectures import build_sae
-from sarm.nn.backbone import load_backbone
 from sarm.nn.dense import DenseSae
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
 from sarm.settings.reward import RewardSettings

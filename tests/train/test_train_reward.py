@@ -17,9 +17,9 @@ from sarm.data.sources.tiny import tiny_pairs
 from sarm.data.tokens.chat import Tokens
 from sarm.data.tokens.groups import PairOfGroup, PromptGroup, prompt_groups
 from sarm.data.tokens.packing import padded_tokens
-from sarm.nn.backbone import load_backbone
 from sarm.nn.losses import bradley_terry
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.reward import RewardSettings

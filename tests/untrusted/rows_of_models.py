@@ -145,10 +145,10 @@ def _(world: World) -> None:
 def _(world: World) -> None:
     pairs = world.lines("pairs.jsonl", [{"prompt": "q", "chosen": "yes", "rejected": "no"}])
     evaluate = ("evaluate", "--benchmarks", f"pairs={pairs}", "--model")
-    world.refuses("LlamaForCausalLM with 2 outputs", of=(*evaluate, world.tiny_model))
+    world.refuses("is LlamaForCausalLM and holds no reward head", of=(*evaluate, world.tiny_model))
     folder = world.model()
-    changed_json(folder / "config.json", num_labels=1, id2label={"0": "x"}, label2id={"x": 0})
-    changed_json(folder / "config.json", architectures=["LlamaForSequenceClassification"])
+    weights = load_file(folder / WEIGHTS)
+    save_file({**weights, "score.weight": torch.ones(1, 64)}, folder / WEIGHTS, {"format": "pt"})
     (folder / "chat_template.jinja").unlink()
     world.refuses("no chat template", of=(*evaluate, folder))
     extract(world, folder, "no chat template")

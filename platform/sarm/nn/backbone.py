@@ -9,13 +9,11 @@ A branch is a leaf behind a token of an answer (or of the shared prompt): it see
 of segment s is segment s + m * ANSWERS_PER_BLOCK, and its positions go on from that token's. So a row holds the ends of turn behind many
 beginnings of an answer, each as if the answer stopped there.
 
-`transformers` is imported by what reads a config or loads weights: its models alone take a second.
+A family whose blocks keep a state along a row, as recurrent ones do, knows no segments: its rows are taken apart, and every answer is read
+behind its prompt as a sequence of its own (`_taken_apart`).
 """
 
-import contextlib
-import logging
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,117 +29,58 @@ class Family(NamedTuple):
 
     mask_per_layer_kind: bool = False
     """Whether its blocks take a mask for each kind of layer (full, sliding) instead of one for all."""
+    alone: bool = False
+    """Whether a row may hold one sequence alone: the blocks keep a state, or count tokens from the row's beginning."""
+    final_norm: str = "norm"
+    """What the model calls the norm behind its last block."""
 
 
-# By `model_type`: those whose block forward was checked against `hidden_states[layer]`; gemma3 with vision keeps its text part elsewhere.
+# By `model_type`: those whose residual stream was checked against `hidden_states[layer]`.
+_ONE_MASK = """
+llama mistral gemma apertus arcee cohere deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe glm glm4 glm4_moe
+granite granitemoe granitemoeshared helium hunyuan_v1_dense internlm3 minimax_m2 ministral3 mixtral nemotron
+olmo olmo2 olmoe phi3 phimoe qwen3_moe seed_oss stablelm starcoder2
+"""
+_MASK_PER_LAYER_KIND = """
+cohere2 cwm dots1 exaone4 gemma2 gemma3_text gemma4_text gpt_oss ministral olmo3 qwen2 qwen2_moe qwen3 smollm3
+vaultgemma
+"""
+_ALONE = "llama4_text olmo_hybrid qwen3_next qwen3_5_text qwen3_5_moe_text"
 FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(mask_per_layer_kind=True),
-    "qwen3": Family(mask_per_layer_kind=True),
-    "gemma": Family(),
-    "gemma2": Family(mask_per_layer_kind=True),
-    "gemma3_text": Family(mask_per_layer_kind=True),
+    **{name: Family() for name in _ONE_MASK.split()},
+    **{name: Family(mask_per_layer_kind=True) for name in _MASK_PER_LAYER_KIND.split()},
+    **{name: Family(alone=True) for name in _ALONE.split()},
+    "phi": Family(final_norm="final_layernorm"),
+    "lfm2": Family(alone=True, final_norm="embedding_norm"),
+}
+# Why others cannot be right.
+REFUSED = {
+    "falcon_h1": "which loses a vector of scales where transformers loads it as a part of another model, as a reward model is",
+    "gemma3n_text": "whose blocks carry several copies of the residual stream, of which none is it",
 }
 # More answers to one prompt, or more branches of one of them, do not fit a row.
 ANSWERS_PER_BLOCK = 1 << 16
 SEGMENTS_PER_BLOCK = ANSWERS_PER_BLOCK << 16
 
 
-def read_config(name: str, layer: int, *, revision: str = "main", gguf_file: str = "") -> "PretrainedConfig":
-    """The model's config with `layer` blocks.
-
-    Raises ValueError if there is no such model, its family is unknown, or it has fewer blocks.
-    """
-    from transformers import AutoConfig
-
-    path = Path(name).expanduser()
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_local and not path.is_dir():
-        raise ValueError(f"no model folder {name}. Pass --model.name with a folder or a Hugging Face id.")
-    with _quiet_transformers():
-        try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(name, **_source(revision, gguf_file))
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"cannot read the model {name}: {reason} Pass --model.name with a folder or a Hugging Face id."
-            ) from error
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"{name} is a {config.model_type} model, supported are {', '.join(FAMILIES)}. Pass --model.name."
-        )
-    if layer > config.num_hidden_layers:
-        raise ValueError(
-            f"layer {layer} is beyond {name}, which has {config.num_hidden_layers} blocks. Pass --model.layer."
-        )
-    config.num_hidden_layers = layer
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layer]
-    # The SDPA kernels leave out Gemma 2's soft cap on attention scores.
-    config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-    config.use_cache = False
-    return config
+def family_of(config: "PretrainedConfig") -> Family:
+    """What is known of the config's family; of one that is not listed, as an exported model's may be, what most are."""
+    return FAMILIES.get(config.model_type, Family())
 
 
-def read_depth(name: str, *, revision: str = "main", gguf_file: str = "") -> int:
-    """How many blocks the whole model has; raises ValueError as `read_config` does."""
-    from transformers import AutoConfig
+def attention_of(config: "PretrainedConfig") -> str:
+    """How attention is computed: by the SDPA kernels, unless they leave out what the family needs (soft caps, sinks)."""
+    from transformers import MODEL_MAPPING
 
-    read_config(name, 1, revision=revision, gguf_file=gguf_file)
-    layers: int = AutoConfig.from_pretrained(name, **_source(revision, gguf_file)).num_hidden_layers
-    return layers
-
-
-def load_backbone(
-    name: str, layer: int, dtype: torch.dtype = torch.float32, *, revision: str = "main", gguf_file: str = ""
-) -> "PreTrainedModel":
-    """The truncated backbone with its weights; blocks after `layer` and the LM head are never read.
-
-    Raises ValueError as `read_config` does, and if a weight is missing from the files.
-    """
-    from transformers import AutoModel
-
-    config = read_config(name, layer, revision=revision, gguf_file=gguf_file)
-    attention = config._attn_implementation
-    with _quiet_transformers():
-        model, report = AutoModel.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            **_source(revision, gguf_file),
-            **({} if gguf_file else {"use_safetensors": True}),
-        )
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("norm."))
-    if missing:
-        raise ValueError(
-            f"{name} lacks {len(missing)} weights of the first {layer} blocks, e.g. {missing[0]}. The download may be incomplete."
-        )
-    return without_final_norm(model)
-
-
-def load_language_model(
-    name: str, layer: int, dtype: torch.dtype = torch.float32, *, revision: str = "main", gguf_file: str = ""
-) -> "PreTrainedModel":
-    """The whole model with its LM head, to see what changes in its predictions when block `layer` is tampered with.
-
-    Raises ValueError as `read_config` does.
-    """
-    from transformers import AutoModelForCausalLM
-
-    read_config(name, layer, revision=revision, gguf_file=gguf_file)
-    safe = {} if gguf_file else {"use_safetensors": True}
-    with _quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **_source(revision, gguf_file), **safe)
+    has_softcap = bool(getattr(config, "attn_logit_softcapping", None))
+    return "sdpa" if MODEL_MAPPING[type(config)]._supports_sdpa and not has_softcap else "eager"
 
 
 def without_final_norm(model: "PreTrainedModel") -> "PreTrainedModel":
     """The same model ending in its raw residual stream (SARM section 3: the SAE reads it, and normalises by itself)."""
-    model.norm = nn.Identity()
+    setattr(model, family_of(model.config).final_norm, nn.Identity())
     if hasattr(model.config, "quantization_config"):
-        # Weights were dequantised on loading; `save_pretrained` refuses to write a GGUF config back.
+        # Weights were dequantised on loading, and are saved as what they are.
         del model.config.quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]
     return model
@@ -154,6 +93,10 @@ def residual_stream(
     segments: Int[Tensor, "rows columns"],
 ) -> Float[Tensor, "rows columns d_in"]:
     """Residual stream after the last kept block at every token."""
+    if family_of(model.config).alone:
+        apart = _taken_apart(input_ids, positions, segments)
+        hidden: Tensor = model(input_ids=apart.input_ids, use_cache=False).last_hidden_state
+        return hidden[apart.sequences, apart.columns]
     masks = _masks(model.config, positions, segments, next(model.parameters()).dtype)
     residual_BLD: Tensor = model(
         input_ids=input_ids, attention_mask=masks, position_ids=positions, use_cache=False
@@ -176,6 +119,11 @@ def residuals_at(
     made and attention takes its causal kernel.
     """
     taken: dict[int, Tensor] = {}
+    if segments is not None and family_of(model.config).alone:
+        assert positions is not None
+        apart = _taken_apart(input_ids, positions, segments)
+        rows, columns = apart.sequences[rows, columns], apart.columns[rows, columns]
+        input_ids, segments = apart.input_ids, None
 
     def keep(layer: int, hidden_BLD: Tensor) -> None:
         taken[layer] = hidden_BLD[rows, columns]
@@ -200,11 +148,44 @@ def residuals_at(
     return [taken[layer] for layer in layers]
 
 
+class _Apart(NamedTuple):
+    """Rows as sequences, one for each answer with its prompt before it; padded on the right, which no causal model sees."""
+
+    input_ids: Int[Tensor, "sequences tokens"]
+    sequences: Int[Tensor, "rows columns"]
+    columns: Int[Tensor, "rows columns"]
+    """Where the token of each place is; padding is anywhere."""
+
+
+def _taken_apart(
+    input_ids: Int[Tensor, "rows columns"],
+    positions: Int[Tensor, "rows columns"],
+    segments: Int[Tensor, "rows columns"],
+) -> _Apart:
+    """Every token with all that it sees, and as few sequences as hold all tokens: those of each answer's and branch's last token."""
+    visible_BLL = _visible(positions, segments, None).cpu()
+    is_token_BL = segments.cpu() >= 0
+    sequences = torch.zeros(segments.shape, dtype=torch.long)
+    columns = torch.zeros_like(sequences)
+    found: list[Tensor] = []
+    for row, open_L in enumerate(is_token_BL.clone()):
+        for last in reversed(range(len(open_L))):
+            if not open_L[last]:
+                continue
+            seen = (visible_BLL[row, last] & is_token_BL[row]).nonzero().flatten()
+            is_new = open_L[seen]
+            sequences[row, seen[is_new]] = len(found)
+            columns[row, seen[is_new]] = is_new.nonzero().flatten()
+            open_L[seen] = False
+            found.append(input_ids[row, seen.to(input_ids.device)])
+    padded = nn.utils.rnn.pad_sequence(found, batch_first=True) if found else input_ids[:, :1]
+    return _Apart(padded, sequences.to(input_ids.device), columns.to(input_ids.device))
+
+
 def _masks(config: "PretrainedConfig", positions: Tensor, segments: Tensor, dtype: torch.dtype) -> Any:
     full = _additive(_visible(positions, segments, None), dtype)
     window = getattr(config, "sliding_window", None)
-    # An exported model may be of a family that is not listed here: its blocks take one mask, as most do.
-    if FAMILIES.get(config.model_type, Family()).mask_per_layer_kind:
+    if family_of(config).mask_per_layer_kind:
         kinds = set(config.layer_types)
         sliding = _additive(_visible(positions, segments, window), dtype) if "sliding_attention" in kinds else full
         return {"full_attention": full, "sliding_attention": sliding}
@@ -229,22 +210,3 @@ def _visible(positions: Tensor, segments: Tensor, window: int | None) -> Tensor:
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-
-
-def _source(revision: str, gguf_file: str) -> dict[str, Any]:
-    return {"revision": revision, "trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the report that later blocks were left unread, which is the intention."""
-    from transformers.utils import logging as transformers_logging
-
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-        transformers_logging.enable_progress_bar()

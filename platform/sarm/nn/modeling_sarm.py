@@ -26,13 +26,15 @@ from transformers.utils.generic import ModelOutput
 
 from .answer_places import Places, closed, find_places, without_padding
 from .architectures import ARCHITECTURE_FILES, build_sae
-from .backbone import residual_stream, without_final_norm
+from .backbone import attention_of, residual_stream, without_final_norm
+from .heads import ScalarHead, SparseLinear
+from .loading_report import faults
 from .losses import reconstruction_loss
 from .protocol import PROTOCOL_VERSION
-from .sae import Codes, Sae, standardise
+from .sae import Sae, standardise
 
 # All of them are imported here or by each other: what is not, `trust_remote_code` does not fetch.
-_SHARED_FILES = ("modeling_sarm.py", "answer_places.py", "backbone.py", "losses.py", "protocol.py", "architectures.py", "selection.py")  # fmt: skip
+_SHARED_FILES = ("modeling_sarm.py", "answer_places.py", "backbone.py", "heads.py", "loading_report.py", "losses.py", "protocol.py", "architectures.py", "selection.py")  # fmt: skip
 CODE_FILES = (*_SHARED_FILES, *ARCHITECTURE_FILES)
 ON_CUT_OFF = ("close", "refuse", "penalise")
 # A penalised answer gets what one in a few hundred gets, unless the config says what.
@@ -107,17 +109,6 @@ class SarmOutput(ModelOutput):
     unscored: Tensor | None = None
 
 
-class SparseLinear(nn.Module):
-    """`weight` [1, S] over sparse codes: a sum of K products."""
-
-    def __init__(self, d_sae: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, d_sae, dtype=torch.float32))
-
-    def forward(self, codes: Codes) -> Tensor:
-        return F.embedding_bag(codes.indices, self.weight.T, per_sample_weights=codes.values, mode="sum")
-
-
 class SarmForSequenceClassification(PreTrainedModel):
     """Truncated backbone, standardise, SAE encoder, linear head; the last three in float32 and at rewarded tokens only."""
 
@@ -137,9 +128,12 @@ class SarmForSequenceClassification(PreTrainedModel):
             for parameter in self.sae.parameters():
                 # DeepSpeed broadcasts parameters as bytes, which a transposed one is not.
                 parameter.data = parameter.data.contiguous()
-            self.score: SparseLinear | nn.Linear = SparseLinear(config.d_sae)
+            self.score: SparseLinear | ScalarHead = SparseLinear(config.d_sae)
+            # What RL libraries call with the hidden states of `self.model`, as they do with an ordinary classifier's head.
+            self.score.rewards_of = self._rewards_of
         elif config.head == "scalar":
-            self.score = nn.Linear(d_in, 1, bias=False, dtype=torch.float32)
+            self.score = ScalarHead(d_in, 1, bias=False, dtype=torch.float32)
+            self.score.standardise = config.standardise
             nn.init.zeros_(self.score.weight)
         else:
             raise ValueError(f"head must be 'sae' or 'scalar', got {config.head!r}.")
@@ -193,10 +187,17 @@ class SarmForSequenceClassification(PreTrainedModel):
             output.loss = F.mse_loss(output.logits.squeeze(-1), labels.reshape(-1).float())
         return output if return_dict is not False else output.to_tuple()
 
+    def _rewards_of(self, hidden: Tensor) -> Tensor:
+        """[..., 1] rewards of the residual stream [..., D] after the last block (`hidden_states[-1]` of `self.model`), at whichever tokens."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self._read(hidden.reshape(-1, hidden.shape[-1]), False, True).logits
+        assert logits is not None
+        return logits.reshape(*hidden.shape[:-1], 1)
+
     def _read(self, h_ND: Tensor, reconstruct: bool, recon_detached: bool) -> SarmOutput:
-        x_ND = standardise(h_ND) if self.config.standardise else h_ND.float()
         if self.config.head == "scalar":
-            return SarmOutput(logits=self.score(x_ND))
+            return SarmOutput(logits=self.score(h_ND))
+        x_ND = standardise(h_ND) if self.config.standardise else h_ND.float()
         codes = self.sae(x_ND)
         output = SarmOutput(logits=self.score(codes))
         if self.config.sae["architecture"] != "dense":
@@ -250,6 +251,14 @@ class SarmForSequenceClassification(PreTrainedModel):
         order = torch.arange(input_ids.shape[1], device=input_ids.device)
         return (shown * (order + 1)).argmax(-1)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As every model's. Raises ValueError unless every weight comes from the files: none is drawn at random."""
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if wrong := faults(report):
+            raise ValueError(f"{args[0] if args else 'the model'} {wrong}. Get another copy, or export it again.")
+        return (model, report) if output_loading_info else model
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """As every model's, with the code that reads it beside it, so that the folder loads where this package is not installed."""
         self.config.auto_map = {
@@ -266,8 +275,7 @@ class SarmForSequenceClassification(PreTrainedModel):
 def _empty_backbone(config: SarmConfig) -> PreTrainedModel:
     fields = {key: value for key, value in config.backbone.items() if key not in ("model_type", "dtype")}
     backbone = AutoConfig.for_model(config.backbone["model_type"], **fields)
-    softcap = getattr(backbone, "attn_logit_softcapping", None)
-    return without_final_norm(AutoModel.from_config(backbone, attn_implementation="eager" if softcap else "sdpa"))
+    return without_final_norm(AutoModel.from_config(backbone, attn_implementation=attention_of(backbone)))
 
 
 # A copy of this file, which an exported folder carries, leaves the name to the package where that is loaded.

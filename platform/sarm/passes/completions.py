@@ -11,7 +11,8 @@ from sarm.contracts.passes import Beat, Cost, Tables
 from sarm.contracts.tables import COMPLETION_SCORES_TABLE
 from sarm.data.store.parts import with_sink_columns
 from sarm.passes.models import ModelSpec
-from sarm.passes.scorers import Request, load_scorer
+from sarm.passes.scorers import load_scorer
+from sarm.passes.scoring import Request
 
 REQUESTS = pa.schema(
     [

@@ -13,7 +13,8 @@ from sarm.contracts.folders import SARM_FOLDER
 from sarm.contracts.manifest import MANIFEST, read_manifest, sha256_of, verify_files
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.model_files import check_model_files
-from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer, load_tokenizer
+from sarm.data.tokens.templates import chosen_template
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.checks import UserError
@@ -35,15 +36,19 @@ class ModelSpec:
     max_length: int
     dtype: str
     system_prompt: str | None = None
+    head: str = ""
+    objectives: tuple[float, ...] = ()
+    chat_template: str = ""
 
 
 def find_model(settings: Benchmarking) -> ModelSpec:
     """What is to be scored, checked as far as it can be without loading weights.
 
-    Raises UserError for a name that is none of the three, a model with several outputs or a tokenizer without chat template.
+    Raises UserError for a name that is none of the three, a head that is not known or lacks weights, or a tokenizer without chat template.
     """
     name = settings.model
     if ":" in name and not Path(name).exists():
+        _refuse_flags(settings, "a function")
         load_function(name)
         source, _, function = name.rpartition(":")
         place = f"{Path(source).absolute()}:{function}" if source.endswith(".py") else name
@@ -58,30 +63,14 @@ def find_model(settings: Benchmarking) -> ModelSpec:
     folder = _folder(name, settings.revision)
     config = _config(folder, name)
     if config.get("model_type") == "sarm":
+        _refuse_flags(settings, "a SARM, which has a head and a template of its own")
         return _sarm(folder, config, settings)
-    check_model_files(folder)
-    from transformers import AutoConfig, AutoTokenizer
+    return _classifier(folder, config, settings)
 
-    try:
-        num_labels = AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]} Pass another --model.") from error
-    if num_labels != 1 or not any("SequenceClassification" in one for one in config.get("architectures") or []):
-        raise UserError(
-            f"{name} is {', '.join(config.get('architectures') or ['no architecture'])} with {num_labels} outputs, expected a sequence classifier with one. Pass another --model."
-        )
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {name} has no chat template, so it cannot render benchmarks. Pass another --model.")  # fmt: skip
-    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:16]
-    return _spec(
-        kind="classifier",
-        place=str(folder),
-        identity=hash_of_folder(folder),
-        template=template,
-        settings=settings,
-        max_length=DEFAULT_LENGTH,
-    )
+
+def _refuse_flags(settings: Benchmarking, kind: str) -> None:
+    if settings.head or settings.objectives or settings.chat_template:
+        raise UserError(f"{settings.model} is {kind}. Leave out --head, --objectives and --chat-template, which are for models of others.")  # fmt: skip
 
 
 def sarm_tokenizer(spec: ModelSpec) -> ChatTokenizer:
@@ -149,6 +138,8 @@ def score_key(spec: ModelSpec) -> str:
     parts = (
         *(spec.identity, spec.template, spec.protocol, str(spec.max_length), spec.dtype, str(spec.system_prompt)),
         f"version {PROTOCOL_VERSION}",
+        # Scores from before heads were looked for may be those of a random one.
+        *([f"head {spec.head} {spec.objectives}"] if spec.kind == "classifier" else []),
     )
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:32]
 
@@ -195,6 +186,61 @@ def _sarm(folder: Path, config: dict[str, Any], settings: Benchmarking) -> Model
         max_length=length,
     )
     return replace(spec, system_prompt=known.get("system_prompt"))
+
+
+def _classifier(folder: Path, config: dict[str, Any], settings: Benchmarking) -> ModelSpec:
+    """A reward model that others trained: its head is known, every weight is in its files, and its tokenizer has a template."""
+    # Torch takes seconds, which who is refused for less need not wait for.
+    from sarm.passes.foreign_models import check_foreign, layout_of
+
+    name = settings.model
+    layout = layout_of(folder, config, settings.head)
+    check_model_files(folder, own_code=layout is not None and layout.known_code, pickles=True)
+    outputs = layout.num_outputs if layout is not None else _num_labels(folder, config, name)
+    if outputs != max(1, len(settings.objectives)):
+        raise UserError(
+            f"{name} has {outputs} outputs, and {len(settings.objectives) or 'no'} weights of them are given. Pass {outputs} to --objectives, or another --model."
+        )
+    tokenizer = classifier_tokenizer(folder, settings.chat_template)
+    if layout is not None and layout.reads_cls and tokenizer.cls_token_id is None:
+        raise UserError(f"{name} reads its reward at the CLS token, and its tokenizer has none. Get another copy.")
+    check_foreign(folder, layout)
+    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:16]
+    spec = _spec(
+        kind="classifier",
+        place=str(folder),
+        identity=hash_of_folder(folder),
+        template=template,
+        settings=settings,
+        max_length=DEFAULT_LENGTH,
+    )
+    return replace(spec, head=settings.head, objectives=settings.objectives, chat_template=settings.chat_template)
+
+
+def _num_labels(folder: Path, config: dict[str, Any], name: str) -> int:
+    from transformers import AutoConfig
+
+    try:
+        labels: int = AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels
+    # A config is checked by its own class, which raises what it likes.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name} cannot be loaded: {reason} Pass another --model.") from error
+    if not any("SequenceClassification" in one for one in config.get("architectures") or []):
+        raise UserError(
+            f"{name} is {', '.join(config.get('architectures') or ['no architecture'])}, expected a sequence classifier. Pass another --model."
+        )
+    return labels
+
+
+def classifier_tokenizer(folder: Path, chat_template: str) -> Any:
+    """The tokenizer of a reward model that others trained, with the template to render with.
+
+    Raises UserError if there is no tokenizer, or no template.
+    """
+    tokenizer = load_tokenizer(ModelSettings(name=str(folder)), folder)
+    tokenizer.chat_template = chosen_template(tokenizer, chat_template, "--chat-template")
+    return tokenizer
 
 
 def _spec(kind: str, place: str, identity: str, template: str, settings: Benchmarking, max_length: int) -> ModelSpec:

@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from sarm.settings.checks import OPERATIONAL, UserError
+from sarm.settings.chat_template import template_text
+from sarm.settings.checks import ABSENT_AT_DEFAULT, OPERATIONAL, UserError
 from sarm.settings.registered import listing
 from sarm.settings.results_root import READ, place_paths
 from sarm.settings.run import Flat, RunSettings
@@ -25,6 +26,12 @@ class Benchmarking:
     """Branch, tag or commit of a Hugging Face model."""
     benchmarks: Annotated[tuple[str, ...], listing("known benchmarks")] = field(default=(), metadata=READ)
     """`NAME=SOURCE` of a known benchmark; a source is a file, a glob or `owner/name` on Hugging Face, and may be left out for the public data set."""
+    head: str = field(default="", metadata=ABSENT_AT_DEFAULT)
+    """Where the reward is: unset finds the model's head by its name; `token:ID` is the logit of a token of a language model without one."""
+    objectives: tuple[float, ...] = field(default=(), metadata=ABSENT_AT_DEFAULT)
+    """Weight of each output of a head with several, in their order; the reward is their weighted sum."""
+    chat_template: str = field(default="", metadata=ABSENT_AT_DEFAULT)
+    """Chat template of a tokenizer that has none, or several: a file, or the name of one that it has."""
     protocol: Literal["exact", "official"] = "exact"
     """`exact`: one BOS, left truncation that keeps the rewarded token; `official`: the tokenisation of the benchmarks' own code, with its known faults."""
     max_length: int | None = None
@@ -46,6 +53,7 @@ class Benchmarking:
 
     def __post_init__(self) -> None:
         place_paths(self)
+        object.__setattr__(self, "chat_template", template_text(self.chat_template, "--chat-template"))
         if unknown := [probe for probe in self.probes if probe not in PROBES]:
             raise UserError(f"unknown probe {unknown[0]}, known are {', '.join(PROBES)}. Pass --probes.")
         if not self.benchmarks:

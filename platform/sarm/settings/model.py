@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from sarm.settings.checks import check, check_least
+from sarm.settings.chat_template import template_text
+from sarm.settings.checks import ABSENT_AT_DEFAULT, check, check_least
 from sarm.settings.registered import listing
 from sarm.settings.results_root import READ, place_paths
 
@@ -26,8 +27,11 @@ class ModelSettings:
     """Tokens of a sequence at most; longer ones lose their beginning, never the rewarded final token."""
     system_prompt: str | None = None
     """System turn put before conversations that have none; unset leaves it to the model's chat template."""
+    chat_template: str = field(default="", metadata=ABSENT_AT_DEFAULT)
+    """Chat template of a tokenizer that has none, or several: a file, or the name of one that it has; unset is its own, or `default`."""
 
     def __post_init__(self) -> None:
         place_paths(self)
+        object.__setattr__(self, "chat_template", template_text(self.chat_template, "--model.chat-template"))
         check(self, "model.name", bool(self.name), "a folder or a Hugging Face id")
         check_least(self, "model.", layer=1, max_length=8)

@@ -160,12 +160,8 @@ def score_heldout(session: Session, extraction: ExtractionSettings, name: str, f
     say(f"evaluate: scoring held-out pairs with {name}")
     reward_model = session.folders.out / name
     config = read_manifest(reward_model, SARM_FOLDER).config
-    model = ModelSettings(
-        **{
-            key: config[key]
-            for key in ("name", "revision", "gguf_file", "layer", "dtype", "max_length", "system_prompt")
-        }
-    )
+    fields = ("name", "revision", "gguf_file", "layer", "dtype", "max_length", "system_prompt", "chat_template")
+    model = ModelSettings(**{key: config[key] for key in fields if key in config})
     target = folder / f"{name}_scores"
     files = sorted(session.folders.pairs.glob("*.parquet"))
     work = Pass(

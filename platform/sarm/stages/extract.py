@@ -94,7 +94,7 @@ class _Extraction:
     def __call__(self, children: Mapping[Key, StageRun]) -> dict[Key, dict[str, Any]]:
         from sarm.contracts.passes import Target
         from sarm.engine.ray.passes import run_over
-        from sarm.nn.backbone import read_config
+        from sarm.nn.pretrained import read_config
 
         # Targets of one pass have one run.
         child = next(iter(children.values()))
@@ -212,7 +212,7 @@ def rows_within(files: Sequence[Path], chat: ChatTokenizer, limit_tokens: int) -
 
 
 def _check_layer(model: ModelSettings, layer: int) -> None:
-    from sarm.nn.backbone import read_config
+    from sarm.nn.pretrained import read_config
 
     try:
         read_config(model_folder(model), layer, revision=model.revision, gguf_file=model.gguf_file)

@@ -11,9 +11,9 @@ from sarm.data.formats.models import backbone_of, model_folder
 from sarm.data.formats.sae_folder import load_sae
 from sarm.data.store.activations import ActivationStore
 from sarm.data.tokens.chat import ChatTokenizer
-from sarm.nn.backbone import read_config
 from sarm.nn.dense import DenseSae
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import read_config
 from sarm.nn.sae import Sae
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings

@@ -10,9 +10,9 @@ import torch
 
 from sarm.data.formats.models import model_folder
 from sarm.data.store.shuffled_rows import is_heldout
-from sarm.data.tokens.chat import load_chat_tokenizer
+from sarm.data.tokens.chat import load_tokenizer
 from sarm.evaluate.cross_entropy import cross_entropies
-from sarm.nn.backbone import load_language_model
+from sarm.nn.pretrained import load_language_model
 from sarm.nn.sae import Sae
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
@@ -30,7 +30,7 @@ def cross_entropy_figures(
     """
     model = ModelSettings(name=activations["model"], revision=activations["revision"], layer=activations["layer"])
     folder = model_folder(model)
-    tokenizer = load_chat_tokenizer(model, folder).tokenizer
+    tokenizer = load_tokenizer(model, folder)
     texts = [
         tokenizer(text).input_ids[:_MAX_TOKENS] for text in itertools.islice(_heldout(corpus, heldout_share), num_texts)
     ]

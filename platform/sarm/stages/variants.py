@@ -29,7 +29,7 @@ class Variant(NamedTuple):
 def full_depth(model: ModelSettings) -> int:
     """The number of blocks of the whole model; loads its config, and so torch."""
     from sarm.data.formats.models import model_folder
-    from sarm.nn.backbone import read_depth
+    from sarm.nn.pretrained import read_depth
 
     return read_depth(model_folder(model), revision=model.revision, gguf_file=model.gguf_file)
 

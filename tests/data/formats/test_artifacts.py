@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.nn.every_sae import KINDS, kind_of
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sarm.data.formats.sae_folder import load_sae, save_sae
 from sarm.data.formats.sae_formats import import_sae
@@ -17,8 +17,8 @@ from sarm.data.formats.sae_weights import sae_of
 from sarm.data.formats.sarm_folder import load_sarm, read_latents, read_sarm, save_sarm
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.nn.architectures import build_sae
-from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import CODE_FILES, SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
@@ -297,6 +297,32 @@ def test_a_torn_file_is_refused(sarm_folder, name, share):
     (sarm_folder / name).write_bytes(content[: int(share * len(content))])
     with pytest.raises(UserError, match="is not a readable reward model"):
         load_sarm(sarm_folder)
+
+
+def test_a_model_in_shards_is_read_by_its_index(sarm_folder):
+    whole = load_sarm(sarm_folder)
+    latents = read_latents(sarm_folder, "score.weight", "sae.W_dec")
+    (sarm_folder / "model.safetensors").unlink()
+    whole.save_pretrained(sarm_folder, max_shard_size="100KB")
+    shards = sorted(sarm_folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    found = load_sarm(sarm_folder)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
+    for wanted, again in zip(latents, read_latents(sarm_folder, "score.weight", "sae.W_dec"), strict=True):
+        assert (wanted == again).all()
+    shards[0].unlink()
+    with pytest.raises(UserError, match=rf"names {shards[0].name}, which is not there"):
+        load_sarm(sarm_folder)
+
+
+def test_transformers_draws_no_weight_of_a_folder_at_random(sarm_folder):
+    path = sarm_folder / "model.safetensors"
+    weights = load_file(path)
+    save_file({k: v for k, v in weights.items() if k != "score.weight"}, path, metadata={"format": "pt"})
+    for loader in (SarmForSequenceClassification, AutoModelForSequenceClassification):
+        with pytest.raises(ValueError, match=r"lacks 1 weights, e\.g\. score\.weight"):
+            loader.from_pretrained(sarm_folder)
 
 
 def test_missing_weights_file_is_refused(sarm_folder):

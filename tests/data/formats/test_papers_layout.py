@@ -13,8 +13,8 @@ from sarm.data.formats.papers_layout import PapersFields, read_papers_sarm, writ
 from sarm.data.formats.sae_folder import load_sae
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.nn.architectures import build_sae
-from sarm.nn.backbone import load_backbone
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import load_backbone
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
 from sarm.settings.conversion import ConvertSarm
@@ -183,7 +183,7 @@ def test_the_sae_of_a_checkpoint_becomes_a_finished_stage(tiny_folder, tmp_path)
     ("settings", "said"),
     [
         ({"drop": ("score.weight",)}, "has no score.weight, so it is no SARM"),
-        ({"drop": ("model.embed_tokens.weight",)}, "lacks 1 weights of the first 1 blocks, e.g. embed_tokens.weight"),
+        ({"drop": ("model.embed_tokens.weight",)}, "every weight is needed, lacks 1 weights, e.g. embed_tokens.weight"),
         ({"sarm_param": param(sae_k=0)}, "does not say sae_k"),
         ({"sarm_param": param(sae_k=D_SAE + 1)}, "k must be between 1 and d_sae=80"),
         ({"sarm_param": param(sae_source_layer=3)}, "has 2 blocks, got layer 3"),

@@ -12,6 +12,7 @@ from transformers.utils import chat_template_utils
 from sarm.data.sources.tiny import CHAT_TEMPLATE
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer, pin_template
 from sarm.settings.checks import UserError
+from sarm.settings.identity import identity
 from sarm.settings.model import ModelSettings
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -212,7 +213,7 @@ def test_rendering_does_not_change_the_messages(tiny_tokenizer):
 
 def test_a_tokenizer_without_a_template_is_refused(tiny_tokenizer):
     tiny_tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"no chat template.*Pass an instruct model to --model\.name"):
+    with pytest.raises(UserError, match=r"no chat template.*--model\.chat-template"):
         ChatTokenizer(tiny_tokenizer, max_length=128)
 
 
@@ -246,3 +247,71 @@ def test_a_tokenizer_without_a_pad_token_pads_with_the_end_of_turn(tiny_folder):
     chat = load_chat_tokenizer(ModelSettings(name="tiny:llama", layer=1, max_length=40), tiny_folder)
     chat.tokenizer.pad_token = None
     assert chat.pad_id == chat.end_of_turn_id
+
+
+def saved_tokenizer(folder: Path, template: object) -> Path:
+    tokenizer = bos_writing_tokenizer(None)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path, **fields: object) -> ChatTokenizer:
+    return load_chat_tokenizer(ModelSettings(name=str(folder), max_length=64, **fields), folder)
+
+
+def test_of_several_templates_the_default_is_taken_and_others_by_their_name(tmp_path):
+    other = LLAMA_LIKE.replace("'\\n'", "'\\n\\n'")
+    folder = saved_tokenizer(tmp_path, {"default": LLAMA_LIKE, "rag": other})
+    assert loaded(folder).template == LLAMA_LIKE
+    assert loaded(folder, chat_template="rag").template == other
+    with pytest.raises(
+        UserError, match=r"the chat templates default, rag, and none of the name tool_use\. .*--model\.chat-template"
+    ):
+        loaded(folder, chat_template="tool_use")
+    with pytest.raises(UserError, match=r"the chat templates rag, and none of the name default"):
+        loaded(saved_tokenizer(tmp_path / "other", {"rag": other}))
+
+
+def test_a_tokenizer_without_a_template_takes_one_that_is_given(tmp_path):
+    folder = saved_tokenizer(tmp_path / "tokenizer", None)
+    (tmp_path / "own.jinja").write_text(LLAMA_LIKE)
+    given = loaded(folder, chat_template=str(tmp_path / "own.jinja"))
+    own = loaded(saved_tokenizer(tmp_path / "own", LLAMA_LIKE))
+    assert given.encode([[QUESTION, ANSWER]]) == own.encode([[QUESTION, ANSWER]])
+    assert given.template_hash == own.template_hash
+    with pytest.raises(UserError, match=r"has no chat template.* --model\.chat-template"):
+        loaded(folder, chat_template="rag")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [("none.jinja", None, "there is no file"), ("plain.jinja", b"hello", "has no jinja in it"), ("bytes.jinja", b"\xff\xfe{{", "is no chat template")],
+)  # fmt: skip
+def test_a_file_that_is_no_template_is_refused_in_one_line(name, content, said, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        ModelSettings(chat_template=str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_that_is_given_is_part_of_what_identifies_a_run_and_none_is_not(tmp_path):
+    assert "chat_template" not in identity(ModelSettings())
+    for text in ("{{ messages }}", "{{ bos_token }}"):
+        (tmp_path / "own.jinja").write_text(text)
+        assert identity(ModelSettings(chat_template=str(tmp_path / "own.jinja")))["chat_template"] == text
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model_has_embeddings_if_no_text_holds_them(tmp_path):
+    """As Gemma 3's does: an id for images, which no text and no template of turns holds."""
+    tokenizer = bos_writing_tokenizer(LLAMA_LIKE)
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    assert ChatTokenizer(tokenizer, max_length=64).beyond(size) == ""
+    assert ChatTokenizer(tokenizer, max_length=64).beyond(size - 1) != ""
+    tokenizer.chat_template = LLAMA_LIKE.replace("m['role']", "'<image_soft_token>'")
+    assert ChatTokenizer(tokenizer, max_length=64).beyond(size) == "<image_soft_token>"
+    tokenizer.chat_template = LLAMA_LIKE
+    tokenizer.add_tokens(["word"])
+    assert ChatTokenizer(tokenizer, max_length=64).beyond(size) == "word"

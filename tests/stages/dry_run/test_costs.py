@@ -32,7 +32,7 @@ def costs_of(config: object, machine: Machine = H100) -> dict[str, StageCost]:
 @pytest.mark.parametrize("name", ["demo:smollm2", "tiny:llama"])
 def test_the_weights_that_are_planned_are_the_models(name):
     from sarm.data.formats.models import model_folder
-    from sarm.nn.backbone import load_backbone, read_depth
+    from sarm.nn.pretrained import load_backbone, read_depth
 
     folder = model_folder(ModelSettings(name=name))
     shape = KNOWN_MODELS[name].shape

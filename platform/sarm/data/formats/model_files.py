@@ -9,25 +9,22 @@ from sarm.contracts.untrusted import inside, read_json
 from sarm.settings.checks import UserError
 
 _INDEX = "model.safetensors.index.json"
-_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_BIN_INDEX = "pytorch_model.bin.index.json"
+_PICKLES = ("*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def check_model_files(folder: Path, *, own_code: bool = False) -> None:
-    """Raise UserError unless the folder's safetensors files are whole, and its JSON files name no code (`own_code`: may name it).
+def check_model_files(folder: Path, *, own_code: bool = False, pickles: bool = False) -> None:
+    """Raise UserError unless the folder's safetensors files are whole, and its JSON files name no code (`own_code`: config.json may name it).
 
-    The code would not be run; but a model that asks for it is another one without it.
+    The code would not be run; but a model that asks for it is another one without it. With `pickles`, `.bin` files do where there are no
+    safetensors: whoever reads them takes plain tensors alone.
     """
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            _refuse_code(folder / name, _fields(folder / name), own_code=own_code)
-    paths = _weights(folder)
-    if not paths:
-        if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
-            raise UserError(
-                f"{folder} holds its weights as {pickles[0]}, a pickle, which can run code. Convert it to safetensors where you trust it (`save_pretrained` writes them), and pass that folder."
-            )
-        raise UserError(f"{folder} holds no *.safetensors. The download may be incomplete; get the weights.")
-    for path in paths:
+            _refuse_code(folder / name, _fields(folder / name), own_code=own_code and name == "config.json")
+    for path in weight_files(folder, pickles=pickles):
+        if path.suffix == ".bin":
+            continue
         try:
             with safe_open(path, "np"):
                 pass
@@ -38,14 +35,31 @@ def check_model_files(folder: Path, *, own_code: bool = False) -> None:
             ) from error
 
 
-def _weights(folder: Path) -> list[Path]:
-    index = folder / _INDEX
+def weight_files(folder: Path, *, pickles: bool = False) -> list[Path]:
+    """The files with a model's weights: the shards that an index names, else all; `.bin` ones (`pickles`) only where there are no safetensors.
+
+    Raises UserError if there are none, or an index names what is not there or lies outside.
+    """
+    if paths := _indexed(folder, _INDEX) or sorted(folder.glob("*.safetensors")):
+        return paths
+    found = _indexed(folder, _BIN_INDEX) or sorted(folder.glob("pytorch_model*.bin"))
+    if found and pickles:
+        return found
+    if named := found or sorted(path for pattern in _PICKLES for path in folder.glob(pattern)):
+        raise UserError(
+            f"{folder} holds its weights as {named[0].name}, a pickle, which can run code. Convert it to safetensors where you trust it (`save_pretrained` writes them), and pass that folder."
+        )
+    raise UserError(f"{folder} holds no *.safetensors. The download may be incomplete; get the weights.")
+
+
+def _indexed(folder: Path, name: str) -> list[Path]:
+    index = folder / name
     if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+        return []
     names = _fields(index).get("weight_map", {})
     try:
         paths = [inside_cache(folder, str(name)) for name in sorted(set(names.values()))]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{index} cannot be used: {error}. Get another copy.") from error
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(f"{index} names {missing[0].name}, which is not there. The download may be incomplete.")

@@ -28,7 +28,7 @@ def backbone_of(model: ModelSettings, folder: str, layer: int, dtype: Any) -> An
     Raises UserError if a weight is missing or not finite.
     """
     from sarm.data.store.finite import not_finite
-    from sarm.nn.backbone import load_backbone
+    from sarm.nn.pretrained import load_backbone
 
     try:
         backbone = load_backbone(folder, layer, dtype, revision=model.revision, gguf_file=model.gguf_file)
@@ -48,15 +48,20 @@ def check_model(model: ModelSettings) -> ChatTokenizer:
     if Path(folder).expanduser().is_dir() and not model.gguf_file:
         check_model_files(Path(folder).expanduser())
     # Seconds of imports, that who is refused for a file need not wait for.
-    from sarm.nn.backbone import read_config
+    from sarm.nn.pretrained import longest_row, read_config
 
     try:
         config = read_config(folder, model.layer, revision=model.revision, gguf_file=model.gguf_file)
     except ValueError as error:
         raise UserError(str(error)) from error
     chat = load_chat_tokenizer(model, folder)
-    if len(chat.tokenizer) > config.vocab_size:
+    if lost := chat.beyond(config.vocab_size):
         raise UserError(
-            f"the tokenizer of {model.name} has {len(chat.tokenizer)} tokens, its model {config.vocab_size}. Pass a matching --model.name."
+            f"the tokenizer of {model.name} has {len(chat.tokenizer)} tokens, its model {config.vocab_size}: texts may hold {lost}, for which there is no embedding. Pass a matching --model.name."
+        )
+    limit = longest_row(config)
+    if limit is not None and model.max_length > limit:
+        raise UserError(
+            f"beyond {limit} tokens, {model.name} computes every row by the longest of its batch, so that a reward would depend on what is beside it. Pass --model.max-length {limit} or less."
         )
     return chat

@@ -5,22 +5,22 @@ z = TopK_k(a) by signed value without a ReLU (or a, without TopK);  reward = sco
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from sarm.contracts.untrusted import read_json
-from sarm.data.formats.model_files import inside_cache
+from sarm.data.formats.tensor_files import tensors_in
 from sarm.data.tokens.chat import ChatTokenizer
-from sarm.nn.backbone import FAMILIES, without_final_norm
+from sarm.nn.backbone import FAMILIES, attention_of, without_final_norm
 from sarm.nn.dense import DenseSae
+from sarm.nn.loading_report import faults
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
+from sarm.nn.pretrained import is_unneeded
 from sarm.nn.sae import Sae
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
@@ -52,8 +52,8 @@ def read_papers_sarm(folder: Path, chat: ChatTokenizer, given: PapersFields) -> 
     """
     try:
         config = read_json(folder / "config.json")
-        weights = dict(_tensors(folder))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        weights = dict(tensors_in(folder))
+    except (OSError, ValueError, KeyError, UserError) as error:
         raise UserError(
             f"{folder} is not a readable checkpoint: {error}. Pass a folder in the papers' layout."
         ) from error
@@ -137,21 +137,6 @@ def write_papers_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer,
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder's safetensors files; with an index, of the files that it names."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        paths = [inside_cache(folder, name) for name in sorted(set(read_json(index)["weight_map"].values()))]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise FileNotFoundError("no .safetensors file")
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (no mapping)
-                yield key, file.get_tensor(key)
-
-
 def _fields(config: dict[str, Any], given: PapersFields, folder: Path) -> PapersFields:
     said = config.get("sarm_param") or {}
     topk = said.get("sarm_use_activation", said.get("sarm_use_topk"))
@@ -203,19 +188,18 @@ def _backbone(config: dict[str, Any], fields: PapersFields, weights: dict[str, T
         # A padding token may have been added.
         kept["vocab_size"] = embeddings.shape[0]
     ours = AutoConfig.for_model(config["model_type"], **kept)
-    softcap = getattr(ours, "attn_logit_softcapping", None)
+    attention = attention_of(ours)
     with torch.device("meta"):
-        backbone = AutoModel.from_config(ours, attn_implementation="eager" if softcap else "sdpa")
-    wanted = {name for name, _ in backbone.named_parameters() if not name.startswith("norm.")}
+        empty = without_final_norm(AutoModel.from_config(ours, attn_implementation=attention))
+    wanted = set(empty.state_dict())
     found = {key.removeprefix("model."): t for key, t in weights.items() if key.startswith("model.")}
-    if missing := sorted(wanted - found.keys()):
-        raise UserError(f"{folder} lacks {len(missing)} weights of the first {fields.layer} blocks, e.g. {missing[0]}.")
-    backbone = AutoModel.from_config(
-        ours, attn_implementation="eager" if softcap else "sdpa", dtype=found[min(wanted)].dtype
-    )
+    kept = {name: t for name, t in found.items() if name in wanted or not is_unneeded(name, fields.layer or 0)}
+    if wrong := faults({"missing_keys": wanted - kept.keys(), "unexpected_keys": kept.keys() - wanted}):
+        raise UserError(f"{folder}, of whose first {fields.layer} blocks every weight is needed, {wrong}.")
+    backbone = AutoModel.from_config(ours, attn_implementation=attention, dtype=kept[min(wanted)].dtype)
     without_final_norm(backbone)
     try:
-        backbone.load_state_dict({name: found[name] for name in wanted}, strict=False)
+        backbone.load_state_dict({name: kept[name] for name in wanted})
     except RuntimeError as error:
         raise UserError(f"{folder} does not fit its config: {str(error).splitlines()[-1].strip()}") from error
     backbone.config.use_cache = False

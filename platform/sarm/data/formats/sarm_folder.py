@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from sarm.contracts.untrusted import read_json
+from sarm.data.formats.tensor_files import tensors_in
 from sarm.data.store.finite import not_finite
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.nn.abs_topk import AbsTopKSae
@@ -65,9 +64,9 @@ def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
         if kind != SarmConfig.model_type:
             raise ValueError(f"its model type is {kind}")
         config = SarmConfig.from_pretrained(folder)
-        weights = load_file(folder / "model.safetensors")
+        weights = dict(tensors_in(folder))
         model = SarmForSequenceClassification(config)
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, UserError) as error:
         raise UserError(
             f"{folder} is not a readable reward model: {error}. Train it again, or pass another --out."
         ) from error
@@ -111,10 +110,12 @@ def read_latents(folder: Path, *names: str) -> list[NDArray[np.float32]]:
     Raises UserError if the file is missing or torn, or lacks one.
     """
     try:
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            tensors = [file.get_tensor(name).float().squeeze(0) for name in names]
+        found = dict(tensors_in(folder, names))
+        if lacking := [name for name in names if name not in found]:
+            raise ValueError(f"it holds no {lacking[0]}")
+        tensors = [found[name].float().squeeze(0) for name in names]
         sae = read_json(folder / "config.json").get("sae") or {}
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, UserError) as error:
         raise UserError(f"{folder} is not a readable SARM: {error}. Train it again, or pass another --out.") from error
     is_unfolded = sae.get("architecture") == AbsTopKSae.architecture
     return [(torch.cat([tensor, -tensor]) if is_unfolded else tensor).numpy() for tensor in tensors]

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from sarm.contracts.manifest import sha256_of
 from sarm.data.sources.cache import build_once, cache_root, is_cached
 from sarm.data.sources.rows import Reject
+from sarm.nn.loading_report import faults
 from sarm.settings.checks import UserError
 
 MIN_MARGIN = 0.25
@@ -167,9 +168,11 @@ def _convert(source: Path, gguf_file: str, folder: Path) -> None:
 
     Console(stderr=True).print(f"Converting {gguf_file} to safetensors (once, under a minute)", highlight=False)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf_file, dtype=torch.float32, local_files_only=True
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=gguf_file, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
+    if wrong := faults(report):
+        raise UserError(f"{source / gguf_file} {wrong}. Delete it, and run the same command again.")
     # The weights are plain fp32 by now, but save_pretrained refuses what still calls itself quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

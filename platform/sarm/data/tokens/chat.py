@@ -17,7 +17,7 @@ from sarm.data.tokens.control_tokens import ControlTokens, Encoded, Rendered, Sp
 from sarm.data.tokens.opening import opening_of
 from sarm.data.tokens.spelling import NotEncodableError
 from sarm.data.tokens.templated_text import template_spelled_in
-from sarm.data.tokens.templates import pin_template, with_system_prompt, without_system_prompt
+from sarm.data.tokens.templates import chosen_template, pin_template, with_system_prompt, without_system_prompt
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 
@@ -47,15 +47,13 @@ class ChatTokenizer:
     Without a `system_prompt`, one that was written into the template (`templates.with_system_prompt`) counts. `opening_ids` are the tokens with
     which the template opens an answer, empty where nothing tells that place from others.
 
-    Raises UserError if the tokenizer has no chat template, or one that does not close the assistant's turn with a special token.
+    `chat_template` is a template, or the name of one that the tokenizer has, instead of its own. Raises UserError if there is no chat template,
+    or one that does not close the assistant's turn with a special token.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int, system_prompt: str | None = None):
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template, so it cannot render preferences. Pass an instruct model to --model.name."
-            )
-        template, written = without_system_prompt(tokenizer.chat_template)
+    def __init__(self, tokenizer: Any, *, max_length: int, system_prompt: str | None = None, chat_template: str = ""):
+        chosen = chosen_template(tokenizer, chat_template, "--model.chat-template")
+        template, written = without_system_prompt(chosen)
         self.tokenizer, self.max_length = tokenizer, max_length
         self.system_prompt = written if system_prompt is None else system_prompt
         self.template = pin_template(template)
@@ -125,6 +123,16 @@ class ChatTokenizer:
     def pad_id(self) -> int:
         """A token to fill rows with; which one never matters, since masks come from lengths."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_of_turn_id
+
+    def beyond(self, num_embeddings: int) -> str:
+        """A token that texts may hold and that has no embedding among so many, empty if there is none.
+
+        A control token is none that a text holds; it counts if the template writes it.
+        """
+        written = {i for tokens in self._tokenise([self._rendered(_PROBE)]) for i in tokens.ids} | {*self.opening_ids}
+        lost = {text: i for text, i in self.tokenizer.get_vocab().items() if i >= num_embeddings}
+        occur = [text for text, i in lost.items() if i in written or i not in self.control.ids or text in self.template]
+        return min(occur, default="")
 
     def encode_text(self, text: str) -> TextTokens:
         """Token ids and character offsets of a plain text; nothing is inserted, and control tokens in it are text like any other."""
@@ -237,6 +245,16 @@ def load_chat_tokenizer(model: ModelSettings, folder: str | Path) -> ChatTokeniz
 
     Raises UserError if there is none, or none with a usable chat template.
     """
+    return ChatTokenizer(
+        load_tokenizer(model, folder),
+        max_length=model.max_length,
+        system_prompt=model.system_prompt,
+        chat_template=model.chat_template,
+    )
+
+
+def load_tokenizer(model: ModelSettings, folder: str | Path) -> Any:
+    """The tokenizer alone, with a chat template or without. Raises UserError if there is none."""
     from transformers import AutoTokenizer
 
     source = {
@@ -245,9 +263,8 @@ def load_chat_tokenizer(model: ModelSettings, folder: str | Path) -> ChatTokeniz
         **({"gguf_file": model.gguf_file} if model.gguf_file else {}),
     }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **source)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read a tokenizer from {folder}: {str(error).splitlines()[0]} Pass --model.name."
-        ) from error
-    return ChatTokenizer(tokenizer, max_length=model.max_length, system_prompt=model.system_prompt)
+        return AutoTokenizer.from_pretrained(str(folder), **source)
+    # A tokenizer's files are read by its own class, which raises what it likes.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read a tokenizer from {folder}: {reason} Pass --model.name.") from error

@@ -2,6 +2,10 @@
 
 import ast
 import re
+from typing import Any
+
+from sarm.settings.chat_template import is_template
+from sarm.settings.checks import UserError
 
 # Llama 3.2's template writes today's date, so rewards would drift by the day; 3.1's writes this one.
 _FIXED_DATE = "26 Jul 2024"
@@ -12,6 +16,23 @@ _SYSTEM = re.compile(
     r"\{#- system prompt of the training -#\}\{%- set trained_with = (?P<literal>\"[^\"]*\") %\}.*?\{#- end of it -#\}",
     re.S,
 )
+
+
+def chosen_template(tokenizer: Any, given: str, flag: str) -> str:
+    """The chat template to render with: the one given, or the tokenizer's of that name, or its own, or of several the one named `default`.
+
+    Raises UserError if there is none, and names those that there are.
+    """
+    own = tokenizer.chat_template
+    named: dict[str, str] = own if isinstance(own, dict) else {"default": own} if own else {}
+    if is_template(given):
+        return given
+    if found := named.get(given or "default"):
+        return found
+    if not named:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template, so it cannot render conversations. Pass an instruct model, or a template to {flag}.")  # fmt: skip
+    wanted = f"none of the name {given}" if given else "none of the name default"
+    raise UserError(f"the tokenizer of {tokenizer.name_or_path} has the chat templates {', '.join(sorted(named))}, and {wanted}. Pass one of these, or a file, to {flag}.")  # fmt: skip
 
 
 def pin_template(template: str) -> str:

@@ -235,6 +235,12 @@ def _stall(
     return f"{head}: {num_actors} actors were asked for and none has begun a block: they are still starting or loading the model. {again}"
 
 
+_ADVICE = {
+    "overflow": "float16 does not hold numbers that large. Pass --extraction.dtype bfloat16.",
+    "not_finite": "The model itself gives NaN or infinite values. Pass --model.dtype float32, or get another copy of it.",
+}
+
+
 def checked(work: Pass, output: Output) -> dict[str, Any]:
     """The counts of a target's folder, after its parts have been compared with the input.
 
@@ -261,9 +267,15 @@ def checked(work: Pass, output: Output) -> dict[str, Any]:
     counts["audit_seconds"] = round(time.perf_counter() - started, 3)
     if counts["rows"] == 0:
         raise UserError(
-            f"{work.name}: nothing usable came out of {audited['audited_rows']} rows: {counts['rejected'] or 'no reason given'}. Look at the source."
+            f"{work.name}: nothing usable came out of {audited['audited_rows']} rows: {counts['rejected'] or 'no reason given'}. {_advice(counts['rejected'])}"
         )
     return counts
+
+
+def _advice(rejected: Mapping[str, int]) -> str:
+    """What mends the reason that most rows were rejected for."""
+    reason = max(rejected, key=lambda name: rejected[name], default="")
+    return _ADVICE.get(reason, "Look at the source.")
 
 
 def _cause_of(error: BaseException) -> BaseException:

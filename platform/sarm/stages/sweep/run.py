@@ -7,7 +7,7 @@ from sarm.data.formats.models import check_model, model_folder
 from sarm.engine.ray.machine import this_machine
 from sarm.engine.session import Session, open_session
 from sarm.engine.terminal import say
-from sarm.nn.backbone import read_config
+from sarm.nn.pretrained import read_config
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.settings.sweep import Ablation

@@ -1,0 +1,197 @@
+"""A reward model that reads one completion a row: those that others trained, and a SARM under the official protocol."""
+
+import math
+import time
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sarm.contracts.passes import Cost
+from sarm.contracts.untrusted import read_json
+from sarm.data.formats.sarm_folder import load_sarm
+from sarm.data.sources.conversations import ConversationError, check_messages
+from sarm.data.tokens.chat import ChatTokenizer
+from sarm.data.tokens.control_tokens import ControlTokens
+from sarm.data.tokens.packing import Row, TokenBatch, answer_row, token_batches
+from sarm.data.tokens.spelling import NotEncodableError
+from sarm.passes.foreign_models import layout_of, load_foreign
+from sarm.passes.models import ModelSpec, classifier_tokenizer, sarm_tokenizer
+from sarm.passes.reward_heads import HeadLayout
+from sarm.passes.scoring import Message, Request, Scored
+from sarm.passes.usage import device_of_worker
+from sarm.settings.checks import UserError
+
+
+class _Sequence(NamedTuple):
+    ids: list[int]
+    masked: int
+    truncated: bool
+    reason: str | None = None
+    gate: int = 0
+    """Where a gate reads the prompt."""
+
+
+class TorchScorer:
+    """A reward model that others trained, or a SARM under the official protocol: each completion has a row of its own.
+
+    Raises UserError if a weight is missing.
+    """
+
+    def __init__(self, spec: ModelSpec, batch_tokens: int):
+        self._spec, self._batch_tokens, self._device = spec, batch_tokens, device_of_worker()
+        dtype = getattr(torch, spec.dtype)
+        self._chat: ChatTokenizer | None = None
+        self._layout: HeadLayout | None = None
+        if spec.kind == "sarm":
+            chat = sarm_tokenizer(spec)
+            self._chat, self._tokenizer = chat, chat.tokenizer
+            sarm = load_sarm(Path(spec.place), dtype).to(self._device)  # type: ignore[arg-type]
+            self._rewards: Callable[..., torch.Tensor] = lambda **inputs: sarm(**inputs).logits
+            self._config, self._vocabulary = sarm.config, sarm.model.config.vocab_size
+        else:
+            folder = Path(spec.place)
+            self._tokenizer = classifier_tokenizer(folder, spec.chat_template)
+            self._layout = layout_of(folder, dict(read_json(folder / "config.json")), spec.head)
+            model = load_foreign(folder, dtype, spec.head, spec.objectives).to(self._device)
+            self._rewards, self._config, self._vocabulary = model, model.body.config, model.vocabulary
+
+    def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], Cost]:
+        sequences = [[self._encode(request.prompt, text) for text in request.completions] for request in requests]
+        found: dict[Hashable, float] = {}
+        cost = Cost()
+        for batch in self._batches(requests, sequences):
+            started = time.perf_counter()
+            with torch.inference_mode():
+                rewards = self._rewards(**self._inputs(batch, sequences))
+            found.update(zip(batch.keys, rewards.float().reshape(-1).cpu().tolist(), strict=True))
+            cost.tokens += int((batch.segment_ids >= 0).sum())
+            cost.padded_tokens += batch.input_ids.numel()
+            cost.forward_seconds += time.perf_counter() - started
+        scored = [
+            [
+                Scored(found.get((r, i), math.nan), len(one.ids) - one.masked, one.truncated, one.reason)
+                for i, one in enumerate(own)
+            ]
+            for r, own in enumerate(sequences)
+        ]
+        return scored, cost
+
+    def _batches(self, requests: Sequence[Request], sequences: list[list[_Sequence]]) -> list[TokenBatch]:
+        together: list[Row] = []
+        alone: list[Row] = []
+        for r, (request, encoded) in enumerate(zip(requests, sequences, strict=True)):
+            rows = [answer_row((r, i), one.ids) for i, one in enumerate(encoded) if one.reason is None]
+            (alone if request.alone else together).extend(rows)
+        batches = token_batches(together, self._batch_tokens, self._pad_id(together), join=False)
+        return batches + [batch for row in alone for batch in token_batches([row], 1, self._pad_id([row]), join=False)]
+
+    def _inputs(self, batch: TokenBatch, sequences: list[list[_Sequence]]) -> dict[str, torch.Tensor]:
+        mask = (batch.segment_ids >= 0).long()
+        for line, key in enumerate(batch.keys):
+            assert isinstance(key, tuple)
+            mask[line, : sequences[key[0]][key[1]].masked] = 0
+        inputs = {"input_ids": batch.input_ids, "attention_mask": mask}
+        if self._layout is not None and self._layout.kind == "gated":
+            inputs["gates"] = torch.tensor([sequences[key[0]][key[1]].gate for key in batch.keys if isinstance(key, tuple)])  # fmt: skip
+        return {name: tensor.to(self._device) for name, tensor in inputs.items()}
+
+    def _pad_id(self, rows: Sequence[Row]) -> int:
+        """A classifier that knows no padding looks for it by id: then one that ends no sequence. Where the mask decides, any will do."""
+        if self._chat is not None:
+            return self._chat.pad_id
+        if self._layout is not None:
+            return 0
+        config = self._config
+        known = self._tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+        if known is None or config.pad_token_id is None:
+            last = {row.ids[-1] for row in rows}
+            known = known if known is not None and known not in last else next(i for i in range(len(last) + 1) if i not in last)  # fmt: skip
+            config.pad_token_id = known
+        return int(known)
+
+    def _encode(self, prompt: list[Message], completion: str) -> _Sequence:
+        try:
+            one = (self._official if self._spec.protocol == "official" else self._exact)(prompt, completion)
+            return one._replace(gate=self._gate(one.ids))
+        except ConversationError as error:
+            return _Sequence([], 0, False, error.reason)
+
+    def _gate(self, ids: list[int]) -> int:
+        """Where the prompt ends, for a head that reads it there. Raises ConversationError for a token without embedding, or where nothing opens an answer."""
+        if beyond := [i for i in ids if i >= self._vocabulary]:
+            raise ConversationError(f"token {beyond[0]} has no embedding", "not_encodable")
+        if self._layout is None or self._layout.kind != "gated":
+            return 0
+        opening = self._opening
+        for start in reversed(range(len(ids) - len(opening) + 1)):
+            if ids[start : start + len(opening)] == opening:
+                return start
+        raise ConversationError("the prompt's end was cut off", "prompt_cut_off")
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """The end of the user's turn and what opens an answer: the gate of ArmoRM reads the prompt where they begin, at their last place."""
+        asked = [{"role": "user", "content": "question"}]
+        closed, opened = (
+            self._tokenizer(
+                self._tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=opened),
+                add_special_tokens=False,
+            ).input_ids
+            for opened in (False, True)
+        )
+        if opened[: len(closed)] != closed or len(opened) == len(closed):
+            raise UserError(f"the chat template of {self._spec.place} opens no answer, so that its gate has no place to read the prompt at. Pass --chat-template.")  # fmt: skip
+        # White space behind the end of the turn is none of it.
+        end = next(n for n in reversed(range(len(closed))) if self._tokenizer.decode([closed[n]]).strip())
+        return [int(i) for i in opened[end:]]
+
+    @cached_property
+    def _appended(self) -> list[int]:
+        return [self._tokenizer.cls_token_id] if self._layout is not None and self._layout.reads_cls else []
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        """Of use to `exact` alone: `official` encodes by any tokenizer, as the benchmarks' code does."""
+        try:
+            return ControlTokens(self._tokenizer)
+        except NotEncodableError as error:
+            raise UserError(f"{error} Pass --protocol official, or another model.") from error
+
+    def _exact(self, prompt: list[Message], completion: str) -> _Sequence:
+        conversation = [*prompt, {"role": "assistant", "content": completion}]
+        check_messages(conversation)
+        try:
+            rendered = self._control.render(conversation, self._apply, self._tokenizer.chat_template)
+            ids, bos = self._control.encode([rendered])[0].ids, self._tokenizer.bos_token_id
+        except NotEncodableError as error:
+            raise ConversationError(str(error), "not_encodable") from error
+        adds_bos = bos is not None and self._tokenizer("a").input_ids[0] == bos
+        ids = ids[next((i for i, token in enumerate(ids) if token != bos), 0) :] if adds_bos else ids
+        room = self._spec.max_length - adds_bos - len(self._appended)
+        return _Sequence([*([bos] if adds_bos else []), *ids[-room:], *self._appended], 0, len(ids) > room)
+
+    def _official(self, prompt: list[Message], completion: str) -> _Sequence:
+        ids = [*self._tokenizer(self._render(prompt, completion)).input_ids, *self._appended]
+        bos = self._tokenizer.bos_token_id
+        limit, excess = self._spec.max_length, len(ids) - self._spec.max_length
+        if excess > 0:
+            ids = ids[excess:] if self._tokenizer.truncation_side == "left" else ids[:limit]
+        doubled = bos is not None and len(ids) > 1 and ids[0] == bos == ids[1]
+        return _Sequence(ids, int(doubled), excess > 0)
+
+    def _render(self, prompt: list[Message], completion: str) -> str:
+        conversation = [*prompt, {"role": "assistant", "content": completion}]
+        if self._chat is not None:
+            return self._chat.render(conversation)
+        check_messages(conversation)
+        return self._apply(conversation)
+
+    def _apply(self, turns: Sequence[Message]) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(list(turns), tokenize=False)
+            return text
+        except Exception as error:  # a template raises whatever its author chose
+            raise ConversationError(f"the chat template refuses {[turn['role'] for turn in turns]}: {error}") from error
