@@ -33,5 +33,7 @@ class ScalarHead(nn.Linear):
     standardise = True
 
     def forward(self, hidden: Tensor) -> Tensor:
+        h_ND = hidden.reshape(-1, hidden.shape[-1])
         with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(standardise(hidden) if self.standardise else hidden.float())
+            rewards = super().forward(standardise(h_ND) if self.standardise else h_ND.float())
+        return rewards.reshape(*hidden.shape[:-1], 1)
