@@ -73,7 +73,8 @@ def attention_of(config: "PretrainedConfig") -> str:
     from transformers import MODEL_MAPPING
 
     has_softcap = bool(getattr(config, "attn_logit_softcapping", None))
-    return "sdpa" if MODEL_MAPPING[type(config)]._supports_sdpa and not has_softcap else "eager"
+    kind: Any = MODEL_MAPPING[type(config)]
+    return "sdpa" if kind._supports_sdpa and not has_softcap else "eager"
 
 
 def without_final_norm(model: "PreTrainedModel") -> "PreTrainedModel":

@@ -254,7 +254,8 @@ class SarmForSequenceClassification(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As every model's. Raises ValueError unless every weight comes from the files: none is drawn at random."""
-        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, report = loaded
         if wrong := faults(report):
             raise ValueError(f"{args[0] if args else 'the model'} {wrong}. Get another copy, or export it again.")
         return (model, report) if output_loading_info else model

@@ -115,9 +115,10 @@ def load_language_model(
     # Where the language model is a part, its weights are renamed to those of a model that is nothing else.
     mapping = dict.fromkeys(_TEXT_PART, "model.")
     with _loading(name):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, key_mapping=mapping, **_strictly(config, revision, gguf_file)
         )
+    model, report = found
     if wrong := faults(report, may_hold=lambda key: _BLOCK.search(key) is None or is_derived(key)):
         raise ValueError(f"{name} {wrong}. The download may be incomplete, or the config another model's.")
     loaded: PreTrainedModel = model

@@ -150,7 +150,8 @@ class _Gated(nn.Module):
     def forward(self, h_ND: Float[Tensor, "answers width"], g_ND: Float[Tensor, "answers width"]) -> Float[Tensor, " answers"]:  # fmt: skip
         objectives_NO = self.regression(h_ND.float()) @ self.transform_OO
         gate_NO = self.scale * F.softmax(self.gate(g_ND.float()) / self.temperature, dim=1)
-        return (gate_NO * objectives_NO).sum(1)
+        rewards: Tensor = (gate_NO * objectives_NO).sum(1)
+        return rewards
 
 
 def _is_of_body(name: str, body: str) -> bool:
@@ -200,7 +201,7 @@ def _outputs(kind: str, keys: Sequence[str], shapes: Mapping[str, Shape], origin
         return chain(stems_of(""))
     objectives = chain(["regression_layer"])
     found = (chain(stems_of("gating.layers.")), shapes["reward_transform_matrix"], shapes["gating.logit_scale"])
-    if found not in ((objectives, (objectives, objectives), one) for one in ((1,), ())):
+    if found[:2] != (objectives, (objectives, objectives)) or found[2] not in ((1,), ()):
         raise UserError(f"{origin}: the gate's shapes {found} do not fit {objectives} objectives. Get another copy.")
     return 1
 

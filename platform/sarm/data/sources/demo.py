@@ -168,15 +168,16 @@ def _convert(source: Path, gguf_file: str, folder: Path) -> None:
 
     Console(stderr=True).print(f"Converting {gguf_file} to safetensors (once, under a minute)", highlight=False)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, local_files_only=True)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=gguf_file, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
+    model, report = loaded
     if wrong := faults(report):
         raise UserError(f"{source / gguf_file} {wrong}. Delete it, and run the same command again.")
     # The weights are plain fp32 by now, but save_pretrained refuses what still calls itself quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None  # type: ignore[assignment]
+    model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
