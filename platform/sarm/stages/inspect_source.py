@@ -53,7 +53,9 @@ def inspect(settings: Inspecting) -> None:
 
 def _one_a_row(examples: Sequence[Example]) -> list[Example]:
     """The first pair of each row, then the others: one row with many answers would fill the screen."""
-    first, others, rows = [], [], set()
+    first: list[Example] = []
+    others: list[Example] = []
+    rows: set[str] = set()
     for example in examples:
         (others if example.where and example.where in rows else first).append(example)
         rows.add(example.where)
