@@ -27,6 +27,10 @@ class JudgeServer:
         self.delivered: dict[str, int] = defaultdict(int)
         self.running = self.most_running = 0
         self.refuse: dict[str, str] = {}
+        # What this kind of server does with a request, probes among them: a fault's dict, in which `wrap` makes a message of the answer.
+        self.manners: Callable[[dict[str, Any], BaseHTTPRequestHandler], dict[str, Any] | None] = lambda body, http: (
+            None
+        )
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"judge": self})
         self._server = _Server(("127.0.0.1", 0), handler)
@@ -71,7 +75,7 @@ class JudgeServer:
         for name, reason in self.refuse.items():
             if name in body:
                 return _send(http, 400, {"error": {"message": reason, "code": "unsupported_parameter"}})
-        fault = None if key == "probe" else self.fault(key, attempt)
+        fault = self.manners(body, http) or (None if key == "probe" else self.fault(key, attempt))
         with self._lock:
             self.kinds[fault if isinstance(fault, str) else "own" if fault else "none"] += 1
         if fault == "429":
@@ -97,6 +101,8 @@ class JudgeServer:
                 return _send(http, fault["status"], fault.get("body", {}), fault.get("headers", {}))
             answer["choices"][0]["finish_reason"] = fault.get("finish", "stop")
             answer["choices"][0]["message"] |= fault.get("message", {})
+            if "wrap" in fault:
+                answer["choices"][0]["message"] |= fault["wrap"](content)
             if "usage" in fault:
                 answer["usage"] = fault["usage"]
             time.sleep(fault.get("seconds", 0))

@@ -357,20 +357,23 @@ def test_equal_questions_at_once_are_one_and_only_retry_failed_asks_failures_aga
     assert server.asked == 3
 
 
-def test_answers_can_be_kept_shorter_than_questions_allow(serve):
+def test_answers_can_be_kept_shorter_or_longer_than_questions_allow(serve):
     server = serve()
     ask_all(server, [question(1)], max_answer_tokens=7)
     ask_all(server, [question(1)], max_answer_tokens=70)
-    assert [body["max_tokens"] for body in server.requests if "question" in body["messages"][-1]["content"]] == [7, 50]
+    assert [body["max_tokens"] for body in server.requests if "question" in body["messages"][-1]["content"]] == [7, 70]
 
 
 def test_a_parameter_that_servers_refuse_is_one_entry_and_is_changed_once(monkeypatch):
     monkeypatch.setitem(PARAMETERS, "seed", "random_seed")
     dialect = Dialect()
-    assert not dialect.adapt("the model is busy")
-    assert dialect.adapt("unknown parameter seed, use random_seed")
-    assert dialect.adapt("temperature must be 1")
-    assert not dialect.adapt("temperature must be 1, and random_seed above 0")
+    sent = ("seed", "temperature", "max_tokens")
+    assert dialect.adapt("the model is busy", sent) is None
+    assert dialect.adapt("use random_seed", ("temperature",)) is None, "it was not sent"
+    assert dialect.adapt("unknown parameter seed, use random_seed", sent) == "seed"
+    assert dialect.adapt("max_tokens is too large: 900. It supports at most 512 max_completion_tokens", sent) is None
+    assert dialect.adapt("temperature must be 1", sent) == "temperature"
+    assert dialect.adapt("temperature must be 1, and random_seed above 0", ("random_seed",)) is None
     assert dialect.spoken({"seed": 3, "temperature": 0, "stop": None, "n": 1}) == {"random_seed": 3, "n": 1}
     dialect.try_again("temperature")
     assert dialect.takes("temperature")

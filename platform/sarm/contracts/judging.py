@@ -1,9 +1,11 @@
 """From what a judge wrote to a checked answer, or to a named failure.
 
 The text may hold prose, a fence, a quoted example: every balanced JSON object in it is tried, and the answer is the one that fits the
-expected form. Several that fit and differ are no answer, since text from the web that a judge quotes may look like one.
+expected form. Several that fit and differ are no answer, since text from the web that a judge quotes may look like one. What a model thinks
+before it answers is no answer either, where its server leaves it in the text.
 """
 
+import bisect
 import functools
 import json
 import re
@@ -94,7 +96,8 @@ def parse(text: str, form: type[BaseModel]) -> Parsed:
     """The answer in a judge's text: JSON, or the two lines `Explanation:` and `Score:` where a rating is asked for."""
     found: list[dict[str, Any]] = []
     problem = "no JSON object in the answer"
-    candidates = list(_objects(text))
+    text = without_thinking(text)
+    candidates = [value for _, _, value in _objects(text)]
     if not candidates and form is Rating:
         candidates = list(_two_lines(text))
         problem = "neither a JSON object nor the lines `Explanation:` and `Score:` in the answer"
@@ -132,8 +135,8 @@ def _two_lines(text: str) -> Iterator[dict[str, Any]]:
         yield from ({"explanation": reason[1], "score": int(score)} for score in dict.fromkeys(scores))
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """Every outermost JSON object of a text."""
+def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Every outermost JSON object of a text: where it begins, where it ends, and itself."""
     decoder, start = json.JSONDecoder(), text.find("{")
     while start >= 0:
         try:
@@ -141,8 +144,32 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
         except (json.JSONDecodeError, RecursionError):
             end = start + 1
         else:
-            yield value
+            yield start, end, value
         start = text.find("{", end)
+
+
+# What models put around what they think: DeepSeek's and Qwen's tags and their like, Magistral's, Kimi's, and gpt-oss's channels.
+_OPENS = re.compile(
+    r"<(?:seed:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷|<\|channel\|>analysis<\|message\|>", re.I
+)
+_CLOSES = re.compile(
+    r"</(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>", re.I
+)
+
+
+def without_thinking(text: str) -> str:
+    """What is behind the last closing tag, up to an opening one that nothing closes. Tags within a JSON object are words of it."""
+    if not (_OPENS.search(text) or _CLOSES.search(text)):
+        return text.strip()
+    spans = [(start, end) for start, end, _ in _objects(text)]
+
+    def is_outside(tag: re.Match[str]) -> bool:
+        place = bisect.bisect_right(spans, (tag.start(), len(text))) - 1
+        return place < 0 or spans[place][1] <= tag.start()
+
+    start = next((tag.end() for tag in reversed(list(_CLOSES.finditer(text))) if is_outside(tag)), 0)
+    end = next((tag.start() for tag in _OPENS.finditer(text, start) if is_outside(tag)), len(text))
+    return text[start:end].strip()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A key is never a setting: it is read from an environment variable or a file whos
 
 import math
 import os
+import re
 import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from sarm.settings.checks import OPERATIONAL, UserError, check, check_least
+from sarm.settings.checks import ABSENT_AT_DEFAULT, OPERATIONAL, UserError, check, check_least
 from sarm.settings.results_root import READ, WRITTEN, place_paths
 from sarm.settings.run import Flat, RunSettings
 
 OPENAI = "https://api.openai.com/v1"
 _NO_KEY = "none"
+_API_VERSION = re.compile(r"api-version=([\w.-]{1,40})")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class JudgeSpec:
     base_url: str
     price_in: float | None = None
     price_out: float | None = None
+    api_version: str = ""
+    """Sent with every request, as Azure's addresses of single deployments need."""
 
     @property
     def name(self) -> str:
@@ -61,7 +65,9 @@ class Judging:
     max_usd: float | None = field(default=None, metadata=OPERATIONAL)
     """Stop before they have cost more money; needs the price of every judge."""
     max_answer_tokens: int | None = None
-    """Tokens of one answer at most, for slow local models; unset: what each question allows (60 to 400)."""
+    """Tokens of one answer at most: few for slow local models, many for models that think long. Unset: what each question allows (60 to 400), and up to 32,768 where thinking has left no room for the answer."""
+    reasoning_effort: str | None = field(default=None, metadata=ABSENT_AT_DEFAULT)
+    """How long a reasoning model may think, in its own word: none, minimal, low, medium, high. Unset: as long as it does by itself. A server that takes no such word is asked without it, and that is said."""
     concurrency: int = field(default=8, metadata=OPERATIONAL)
     """Requests to one judge at once, at most; fewer where the server says 429."""
     timeout: float = field(default=90.0, metadata=OPERATIONAL)
@@ -77,6 +83,8 @@ class Judging:
         for name in ("timeout", "max_wait", "max_usd"):
             value = getattr(self, name)
             check(self, f"judging.{name}", value is None or (math.isfinite(value) and value > 0), "finite and above 0")
+        effort = self.reasoning_effort
+        check(self, "judging.reasoning_effort", effort is None or bool(re.fullmatch("[a-z]{1,16}", effort)), "one lower-case word such as low")  # fmt: skip
         specs = self.specs()
         names = [spec.name for spec in specs]
         if repeated := [name for name in names if names.count(name) > 1]:
@@ -91,13 +99,18 @@ class Judging:
         found = []
         for text in self.judges:
             model, at, url = text.partition("@http")
-            url = f"http{url}".rstrip("/") if at else OPENAI
-            parts = urllib.parse.urlsplit(url)
+            parts = urllib.parse.urlsplit(f"http{url}" if at else OPENAI)
+            version = _API_VERSION.fullmatch(parts.query)
+            parts = parts._replace(query="" if version else parts.query)
             if not model or not parts.hostname or parts.scheme not in ("http", "https"):
                 raise UserError(f"a judge is MODEL@http://HOST:PORT/v1 or MODEL, got {text!r}. Pass --judging.judges.")
             if "@" in parts.netloc or parts.query or parts.fragment:
                 raise UserError(f"the address of judge {model} holds more than a place (user, password or query). Pass a key by --judging.keys {parts.hostname}=env:NAME.")  # fmt: skip
-            found.append(JudgeSpec(model, url, *prices.get(model, (None, None))))
+            if "/openai/deployments/" in parts.path and not version:
+                raise UserError(f"the address of judge {model} is a deployment's and names no version. End it in ?api-version=VERSION, or pass https://{parts.netloc}/openai/v1.")  # fmt: skip
+            url = parts.geturl().rstrip("/")
+            price_in, price_out = prices.get(model, (None, None))
+            found.append(JudgeSpec(model, url, price_in, price_out, version[1] if version else ""))
         return found
 
     def key_of(self, spec: JudgeSpec) -> str:

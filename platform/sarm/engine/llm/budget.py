@@ -1,9 +1,26 @@
 """What judges may cost. Tokens are set aside before a request and spent after it, so that requests at once cannot exceed it together."""
 
 import asyncio
+from dataclasses import dataclass
 
 from sarm.engine.llm.endpoint import JudgeStoppedError
 from sarm.settings.judging import JudgeSpec
+
+
+@dataclass
+class Usage:
+    """What a question has taken so far."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    estimated: bool = False
+    requests: int = 0
+
+    def add(self, other: "Usage") -> None:
+        """Take in what a request, or an answer from the log, took; its requests are counted when they are sent."""
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+        self.estimated |= other.estimated
 
 
 class Budget:

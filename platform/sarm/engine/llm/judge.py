@@ -8,17 +8,17 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from sarm.contracts.judging import FAILURES, Question, Reply, Status, json_schema, parse
 from sarm.data.sources.cache import cache_root
-from sarm.engine.llm.budget import Budget
-from sarm.engine.llm.dialect import FORMATS, PLAIN, PROBE, format_of, probe_format
-from sarm.engine.llm.endpoint import Completion, DeclinedError, Endpoint, JudgeStoppedError, Messages, TransientError
+from sarm.engine.llm.budget import Budget, Usage
+from sarm.engine.llm.dialect import FORMATS, PLAIN, PROBE, Messages, format_of, probe_format
+from sarm.engine.llm.endpoint import Completion, DeclinedError, Endpoint, JudgeStoppedError, TransientError
 from sarm.engine.llm.log import AnswerLog, content_key
 from sarm.engine.llm.pace import Pace
+from sarm.engine.llm.room import Room
 from sarm.engine.terminal import say
 from sarm.settings.judging import JudgeSpec, Judging
 
@@ -30,22 +30,7 @@ _MAX_BACKOFF = 30.0
 # Questions in a row without an answer after which the server is taken to be down.
 _DOWN_AFTER = 10
 _BYTES_PER_TOKEN = 3.0
-
-
-@dataclass
-class Usage:
-    """What a question has taken so far."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    estimated: bool = False
-    requests: int = 0
-
-    def add(self, other: "Usage") -> None:
-        """Take in what a request, or an answer from the log, took; its requests are counted when they are sent."""
-        self.prompt_tokens += other.prompt_tokens
-        self.completion_tokens += other.completion_tokens
-        self.estimated |= other.estimated
+_PROBE_TOKENS = 60
 
 
 class Judge:
@@ -62,7 +47,8 @@ class Judge:
         self.pace = Pace(judging.concurrency)
         self.num_requests = self.num_asked = self.num_cached = 0
         self.total = Usage()
-        self._endpoint = Endpoint(spec, key, judging.timeout)
+        self._endpoint = Endpoint(spec, key, judging.timeout, judging.reasoning_effort)
+        self._room = Room(judging.max_answer_tokens)
         self._under_way: dict[str, asyncio.Task[Reply]] = {}
         self._mode: str | None = None
         self._probing = asyncio.Lock()
@@ -75,9 +61,10 @@ class Judge:
 
         Raises JudgeStoppedError if asking has to end; what is under way is still answered and written down.
         """
-        most = min(question.max_tokens, self.judging.max_answer_tokens or question.max_tokens)
-        question = dataclasses.replace(question, max_tokens=most)
-        key = content_key("answer/v1", self.spec.base_url, self.spec.model, question.kind, question.system, question.user, question.max_tokens, json_schema(question.form), draw)  # fmt: skip
+        question = dataclasses.replace(question, max_tokens=self.judging.max_answer_tokens or question.max_tokens)
+        # What is not set is no part of it, so that answers from before it could be set are found.
+        more = [part for part in (self.judging.reasoning_effort, self.spec.api_version) if part]
+        key = content_key("answer/v1", self.spec.base_url, self.spec.model, question.kind, question.system, question.user, question.max_tokens, json_schema(question.form), draw, *more)  # fmt: skip
         # Equal questions at the same time are one question.
         if key not in self._under_way:
             found = self.log.find(key)
@@ -156,22 +143,50 @@ class Judge:
         """The first answer, and where it does not fit a second one that is told why."""
         messages = [{"role": "system", "content": question.system}, {"role": "user", "content": question.user}]
         for turn in (1, 2):
-            done = await self._request(messages, question.max_tokens, format_of(question, mode), usage)
+            done = await self._answer(
+                messages=messages,
+                max_tokens=question.max_tokens,
+                response_format=format_of(question, mode),
+                usage=usage,
+                fits=lambda text: parse(text, question.form).answer is not None,
+            )
             if done.refusal or done.finish == "content_filter":
                 return self._reply("refused", usage, done.refusal[:200] or "the server's filter", done.text)
             parsed = parse(done.text, question.form)
             if parsed.answer is not None:
                 return self._reply("ok", usage, "", done.text, parsed.answer)
-            if done.finish == "length":
-                return self._reply("truncated", usage, f"cut after {question.max_tokens} tokens: {parsed.reason}", done.text)  # fmt: skip
+            if done.is_cut:
+                return self._reply("truncated", usage, _why_cut(done, parsed.reason), done.text)
             if parsed.status == "refused" or turn == 2:
                 break
             repair = f"That could not be read ({parsed.reason}). Give the answer again in exactly the form asked for, and nothing else."  # fmt: skip
             messages += [
-                {"role": "assistant", "content": done.text or "(nothing)"},
+                {"role": "assistant", "content": done.answer or "(nothing)"},
                 {"role": "user", "content": repair},
             ]
         return self._reply(parsed.status, usage, parsed.reason, done.text)
+
+    async def _answer(
+        self, messages: Messages, max_tokens: int, response_format: Mapping[str, Any] | None, usage: Usage,
+        fits: Callable[[str], bool], tries: int = _MAX_FAILED,
+    ) -> Completion:  # fmt: skip
+        """One answer, asked for again with more room while the model has spent it on thinking. Raises as Endpoint.send."""
+        done, tried, room = None, 0, self._room.first(max_tokens)
+        while True:
+            try:
+                done = await self._request(messages, room, response_format, usage, tries)
+            except DeclinedError as fault:
+                narrower = self._room.narrower(room, tried or max_tokens) if fault.by_room else room
+                if narrower not in (room, tried):
+                    room = narrower
+                    continue
+                if done is None:
+                    raise
+                return done
+            wants_more = done.is_cut and (done.thought or not done.answer) and not fits(done.answer)
+            if not wants_more or (wider := self._room.wider(room)) is None:
+                return done
+            tried, room = room, wider
 
     async def _request(
         self, messages: Messages, max_tokens: int, response_format: Mapping[str, Any] | None, usage: Usage, tries: int = _MAX_FAILED
@@ -245,15 +260,28 @@ class Judge:
         messages = [{"role": "user", "content": PROBE}]
         for mode in FORMATS:
             try:
-                done = await self._request(messages, 60, probe_format(mode), usage, _MAX_FAILED_AT_FIRST)
+                done = await self._answer(
+                    messages=messages,
+                    max_tokens=_PROBE_TOKENS,
+                    response_format=probe_format(mode),
+                    usage=usage,
+                    fits=bool,
+                    tries=_MAX_FAILED_AT_FIRST,
+                )
             except DeclinedError:
                 continue
             except TransientError as fault:
                 self._stop(JudgeStoppedError(f"{self.spec.model} at {self.spec.base_url} does not answer: {fault.reason}. Start it, or pass another --judging.judges."))  # fmt: skip
-            if self._endpoint.dialect.takes("response_format") and done.text.strip().startswith("{"):
+            if self._endpoint.dialect.takes("response_format") and done.answer.startswith("{"):
                 return mode
             self._endpoint.dialect.try_again("response_format")
         return PLAIN
+
+
+def _why_cut(done: Completion, reason: str) -> str:
+    if done.answer and not done.thought:
+        return f"cut by its number of tokens: {reason}"
+    return f"thinking left no room for the answer ({reason}). Pass --judging.reasoning-effort low, or more --judging.max-answer-tokens"  # fmt: skip
 
 
 def open_judges(judging: Judging, backoff: float = 0.5) -> list[Judge]:
