@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.data.formats.foreign_saes import KINDS, OLD, saelens_file
 from tests.data.store.activation_stores import numbered, table_of, write_store
 
 from sarm.contracts.folders import SAE_FOLDER
@@ -25,11 +26,11 @@ from sarm.stages.train_sae import check_activations
 @pytest.fixture
 def sae_stage(tmp_path) -> Path:
     """A finished SAE stage."""
-    sae = build_sae("topk", 6, 24, 4)
-    sae.initialise_(torch.randn(50, 6), torch.Generator().manual_seed(0))
+    sae = build_sae("topk", 64, 96, 4)
+    sae.initialise_(torch.randn(100, 64), torch.Generator().manual_seed(0))
     folder = StageFolder(tmp_path / "sae", SAE_FOLDER, {})
     folder.claim()
-    save_sae(sae, folder.folder, {"activations": {"d_in": 6, "layer": 2, "model": "tiny:llama"}})
+    save_sae(sae, folder.folder, {"activations": {"d_in": 64, "layer": 2, "model": "tiny:llama"}})
     folder.finish({"figures": {}})
     return folder.folder
 
@@ -41,7 +42,7 @@ def convert(*arguments: object) -> None:
 @pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "pt"])
 def test_an_sae_goes_out_and_comes_back_as_a_stage_that_the_next_job_takes(sae_stage, tmp_path, capsys, format):
     convert(sae_stage, tmp_path / "out", "--format", format)
-    assert "6 x 24, k 4; takes standardised rows" in capsys.readouterr().out
+    assert "64 x 96, k 4; takes standardised rows" in capsys.readouterr().out
     convert(tmp_path / "out", tmp_path / "back", "--format", "sarm")
     read_manifest(tmp_path / "back", SAE_FOLDER)
     check_sae(tmp_path / "back", ModelSettings(name="tiny:llama", layer=2))
@@ -71,6 +72,40 @@ def test_a_foreign_sae_must_be_said_to_take_standardised_rows_and_whose_they_are
     check_sae(tmp_path / "back", ModelSettings(name="tiny:llama", layer=2))
     with pytest.raises(UserError, match="was trained on layer 2, asked for 1"):
         check_sae(tmp_path / "back", ModelSettings(name="tiny:llama", layer=1))
+
+
+def test_model_and_layer_come_from_the_file_and_flags_must_agree_with_it(tmp_path, capsys):
+    source = KINDS["Gemma Scope"].write(tmp_path / "in")
+    to_stage = (source, tmp_path / "out", "--format", "sarm", "--standardised")
+    assert "is of layer 6 (blocks.5.hook_resid_post), got --layer 5" in refused(capsys, *to_stage, "--layer", 5)
+    other = refused(capsys, *to_stage, "--model", "google/gemma-2-9b")
+    assert (
+        "is of the model google/gemma-2-2b, got --model google/gemma-2-9b. Pass that model, or --other-model" in other
+    )
+    narrow = refused(capsys, *to_stage, "--model", "tiny:llama", "--other-model")
+    assert "is 8 wide and of layer 6, tiny:llama is 64 wide with 2 blocks" in narrow
+    assert not (tmp_path / "out").exists(), "nothing half-written"
+    convert(*to_stage)
+    check_sae(tmp_path / "out", ModelSettings(name="google/gemma-2-2b", layer=6))
+    with pytest.raises(UserError, match="was trained on layer 6, asked for 7"):
+        check_sae(tmp_path / "out", ModelSettings(name="google/gemma-2-2b", layer=7))
+    convert(source, tmp_path / "tuned", *to_stage[2:], "--model", "google/gemma-2-2b-it", "--other-model")
+    check_sae(tmp_path / "tuned", ModelSettings(name="google/gemma-2-2b-it", layer=6))
+
+
+def test_a_short_name_of_a_model_needs_the_whole_one(tmp_path, capsys):
+    source = KINDS["SAELens 5, topk"].write(tmp_path / "in")
+    to_stage = (source, tmp_path / "out", "--format", "sarm", "--standardised")
+    assert "calls its model gemma-2-2b, which is no Hugging Face id. Pass --model" in refused(capsys, *to_stage)
+    convert(*to_stage, "--model", "google/gemma-2-2b", "--layer", 6)
+    check_sae(tmp_path / "out", ModelSettings(name="google/gemma-2-2b", layer=6))
+
+
+def test_an_sae_of_another_hook_becomes_no_stage(tmp_path, capsys):
+    source = saelens_file(OLD | {"hook_name": "blocks.5.hook_mlp_out"})(tmp_path / "in")
+    to_stage = (source, tmp_path / "out", "--format", "sarm", "--standardised", "--model", "google/gemma-2-2b", "--layer", 6)  # fmt: skip
+    assert "'blocks.5.hook_mlp_out', and reward models read the residual stream" in refused(capsys, *to_stage)
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_are_one_line_and_status_2(sae_stage, tmp_path, capsys):

@@ -20,14 +20,18 @@ class ConvertSae:
     """Folder to write; new or empty."""
     format: Literal["saelens", "saelens_residual", "sparsify", "dictionary_learning", "pt", "sarm"] = "saelens"
     """What to write. `saelens_residual` lets SAELens standardise; `sarm` is a finished SAE stage for the next job."""
-    from_format: Literal["auto", "saelens", "sparsify", "dictionary_learning", "pt"] = "auto"
-    """What to read; `auto` goes by the names of the files."""
+    from_format: Literal["auto", "saelens", "sparsify", "dictionary_learning", "pt", "gemma_scope", "llama_scope"] = (
+        "auto"
+    )
+    """What to read; `auto` goes by the names of the files. Files of Qwen Scope, Goodfire and OpenAI are `pt`."""
     k: int | None = None
     """Active latents, for files that do not say it (the papers' .pt)."""
     model: str = field(default="", metadata=READ)
-    """Language model whose activations the SAE is for, where the file does not say it."""
+    """Language model whose activations the SAE is for; it must be the one that the file names, if it names one."""
     layer: int | None = None
-    """Blocks that are kept of it: `hidden_states[layer]`, one more than the number of the block that is hooked."""
+    """Blocks that are kept of it: `hidden_states[layer]`, one more than the number of the block that is hooked. It must be what the file says, if it says it."""
+    other_model: bool = False
+    """Take the SAE for --model though its file names another one, such as the base model of an instruct one."""
     relu: bool = False
     """Drop negative latents of a signed TopK SAE, for formats that have a ReLU."""
     standardised: bool = False

@@ -1,14 +1,19 @@
 """Converting an SAE between this platform and other libraries: no cluster, no tracking."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from sarm.contracts.folders import SAE_FOLDER
 from sarm.contracts.manifest import MANIFEST, StageFolder, read_manifest, verify_files
+from sarm.data.formats.model_shapes import shape_of
 from sarm.data.formats.sae_folder import save_sae
 from sarm.data.formats.sae_formats import export_sae, import_sae, with_relu
+from sarm.data.formats.sae_place import is_same_model
 from sarm.data.formats.sae_weights import STANDARDISED, SaeWeights, sae_of
 from sarm.settings.checks import UserError
 from sarm.settings.conversion import ConvertSae
+from sarm.settings.model import ModelSettings
 
 
 def convert_sae(config: ConvertSae) -> None:
@@ -20,8 +25,7 @@ def convert_sae(config: ConvertSae) -> None:
         verify_files(config.source, read_manifest(config.source, SAE_FOLDER))
     weights = import_sae(config.source, config.from_format, config.k)
     weights = with_relu(weights) if config.relu else weights
-    made_for = {"model": config.model, "layer": config.layer} if config.model and config.layer else {}
-    if made_for:
+    if made_for := _made_for(weights, config):
         weights = replace(
             weights,
             metadata={**weights.metadata, "activations": {**weights.metadata.get("activations", {}), **made_for}},
@@ -36,6 +40,29 @@ def convert_sae(config: ConvertSae) -> None:
     print(f"{config.target}: {config.format}, {weights.d_in} x {weights.d_sae}, {active}; takes {rows}")
 
 
+def _made_for(weights: SaeWeights, config: ConvertSae) -> dict[str, Any]:
+    """Model and layer by the flags, where the file does not say otherwise.
+
+    Raises UserError where it does, and where the model is too small or of another width.
+    """
+    said = weights.metadata.get("activations", {})
+    if config.layer and said.get("layer", config.layer) != config.layer:
+        hook = weights.metadata.get("hook_name")
+        raise UserError(
+            f"{config.source} is of layer {said['layer']}{f' ({hook})' if hook else ''}, got --layer {config.layer}. Leave --layer out, or pass the SAE of that layer."
+        )
+    is_folder = Path(config.model).expanduser().is_dir()
+    if config.model and said.get("model") and not is_folder and not config.other_model and not is_same_model(said["model"], config.model):  # fmt: skip
+        raise UserError(f"{config.source} is of the model {said['model']}, got --model {config.model}. Pass that model, or --other-model if its activations are to be encoded all the same.")  # fmt: skip
+    model, layer = config.model or said.get("model"), config.layer or said.get("layer")
+    if model and layer:
+        shape = shape_of(ModelSettings(name=model, layer=layer))
+        if shape is not None and (shape.d_in != weights.d_in or layer > shape.num_blocks):
+            raise UserError(f"{config.source} is {weights.d_in} wide and of layer {layer}, {model} is {shape.d_in} wide with {shape.num_blocks} blocks. Pass the --model that it was trained on.")  # fmt: skip
+    flags = {"model": config.model, "layer": config.layer}
+    return {name: value for name, value in flags.items() if value}
+
+
 def _write_stage_folder(weights: SaeWeights, config: ConvertSae) -> None:
     if weights.input != STANDARDISED and not config.standardised:
         raise UserError(
@@ -44,6 +71,8 @@ def _write_stage_folder(weights: SaeWeights, config: ConvertSae) -> None:
     made_for = weights.metadata.get("activations", {})
     if not made_for.get("model") or not made_for.get("layer"):
         raise UserError(f"{config.source} does not say which model and layer its SAE is for. Pass --model and --layer.")
+    if not config.model and "imported_from" in weights.metadata and "/" not in made_for["model"]:
+        raise UserError(f"{config.source} calls its model {made_for['model']}, which is no Hugging Face id. Pass --model OWNER/NAME, or its folder.")  # fmt: skip
     folder = StageFolder(config.target, SAE_FOLDER, {"imported": str(config.source), "k": weights.k})
     metadata = {**weights.metadata, "input": STANDARDISED, "activations": {"d_in": weights.d_in, **made_for}}
     folder.write(lambda: save_sae(sae_of(weights), config.target, metadata))

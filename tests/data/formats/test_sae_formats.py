@@ -296,7 +296,7 @@ def test_a_config_that_breaks_off_is_refused_by_name(tmp_path, format):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"architecture": "gated"}, "holds a gated SAE"),
+        ({"architecture": "temporal"}, "holds a temporal SAE"),
         ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations constant_norm_rescale"),
         ({"reshape_activations": "hook_z"}, "attention heads"),
         ({"k": 99}, "k must be between 1 and d_sae=20"),

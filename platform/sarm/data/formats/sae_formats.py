@@ -1,6 +1,6 @@
-"""SAE files of other libraries, both ways: SAELens (6 and later), sparsify, dictionary_learning, and the papers' `.pt`.
+"""SAE files of other libraries, both ways: SAELens, sparsify, dictionary_learning, and the papers' `.pt`; and published suites, which are read.
 
-Each format is a reader and a writer of `SaeWeights`. Layers count blocks that are kept, as in `hidden_states[layer]`, so the
+Each format is a reader and a writer of `SaeWeights`, a suite a reader alone. Layers count blocks that are kept, as in `hidden_states[layer]`, so the
 other libraries' hook on block n is layer n + 1. None of the formats but SAELens' can say that rows are standardised first:
 readers of the others must be handed `sarm.nn.sae.standardise(h)`.
 """
@@ -16,10 +16,8 @@ from safetensors import SafetensorError
 
 from sarm.data.formats.sae_layouts import (
     read_dictionary_learning,
-    read_pt,
     read_sparsify,
     write_dictionary_learning,
-    write_pt,
     write_sparsify,
 )
 from sarm.data.formats.sae_lens_layout import (
@@ -29,6 +27,15 @@ from sarm.data.formats.sae_lens_layout import (
     read_sae_lens,
     write_sae_lens,
     write_sae_lens_on_residuals,
+)
+from sarm.data.formats.sae_pt import read_pt, write_pt
+from sarm.data.formats.sae_suites import (
+    GEMMA_1,
+    GEMMA_2,
+    LLAMA,
+    LLAMA_WEIGHTS,
+    read_gemma_scope,
+    read_llama_scope,
 )
 from sarm.data.formats.sae_weights import SaeWeights
 from sarm.settings.checks import UserError
@@ -44,6 +51,13 @@ class Format(NamedTuple):
     """Rules (`Sae.exported_as`) that the library's files have words for; an SAE of any other is refused."""
 
 
+class Suite(NamedTuple):
+    """Files that a suite was published as: whether a path holds them, and how they are read."""
+
+    is_at: Callable[[Path], bool]
+    read: Callable[[Path, int | None], SaeWeights]
+
+
 def import_sae(path: Path, format: str = "auto", k: int | None = None) -> SaeWeights:
     """Read an SAE of any known format; `k` is for files that do not say it.
 
@@ -51,14 +65,16 @@ def import_sae(path: Path, format: str = "auto", k: int | None = None) -> SaeWei
     """
     if not path.exists():
         raise UserError(f"there is no SAE at {path}. Pass a folder, or a .pt file.")
-    name = next((name for name, known in FORMATS.items() if known.is_at(path)), None) if format == "auto" else format
+    readers: dict[str, Format | Suite] = {**SUITES, **FORMATS}
+    name = next((name for name, known in readers.items() if known.is_at(path)), None) if format == "auto" else format
     if name is None:
         raise UserError(
             f"{path} holds no known SAE: no cfg.json with sae_weights.safetensors (saelens) or sae.safetensors (sparsify), no "
-            "config.json with ae.pt (dictionary_learning), and it is no .pt file. Pass the folder that holds the weights."
+            "config.json with ae.pt (dictionary_learning), no params.npz or params.safetensors (gemma_scope), no hyperparams.json "
+            "(llama_scope), and it is no .pt file. Pass the folder that holds the weights."
         )
     try:
-        return FORMATS[name].read(path, k).checked(str(path))
+        return readers[name].read(path, k).checked(str(path))
     except UserError:
         raise
     except pickle.UnpicklingError as error:
@@ -134,7 +150,15 @@ FORMATS: dict[str, Format] = {
         _holds("config.json", "ae.pt"), read_dictionary_learning, write_dictionary_learning, ("topk", "jumprelu")
     ),
     "pt": Format(
-        lambda path: path.suffix == ".pt" or (path / "sae.pt").is_file(), read_pt, write_pt, ("topk", "signed_topk")
+        lambda path: path.suffix in (".pt", ".pth") or (path / "sae.pt").is_file(),
+        read_pt,
+        write_pt,
+        ("topk", "signed_topk"),
     ),
 }
 """Formats by their names on the command line."""
+SUITES: dict[str, Suite] = {
+    "gemma_scope": Suite(lambda path: any((path / name).is_file() for name in (GEMMA_1, GEMMA_2)), read_gemma_scope),
+    "llama_scope": Suite(_holds(LLAMA, LLAMA_WEIGHTS), read_llama_scope),
+}
+"""Suites by their names on the command line."""

@@ -1,4 +1,4 @@
-"""SAELens' files, from its version 6 on: `cfg.json` and `sae_weights.safetensors`. The SAE folders of this platform are such files."""
+"""SAELens' files: `cfg.json` and `sae_weights.safetensors`. The SAE folders of this platform are such files, as version 6 writes them."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sarm.data.formats.sae_weights import RESIDUAL, STANDARDISED, SaeWeights, with_input_bias, with_unit_decoder
+from sarm.contracts.untrusted import read_json
+from sarm.data.formats.sae_lens_config import OF_THE_MODEL, present_config, without_factor
+from sarm.data.formats.sae_place import made_for
+from sarm.data.formats.sae_weights import (
+    RESIDUAL,
+    STANDARDISED,
+    SaeWeights,
+    with_input_bias,
+    with_unit_decoder,
+    without_gate,
+)
 from sarm.nn.architectures import ARCHITECTURES
 from sarm.settings.checks import UserError
 
@@ -21,42 +31,30 @@ _ENDS_BEFORE = {"residual_threshold": 0.0, "stop_on_duplicate_support": False}
 
 
 def read_sae_lens(folder: Path, k: int | None) -> SaeWeights:
-    """SAEs of the residual stream, by SAELens' rules or by one of this platform's own.
+    """SAEs of the residual stream of every version of the library, by its rules or by one of this platform's own.
 
-    Raises UserError for others and for normalisations without an equal.
+    Raises UserError for others, for normalisations without an equal, and for files that contradict themselves.
     """
-    config = json.loads((folder / CONFIG).read_text())
-    tensors = load_file(folder / WEIGHTS)
-    kind, metadata = config["architecture"], config.get("metadata", {})
-    known = {"standard", *HELD, *(c.exported_as for c in ARCHITECTURES.values())}
+    config = present_config(read_json(folder / CONFIG), folder)
+    tensors = without_factor(load_file(folder / WEIGHTS), config, folder)
+    kind, metadata = _rule_of(config, folder), config.get("metadata") or {}
+    metadata = {**_place(config, metadata, folder), **metadata}
     norm = config.get("normalize_activations", "none")
-    if kind not in known or norm in ("constant_norm_rescale", "covariance_whitening"):
-        raise UserError(
-            f"{folder} holds a {kind} SAE with normalize_activations {norm}. Supported are {', '.join(sorted(known))}, with none or layer_norm."
-        )
-    if config.get("reshape_activations", "none") != "none" or config.get("finetuning_scaling_factor"):
-        raise UserError(
-            f"{folder} holds an SAE of attention heads or with a finetuning scale, expected one of the residual stream."
-        )
+    trained, threshold, rule, k_said = metadata.get("sae") or {}, None, kind, None
     if kind == "matching_pursuit":
-        if any(config.get(name) != value for name, value in _ENDS_BEFORE.items()):
-            raise UserError(
-                f"{folder} holds a matching pursuit SAE that ends by another rule than its number of steps. Supported are {_ENDS_BEFORE}."
-            )
         tensors |= {"W_enc": tensors["W_dec"].T, "b_enc": torch.zeros(len(tensors["W_dec"]))}
+        # Without a number of steps, as many as the rows are wide.
+        k_said = config["max_iterations"] or len(tensors["b_dec"])
+    elif kind in ("jumprelu", "standard", "gated"):
+        tensors = without_gate(tensors) if kind == "gated" else tensors
+        # ReLU is a threshold of 0 for every latent; and a ReLU stands before the threshold, so negative ones count as 0.
+        threshold = (tensors["threshold"] if kind != "standard" else torch.zeros_like(tensors["b_enc"])).clamp_min(0.0)
+        rule, k_said = "jumprelu", k or trained.get("k")
+    else:
+        rule, k_said = "signed_topk" if kind == "topk" and trained.get("signed") else kind, config["k"]
     b_enc = tensors["b_enc"]
     if not config.get("apply_b_dec_to_input", True):
         b_enc = with_input_bias(b_enc, tensors["b_dec"], tensors["W_enc"])
-    trained, threshold, rule = metadata.get("sae") or {}, None, kind
-    if kind in ("jumprelu", "standard"):
-        # ReLU is a threshold of 0 for every latent; and a ReLU stands before the threshold, so negative ones count as 0.
-        threshold = tensors.get("threshold", torch.zeros_like(b_enc)).clamp_min(0.0)
-        rule, k_said = "jumprelu", k or trained.get("k")
-    elif kind == "matching_pursuit":
-        # Without a number of steps, as many as the rows are wide.
-        k_said = config["max_iterations"] or len(tensors["b_dec"])
-    else:
-        rule, k_said = "signed_topk" if kind == "topk" and trained.get("signed") else kind, config["k"]
     weights = SaeWeights(
         W_enc=tensors["W_enc"].float(),
         b_enc=b_enc,
@@ -68,7 +66,48 @@ def read_sae_lens(folder: Path, k: int | None) -> SaeWeights:
         input=STANDARDISED if norm == "layer_norm" else metadata.get("input", RESIDUAL),
         metadata=metadata,
     )
+    if said := {
+        (name, config[name])
+        for name in ("d_in", "d_sae")
+        if config.get(name, getattr(weights, name)) != getattr(weights, name)
+    }:
+        raise UserError(f"cfg.json in {folder} says {dict(said)}, its weights are {weights.d_in} x {weights.d_sae}. Get another copy.")  # fmt: skip
     return with_unit_decoder(weights) if config.get("rescale_acts_by_decoder_norm") else weights
+
+
+def _rule_of(config: dict[str, Any], folder: Path) -> str:
+    """The name of the rule; raises UserError for what has no equal here, with what it is."""
+    kind, norm = config["architecture"], config.get("normalize_activations", "none")
+    if "transcoder" in kind or config.get("d_out", config.get("d_in")) != config.get("d_in"):
+        raise UserError(f"{folder} holds a {kind}, which maps one place of a model to another. Only SAEs of one place have an equal here.")  # fmt: skip
+    known = {"standard", "gated", "abstopk", *HELD, *(c.exported_as for c in ARCHITECTURES.values())}
+    if kind not in known or norm not in ("none", "layer_norm"):
+        scaled = ", by a factor that is not in the file" if norm == "expected_average_only_in" else ""
+        raise UserError(
+            f"{folder} holds a {kind} SAE with normalize_activations {norm}{scaled}. Supported are {', '.join(sorted(known))}, with none or layer_norm."
+        )
+    if config.get("reshape_activations", "none") != "none":
+        raise UserError(f"{folder} holds an SAE of attention heads, expected one of the residual stream.")
+    if config.get("rescale_acts_by_decoder_norm") and kind not in ("topk", "abstopk"):
+        raise UserError(f"{folder} holds a {kind} SAE that rescales by the decoder's norms, which only topk and abstopk do. Get another copy.")  # fmt: skip
+    if kind == "matching_pursuit" and any(config.get(name) != value for name, value in _ENDS_BEFORE.items()):
+        raise UserError(
+            f"{folder} holds a matching pursuit SAE that ends by another rule than its number of steps. Supported are {_ENDS_BEFORE}."
+        )
+    return "abs_topk" if kind == "abstopk" else str(kind)
+
+
+def _place(config: dict[str, Any], metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Model and layer, as far as the file says them; what this platform has written says them itself."""
+    if "activations" in metadata:
+        return {}
+    # Configs that the library has made of other files have these fields beside the others.
+    said = {name: metadata[name] if metadata.get(name) is not None else config.get(name) for name in OF_THE_MODEL}
+    if said["hook_head_index"] is not None:
+        raise UserError(f"{folder} holds an SAE of attention head {said['hook_head_index']}, expected one of the residual stream.")  # fmt: skip
+    if said["hook_name_out"] not in (None, said["hook_name"]):
+        raise UserError(f"{folder} holds a transcoder from {said['hook_name']} to {said['hook_name_out']}. Only SAEs of one place have an equal here.")  # fmt: skip
+    return {"imported_from": "saelens"} | made_for(str(folder), said["model_name"], said["hook_name"])
 
 
 def write_sae_lens(weights: SaeWeights, folder: Path) -> None:

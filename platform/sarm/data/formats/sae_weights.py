@@ -114,6 +114,23 @@ def with_unit_decoder(weights: SaeWeights) -> SaeWeights:
     )
 
 
+def without_gate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A gated SAE (Rajamanoharan et al. 2024a) as the JumpReLU that it equals, by SAELens' names: W_enc, b_enc and threshold.
+
+    z = relu(q) where p + b_gate > 0, with p = x W_enc and q = exp(r_mag) p + b_mag. The gate is open where q > b_mag - exp(r_mag) b_gate.
+    """
+    scale_S = tensors["r_mag"].double().exp()
+    b_mag_S, b_gate_S = tensors["b_mag"].double(), tensors["b_gate"].double()
+    kept = {name: tensors[name] for name in ("W_dec", "b_dec")}
+    threshold_S = (b_mag_S - scale_S * b_gate_S).float()
+    return {
+        **kept,
+        "W_enc": (tensors["W_enc"].double() * scale_S).float(),
+        "b_enc": b_mag_S.float(),
+        "threshold": threshold_S,
+    }
+
+
 def weights_of(sae: Sae, metadata: dict[str, Any]) -> SaeWeights:
     """The weights of an SAE in memory; `metadata` travels with them, and how the SAE was trained under `sae`."""
     return SaeWeights(

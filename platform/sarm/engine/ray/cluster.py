@@ -18,6 +18,7 @@ from typing import Any
 
 from sarm.engine.failures import causes_of
 from sarm.engine.ray.room import Cluster, Node, with_room
+from sarm.engine.ray.temporary import short_folder, token_without_home
 from sarm.engine.stopping import STARTED_AGAIN, ray_starting, was_asked
 from sarm.settings.checks import NO_PROGRESS_SECONDS, UserError
 from sarm.settings.run import RunSettings
@@ -47,25 +48,34 @@ def connect(run: RunSettings) -> Iterator[Cluster]:
     if ray.is_initialized():
         yield cluster_now(run, is_local=False)
         return
-    with ray_starting():
-        if address == "local":
-            cores = _cores()
-            ray.init(
-                address="local",
-                num_cpus=cores + _SPARE_SLOTS,
-                object_store_memory=_LOCAL_OBJECT_STORE,
-                include_dashboard=False,
-                runtime_env={"worker_process_setup_hook": prepare_worker},
-                # Ray's default of 15 would let every other process here come first, and a torch operation waits for its slowest thread.
-                _system_config={"worker_niceness": 0},
-                logging_level=logging.WARNING,
-            )
-        else:
-            _join(address)
-    try:
-        yield cluster_now(run, is_local=address == "local")
-    finally:
-        ray.shutdown()
+    with contextlib.ExitStack() as machine:
+        with ray_starting():
+            if address == "local":
+                machine.enter_context(token_without_home())
+                _start(machine.enter_context(short_folder()))
+            else:
+                _join(address)
+        try:
+            yield cluster_now(run, is_local=address == "local")
+        finally:
+            ray.shutdown()
+
+
+def _start(folder: str | None) -> None:
+    """A cluster of this machine alone, with its sockets and logs in `folder` where one is given."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=_cores() + _SPARE_SLOTS,
+        object_store_memory=_LOCAL_OBJECT_STORE,
+        include_dashboard=False,
+        runtime_env={"worker_process_setup_hook": prepare_worker},
+        # Ray's default of 15 would let every other process here come first, and a torch operation waits for its slowest thread.
+        _system_config={"worker_niceness": 0},
+        _temp_dir=folder,
+        logging_level=logging.WARNING,
+    )
 
 
 def _join(address: str) -> None:
