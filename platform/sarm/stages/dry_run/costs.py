@@ -196,7 +196,8 @@ def _train_sae(known: _Known) -> StageCost:
     also = getattr(known.config, "also", None)
     saes = [sae, *(other for _, other, _ in also.beside(sae, run.seed))] if also is not None else [sae]
     extraction = getattr(known.config, "extraction", None) or ExtractionSettings()
-    of_texts = text_rows(texts, extraction.units[0], extraction.word_share) if texts is not None else 0.0
+    unit = TURN_END if sae.recipe == "turn_ends" else extraction.units[0]
+    of_texts = text_rows(texts, unit, extraction.word_share) if texts is not None else 0.0
     chat_rows = 2 * pairs.train if pairs is not None else 0.0
     rows = sae_rows(sae, of_texts, chat_rows)
     flops = sum(sae_flops(shape.d_in, one, rows) for one in saes)
