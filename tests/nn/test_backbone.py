@@ -131,7 +131,10 @@ def test_bfloat16_loads_and_runs(family, family_folder):
     folder, ids = family_folder(family), random_ids(8, 1, LENGTH)
     model = load_backbone(str(folder), 2, torch.bfloat16)
     kept = {name for name, p in model.named_parameters() if p.dtype != torch.bfloat16}
-    assert all(name.endswith(".A_log") for name in kept), "decays, which the library itself keeps in float32"
+    whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.bfloat16)
+    by_library = [name for name, p in whole.named_parameters() if p.dtype != torch.bfloat16]
+    # Decays, and what shifts a router's scores.
+    assert all(any(name.endswith(own) for name in by_library) for own in kept), (kept, by_library)
     found = residual_alone(model, ids)
     assert found.dtype == torch.bfloat16
     if FAMILIES[family].alone:

@@ -32,6 +32,14 @@ Render = Callable[[Sequence[dict[str, str]], str], Read]
 
 def inspect(settings: Inspecting) -> None:
     """Print it. Raises UserError for a source that cannot be read."""
+    try:
+        _inspect(settings)
+    except BrokenPipeError:
+        # `| head` has seen enough. What is still in the buffer must go nowhere too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _inspect(settings: Inspecting) -> None:
     columns = DataSettings(columns=settings.data.columns).column_names
     seen = inspect_source(settings.inspect, columns, settings.data.text_field, settings.rows)
     print("\n".join([*_about(settings.inspect, seen), *_rows(seen)]), flush=True)
@@ -43,12 +51,7 @@ def inspect(settings: Inspecting) -> None:
         how = settings.model.name or "a plain ChatML template; --model.name shows the model's own"
         print(f"\nexamples  by {how}; {_OPEN}rewarded token{_CLOSE}" if is_chat else "\nexamples")
     for number, example in enumerate(_one_a_row(seen.examples)[: settings.examples], start=1):
-        try:
-            print("\n".join(_shown(number, example, render)), flush=True)
-        except BrokenPipeError:
-            # `| head` has seen enough. What is still in the buffer must go nowhere too.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return
+        print("\n".join(_shown(number, example, render)), flush=True)
 
 
 def _one_a_row(examples: Sequence[Example]) -> list[Example]:

@@ -201,6 +201,10 @@ def test_columns_of_arrows_own_extension_types_are_read(tmp_path):
     assert texts(tmp_path / "b.parquet") == TEXTS
 
 
+# Nobody has registered these: where Ray Data was imported before, Arrow itself would build its type from what is written here.
+FOREIGN = [b"ray.data.arrow_tensor_of_later", b"arrow.py_extension_type_of_old", b"some.one", b"arrow.json2"]
+
+
 def nested(name: bytes, depth: int, beside: str) -> pa.Schema:
     field = pa.field("x", pa.int64(), metadata={b"ARROW:extension:name": name, b"ARROW:extension:metadata": b"{}"})
     for level in range(depth):
@@ -209,7 +213,7 @@ def nested(name: bytes, depth: int, beside: str) -> pa.Schema:
 
 
 @given(
-    st.sampled_from([b"ray.data.arrow_tensor", b"arrow.py_extension_type", b"some.one", b"arrow.json2"]),
+    st.sampled_from(FOREIGN),
     st.integers(0, 4),
     st.sampled_from(["arrow.json", "ARROW:extension:name", ""]),
 )
@@ -222,11 +226,11 @@ def test_a_foreign_extension_type_is_found_at_any_depth_whatever_stands_beside_i
 
 @pytest.mark.parametrize("end", ["stream", "file"])
 def test_a_foreign_extension_type_in_arrow_is_refused(tmp_path, end):
-    schema = nested(b"ray.data.arrow_tensor", 1, "")
+    schema = nested(FOREIGN[0], 1, "")
     new = pa.ipc.new_stream if end == "stream" else pa.ipc.new_file
     with new(tmp_path / "a.arrow", schema) as writer:
         writer.write_table(schema.empty_table())
-    with pytest.raises(UserError, match=r"extension type \(ray.data.arrow_tensor\)"):
+    with pytest.raises(UserError, match=r"extension type \(ray.data.arrow_tensor_of_later\)"):
         check_source(str(tmp_path / "a.arrow"))
     with pytest.raises(UserError, match="extension type"):
         list(file_rows(tmp_path / "a.arrow"))

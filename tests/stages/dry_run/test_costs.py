@@ -161,7 +161,9 @@ def test_ends_of_turn_are_rows_of_texts_and_of_responses_and_a_token_each(tmp_pa
     assert ends.disk_bytes > plain.disk_bytes
     config = replace(demo, extraction=replace(demo.extraction, units=("document", "turn_end")))
     assert "rows of turn_end of responses" in costs_of(config)["extract_activations"].work
-    assert costs_of(config)["train_sae"] == costs_of(demo)["train_sae"], "it learns from ends of turn, which of the units is the first"
+    assert costs_of(config)["train_sae"] == costs_of(demo)["train_sae"], (
+        "it learns from ends of turn, which of the units is the first"
+    )
 
 
 def test_a_cluster_is_planned_by_the_gpus_that_it_reports(tmp_path):
