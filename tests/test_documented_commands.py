@@ -48,6 +48,7 @@ NOT_RUN = {
     "python jobs/audit_features.py demo * --ratings outputs/ratings": "reads what a judge wrote",
     "python jobs/ui.py": "serves until it is stopped; tests/engine/test_ui.py runs it",
     "python jobs/ui.py *": "serves until it is stopped, another folder; tests/engine/test_ui.py runs it so",
+    "python jobs/serve.py *": "serves until it is stopped; tests/serve/test_server.py runs it",
     "transformers serve *": "serves until it is stopped, from a model of the reader's own",
 }
 """Commands that no test runs, as patterns, and why."""

@@ -64,7 +64,7 @@ def find_model(settings: Benchmarking) -> ModelSpec:
     config = _config(folder, name)
     if config.get("model_type") == "sarm":
         _refuse_flags(settings, "a SARM, which has a head and a template of its own")
-        return _sarm(folder, config, settings)
+        return sarm_spec(folder, settings.protocol, settings.max_length, settings.dtype)
     return _classifier(folder, config, settings)
 
 
@@ -170,22 +170,29 @@ def check_tokenizer(spec: ModelSpec) -> None:
             )
 
 
-def _sarm(folder: Path, config: dict[str, Any], settings: Benchmarking) -> ModelSpec:
+def sarm_spec(
+    folder: Path, protocol: str = "exact", max_length: int | None = None, dtype: str = "float32"
+) -> ModelSpec:
+    """A SARM's folder, whose files are those that were written; without a `max_length`, it is the model's own.
+
+    Raises UserError otherwise.
+    """
+    config = _config(folder, str(folder))
     if (folder / MANIFEST).exists():
         verify_files(folder, read_manifest(folder, SARM_FOLDER))
     check_model_files(folder, own_code=True)
     known = config.get("provenance") or {}
-    # The template's file is part of the folder's hash; its own hash is for the reader.
-    template, length = known.get("template", ""), known.get("max_length", DEFAULT_LENGTH)
-    spec = _spec(
+    return ModelSpec(
         kind="sarm",
         place=str(folder),
         identity=hash_of_folder(folder),
-        template=template,
-        settings=settings,
-        max_length=length,
+        # The template's file is part of the folder's hash; its own hash is for the reader.
+        template=known.get("template", ""),
+        protocol=protocol,
+        max_length=_length(protocol, max_length, known.get("max_length", DEFAULT_LENGTH)),
+        dtype=dtype,
+        system_prompt=known.get("system_prompt"),
     )
-    return replace(spec, system_prompt=known.get("system_prompt"))
 
 
 def _classifier(folder: Path, config: dict[str, Any], settings: Benchmarking) -> ModelSpec:
@@ -244,17 +251,20 @@ def classifier_tokenizer(folder: Path, chat_template: str) -> Any:
 
 
 def _spec(kind: str, place: str, identity: str, template: str, settings: Benchmarking, max_length: int) -> ModelSpec:
-    # The official code always cuts at 2,048.
-    length = settings.max_length or (DEFAULT_LENGTH if settings.protocol == "official" else max_length)
     return ModelSpec(
         kind=kind,
         place=place,
         identity=identity,
         template=template,
         protocol=settings.protocol,
-        max_length=length,
+        max_length=_length(settings.protocol, settings.max_length, max_length),
         dtype=settings.dtype,
     )
+
+
+def _length(protocol: str, asked: int | None, own: int) -> int:
+    # The official code always cuts at 2,048.
+    return asked or (DEFAULT_LENGTH if protocol == "official" else own)
 
 
 def _folder(name: str, revision: str) -> Path:

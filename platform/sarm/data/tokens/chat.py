@@ -18,6 +18,7 @@ from sarm.data.tokens.opening import opening_of
 from sarm.data.tokens.spelling import NotEncodableError
 from sarm.data.tokens.templated_text import template_spelled_in
 from sarm.data.tokens.templates import chosen_template, pin_template, with_system_prompt, without_system_prompt
+from sarm.data.tokens.written_turns import WrittenTurns
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 
@@ -103,6 +104,13 @@ class ChatTokenizer:
         (tokens,) = self._tokenise([probe], offsets=True)
         own = [column for column, (start, end) in enumerate(_within(probe.text, answer, tokens.offsets)) if start < end]
         return tuple(tokens.ids[own[-1] + 1 :])
+
+    @cached_property
+    def written(self) -> WrittenTurns:
+        """What the template writes around contents: it reads rendered texts back into messages."""
+        end = self.tokenizer.convert_ids_to_tokens(self.end_of_turn_id)
+        bos = None if self.bos_id is None else self.tokenizer.bos_token
+        return WrittenTurns(self._apply, [end, self.tokenizer.eos_token or end], bos)
 
     @property
     def exported_template(self) -> str:

@@ -8,10 +8,8 @@ from sarm.settings.chat_template import is_template
 from sarm.settings.checks import UserError
 
 # Llama 3.2's template writes today's date, so rewards would drift by the day; 3.1's writes this one.
-_FIXED_DATE = "26 Jul 2024"
-_PIN_DATE = (
-    f'{{%- set date_string = "{_FIXED_DATE}" %}}{{%- macro strftime_now(format) %}}{_FIXED_DATE}{{% endmacro %}}'
-)
+FIXED_DATE = "26 Jul 2024"
+_PIN_DATE = f'{{%- set date_string = "{FIXED_DATE}" %}}{{%- macro strftime_now(format) %}}{FIXED_DATE}{{% endmacro %}}'
 _SYSTEM = re.compile(
     r"\{#- system prompt of the training -#\}\{%- set trained_with = (?P<literal>\"[^\"]*\") %\}.*?\{#- end of it -#\}",
     re.S,

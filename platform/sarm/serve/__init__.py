@@ -1,0 +1,1 @@
+"""A reward server: conversations, texts or token ids in; rewards, latents and flags out."""

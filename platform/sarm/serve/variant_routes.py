@@ -1,0 +1,67 @@
+"""Edited heads over HTTP: `/v1/models/NAME/variants`. Each is scored from the moment on that it is posted, and kept in a folder over restarts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sarm.audit.steering import Edit
+from sarm.contracts.manifest import write_atomically
+from sarm.serve.faults import RequestError
+from sarm.serve.heads import BASE, Heads, read_edit
+from sarm.serve.schemas import Variant
+from sarm.settings.checks import UserError
+
+MAX_VARIANTS = 64
+
+
+class Variants:
+    """The variants of one model's heads, and the folder that keeps those that were posted; without one they last as long as the server."""
+
+    def __init__(self, heads: Heads, folder: Path | None):
+        self._heads, self._folder = heads, folder
+        self._fixed = set(heads.names)
+        for path in sorted(folder.glob("*.json")) if folder is not None else ():
+            heads.add(path.stem, read_edit(path))
+
+    def listed(self) -> dict[str, Any]:
+        """Every head with the number of latents that it edits, and whether it can be deleted."""
+        return {
+            "variants": [
+                {"name": name, "edited": self._heads.num_edited(name), "fixed": name in self._fixed}
+                for name in self._heads.names
+            ]
+        }
+
+    def post(self, variant: Variant) -> dict[str, Any]:
+        """Add a variant.
+
+        Raises RequestError: 409 for a name that is taken, 422 for an edit of another head, 429 when there are too many.
+        """
+        if variant.name in self._heads.names:
+            raise RequestError(409, "variant_exists", "there is a variant of this name; delete it first")
+        if len(self._heads.names) > MAX_VARIANTS:
+            raise RequestError(429, "too_many_variants", f"there are {MAX_VARIANTS} variants; delete one first")
+        records = [one.model_dump() for one in variant.weights]
+        try:
+            self._heads.add(variant.name, Edit.from_json(records))
+        except UserError as error:
+            raise RequestError(422, "bad_edit", "the edit does not fit this model's head", detail=str(error)) from error
+        if self._folder is not None:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._folder / f"{variant.name}.json", json.dumps({"weights": records}))
+            except OSError as error:
+                self._heads.remove(variant.name)
+                raise RequestError(507, "not_kept", f"the variant cannot be written: {error.strerror}") from error
+        return self.listed()
+
+    def delete(self, name: str) -> dict[str, Any]:
+        """Delete a variant. Raises RequestError: 404 for one that is not there, 409 for one that the server was started with."""
+        if name in self._fixed:
+            raise RequestError(409, "fixed_variant", f"{BASE} and the variants that the server was started with stay")
+        if name not in self._heads.names:
+            raise RequestError(404, "unknown_variant", "there is no such variant")
+        if self._folder is not None:
+            (self._folder / f"{name}.json").unlink(missing_ok=True)
+        self._heads.remove(name)
+        return self.listed()

@@ -1,0 +1,240 @@
+"""How fast the reward server is beside its own engine, and what requests, explanations and variants cost.
+
+make bench BENCH=serving              MODEL=outputs/demo/sarm for a trained model and real conversations; without it, a tiny random one
+python tests/bench/bench_serving.py --model outputs/demo/sarm --rounds 5
+
+Conversations are 24 prompts with 4 answers each, scored by a server in a process of its own and by the engine in this one, in turn.
+`http_vs_in_process`: one conversation a request, 64 clients at once, against the engine with all conversations in its queue.
+`separate_vs_together`: the answers of a prompt in requests of their own, against one request. `vs_serve_rm`: the server, against padded
+batches of 16 in the order of arrival, as OpenRLHF's own server reads them, without any HTTP. Idle latency: one request at a time, against
+the forward pass alone.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.stages.random_sarm import random_sarm  # noqa: E402
+
+from sarm.data.sources.layouts import RawPair  # noqa: E402
+from sarm.data.sources.pairs import open_pairs  # noqa: E402
+from sarm.data.sources.tiny import tiny_model  # noqa: E402
+from sarm.data.tokens.chat import load_chat_tokenizer  # noqa: E402
+from sarm.data.tokens.packing import answer_row  # noqa: E402
+from sarm.passes.models import sarm_settings  # noqa: E402
+from sarm.passes.reader import Reader  # noqa: E402
+from sarm.serve.engine import Engine, Tokenised  # noqa: E402
+from sarm.settings.model import ModelSettings  # noqa: E402
+
+OUT = Path("outputs/bench/serving.json")
+NUM_PROMPTS, NUM_ANSWERS, CLIENTS, SERVE_RM_BATCH = 24, 4, 64, 16
+BUDGETS = (512, 1024, 2048, 4096)
+Message = dict[str, str]
+Asked = list[tuple[list[Message], list[str]]]
+
+
+def conversations(source: str) -> Asked:
+    """Prompts with four answers each; where a prompt has fewer, answers of others fill up."""
+    found: dict[str, tuple[list[Message], dict[str, None]]] = {}
+    for pair in open_pairs(source):
+        if isinstance(pair, RawPair):
+            own = found.setdefault(json.dumps(pair.prompt), (pair.prompt, {}))[1]
+            own |= dict.fromkeys((pair.chosen, pair.rejected))
+    chosen = sorted(found.values(), key=lambda one: -len(one[1]))[:NUM_PROMPTS]
+    others = [text for _, texts in found.values() for text in texts]
+    return [
+        (prompt, (list(texts) + others[NUM_ANSWERS * n : NUM_ANSWERS * (n + 1)])[:NUM_ANSWERS])
+        for n, (prompt, texts) in enumerate(chosen)
+    ]
+
+
+@contextlib.contextmanager
+def serving(model: Path, budget: int, variants: list[str]) -> Iterator[tuple[str, float]]:
+    """A server in a process of its own: its address, and seconds until it was ready."""
+    command = [sys.executable, "jobs/serve.py", "--model", str(model), "--port", "0", "--cached", "0", "--batch-tokens", str(budget)]  # fmt: skip
+    if variants:
+        command += ["--variants", *variants]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if "http://" not in line:
+            raise SystemExit("serving: the server did not start")
+        yield line.split()[-1], time.perf_counter() - began
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def _asked(address: str, bodies: list[dict[str, Any]], clients: int) -> list[float]:
+    """Seconds of each request, `clients` of them under way at a time."""
+    waiting = asyncio.Semaphore(clients)
+    limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx2.AsyncClient(base_url=address, timeout=600, limits=limits, trust_env=False) as client:
+
+        async def one(body: dict[str, Any]) -> float:
+            async with waiting:
+                began = time.perf_counter()
+                found = await client.post("/v1/rewards", json=body)
+                assert found.status_code == 200, found.text
+                return time.perf_counter() - began
+
+        return list(await asyncio.gather(*map(one, bodies)))
+
+
+def over_http(address: str, bodies: list[dict[str, Any]], num: int, clients: int = CLIENTS) -> float:
+    """Conversations a second."""
+    began = time.perf_counter()
+    asyncio.run(_asked(address, bodies, clients))
+    return num / (time.perf_counter() - began)
+
+
+def in_process(reader: Reader, answers: list[Tokenised], threads: int) -> float:
+    """Conversations a second of the engine, with all of them in its queue."""
+    engine = Engine(reader, threads=threads, max_wait=86_000.0, cached=0)
+    began = time.perf_counter()
+    futures = engine.submit(answers)
+    engine.start()
+    for future in futures:
+        future.result()
+    seconds = time.perf_counter() - began
+    engine.stop()
+    return len(answers) / seconds
+
+
+@torch.inference_mode()
+def padded_batches(reader: Reader, answers: list[Tokenised]) -> float:
+    """Conversations a second of forward passes on batches of 16, padded, in the order of arrival."""
+    began = time.perf_counter()
+    for first in range(0, len(answers), SERVE_RM_BATCH):
+        batch = [list(one.ids) for one in answers[first : first + SERVE_RM_BATCH]]
+        length = max(map(len, batch))
+        ids = torch.tensor([own + [reader.chat.pad_id] * (length - len(own)) for own in batch])
+        mask = torch.tensor([[1] * len(own) + [0] * (length - len(own)) for own in batch])
+        reader.model(input_ids=ids, attention_mask=mask)
+    return len(answers) / (time.perf_counter() - began)
+
+
+def latency(reader: Reader, address: str, answers: list[Tokenised], bodies: list[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds of requests that come one at a time, and of the forward pass on the same conversations; medians."""
+    asked = asyncio.run(_asked(address, bodies[:32], 1))
+    passes = []
+    for one in answers[:32]:
+        began = time.perf_counter()
+        reader.read([answer_row("one", one.ids)])
+        passes.append(time.perf_counter() - began)
+    request, forward = 1000 * statistics.median(asked), 1000 * statistics.median(passes)
+    return {"request_ms": request, "forward_ms": forward, "added_ms": request - forward}
+
+
+def write_edits(model: Path, folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(model / "model.safetensors", "pt") as file:
+        weight_S = file.get_tensor("score.weight").squeeze(0)
+    for n, name in enumerate(("one", "two")):
+        edit = [{"latent": latent, "before": float(weight_S[latent]), "after": 0.0} for latent in range(n, 40, 2)]
+        (folder / f"{name}.json").write_text(json.dumps({"weights": edit}))
+    return [f"{name}={folder / name}.json" for name in ("one", "two")]
+
+
+def measure(model: Path, asked: Asked, rounds: int, scratch: Path) -> dict[str, Any]:
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    chat = Reader(model, sarm_settings(model)).chat
+    tokens = [chat.encode_responses(prompt, answers) for prompt, answers in asked]
+    answers = [
+        Tokenised(one.ids, min(len(own[0].ids), _shared([list(other.ids) for other in own])))
+        for own in tokens
+        for one in own
+    ]
+    readers = {budget: Reader(model, sarm_settings(model), batch_tokens=budget).ready(threads) for budget in BUDGETS}
+    by_budget = {
+        budget: max(in_process(reader, answers, threads) for _ in range(2)) for budget, reader in readers.items()
+    }
+    budget = max(by_budget, key=lambda one: by_budget[one])
+    reader, num = readers[budget], len(answers)
+    one = [{"items": [{"messages": [*prompt, {"role": "assistant", "content": text}]}]} for prompt, own in asked for text in own]  # fmt: skip
+    together = [{"items": [{"prompt": prompt, "completions": own}]} for prompt, own in asked]
+    explained = [{**body, "explain": {"top": 8}} for body in together]
+    three = [{**body, "variants": ["base", "one", "two"]} for body in together]
+    with serving(model, budget, write_edits(model, scratch)) as (address, seconds):
+        ways: dict[str, Callable[[], float]] = {
+            "in_process": lambda: in_process(reader, answers, threads),
+            "http_64_clients": lambda: over_http(address, one, num),
+            "together": lambda: over_http(address, together, num),
+            "explained": lambda: over_http(address, explained, num),
+            "three_variants": lambda: over_http(address, three, num),
+            "padded_batches": lambda: padded_batches(reader, answers),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, way in ways.items():
+                rates[name].append(way())
+        idle = latency(reader, address, answers, one)
+    middle = {name: statistics.median(own) for name, own in rates.items()}
+    return {
+        "model": model.name,
+        "conversations": num,
+        "tokens": sum(len(a.ids) for a in answers),
+        "threads": threads,
+        "rounds": rounds,
+        "batch_tokens": budget,
+        "per_second_by_budget": by_budget,
+        "per_second": {name: {"median": middle[name], "all": own} for name, own in rates.items()},
+        "http_vs_in_process": middle["http_64_clients"] / middle["in_process"],
+        "separate_vs_together": middle["http_64_clients"] / middle["together"],
+        "explained_vs_plain": middle["explained"] / middle["together"],
+        "three_variants_vs_one": middle["three_variants"] / middle["together"],
+        "vs_serve_rm": middle["http_64_clients"] / middle["padded_batches"],
+        "idle": idle,
+        "seconds_until_ready": seconds,
+    }
+
+
+def _shared(lists: list[list[int]]) -> int:
+    """How many first tokens all of them have in common, short of their ends."""
+    limit = min(map(len, lists)) - 1
+    return next((n for n in range(limit) if len({own[n] for own in lists}) > 1), limit)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the reward server beside its engine")
+    parser.add_argument("--model", default=os.environ.get("MODEL", "tiny"), help="a SARM's folder, or tiny")
+    parser.add_argument("--rounds", type=int, default=3)
+    settings = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if settings.model == "tiny":
+            chat = load_chat_tokenizer(ModelSettings(name="tiny:llama", layer=1, max_length=128), tiny_model())
+            model, source = random_sarm(Path(scratch) / "sarm", tiny_model(), chat), "tiny:pairs"
+        else:
+            model, source = Path(settings.model).absolute(), "demo:harm"
+        figures = measure(model, conversations(source), settings.rounds, Path(scratch))
+    for name, value in figures.items():
+        if isinstance(value, int | float):
+            print(f"{name.replace('_', ' '):28s}{value:12.3f}")
+    for name, value in figures["idle"].items():
+        print(f"idle {name.replace('_', ' '):23s}{value:12.3f}")
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
