@@ -61,6 +61,7 @@ def test_an_engine_that_fails_is_told_and_the_service_goes_on(client, service, r
     assert "garden" not in found.text + caplog.text
     assert len(caplog.records) == 1
     monkeypatch.undo()
+    service.engine._cache.clear()
     assert client.post(route.path, json=BODIES[route.path]).status_code == 200
 
 
@@ -95,8 +96,12 @@ def test_a_token_is_wanted_on_every_route_in_a_header_or_in_the_path(service, ro
 def test_it_is_ready_while_its_engine_reads(client, service, monkeypatch):
     assert client.get("/ready").json() == {"status": "ready"}
     monkeypatch.setattr(service.engine, "_failures", 3)
+    monkeypatch.setattr(service.engine, "_failed_at", time.monotonic())
     assert client.get("/ready").status_code == 503
     assert client.get("/health").status_code == 200
+    # Who is not ready is sent nothing, and could never show that it reads again.
+    monkeypatch.setattr(service.engine, "_failed_at", time.monotonic() - 60)
+    assert client.get("/ready").status_code == 200
 
 
 def test_metrics_have_figures_and_no_text_of_a_request(client, service):

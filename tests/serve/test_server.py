@@ -17,6 +17,7 @@ import pytest
 from tests.serve.asked import conversation
 
 from sarm.client import RewardClient
+from sarm.serve import http_server
 from sarm.serve import server as server_module
 from sarm.serve.app import make_app
 from sarm.settings.checks import UserError
@@ -149,17 +150,17 @@ def test_settings_that_make_no_sense_are_refused(options, served):
 @pytest.fixture
 def listening(service, monkeypatch):
     """The server in this process, with short times, on a port of its own."""
-    monkeypatch.setattr(server_module, "_HEADER_SECONDS", 1.0)
+    monkeypatch.setattr(http_server, "HEADER_SECONDS", 1.0)
     settings = Serving(model=Path("x"), port=0)
     servers = []
     import uvicorn
 
     run = uvicorn.Server.run
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets=None: (servers.append(self), run(self, sockets))[1])
-    monkeypatch.setattr(server_module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     with server_module.listening(settings) as taken:
         app = make_app(service, body_seconds=1.0)
-        thread = threading.Thread(target=server_module._run, args=(app, taken, settings))
+        thread = threading.Thread(target=http_server.run, args=(app, taken, "x"))
         thread.start()
         yield taken.getsockname()
         while not servers:

@@ -25,6 +25,8 @@ _FOLLOWS = 0.2
 # A batch that takes longer has hung.
 _DEADLINE_SECONDS = 300.0
 _FAILURES_UNTIL_NOT_READY = 3
+# After this time it is tried again: who is not ready is sent nothing, and would never read again.
+_SECONDS_NOT_READY = 30.0
 # Tokens a second, until a batch has been timed.
 _FIRST_RATE = 500.0
 
@@ -64,7 +66,8 @@ class Engine:
         self._waiting: list[Waiting] = []
         self._cache: OrderedDict[bytes, Reading] = OrderedDict()
         self._rate, self._queued, self._computing = _FIRST_RATE, 0, 0
-        self._is_stopped, self._busy_since, self._failures = False, 0.0, 0
+        self._is_stopped, self._busy_since = False, 0.0
+        self._failures, self._failed_at = 0, 0.0
         self._dead = ""
         self.cost = Cost()
         """What forward passes have taken since the start."""
@@ -102,7 +105,8 @@ class Engine:
         """Why the engine is not ready; empty if it is."""
         if self._dead or not self._thread.is_alive():
             return self._dead or "the engine's thread does not run"
-        if self._failures >= _FAILURES_UNTIL_NOT_READY:
+        is_recent = time.monotonic() - self._failed_at < _SECONDS_NOT_READY
+        if self._failures >= _FAILURES_UNTIL_NOT_READY and is_recent:
             return f"the last {self._failures} batches failed"
         since = self._busy_since
         if since and time.monotonic() - since > _DEADLINE_SECONDS:
@@ -190,7 +194,7 @@ class Engine:
             self._compute(batch[:middle])
             self._compute(batch[middle:])
             return
-        self._failures += 1
+        self._count_failure()
         _fail(batch, failure)
 
     def _hand_out(self, batch: list[Waiting], readings: dict[Hashable, Reading], started: float, cost: Cost) -> None:
@@ -210,12 +214,16 @@ class Engine:
             reading, computed = readings[place], cost_of(one, prompts)
             prompts.add(one.prompt)
             if not isfinite(reading.reward):
-                self._failures += 1
+                self._count_failure()
                 _fail([one], EngineError(f"the model's reward is {reading.reward}"))
                 continue
             self._keep(one.ids, reading)
             found = Read(reading, started - one.arrived, seconds, computed)
             _settle(one.future, found)
+
+    def _count_failure(self) -> None:
+        self._failures += 1
+        self._failed_at = time.monotonic()
 
     def _keep(self, ids: Sequence[int], reading: Reading) -> None:
         if not self._num_cached:
