@@ -35,6 +35,8 @@ def started(*arguments: object, **environment: str):
     try:
         line = process.stdout.readline()
         assert " on http://" in line, line + process.stderr.read()
+        seconds = float(line.partition(", ready ")[2].split()[0])
+        assert seconds < 3
         yield process, line.split()[-1]
     finally:
         process.kill()

@@ -1,6 +1,7 @@
 """From a SARM's folder to a service that is warm: everything checked before anything is loaded, weights read once."""
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def load_service(settings: Serving) -> Service:
     Raises UserError for a folder that is torn or holds no SARM, an edit of another head, a policy's tokenizer without a template.
     """
     reader, identity = _reader(settings)
+    read_at = time.monotonic()
     policy = None
     if settings.policy_tokenizer is not None:
         policy = load_chat_tokenizer(ModelSettings(name=str(settings.policy_tokenizer)), settings.policy_tokenizer)
@@ -71,6 +73,7 @@ def load_service(settings: Serving) -> Service:
     )
     engine.start()
     _warm_up(service)
+    service.ready_seconds = time.monotonic() - read_at
     return service
 
 

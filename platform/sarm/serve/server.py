@@ -41,7 +41,8 @@ def _serve(settings: Serving, token: str | None) -> None:
         _log(is_loud=settings.debug)
         service = load_service(settings)
         try:
-            run(make_app(service, token), taken, str(settings.model))
+            what = f"{settings.model}, ready {service.ready_seconds:.1f} s after its weights were read,"
+            run(make_app(service, token), taken, what)
         finally:
             service.close()
 

@@ -69,6 +69,8 @@ class Service:
     ):
         self.engine, self.encoder, self.heads, self.about, self.metrics = engine, encoder, heads, about, metrics
         self.variants, self.on_truncated = variants, on_truncated
+        self.ready_seconds = 0.0
+        """From the weights being read to the first answer."""
         self._pool = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encoder")
 
     def close(self) -> None:
