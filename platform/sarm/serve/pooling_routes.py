@@ -62,7 +62,7 @@ async def predict(service: Service, request: TeiRequest, query: Query) -> Any:
         raise RequestError(422, "bad_request", "truncation_direction right would cut off the rewarded token; leave it out or pass left")  # fmt: skip
     inputs = request.inputs
     is_batch = isinstance(inputs, list) and not _is_pair(inputs)
-    each = inputs if is_batch else [inputs]
+    each: list[Any] = inputs if isinstance(inputs, list) and is_batch else [inputs]
     service.check_variants([query.variant])
     encodings = [partial(_tei_encoded, one) for one in each]
     found = await service.answers(encodings, scale=query.scale, refuse_long=not request.truncate)

@@ -122,10 +122,10 @@ class Service:
             if isinstance(read, Read):
                 found[item][place] = found[item][place]._replace(read=read)
             elif isinstance(read, EngineError):
-                error = _of_engine(read, item)
+                failure = _of_engine(read, item)
                 if not partial:
-                    raise error
-                found[item][place] = found[item][place]._replace(error=error)
+                    raise failure
+                found[item][place] = found[item][place]._replace(error=failure)
             elif isinstance(read, BaseException):
                 raise read
         self._note(found)
