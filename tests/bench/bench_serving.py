@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.stages.random_sarm import random_sarm  # noqa: E402
 
-from sarm.data.sources.layouts import RawPair  # noqa: E402
+from sarm.data.sources.layouts.layout import RawPair  # noqa: E402
 from sarm.data.sources.pairs import open_pairs  # noqa: E402
 from sarm.data.sources.tiny import tiny_model  # noqa: E402
 from sarm.data.tokens.chat import load_chat_tokenizer  # noqa: E402
