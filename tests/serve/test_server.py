@@ -116,6 +116,15 @@ def test_a_folder_that_is_torn_or_of_another_kind_is_refused_in_a_line(fault, se
 
 def test_the_job_says_in_one_line_what_it_refuses(tmp_path, served):
     assert "no model folder" in refused("--model", tmp_path / "nothing")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    code = (
+        "import sys; from pathlib import Path; from sarm.serve.server import serve; from sarm.settings.serving import Serving\n"
+        f"try: serve(Serving(model=Path({str(tmp_path)!r}), port=0))\n"
+        "except ValueError as error: print(error, {'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "without latents" in done.stdout
+    assert done.stdout.strip().endswith("set()"), "who is refused does not wait for torch"
 
 
 def test_other_machines_are_served_with_a_token_alone(served, tmp_path):

@@ -16,7 +16,6 @@ from sarm.serve.heads import Heads, read_edit
 from sarm.serve.metrics import Metrics
 from sarm.serve.service import About, Service
 from sarm.serve.variant_routes import Variants
-from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.settings.serving import Serving
 
@@ -79,8 +78,6 @@ def load_service(settings: Serving) -> Service:
 
 def _reader(settings: Serving) -> tuple[Reader, str]:
     folder = settings.model
-    if not folder.is_dir():
-        raise UserError(f"no model folder {folder}. Pass --model with a folder that holds a SARM.")
     own = sarm_settings(folder)
     spec = sarm_spec(folder, dtype=settings.dtype)
     check_tokenizer(spec)

@@ -32,8 +32,13 @@ def _interrupt(*_: object) -> None:
 
 
 def _serve(settings: Serving, token: str | None) -> None:
+    if not settings.model.is_dir():
+        raise UserError(f"no model folder {settings.model}. Pass --model with a folder that holds a SARM.")
     with listening(settings) as taken:
-        # Torch and transformers take seconds, which nobody waits for whose port is taken.
+        from sarm.passes.models import sarm_settings
+
+        sarm_settings(settings.model)
+        # Torch and transformers take seconds, for which nobody waits whose port is taken or whose folder is of another kind.
         from sarm.serve.app import make_app
         from sarm.serve.http_server import run
         from sarm.serve.loading import load_service
