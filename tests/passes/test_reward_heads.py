@@ -67,6 +67,27 @@ def test_shards_and_plain_tensors_in_bin_files_are_read(file, shards, tiny_folde
     assert scores(tmp_path) == pytest.approx(expected(tiny_folder, layout, head), abs=1e-4)
 
 
+@pytest.mark.parametrize("file", ["safetensors", "bin"])
+def test_weights_that_are_there_twice_are_never_mixed(file, tiny_folder, tmp_path):
+    """A body of an older whole file and a head of newer shards would be a model that nobody trained."""
+    layout = LAYOUTS["transformers"]
+    checkpoint(tmp_path, tiny_folder, layout, file=file)
+    checkpoint(tmp_path, tiny_folder, layout, file=file, shards=2)
+    assert "holds its weights twice" in refusal(tmp_path)
+
+
+def test_a_second_file_with_a_tensor_of_the_same_name_is_refused(tiny_folder, tmp_path):
+    checkpoint(tmp_path, tiny_folder, LAYOUTS["transformers"])
+    save_file({"score.weight": torch.zeros(1, D_IN)}, tmp_path / "older.safetensors")
+    assert "holds score.weight twice, in model.safetensors and older.safetensors" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("weights", [(float("nan"), 1.0, 1.0), (float("inf"), 0.0, 0.0), (0.0, 0.0, 0.0)])
+def test_weights_of_outputs_that_make_no_reward_are_refused(weights, tiny_folder, tmp_path):
+    checkpoint(tmp_path, tiny_folder, LAYOUTS["objectives"])
+    assert "--objectives" in refusal(tmp_path, objectives=weights)
+
+
 def test_a_bin_file_that_is_more_than_tensors_is_not_opened(tiny_folder, tmp_path):
     class Evil:
         def __reduce__(self):

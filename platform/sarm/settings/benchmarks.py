@@ -1,5 +1,6 @@
 """The flags of `jobs/evaluate.py --model ...` and `jobs/compare.py`."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -61,6 +62,8 @@ class Benchmarking:
         names = [text.partition("=")[0] for text in self.benchmarks]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise UserError(f"{repeated[0]} is named twice. Pass each of --benchmarks once; a source may be a glob.")
+        if self.objectives and not (any(self.objectives) and all(map(math.isfinite, self.objectives))):
+            raise UserError(f"the weights of the outputs are {self.objectives}, expected numbers that are not all 0. Pass --objectives.")  # fmt: skip
         for name, least in (("max_length", 8), ("limit", 1), ("probe_rows", 1), ("drift_items", 0), ("batch_tokens", 64)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:

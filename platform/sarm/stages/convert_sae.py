@@ -34,7 +34,8 @@ def convert_sae(config: ConvertSae) -> None:
         _write_stage_folder(weights, config)
     else:
         export_sae(weights, config.target, config.format)
-    rows = "standardised rows, sarm.nn.sae.standardise(h)" if weights.input == STANDARDISED else "residuals as they are"
+    is_standardised = weights.input == STANDARDISED or config.format == "sarm"
+    rows = "standardised rows, sarm.nn.sae.standardise(h)" if is_standardised else "residuals as they are"
     rows = "residuals, which it standardises itself" if config.format == "saelens_residual" else rows
     active = f"k {weights.k}" if weights.threshold is None else "thresholds"
     print(f"{config.target}: {config.format}, {weights.d_in} x {weights.d_sae}, {active}; takes {rows}")

@@ -308,6 +308,36 @@ def test_what_has_no_equal_here_is_refused(tmp_path, change, said):
         import_sae(saelens_file(tmp_path / "a", change))
 
 
+@pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "pt"])
+def test_a_k_that_is_not_the_files_is_refused_and_one_that_the_file_lacks_is_taken(tmp_path, format):
+    sae = made()
+    export_sae(with_relu(weights_of(sae, {})) if format != "pt" else weights_of(sae, {}), tmp_path / "sae", format)
+    assert import_sae(tmp_path / "sae", k=sae.k).k == sae.k
+    with pytest.raises(UserError, match=rf"says k={sae.k}, got k={sae.k + 1}. Leave --k out"):
+        import_sae(tmp_path / "sae", k=sae.k + 1)
+
+
+def test_a_saelens_file_without_k_takes_the_flags(tmp_path):
+    folder = saelens_file(tmp_path / "sae", {"architecture": "topk", "k": None})
+    with pytest.raises(UserError, match=r"Pass --k\."):
+        import_sae(folder)
+    assert import_sae(folder, k=2).k == 2
+
+
+@pytest.mark.parametrize("k", ["4", 2.5, True, [4]])
+def test_a_k_that_is_no_number_of_latents_is_refused(tmp_path, k):
+    folder = saelens_file(tmp_path / "sae", {"architecture": "topk", "k": k})
+    with pytest.raises(UserError, match="is no number of latents"):
+        import_sae(folder)
+
+
+@pytest.mark.parametrize("name", ["W_skip", "threshold", "W_enc_other"])
+def test_weights_that_the_rule_does_not_compute_with_are_refused(tmp_path, name):
+    folder = saelens_file(tmp_path / "sae", {"architecture": "topk", "k": 2}, **{name: torch.ones(4)})
+    with pytest.raises(UserError, match=f"holds {name}, for which a topk SAE has no use"):
+        import_sae(folder)
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [

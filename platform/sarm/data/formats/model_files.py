@@ -38,7 +38,7 @@ def check_model_files(folder: Path, *, own_code: bool = False, pickles: bool = F
 def weight_files(folder: Path, *, pickles: bool = False) -> list[Path]:
     """The files with a model's weights: the shards that an index names, else all; `.bin` ones (`pickles`) only where there are no safetensors.
 
-    Raises UserError if there are none, or an index names what is not there or lies outside.
+    Raises UserError if there are none, or an index names what is not there, lies outside or is beside a whole file.
     """
     if paths := _indexed(folder, _INDEX) or sorted(folder.glob("*.safetensors")):
         return paths
@@ -63,6 +63,10 @@ def _indexed(folder: Path, name: str) -> list[Path]:
         raise UserError(f"{index} cannot be used: {error}. Get another copy.") from error
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(f"{index} names {missing[0].name}, which is not there. The download may be incomplete.")
+    # Saving in shards leaves an older whole file where it is, and readers differ in which of the two they take.
+    whole = folder / name.removesuffix(".index.json")
+    if whole.is_file() and whole not in paths:
+        raise UserError(f"{folder} holds its weights twice, as {whole.name} and in the shards of {name}. Delete those that are not meant.")  # fmt: skip
     return paths
 
 

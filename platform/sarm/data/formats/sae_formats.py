@@ -61,7 +61,7 @@ class Suite(NamedTuple):
 def import_sae(path: Path, format: str = "auto", k: int | None = None) -> SaeWeights:
     """Read an SAE of any known format; `k` is for files that do not say it.
 
-    Raises UserError if there is none, it is torn, of an architecture without an equal here, or not finite.
+    Raises UserError if there is none, it is torn, of an architecture without an equal here, or not finite, or if it says another k.
     """
     if not path.exists():
         raise UserError(f"there is no SAE at {path}. Pass a folder, or a .pt file.")
@@ -74,7 +74,7 @@ def import_sae(path: Path, format: str = "auto", k: int | None = None) -> SaeWei
             "(llama_scope), and it is no .pt file. Pass the folder that holds the weights."
         )
     try:
-        return readers[name].read(path, k).checked(str(path))
+        return _with_k(readers[name].read(path, k), k, path).checked(str(path))
     except UserError:
         raise
     except pickle.UnpicklingError as error:
@@ -110,6 +110,15 @@ def export_sae(weights: SaeWeights, folder: Path, format: str) -> None:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _with_k(weights: SaeWeights, given: int | None, path: Path) -> SaeWeights:
+    # Thresholds decide without it.
+    if given is None or weights.rule == "jumprelu":
+        return weights
+    if weights.k not in (None, given):
+        raise UserError(f"{path} says k={weights.k}, got k={given}. Leave --k out.")
+    return replace(weights, k=given)
 
 
 def with_relu(weights: SaeWeights) -> SaeWeights:

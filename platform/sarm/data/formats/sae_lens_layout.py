@@ -1,11 +1,13 @@
 """SAELens' files: `cfg.json` and `sae_weights.safetensors`. The SAE folders of this platform are such files, as version 6 writes them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.sae_lens_config import OF_THE_MODEL, present_config, without_factor
@@ -26,6 +28,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _LAYOUT = "6.0.0"
 HELD = ("topk", "jumprelu", "matching_pursuit")
 """Rules that SAELens knows, by its names."""
+_OF_KIND = {"jumprelu": ("threshold",), "gated": ("r_mag", "b_mag", "b_gate")}
 # Matching pursuit ends after `max_iterations` steps, as ours does, unless something else ends it before.
 _ENDS_BEFORE = {"residual_threshold": 0.0, "stop_on_duplicate_support": False}
 
@@ -38,6 +41,7 @@ def read_sae_lens(folder: Path, k: int | None) -> SaeWeights:
     config = present_config(read_json(folder / CONFIG), folder)
     tensors = without_factor(load_file(folder / WEIGHTS), config, folder)
     kind, metadata = _rule_of(config, folder), config.get("metadata") or {}
+    _refuse_surplus(tensors, kind, folder)
     metadata = {**_place(config, metadata, folder), **metadata}
     norm = config.get("normalize_activations", "none")
     trained, threshold, rule, k_said = metadata.get("sae") or {}, None, kind, None
@@ -95,6 +99,13 @@ def _rule_of(config: dict[str, Any], folder: Path) -> str:
             f"{folder} holds a matching pursuit SAE that ends by another rule than its number of steps. Supported are {_ENDS_BEFORE}."
         )
     return "abs_topk" if kind == "abstopk" else str(kind)
+
+
+def _refuse_surplus(tensors: Mapping[str, Tensor], kind: str, folder: Path) -> None:
+    """Raises UserError for tensors that this rule does not compute with: the file is of another rule than its config says."""
+    known = {"W_enc", "b_enc", "W_dec", "b_dec", *_OF_KIND.get(kind, ())}
+    if surplus := sorted(tensors.keys() - known):
+        raise UserError(f"{folder} holds {', '.join(surplus[:4])}, for which a {kind} SAE has no use. cfg.json may be of another file; get another copy.")  # fmt: skip
 
 
 def _place(config: dict[str, Any], metadata: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class SaeWeights:
     b_enc: Float[Tensor, "..."]
     W_dec: Float[Tensor, "..."]
     b_dec: Float[Tensor, "..."]
-    k: int | None = None
+    # An int or None once it is `checked`.
+    k: Any = None
     threshold: Float[Tensor, "..."] | None = None
     rule: str = "topk"
     input: str = STANDARDISED
@@ -78,10 +79,14 @@ class SaeWeights:
                 raise UserError(
                     f"{origin} holds NaN or infinite values in {name}. The SAE is broken; get another copy or train it again."
                 )
-        if self.rule != "jumprelu" and not (self.k is not None and 1 <= self.k <= d_sae):
-            raise UserError(f"k must be between 1 and d_sae={d_sae}, {origin} gives k={self.k}. Pass --k.")
+        k = self.k
+        if k is not None and (isinstance(k, bool) or not isinstance(k, (int, float)) or k % 1 != 0):
+            raise UserError(f"{origin} gives k={k!r}, which is no number of latents. Get another copy.")
+        if self.rule != "jumprelu" and not (k is not None and 1 <= k <= d_sae):
+            advice = "Pass --k." if k is None else "Pass --k, or get another copy."
+            raise UserError(f"k must be between 1 and d_sae={d_sae}, {origin} gives k={k}. {advice}")
         named: dict[str, Any] = dict(tensors)
-        return replace(self, **named)
+        return replace(self, **named, k=None if k is None else int(k))
 
     def without_input_bias(self) -> Float[Tensor, " d_sae"]:
         """The encoder bias of the same SAE written as x W_enc + b: b_enc - b_dec W_enc.

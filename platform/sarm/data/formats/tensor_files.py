@@ -16,19 +16,28 @@ Shape = tuple[int, ...]
 def shapes_in(folder: Path, *, pickles: bool = False) -> dict[str, Shape]:
     """The shape of every tensor by its name; no weight is read. `pickles` also takes `.bin` files, where there are no safetensors.
 
-    Raises UserError if there is no file, a shard is missing, a file is torn or holds more than tensors.
+    Raises UserError if there is no file, a shard is missing, a file is torn or holds more than tensors, or two files hold one tensor.
     """
     found: dict[str, Shape] = {}
+    place: dict[str, Path] = {}
     for path in weight_files(folder, pickles=pickles):
-        if path.suffix == ".bin":
-            found |= {name: tuple(tensor.shape) for name, tensor in _of_pickle(path).items()}
-            continue
-        try:
-            with safe_open(path, "pt") as file:
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} is no whole safetensors file: {error}. Get another copy.") from error
+        own = _shapes_of(path)
+        # Which of two a reader takes is not said anywhere: one of them may be another model's.
+        if twice := sorted(own.keys() & found.keys()):
+            raise UserError(f"{folder} holds {twice[0]} twice, in {place[twice[0]].name} and {path.name}. Delete the file that is not meant.")  # fmt: skip
+        found |= own
+        place |= dict.fromkeys(own, path)
     return found
+
+
+def _shapes_of(path: Path) -> dict[str, Shape]:
+    if path.suffix == ".bin":
+        return {name: tuple(tensor.shape) for name, tensor in _of_pickle(path).items()}
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no whole safetensors file: {error}. Get another copy.") from error
 
 
 def tensors_in(
