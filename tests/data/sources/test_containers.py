@@ -22,10 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.compatibility import assert_listed
 
+from sarm.data.sources.containers.column_rows import schema_of
 from sarm.data.sources.containers.packing import PACKINGS
 from sarm.data.sources.containers.text_rows import json_rows
 from sarm.data.sources.extension_types import CANONICAL, foreign_types_of_parquet
-from sarm.data.sources.files import FORMATS, file_rows
+from sarm.data.sources.files import FORMATS, file_rows, has_columns
 from sarm.data.sources.hub import DataSet, data_set_rows, parse_data_set
 from sarm.data.sources.pairs import check_source, open_pairs
 from sarm.data.sources.places import source_files
@@ -228,12 +229,13 @@ def test_a_foreign_extension_type_is_found_at_any_depth_whatever_stands_beside_i
 def test_a_foreign_extension_type_in_arrow_is_refused(tmp_path, end):
     schema = nested(FOREIGN[0], 1, "")
     new = pa.ipc.new_stream if end == "stream" else pa.ipc.new_file
-    with new(tmp_path / "a.arrow", schema) as writer:
-        writer.write_table(schema.empty_table())
-    with pytest.raises(UserError, match=r"extension type \(ray.data.arrow_tensor_of_later\)"):
-        check_source(str(tmp_path / "a.arrow"))
-    with pytest.raises(UserError, match="extension type"):
-        list(file_rows(tmp_path / "a.arrow"))
+    for name in ("a.arrow", "B.ARROW"):
+        with new(tmp_path / name, schema) as writer:
+            writer.write_table(schema.empty_table())
+        with pytest.raises(UserError, match=r"extension type \(ray.data.arrow_tensor_of_later\)"):
+            check_source(str(tmp_path / name))
+        with pytest.raises(UserError, match="extension type"):
+            list(file_rows(tmp_path / name))
     pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="extension type"):
         list(file_rows(tmp_path / "a.parquet"))
@@ -283,6 +285,25 @@ def test_lines_of_a_table_that_are_no_rows_are_counted(tmp_path):
     assert [row for row in found if isinstance(row, Reject)] == [
         Reject("ragged_row", f"{path}:5"), Reject("ragged_row", f"{path}:6"), Reject("invalid_utf8", f"{path}:7"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"a,b,a\n1,2,3\n", "repeated_column"), ("a,b\n1,2\n".encode("utf-16"), "invalid_utf8")],
+)
+def test_a_table_with_a_header_that_cannot_be_read_gives_no_row(tmp_path, content, reason):
+    (tmp_path / "a.csv").write_bytes(content)
+    assert list(file_rows(tmp_path / "a.csv")) == [Reject(reason, f"{tmp_path / 'a.csv'}:1")]
+
+
+def test_names_in_capitals_are_of_the_same_kind(tmp_path):
+    table = pa.table({"a": ["x"]})
+    pq.write_table(table, tmp_path / "A.PARQUET")
+    with pa.ipc.new_stream(str(tmp_path / "A.ARROW"), table.schema) as stream:
+        stream.write_table(table)
+    for name in ("A.PARQUET", "A.ARROW"):
+        assert has_columns(tmp_path / name)
+        assert schema_of(tmp_path / name).names == ["a"]
 
 
 def test_a_table_holds_preferences_with_numbers_and_conversations_as_texts(tmp_path):

@@ -1,5 +1,6 @@
 """`prepare_data --inspect`: what a source is taken for, its rows by reason, and examples with the rewarded token; nothing is written."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -93,6 +94,20 @@ def test_columns_under_other_names_and_texts_and_conversations_are_shown(tmp_pat
     assert "--- answer" in said
     with pytest.raises(UserError, match=r"no column 'text'; it has messages. Pass --data.text-field messages"):
         inspect(Inspecting(inspect=spec))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b"", "it holds none"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}'), "1 invalid_utf8, first .*a.jsonl:1"),
+        ("a.jsonl.gz", b'{"text": "x"}', "1 corrupt_file"),
+    ],
+)
+def test_a_file_of_which_nothing_can_be_read_is_not_taken_for_texts(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"no row of .* can be read \({said}.*\)\. Check"):
+        inspect(Inspecting(inspect=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("spec", ["nothing.csv", "hf:a b", "s3://bucket/x"])

@@ -169,6 +169,53 @@ def test_a_system_column_becomes_the_system_turn(row):
     assert parse_pairs({"system": 5, **row}, "here") == "not_text"
 
 
+@pytest.mark.parametrize(("name", "row", "pairs"), EXAMPLES, ids=[name for name, *_ in EXAMPLES])
+def test_every_layout_reads_system_and_tools(name, row, pairs):
+    turn = system("In German.")
+    for chosen in (layout_of(row), layout_of(row | {"system": turn["content"]})):
+        assert chosen is not None
+        assert {"system", "tools"} <= chosen.columns
+    found = pairs_of(read(row | {"system": turn["content"]}))
+    assert [asked[0] for asked, *_ in found] == [turn] * len(pairs)
+    assert read(row | {"tools": [{"name": "search"}]})[0].reason == "tools"
+
+
+@pytest.mark.parametrize(("name", "row", "pairs"), EXAMPLES, ids=[name for name, *_ in EXAMPLES])
+def test_a_row_is_the_same_beside_the_empty_columns_of_other_layouts(name, row, pairs):
+    """As files with columns have them that hold rows of several layouts."""
+    beside = dict.fromkeys(sorted(registry.known_columns())) | row
+    assert read(beside) == read(row)
+
+
+def test_scores_and_subsets_stand_in_for_those_without_a_value():
+    row = {"instruction": "Hi?", "completions": [{"response": text, "overall_score": None, "fine-grained_score": score} for text, score in (("Yes.", 2), ("No.", 1))]}  # fmt: skip
+    assert pairs_of(read(row)) == YES_NO
+    (pair,) = read({"prompt": "Hi?", **SIDES, "subset": None, "category": "chat"})[0].pairs
+    assert pair.subset == "chat"
+
+
+SPELLED = {name: json.dumps(messages, indent=1) for name, messages in TURNS.items()}
+
+
+def test_messages_that_a_text_spells_are_messages():
+    assert pairs_of(read(SPELLED)) == YES_NO
+    assert pairs_of(read(SPELLED | {"prompt": "Hi?"})) == YES_NO
+    assert pairs_of(read({"prompt": json.dumps(ASKED), **SIDES})) == YES_NO
+    assert pairs_of(read({"conversations": json.dumps([share_gpt("human", "Hi?")]), **SIDES})) == YES_NO
+
+
+@pytest.mark.parametrize("spell", [repr, lambda turns: "array([" + "\n ".join(map(repr, turns)) + "], dtype=object)", lambda turns: json.dumps(turns)[:-1]])  # fmt: skip
+def test_messages_in_a_spelling_that_is_no_json_are_no_answer(spell):
+    row = {"prompt": "Hi?", **{name: spell(messages) for name, messages in TURNS.items()}}
+    assert read(row)[0].reason == "spelled_messages"
+    assert read({"prompt": spell(ASKED), **SIDES})[0].reason == "spelled_messages"
+
+
+@pytest.mark.parametrize("text", ['["Yes."]', '[{"name": "Ann", "age": 3}]', "[{'id': 1}]", '[{"value": 1}]'])
+def test_lists_of_other_things_are_texts(text):
+    assert pairs_of(read({"prompt": "Hi?", "chosen": text, "rejected": "No."})) == [(ASKED, text, "No.")]
+
+
 def test_contents_in_parts_are_joined_and_other_names_of_roles_are_known():
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i?", "image_url": None}]
     prompt = [{"role": "human", "content": parts, "name": "ann"}]

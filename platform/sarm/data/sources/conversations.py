@@ -1,5 +1,7 @@
 """Conversations as sources have them: lists of messages, each with a role and a content; and what is wrong with them, by name."""
 
+import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,9 @@ _SPELLINGS = {
 }
 # A tokenizer needs a second and some gigabytes for more, nearly all of which a model's context has no room for.
 MAX_CONTENT_BYTES = 4 << 20
+# How Python spells a list of messages, which tables hold that were written of data frames.
+_OF_PYTHON = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+_ROLE_OF_PYTHON = re.compile(rf"['\"](?:role|from)['\"]\s*:\s*['\"](?:{'|'.join(_SPELLINGS)})['\"]", re.I)
 
 
 class ConversationError(UserError):
@@ -73,6 +78,21 @@ def read_messages(items: Sequence[Any]) -> list[Message] | str:
     return messages
 
 
+def spelled_messages(value: Any) -> Any:
+    """The list of messages that a text spells as JSON, as columns hold it that know only texts; anything else as it is."""
+    if not isinstance(value, str) or _OF_PYTHON.match(value) is None:
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_messages = isinstance(found, list) and all(
+        isinstance(one, dict) and ({"role", "content"} <= one.keys() or {"from", "value"} <= one.keys())
+        for one in found
+    )
+    return found if is_messages else value
+
+
 def _content(content: Any) -> tuple[str, str | None]:
     """(the text of a content, why it has none)."""
     if isinstance(content, str):
@@ -91,11 +111,13 @@ def _content(content: Any) -> tuple[str, str | None]:
 
 
 def fault_of_content(text: str) -> str | None:
-    """The reason word of a content that no tokenizer should see (`empty`, `nul_byte`, `lone_surrogate`, `too_long`, `already_templated`), or None."""
+    """The reason word of a content that no tokenizer should see, or None: `empty`, `nul_byte`, `lone_surrogate`, `too_long`, `already_templated`, `spelled_messages`."""
     if reason := fault_of(text):
         return reason
     if len(text) > MAX_CONTENT_BYTES // 4 and len(text.encode()) > MAX_CONTENT_BYTES:
         return "too_long"
+    if _OF_PYTHON.match(text) and _ROLE_OF_PYTHON.search(text):
+        return "spelled_messages"
     return "already_templated" if is_rendered_conversation(text) else None
 
 

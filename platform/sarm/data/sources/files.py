@@ -54,7 +54,7 @@ def is_data(name: str) -> bool:
 
 def has_columns(path: Path) -> bool:
     """Whether the file says its columns before its rows."""
-    return path.name.endswith((".parquet", ".arrow"))
+    return path.name.lower().endswith((".parquet", ".arrow"))
 
 
 def _stream_rows(extension: str, path: Path, columns: Sequence[str] | None) -> Iterator[Row | Reject]:

@@ -1,7 +1,7 @@
 """What a source is taken for, from its first rows: containers, columns, layouts, and what becomes of the rows."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -63,7 +63,10 @@ def inspect_source(spec: str, columns: Mapping[str, str], text_field: str, limit
     seen = Seen(container=kind_of(spec, files), columns=[], is_pairs=spec in BUILT_IN_PAIRS)
     if spec not in made_in_code:
         rows = data_set_rows(spec) if is_data_set(spec) else (row for path in files for row in file_rows(path))
-        peeked = [row for row in islice(rows, _PEEKED_ROWS) if isinstance(row, Row)]
+        unread: list[Reject] = []
+        peeked = list(islice(_readable(islice(rows, limit), unread), _PEEKED_ROWS))
+        if not peeked:
+            raise _nothing_read(spec, unread)
         seen.columns = list(dict.fromkeys(name for row in peeked for name in row.fields))
         seen.is_pairs = has_layout({*seen.columns, *columns}) and (
             bool(columns) or any(layout_of(row.fields) for row in peeked) or {"chosen", "rejected"} <= set(seen.columns)
@@ -73,6 +76,20 @@ def inspect_source(spec: str, columns: Mapping[str, str], text_field: str, limit
             _refuse(spec, columns, seen, text_field)
     _see_pairs(seen, spec, columns, limit) if seen.is_pairs else _see_texts(seen, spec, text_field, limit)
     return seen
+
+
+def _readable(rows: Iterable[Row | Reject], unread: list[Reject]) -> Iterator[Row]:
+    for row in rows:
+        if isinstance(row, Row):
+            yield row
+        else:
+            unread.append(row)
+
+
+def _nothing_read(spec: str, unread: Sequence[Reject]) -> UserError:
+    reasons = ", ".join(f"{number} {reason}" for reason, number in Counter(one.reason for one in unread).most_common())
+    found = f"{reasons}, first {unread[0].where}" if unread else "it holds none"
+    return UserError(f"no row of {spec} can be read ({found}). Check its packing, that it is UTF-8, and that its content is what its name says.")  # fmt: skip
 
 
 def rule_of(name: str) -> str:

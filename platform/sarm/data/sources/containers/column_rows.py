@@ -22,7 +22,7 @@ def schema_of(path: Path) -> pa.Schema:
 
     Raises UserError if the file is empty, truncated or neither, or has a column of a type that may hold code.
     """
-    is_arrow = path.name.endswith(".arrow")
+    is_arrow = _is_arrow(path)
     try:
         _refuse_foreign_types(path)
         if not is_arrow:
@@ -36,9 +36,12 @@ def schema_of(path: Path) -> pa.Schema:
         ) from error
 
 
+def _is_arrow(path: Path) -> bool:
+    return path.name.lower().endswith(".arrow")
+
+
 def _refuse_foreign_types(path: Path) -> None:
-    is_arrow = path.name.endswith(".arrow")
-    if foreign := (foreign_types_of_arrow if is_arrow else foreign_types_of_parquet)(path):
+    if foreign := (foreign_types_of_arrow if _is_arrow(path) else foreign_types_of_parquet)(path):
         raise UserError(
             f"{path} has a column of an extension type ({', '.join(sorted(foreign))[:80]}), which may hold code. Write it again with plain columns."
         )

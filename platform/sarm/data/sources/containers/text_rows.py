@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from sarm.data.sources.containers.packing import lines_of
+from sarm.data.sources.conversations import spelled_messages
 from sarm.data.sources.rows import CHUNK_BYTES, MAX_LINE_BYTES, Reject, Row
 
 _BOM = b"\xef\xbb\xbf"
@@ -140,18 +141,25 @@ def _end_of_space(text: str, place: int) -> int:
 def csv_rows(where: str, chunks: Iterator[bytes], delimiter: str | None = None) -> Iterator[Row | Reject]:
     """The rows of a table whose first line names the columns; the delimiter is told by that line unless given.
 
-    Cells are texts, and empty ones are null; a cell that holds a list of messages as JSON is that list.
+    Cells are texts, and empty ones are null; a cell that holds a list of messages as JSON is that list. Of a table whose header cannot be
+    read, or names a column twice, nothing can be read.
     """
     csv.field_size_limit(MAX_LINE_BYTES)
     lines = lines_of(chunks)
     header = next(lines, None)
     if header is None:
         return
+    if header.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        yield Reject("invalid_utf8", f"{where}:1")
+        return
     first = header.removeprefix(_BOM).decode("utf-8", "surrogateescape")
     delimiter = delimiter or max(_DELIMITERS, key=first.count)
     too_long: list[int] = []
     table = csv.reader(chain([f"{first}\n"], _decoded(lines, too_long)), delimiter=delimiter)
     columns = [name.strip() for name in next(table, [])]
+    if len(named := [name for name in columns if name]) > len(set(named)):
+        yield Reject("repeated_column", f"{where}:1")
+        return
     while True:
         at = f"{where}:{table.line_num + 1}"
         try:
@@ -171,7 +179,7 @@ def csv_rows(where: str, chunks: Iterator[bytes], delimiter: str | None = None) 
         elif any(_ESCAPED.search(cell) for cell in cells):
             yield Reject("invalid_utf8", at)
         else:
-            yield Row({name: _cell(cell) for name, cell in zip(columns, cells, strict=True)}, at)
+            yield Row({name: spelled_messages(cell) or None for name, cell in zip(columns, cells, strict=True)}, at)
 
 
 def _decoded(lines: Iterator[bytes | None], too_long: list[int]) -> Iterator[str]:
@@ -179,20 +187,6 @@ def _decoded(lines: Iterator[bytes | None], too_long: list[int]) -> Iterator[str
         if line is None:
             too_long.append(number)
         yield "\n" if line is None else line.decode("utf-8", "surrogateescape") + "\n"
-
-
-def _cell(cell: str) -> Any:
-    if not cell.startswith('[{"'):
-        return cell or None
-    try:
-        value = json.loads(cell)
-    except (ValueError, RecursionError):
-        return cell
-    is_messages = all(
-        isinstance(one, dict) and ({"role", "content"} <= one.keys() or {"from", "value"} <= one.keys())
-        for one in value
-    )
-    return value if is_messages else cell
 
 
 def txt_rows(where: str, chunks: Iterator[bytes]) -> Iterator[Row | Reject]:

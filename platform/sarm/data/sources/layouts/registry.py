@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sarm.contracts.ids import prompt_key_of
-from sarm.data.sources.conversations import fault_of, fault_of_content, fault_of_messages
+from sarm.data.sources.conversations import fault_of, fault_of_content, fault_of_messages, spelled_messages
 from sarm.data.sources.layouts.given_sides import GIVEN_SIDES
 from sarm.data.sources.layouts.layout import Answers, Fault, Fields, Judged, Layout, RawPair, number_of, present
 from sarm.data.sources.layouts.scored import SCORED
@@ -38,8 +38,14 @@ class RowOutcome(NamedTuple):
 
 
 def layout_of(fields: Fields, mapped: Collection[str] = ()) -> Layout | None:
-    """The layout of a row: the first that it fits. One that reads all columns that the user has `mapped` goes before others."""
-    fitting = [layout for layout in LAYOUTS if layout.fits(fields)]
+    """The layout of a row: the first that it fits. One that reads all columns that the user has `mapped` goes before others.
+
+    Files with columns have those of all their rows in each, so columns without a value count only where the others fit no layout.
+    """
+    known = {name: value for name, value in fields.items() if value is not None}
+    fitting = [layout for layout in LAYOUTS if layout.fits(known)] or [
+        layout for layout in LAYOUTS if layout.fits(fields)
+    ]
     return next(
         (layout for layout in fitting if (layout.columns | CARRIED).issuperset(mapped)), fitting[0] if fitting else None
     )
@@ -48,11 +54,13 @@ def layout_of(fields: Fields, mapped: Collection[str] = ()) -> Layout | None:
 def outcomes(rows: Iterable[Row], source: str, mapped: Collection[str] = ()) -> Iterator[RowOutcome]:
     """One outcome for each row: those of rows with several answers in order, those of rows with one answer when all rows are read."""
     judged: list[tuple[Row, Layout, Judged]] = []
-    for row in rows:
-        layout = layout_of(row.fields, mapped)
+    for source_row in rows:
+        fields = {name: spelled_messages(value) for name, value in source_row.fields.items()}
+        layout = layout_of(fields, mapped)
+        row = Row({name: value for name, value in fields.items() if value is not None}, source_row.where)
         try:
             if layout is None:
-                raise Fault(_reason_of_no_layout(row.fields))
+                raise Fault(_reason_of_no_layout(fields))
             read = layout.read(row.fields)
             if isinstance(read, Judged):
                 _check_prompt(read)

@@ -37,7 +37,8 @@ def _read_ultra_feedback(fields: Fields) -> Sequence[Answers]:
     for one in fields["completions"]:
         if not isinstance(one, Mapping):
             raise Fault("not_text")
-        scored.append((one.get("response"), number_of(one.get("overall_score", one.get("fine-grained_score")))))
+        score = next((one[name] for name in ("overall_score", "fine-grained_score") if one.get(name) is not None), None)
+        scored.append((one.get("response"), number_of(score)))
     return pairs_of(prompt_in(fields, "instruction", "prompt"), scored)
 
 

@@ -13,6 +13,7 @@ from sarm.data.sources.layouts.prompts import (
     messages_in,
     prompt_in,
     split,
+    with_system,
 )
 
 _SAFER_IDS = ("safer_response_id", "better_response_id")
@@ -85,7 +86,7 @@ def _read_two_conversations(fields: Fields) -> Sequence[Answers]:
     if better is None:
         raise Fault("no_preference")
     both = [messages_in(json_list(present(fields, name))) for name in ("conversation_a", "conversation_b")]
-    return [split(both[better], both[1 - better], [])]
+    return [_behind_system(split(both[better], both[1 - better], []), fields)]
 
 
 def _read_votes(fields: Fields) -> Sequence[Answers]:
@@ -104,7 +105,11 @@ def _read_votes(fields: Fields) -> Sequence[Answers]:
         for side in texts[1:]
     ]  # fmt: skip
     better = votes.index(1)
-    return [split(both[better], both[1 - better], [])]
+    return [_behind_system(split(both[better], both[1 - better], []), fields)]
+
+
+def _behind_system(answers: Answers, fields: Fields) -> Answers:
+    return answers._replace(prompt=with_system(answers.prompt, fields))
 
 
 def _turn(role: str, content: str) -> Message:
@@ -122,8 +127,11 @@ def _read_summaries(fields: Fields) -> Sequence[Answers]:
     info, summaries = fields["info"], fields["summaries"]
     if not isinstance(info, Mapping) or not isinstance(summaries, list) or len(summaries) != 2:
         raise Fault("not_two_answers")
+    asked = {name: info.get(name) for name in ("post", "article")}
     texts = {str(n): one.get("text") if isinstance(one, Mapping) else None for n, one in enumerate(summaries)}
-    return _in_order(texts, prompt_in(info, "post", "article"), ("0", "1"), _by_number(fields.get("choice"), 0, 1))
+    return _in_order(
+        texts, prompt_in({**fields, **asked}, "post", "article"), ("0", "1"), _by_number(fields.get("choice"), 0, 1)
+    )
 
 
 VERDICTS: tuple[Layout, ...] = (
@@ -163,7 +171,7 @@ VERDICTS: tuple[Layout, ...] = (
         name="Chatbot Arena: two conversations and a winner",
         rule="the conversation of `winner`, where both share all but the last message",
         needs=(("conversation_a",), ("conversation_b",), ("winner",)),
-        may_have=(),
+        may_have=AROUND,
         fits=lambda fields: _two(fields, ("conversation_a", "conversation_b")) and "winner" in fields,
         read=_read_two_conversations,
     ),
@@ -171,7 +179,7 @@ VERDICTS: tuple[Layout, ...] = (
         name="Chatbot Arena: turns and votes",
         rule="the model whose `winner_model_*` is 1; turns are lists, also as JSON text",
         needs=(("prompt",), ("response_a",), ("response_b",), ("winner_model_a",), ("winner_model_b",)),
-        may_have=(),
+        may_have=AROUND,
         fits=lambda fields: _two(fields, ("response_a", "response_b")) and "winner_model_a" in fields,
         read=_read_votes,
     ),
