@@ -242,6 +242,23 @@ def test_a_template_may_be_given_or_chosen_by_name(tiny_folder, tmp_path):
     assert "has the chat templates default, tool_use, and none of the name rag" in refusal(folder, chat_template="rag")
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ oops", "cannot render a question and its answer"),
+        ("{{ raise_exception('no') }}", "cannot render a question and its answer"),
+        ("{{ messages[0]['content'] }}", "leaves out one answer"),
+        ("{% if false %}{% endif %}hello", "leaves out one question and one answer"),
+    ],
+)
+def test_a_template_that_does_not_write_the_answer_is_refused_before_anything_is_paid_for(
+    template, said, tiny_folder, tmp_path
+):
+    checkpoint(tmp_path, tiny_folder, LAYOUTS["transformers"])
+    with pytest.raises(UserError, match=f"{said}.*Pass another to --chat-template"):
+        find_model(Benchmarking(model=str(tmp_path), benchmarks=("pairs=x",), chat_template=template))
+
+
 def test_a_tokenizer_without_a_pad_token_scores_batches(tiny_folder, tmp_path):
     layout = LAYOUTS["transformers"]
     head = checkpoint(tmp_path, tiny_folder, layout)

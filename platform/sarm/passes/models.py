@@ -14,7 +14,7 @@ from sarm.contracts.manifest import MANIFEST, read_manifest, sha256_of, verify_f
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.model_files import check_model_files
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer, load_tokenizer
-from sarm.data.tokens.templates import chosen_template
+from sarm.data.tokens.templates import check_renders, chosen_template
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.checks import UserError
@@ -243,10 +243,11 @@ def _num_labels(folder: Path, config: dict[str, Any], name: str) -> int:
 def classifier_tokenizer(folder: Path, chat_template: str) -> Any:
     """The tokenizer of a reward model that others trained, with the template to render with.
 
-    Raises UserError if there is no tokenizer, or no template.
+    Raises UserError if there is no tokenizer, no template, or one that cannot render a question and its answer.
     """
     tokenizer = load_tokenizer(ModelSettings(name=str(folder)), folder)
     tokenizer.chat_template = chosen_template(tokenizer, chat_template, "--chat-template")
+    check_renders(tokenizer, "--chat-template")
     return tokenizer
 
 

@@ -33,6 +33,18 @@ def chosen_template(tokenizer: Any, given: str, flag: str) -> str:
     raise UserError(f"the tokenizer of {tokenizer.name_or_path} has the chat templates {', '.join(sorted(named))}, and {wanted}. Pass one of these, or a file, to {flag}.")  # fmt: skip
 
 
+def check_renders(tokenizer: Any, flag: str) -> None:
+    """Raise UserError unless the tokenizer's chat template writes a question and its answer: else all answers would have one reward, or none."""
+    turns = [{"role": "user", "content": "one question"}, {"role": "assistant", "content": "one answer"}]
+    try:
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # a template raises whatever its author chose
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the chat template cannot render a question and its answer: {reason}. Pass another to {flag}.") from error  # fmt: skip
+    if lacking := [turn["content"] for turn in turns if turn["content"] not in text]:
+        raise UserError(f"the chat template leaves out {' and '.join(lacking)}, rendering one of each. Pass another to {flag}.")  # fmt: skip
+
+
 def pin_template(template: str) -> str:
     """The template with today's date replaced by a fixed one; pinning twice changes nothing."""
     mentions_date = "date_string" in template or "strftime_now" in template
