@@ -172,7 +172,8 @@ def parse(
     script = f"python {os.path.relpath(sys.argv[0])}" if sys.argv[0] else "job"
     if name in ("-h", "--help"):
         print(f"{_shown(description)}\n\nusage: {script} [PRESET] [--config FILE] [--flag value ...]\n\npresets:")
-        print("\n".join(f"  {key:<10}{summary}" for key, (summary, _) in presets.items()))
+        width = max(map(len, presets), default=0)
+        print("\n".join(f"  {key:<{width}}  {summary}" for key, (summary, _) in presets.items()))
         print(f"\nwithout a preset: {DEFAULT_PRESET}")
         print(f"all flags with their help and defaults: {script} {DEFAULT_PRESET} --help")
         sys.exit(0)
