@@ -401,4 +401,4 @@ def test_workers_for_whom_there_is_no_room_are_not_waited_for_without_end(
     with pytest.raises(
         TimeoutError, match=r"lost: no room for 2 workers of 40 CPUs each: the cluster has \d+ CPUs and"
     ):
-        run_workers(print, Trainings(run, tmp_path, name="lost"), replace(CLUSTER, num_cpus=100))
+        run_workers(print, Trainings(run, tmp_path, name="lost"), replace(CLUSTER, nodes=(Node(100),)))
