@@ -236,6 +236,15 @@ def test_steps_of_one_answer_are_no_answers():
     assert layout_of({"prompt": "Hi?", "completions": ["First.", "Then."], "labels": [True, False]}) is None
 
 
+@pytest.mark.parametrize("prompt", ["Hi?", " Hi?  And?", "[INST] Hi?\u2003And? [/INST]", ""])
+def test_a_text_prompt_beside_whole_conversations_is_what_they_say(prompt):
+    row = {"chosen": [user("Hi?\nAnd?"), assistant("Yes.")], "rejected": [user("Hi?\nAnd?"), assistant("No.")]}
+    (found,) = parse_pairs({"prompt": prompt, **row}, "")
+    assert found.prompt == [user("Hi?\nAnd?")]
+    # What is said nowhere is not left out in silence.
+    assert parse_pairs({"prompt": "Be brief.", **row}, "") == "prompt_differs"
+
+
 def test_many_answers_of_one_prompt_meet_in_stretches():
     found = read(*({"prompt": "Hi?", "response": f"{n}.", "score": n} for n in range(130)))
     assert sum(len(outcome.pairs) for outcome in found) == 2 * (64 * 63 // 2) + 1

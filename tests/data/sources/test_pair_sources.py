@@ -45,7 +45,7 @@ def write(path: Path, *rows: dict) -> str:
 
 def test_message_lists_share_all_but_the_last_message():
     row = {
-        "prompt": "ignored",
+        "prompt": "Hi?",
         "chosen": [user("Hi?"), assistant("Who?"), user("Me."), assistant("Yes.")],
         "rejected": [user("Hi?"), assistant("Who?"), user("Me."), {**assistant("No."), "score": 3}],
     }

@@ -50,8 +50,16 @@ def _read_conversations(fields: Fields) -> Sequence[Answers]:
     column = next((name for name in columns if has(fields, name)), None)
     if column is None or (is_whole and not (column == "prompt" and isinstance(fields["prompt"], list))):
         answers = split(chosen, rejected, [])
+        if column == "prompt" and isinstance(fields["prompt"], str) and not _is_asked(fields["prompt"], answers.prompt):
+            raise Fault("prompt_differs")
         return [answers._replace(prompt=with_system(answers.prompt, fields))]
     return [split(chosen, rejected, prompt_in(fields, column))]
+
+
+def _is_asked(text: str, messages: Sequence[Message]) -> bool:
+    """Whether a text is what some message says, in whole or in part, or a spelling of the conversation; spaces do not count."""
+    said, turns = "".join(text.split()), ["".join(turn["content"].split()) for turn in messages]
+    return not said or any(turn and (said in turn or turn in said) for turn in turns)
 
 
 def _read_transcripts(fields: Fields) -> Sequence[Answers]:
