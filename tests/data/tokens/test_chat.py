@@ -226,6 +226,20 @@ def test_a_template_that_does_not_close_the_assistants_turn_is_refused(tiny_toke
         ChatTokenizer(tiny_tokenizer, max_length=128)
 
 
+@pytest.mark.parametrize(
+    ("template", "lacking"),
+    [
+        ("{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}", "question and the answer"),
+        ("{{ messages[0].content }}<|im_end|>", "answer"),
+        ("{{ messages[-1].content }}<|im_end|>", "question"),
+    ],
+)
+def test_a_template_that_leaves_out_what_was_said_is_refused(tiny_tokenizer, template, lacking):
+    tiny_tokenizer.chat_template = template
+    with pytest.raises(UserError, match=rf"leaves out the {lacking} of a conversation.*--model.chat-template"):
+        ChatTokenizer(tiny_tokenizer, max_length=64)
+
+
 def test_roles_that_the_template_refuses_are_a_users_mistake(tiny_tokenizer):
     tiny_tokenizer.chat_template = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + CHAT_TEMPLATE  # fmt: skip
     chat = ChatTokenizer(tiny_tokenizer, max_length=128)

@@ -64,7 +64,12 @@ class ChatTokenizer:
             raise UserError(f"{error} Pass another --model.name.") from error
         plain = tokenizer("a").input_ids
         self.bos_id = tokenizer.bos_token_id if plain and plain[0] == tokenizer.bos_token_id else None
-        self.end_of_turn_id = self._tokenise([self._rendered(_PROBE)])[0].ids[-1]
+        probe = self._rendered(_PROBE)
+        if lacking := [turn["content"] for turn in _PROBE if turn["content"] not in probe.text]:
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path} leaves out the {' and the '.join(lacking)} of a conversation, so that all would be alike. Pass another to --model.chat-template."
+            )
+        self.end_of_turn_id = self._tokenise([probe])[0].ids[-1]
         if self.end_of_turn_id not in set(tokenizer.all_special_ids) | self.control.ids:
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} does not close the assistant's turn with a special token, so there is no token to reward. Pass another --model.name."
