@@ -73,7 +73,7 @@ def _(world: World, trap: Trap) -> None:
     (folder / "config.json").write_text(
         json.dumps({**json.loads((folder / "config.json").read_text()), "num_labels": 1, "id2label": {"0": "x"}})
     )
-    world.refuses("a pickle", of=("evaluate", "--model", folder, "--benchmarks", "pairs=tiny:pairs"))
+    world.refuses("holds more than tensors", of=("evaluate", "--model", folder, "--benchmarks", "pairs=tiny:pairs"))
 
 
 @hostile("objects in an .npz file")

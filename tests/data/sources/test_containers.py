@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import lzma
+import subprocess
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -202,8 +204,7 @@ def test_columns_of_arrows_own_extension_types_are_read(tmp_path):
     assert texts(tmp_path / "b.parquet") == TEXTS
 
 
-# Nobody has registered these: where Ray Data was imported before, Arrow itself would build its type from what is written here.
-FOREIGN = [b"ray.data.arrow_tensor_of_later", b"arrow.py_extension_type_of_old", b"some.one", b"arrow.json2"]
+FOREIGN = [b"ray.data.arrow_tensor", b"arrow.py_extension_type", b"some.one", b"arrow.json2"]
 
 
 def nested(name: bytes, depth: int, beside: str) -> pa.Schema:
@@ -225,6 +226,39 @@ def test_a_foreign_extension_type_is_found_at_any_depth_whatever_stands_beside_i
         assert foreign_types_of_parquet(path) == {name.decode()}
 
 
+RAY_IS_THERE = """
+import sys
+import numpy as np
+import pyarrow as pa, pyarrow.parquet as pq
+from pathlib import Path
+from sarm.data.sources.files import file_rows
+from sarm.settings.checks import UserError
+
+for name in (b"ray.data.arrow_pickled_object", b"ray.data.arrow_tensor_v2", b"ray.data.arrow_variable_shaped_tensor"):
+    metadata = {b"ARROW:extension:name": name, b"ARROW:extension:metadata": b"\\x80\\x04."}
+    field = pa.field("text", pa.binary(), metadata=metadata)
+    pq.write_table(pa.table([pa.array([b"yes"])], schema=pa.schema([field])), f"{sys.argv[1]}/{name.decode()}.parquet")
+# Only now, so that Arrow knows the types when the files are read, and not when they were written.
+import ray.data
+from ray.data._internal.tensor_extensions.arrow import ArrowTensorArray
+ArrowTensorArray.from_numpy(np.zeros((2, 2)))
+for path in sorted(Path(sys.argv[1]).glob("*.parquet")):
+    try:
+        list(file_rows(path))
+    except UserError as error:
+        assert "extension type" in str(error), error
+        print("refused")
+"""
+
+
+def test_types_that_ray_has_registered_are_refused_before_they_are_asked(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", RAY_IS_THERE, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["refused"] * 3
+
+
 @pytest.mark.parametrize("end", ["stream", "file"])
 def test_a_foreign_extension_type_in_arrow_is_refused(tmp_path, end):
     schema = nested(FOREIGN[0], 1, "")
@@ -232,7 +266,7 @@ def test_a_foreign_extension_type_in_arrow_is_refused(tmp_path, end):
     for name in ("a.arrow", "B.ARROW"):
         with new(tmp_path / name, schema) as writer:
             writer.write_table(schema.empty_table())
-        with pytest.raises(UserError, match=r"extension type \(ray.data.arrow_tensor_of_later\)"):
+        with pytest.raises(UserError, match=r"extension type \(ray.data.arrow_tensor\)"):
             check_source(str(tmp_path / name))
         with pytest.raises(UserError, match="extension type"):
             list(file_rows(tmp_path / name))

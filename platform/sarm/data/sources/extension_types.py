@@ -16,6 +16,7 @@ CANONICAL = frozenset(
 )
 _NAME = b"ARROW:extension:name"
 _SCHEMA = b"ARROW:schema"
+_TEXT_FOLLOWS = 0x18
 _MAX_FOOTER_BYTES = 1 << 26
 _MAX_FIELDS = 100_000
 _CONTINUES = 0xFFFFFFFF
@@ -24,8 +25,6 @@ UNREADABLE = "unreadable"
 
 def foreign_types_of_parquet(path: Path) -> set[str]:
     """The names of extension types that are none of Arrow's own; `unreadable` where they cannot be told."""
-    import pyarrow.parquet as pq
-
     with path.open("rb") as file:
         file.seek(-min(8, file.seek(0, 2)), 2)
         end = file.read()
@@ -34,12 +33,31 @@ def foreign_types_of_parquet(path: Path) -> set[str]:
         footer = file.read()
     if not any(mark in footer for mark in _EXTENSION_MARKS):
         return set()
-    # Only the raw entries: asking for the schema would ask who registered the types.
-    schema = (pq.read_metadata(path).metadata or {}).get(_SCHEMA)
-    # Of two schemas Arrow might read the other one.
-    if schema is None or footer.count(_SCHEMA) != 1:
+    try:
+        return _foreign(_schema_of(footer))
+    except (ValueError, IndexError):
         return {UNREADABLE}
-    return _foreign(base64.b64decode(schema))
+
+
+def _schema_of(footer: bytes) -> bytes:
+    """Arrow's schema in a Parquet footer (Thrift's compact protocol: key, 0x18 for another text, its length, the text in base64).
+
+    Opening the file with Arrow, even for its metadata, would ask who registered the types. Raises ValueError or IndexError.
+    """
+    # Of two schemas Arrow might read the other one.
+    if footer.count(_SCHEMA) != 1:
+        raise ValueError("not one schema")
+    place = footer.index(_SCHEMA) + len(_SCHEMA)
+    if footer[place] != _TEXT_FOLLOWS:
+        raise ValueError("no text behind the key")
+    length = shift = 0
+    while True:
+        place += 1
+        length |= (footer[place] & 0x7F) << shift
+        shift += 7
+        if footer[place] < 0x80:
+            break
+    return base64.b64decode(footer[place + 1 : place + 1 + length], validate=True)
 
 
 def foreign_types_of_arrow(path: Path) -> set[str]:
