@@ -135,9 +135,15 @@ def _filled_sheets(world: World) -> None:
 
 
 def _sae_in_a_pt_file(world: World) -> None:
+    """Of the width of the model that the command names: an SAE of another one is refused."""
+    import torch
+
     world.must("python jobs/convert_sae.py outputs/demo/sae pt --format pt")
     (file,) = (world.folder / "pt").glob("*.pt")
-    shutil.copy(file, world.folder / "sae.pt")
+    tensors = torch.load(file, weights_only=True)
+    (d_in,) = tensors["pre_bias"].shape
+    wide = {name: torch.randn([4096 if size == d_in else size for size in t.shape]) for name, t in tensors.items()}
+    torch.save(wide, world.folder / "sae.pt")
 
 
 def _models_of_the_papers(world: World) -> None:
