@@ -38,6 +38,7 @@ NO_PATH = {
     "Relabel": {"write"},
     "Axis": {"name"},
     "SweepSettings": {"axes"},
+    "Serving": {"name", "host"},
 }
 
 
@@ -90,6 +91,7 @@ GIVEN: dict[str, tuple[dict[str, Any], ...]] = {
     "RewardSettings": ({"baselines": ("token_sae",)},),
     "Judging": ({"keys": ("localhost=file:outputs/demo/keys",)},),
     "AuditFeatures": ({"off_target": ("rm_bench=outputs/demo/off_target",)},),
+    "Serving": ({"variants": ("edited=outputs/demo/variants",), "token": "file:outputs/demo/token"},),
     "HumanRatings": ({"sheet": None}, {"filled": ()}),
 }
 

@@ -24,7 +24,7 @@ class Serving:
     """Address to listen on: this machine alone, unless there is a --token."""
     port: int = 8000
     """Port to listen on; 0: a free one, which is printed."""
-    token: str = ""
+    token: str = field(default="", metadata=READ)
     """Where the token is read that every scoring route then wants: `env:NAME` or `file:PATH`."""
     variants: tuple[str, ...] = field(default=(), metadata=READ)
     """`NAME=FILE` of edited heads, which are scored beside the model's own: the `edit.json` that `jobs/steer.py` writes."""
