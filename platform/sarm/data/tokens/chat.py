@@ -17,7 +17,13 @@ from sarm.data.tokens.control_tokens import ControlTokens, Encoded, Rendered, Sp
 from sarm.data.tokens.opening import opening_of
 from sarm.data.tokens.spelling import NotEncodableError
 from sarm.data.tokens.templated_text import template_spelled_in
-from sarm.data.tokens.templates import chosen_template, pin_template, with_system_prompt, without_system_prompt
+from sarm.data.tokens.templates import (
+    chosen_template,
+    left_out,
+    pin_template,
+    with_system_prompt,
+    without_system_prompt,
+)
 from sarm.data.tokens.written_turns import WrittenTurns
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
@@ -65,7 +71,7 @@ class ChatTokenizer:
         plain = tokenizer("a").input_ids
         self.bos_id = tokenizer.bos_token_id if plain and plain[0] == tokenizer.bos_token_id else None
         probe = self._rendered(_PROBE)
-        if lacking := [turn["content"] for turn in _PROBE if turn["content"] not in probe.text]:
+        if lacking := left_out(probe.text, _PROBE):
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} leaves out the {' and the '.join(lacking)} of a conversation, so that all would be alike. Pass another to --model.chat-template."
             )

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sarm.settings.chat_template import is_template
@@ -41,8 +42,13 @@ def check_renders(tokenizer: Any, flag: str) -> None:
     except Exception as error:  # a template raises whatever its author chose
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the chat template cannot render a question and its answer: {reason}. Pass another to {flag}.") from error  # fmt: skip
-    if lacking := [turn["content"] for turn in turns if turn["content"] not in text]:
+    if lacking := left_out(text, turns):
         raise UserError(f"the chat template leaves out {' and '.join(lacking)}, rendering one of each. Pass another to {flag}.")  # fmt: skip
+
+
+def left_out(text: str, turns: Sequence[Mapping[str, str]]) -> list[str]:
+    """Contents of the turns that their rendered text does not hold."""
+    return [turn["content"] for turn in turns if turn["content"] not in text]
 
 
 def pin_template(template: str) -> str:

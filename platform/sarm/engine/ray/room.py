@@ -76,7 +76,11 @@ class Cluster:
         # The only core of a cluster does both.
         if self.places(each) >= count:
             return ""
-        grows = "" if self.is_local else " If its autoscaler brings nodes, pass --wait-for-nodes SECONDS"
+        grows = (
+            ""
+            if self.is_local or run.wait_for_nodes
+            else " If its autoscaler brings nodes, pass --wait-for-nodes SECONDS"
+        )
         if self.use_gpu and self.num_gpus < count:
             grows = grows and f"{grows} and --use-gpu yes."
             return f"{count} workers need a GPU each, the cluster has {self.num_gpus}. Pass --num-workers and --num-actors, or --use-gpu no.{grows}"
