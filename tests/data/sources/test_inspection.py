@@ -100,9 +100,10 @@ def test_columns_under_other_names_and_texts_and_conversations_are_shown(tmp_pat
     ("name", "content", "said"),
     [
         ("a.jsonl", b"", "it holds none"),
-        ("a.jsonl", gzip.compress(b'{"text": "x"}'), "1 invalid_utf8, first .*a.jsonl:1"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}', mtime=0), "1 invalid_utf8, first .*a.jsonl:1"),
         ("a.jsonl.gz", b'{"text": "x"}', "1 corrupt_file"),
     ],
+    ids=["empty", "packed and named plain", "plain and named packed"],
 )
 def test_a_file_of_which_nothing_can_be_read_is_not_taken_for_texts(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
