@@ -82,6 +82,18 @@ def test_a_second_file_with_a_tensor_of_the_same_name_is_refused(tiny_folder, tm
     assert "holds score.weight twice, in model.safetensors and older.safetensors" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["transformers", "armo", "grm"])
+def test_a_head_of_whole_numbers_is_refused(name, tiny_folder, tmp_path):
+    """A quantised one, whose scales are elsewhere."""
+    layout = LAYOUTS[name]
+    checkpoint(tmp_path, tiny_folder, layout)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    of_head = head_of(layout)
+    save_file({key: one.round().to(torch.int8) if key in of_head else one for key, one in weights.items()}, path, {"format": "pt"})  # fmt: skip
+    assert "holds int8: the head was quantised" in refusal(tmp_path, **layout.flags)
+
+
 @pytest.mark.parametrize("weights", [(float("nan"), 1.0, 1.0), (float("inf"), 0.0, 0.0), (0.0, 0.0, 0.0)])
 def test_weights_of_outputs_that_make_no_reward_are_refused(weights, tiny_folder, tmp_path):
     checkpoint(tmp_path, tiny_folder, LAYOUTS["objectives"])
@@ -211,6 +223,23 @@ def test_a_conversation_that_the_template_refuses_is_left_out_with_its_reason(ti
     ((refused,), (scored,)), _ = load_scorer(spec, BATCH_TOKENS)(asked)
     assert (refused.reason, math.isnan(refused.score)) == ("template_refuses", True)
     assert (scored.reason, math.isfinite(scored.score)) == (None, True)
+
+
+@pytest.mark.parametrize("protocol", ["exact", "official"])
+def test_tools_that_the_template_has_no_words_for_give_no_score_and_the_others_a_score_of_their_own(protocol, tiny_folder, tmp_path):  # fmt: skip
+    from tests.data.tokens.test_tools import OPENAI, QWEN, SEARCH
+
+    checkpoint(tmp_path, tiny_folder, LAYOUTS["transformers"])
+    spec = find_model(Benchmarking(model=str(tmp_path), benchmarks=("pairs=x",), protocol=protocol))
+    asked = [Request([{**OPENAI[0], "tools": [SEARCH]}, *OPENAI[1:]], ["a"], alone=False), Request(OPENAI[:1], ["a"], alone=False)]  # fmt: skip
+    ((refused,), (scored,)), _ = load_scorer(spec, BATCH_TOKENS)(asked)
+    assert (refused.reason, math.isfinite(scored.score)) == ("template_without_tools", True)
+    (tmp_path / "chat_template.jinja").write_text(QWEN)
+    spec = find_model(Benchmarking(model=str(tmp_path), benchmarks=("pairs=x",), protocol=protocol))
+    ((said,), (again,)), _ = load_scorer(spec, BATCH_TOKENS)(asked)
+    assert math.isfinite(said.score)
+    assert said.score != again.score
+    assert said.num_tokens > again.num_tokens
 
 
 def test_a_token_without_an_embedding_gives_no_score(tiny_folder, tmp_path):

@@ -29,7 +29,7 @@ NO_PATH = {
     "ModelSettings": {"revision", "gguf_file", "system_prompt", "chat_template"},
     "DataSettings": {"text_field", "columns"},
     "ColumnNames": {"text_field", "columns"},
-    "Template": {"revision", "system_prompt"},
+    "Template": {"revision", "system_prompt", "chat_template"},
     "Benchmarking": {"revision", "probes", "head", "chat_template"},
     "Judging": {"judges", "prices", "reasoning_effort"},
     "JudgeSpec": {"model", "base_url", "api_version"},

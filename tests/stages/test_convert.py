@@ -61,14 +61,18 @@ def refused(capsys, *arguments: object) -> str:
     return said
 
 
-def test_a_foreign_sae_must_be_said_to_take_standardised_rows_and_whose_they_are(sae_stage, tmp_path, capsys):
+def test_a_foreign_sae_takes_residuals_as_they_are_unless_said_otherwise_and_says_whose_they_are(sae_stage, tmp_path, capsys):  # fmt: skip
     convert(sae_stage, tmp_path / "out", "--format", "sparsify")
     (tmp_path / "out" / "origin.json").unlink()
-    back = (tmp_path / "out", tmp_path / "back", "--format", "sarm")
-    assert "Pass --standardised" in refused(capsys, *back)
-    assert "Pass --model and --layer" in refused(capsys, *back, "--standardised")
+    whose = ("--format", "sarm", "--model", "tiny:llama", "--layer", 2)
+    assert "Pass --model and --layer" in refused(capsys, tmp_path / "out", tmp_path / "back", "--format", "sarm")
     assert not (tmp_path / "back").exists(), "nothing half-written"
-    convert(*back, "--standardised", "--model", "tiny:llama", "--layer", 2)
+    convert(tmp_path / "out", tmp_path / "back", *whose)
+    assert "64 x 96, k 4; takes residuals as they are" in capsys.readouterr().out
+    convert(tmp_path / "out", tmp_path / "other", *whose, "--standardised")
+    assert "takes standardised rows" in capsys.readouterr().out
+    assert [load_sae(tmp_path / name)[0].standardises for name in ("back", "other")] == [False, True]
+    assert read_manifest(tmp_path / "back", SAE_FOLDER).config["d_sae"] == 96
     check_sae(tmp_path / "back", ModelSettings(name="tiny:llama", layer=2))
     with pytest.raises(UserError, match="was trained on layer 2, asked for 1"):
         check_sae(tmp_path / "back", ModelSettings(name="tiny:llama", layer=1))

@@ -25,7 +25,7 @@ from sarm.audit.steering import BesideControls, against_controls
 from sarm.contracts.figures import OPTIONAL, SPREAD
 from sarm.evaluate.intervals import Estimate, Interval, estimated, mean_interval
 from sarm.evaluate.statistics import pair_credit
-from sarm.nn.sae import STANDARDISE_EPS, Codes, Sae, standardise
+from sarm.nn.sae import STANDARDISE_EPS, Codes, Sae
 
 _ROWS_AT_ONCE = 512
 
@@ -121,9 +121,10 @@ def upstream_rewards(
     rewards = []
     for start in range(0, len(residual_RD), _ROWS_AT_ONCE):
         h_BD = residual_RD[start : start + _ROWS_AT_ONCE]
-        std_B1 = h_BD.std(dim=1, keepdim=True) + STANDARDISE_EPS
-        moved_BD = h_BD + sign * std_B1 * (z_RE[start : start + _ROWS_AT_ONCE] @ decoder_ED)
-        rewards.append(model.score(model.sae(standardise(moved_BD))).squeeze(-1))
+        # One unit of what the SAE takes, in those of the residual.
+        unit_B1 = h_BD.std(dim=1, keepdim=True) + STANDARDISE_EPS if model.sae.standardises else 1.0
+        moved_BD = h_BD + sign * unit_B1 * (z_RE[start : start + _ROWS_AT_ONCE] @ decoder_ED)
+        rewards.append(model.score(model.sae(model.sae.rows_of(moved_BD))).squeeze(-1))
     return torch.cat(rewards).double().numpy()
 
 

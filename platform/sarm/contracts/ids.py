@@ -22,14 +22,19 @@ def normalised(text: str) -> str:
     return " ".join(folded.split())
 
 
+def _parts(message: Mapping[str, str | None], content: str) -> list[str]:
+    more = message.get("more")
+    return [str(message["role"]), content, *([more] if more else [])]
+
+
 def prompt_id_of(messages: Sequence[Mapping[str, str]]) -> str:
     """Id of a prompt (all messages before the response), normalised; pairs of one prompt share it, and so a split and a place in intervals."""
-    return stable_id(json.dumps([[m["role"], normalised(m["content"])] for m in messages], ensure_ascii=False))
+    return stable_id(json.dumps([_parts(m, normalised(m["content"])) for m in messages], ensure_ascii=False))
 
 
 def prompt_key_of(messages: Sequence[Mapping[str, str]]) -> str:
     """The prompt to the letter: two prompts of one id are two texts to a model."""
-    return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
+    return json.dumps([_parts(m, m["content"]) for m in messages], ensure_ascii=False)
 
 
 def response_id_of(messages: Sequence[Mapping[str, str]], response: str) -> str:

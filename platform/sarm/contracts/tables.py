@@ -5,7 +5,8 @@ from typing import Any
 
 import pyarrow as pa
 
-MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+# `more`: what a message has beside its content, as JSON (`data.sources.tool_turns`); null for most, and folders of before lack it.
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("more", pa.string())])
 
 CORPUS_TABLE = pa.schema(
     [

@@ -192,7 +192,9 @@ class Session:
                 child.log_data_set(data)
                 self.tracker.parent.log_data_set(data)
             if manifest.schema == SAE_FOLDER and self.own_folders is None:
-                self.tracker.parent.log_params({name: manifest.config[name] for name in ("d_sae", "k")})
+                self.tracker.parent.log_params(
+                    {name: manifest.config[name] for name in ("d_sae", "k") if name in manifest.config}
+                )
 
     def __enter__(self) -> "Session":
         return self

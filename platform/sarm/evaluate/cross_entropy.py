@@ -1,7 +1,7 @@
 """How much of a language model's prediction survives the SAE.
 
 Behind block `layer` the residual stream h of every token is replaced by what the SAE makes of it, brought back to h's scale:
-h_hat = x_hat (std h + 1e-6) + mean h. For comparison it is replaced by 0. CE is the mean negative log-likelihood of the next token in
+h_hat = x_hat (std h + 1e-6) + mean h, or x_hat where the SAE does not standardise. For comparison it is replaced by 0. CE is the mean negative log-likelihood of the next token in
 nats; recovered = (CE_zero - CE_hat) / (CE_zero - CE): 1 where nothing is lost, 0 where the SAE is as bad as no stream at all.
 """
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sarm.nn.sae import STANDARDISE_EPS, Sae, standardise
+from sarm.nn.sae import STANDARDISE_EPS, Sae
 
 
 class CrossEntropies(NamedTuple):
@@ -52,8 +52,10 @@ def cross_entropies(model: nn.Module, layer: int, sae: Sae, texts: Sequence[Sequ
 def reconstructed(sae: Sae, h: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
     """What the SAE makes of residual vectors [..., d_in], on their own scale and in their dtype."""
     flat_ND = h.reshape(-1, h.shape[-1]).float()
+    x_hat_ND = sae.decode(sae(sae.rows_of(flat_ND)))
+    if not sae.standardises:
+        return x_hat_ND.to(h.dtype).reshape(h.shape)
     std_N1, mean_N1 = torch.std_mean(flat_ND, dim=-1, keepdim=True)
-    x_hat_ND = sae.decode(sae(standardise(flat_ND)))
     return (x_hat_ND * (std_N1 + STANDARDISE_EPS) + mean_N1).to(h.dtype).reshape(h.shape)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sarm.nn.losses import VarianceUnexplained, cosine
-from sarm.nn.sae import Codes, Sae, standardise
+from sarm.nn.sae import Codes, Sae
 
 _PRE_ACTS_AT_ONCE = 2**24
 # What an SAE reads of rows.
@@ -75,9 +75,10 @@ def measure(
     h_ND: Float[Tensor, "rows d_in"],
     device: torch.device | str = "cpu",
     chunk: int | None = None,
-    prepare: Prepare = standardise,
+    prepare: Prepare | None = None,
 ) -> Measured:
-    """FVU, cosine and firing counts on residual vectors, `chunk` rows at a time."""
+    """FVU, cosine and firing counts on residual vectors, `chunk` rows at a time, of what the SAE takes of them unless `prepare` says what."""
+    prepare = prepare or sae.rows_of
     unexplained, counts, cosines = VarianceUnexplained(sae.d_in), LatentCounts(sae.d_sae), 0.0
     with torch.no_grad():
         for part in h_ND.split(chunk or max(1, _PRE_ACTS_AT_ONCE // sae.d_sae)):
@@ -112,7 +113,7 @@ def quality_metrics(quality: Measured) -> dict[str, float]:
 
 
 def count_latents(sae: Sae, parts: Iterable[Float[torch.Tensor, "rows d_in"]]) -> LatentCounts:
-    """Counts over parts of standardised rows."""
+    """Counts over parts of rows, as `Sae.rows_of` makes them."""
     counts = LatentCounts(sae.d_sae)
     with torch.no_grad():
         for x_ND in parts:

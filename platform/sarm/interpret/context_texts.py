@@ -113,7 +113,10 @@ def shown(number: int, row: dict[str, Any], text_chars: int) -> dict[str, Any]:
     else:
         side = _SIDES[ref.side]
         known = {"text_id": f"{row['pair_id']}/{side}", "pair_id": row["pair_id"], "side": side}
-        prompt, text = json.dumps([[m["role"], m["content"]] for m in row["prompt"]]), row[side]
+        prompt, text = (
+            json.dumps([[m["role"], m["content"], *([m["more"]] if m.get("more") else [])] for m in row["prompt"]]),
+            row[side],
+        )
         known["prompt"] = next((m["content"] for m in reversed(row["prompt"]) if m["role"] == "user"), "")[:_PROMPT_CHARS]  # fmt: skip
     start, end = -1, -1
     if ref.sentence >= 0:

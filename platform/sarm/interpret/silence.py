@@ -28,7 +28,9 @@ def scored_texts(run: Path, contexts: list[Mapping[str, Any]]) -> list[dict[str,
     found = []
     for scores in _rows(evaluation / "sarm_scores"):
         pair = texts[scores["pair_id"]]
-        prompt = json.dumps([[one["role"], one["content"]] for one in pair["prompt"]])
+        prompt = json.dumps(
+            [[m["role"], m["content"], *([m["more"]] if m.get("more") else [])] for m in pair["prompt"]]
+        )
         digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
         for side in ("chosen", "rejected"):
             firing = [(i, v) for i, v in zip(scores[f"{side}_latents"], scores[f"{side}_values"], strict=True) if v > 0]

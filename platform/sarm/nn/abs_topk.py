@@ -30,6 +30,7 @@ class AbsTopKSae(Sae):
         both.b_enc.copy_(torch.cat([self.b_enc, -self.b_enc]))
         both.W_dec.copy_(torch.cat([self.W_dec, -self.W_dec]))
         both.b_dec.copy_(self.b_dec)
+        both.standardises = self.standardises
         return both
 
     def rule(self, share: Share) -> "AbsTopKRule":

@@ -31,7 +31,7 @@ from .heads import ScalarHead, SparseLinear
 from .loading_report import faults
 from .losses import reconstruction_loss
 from .protocol import PROTOCOL_VERSION
-from .sae import Sae, standardise
+from .sae import Sae
 
 # All of them are imported here or by each other: what is not, `trust_remote_code` does not fetch.
 _SHARED_FILES = ("modeling_sarm.py", "answer_places.py", "backbone.py", "heads.py", "loading_report.py", "losses.py", "protocol.py", "architectures.py", "selection.py")  # fmt: skip
@@ -43,7 +43,10 @@ logger = logging.get_logger(__name__)
 
 
 class SarmConfig(PretrainedConfig):
-    """`head` is "sae" (SARM) or "scalar" (a linear head on the same standardised activation).
+    """`head` is "sae" (SARM) or "scalar" (a linear head on the standardised activation).
+
+    `standardise` says whether the SAE, or the scalar head, takes the standardised activation or the activation itself, as most published
+    SAEs do. Configs from before it was written down lack it: theirs are standardised.
 
     `answer_place` says where the template opens answers (`ChatTokenizer.answer_place`): `opening`, the ids that every answer follows; `turns`,
     control tokens that no answer holds; `first`, the id that conversations begin with. `on_cut_off` is what `forward` does with an answer that
@@ -64,7 +67,7 @@ class SarmConfig(PretrainedConfig):
         end_of_turn_id: int | None = None,
         reward_mean: float = 0.0,
         reward_std: float = 1.0,
-        standardise: bool = True,
+        standardise: Any = True,
         provenance: dict[str, Any] | None = None,
         protocol_version: int = 1,
         answer_place: dict[str, Any] | None = None,
@@ -74,10 +77,11 @@ class SarmConfig(PretrainedConfig):
     ):
         if on_cut_off not in ON_CUT_OFF:
             raise ValueError(f"on_cut_off must be one of {', '.join(ON_CUT_OFF)}, got {on_cut_off!r}.")
+        if not isinstance(standardise, bool):
+            raise ValueError(f"standardise must be true or false, got {standardise!r}.")
         self.protocol_version, self.answer_place = protocol_version, answer_place
         self.on_cut_off, self.cut_off_reward = on_cut_off, cut_off_reward
         self.backbone, self.layer, self.d_sae, self.k, self.head = backbone or {}, layer, d_sae, k, head
-        # Off in one baseline of the papers alone.
         self.standardise = standardise
         # Architecture and options of the SAE (`Sae.describe`).
         self.sae = sae or {"architecture": "topk"}
@@ -110,7 +114,10 @@ class SarmOutput(ModelOutput):
 
 
 class SarmForSequenceClassification(PreTrainedModel):
-    """Truncated backbone, standardise, SAE encoder, linear head; the last three in float32 and at rewarded tokens only."""
+    """Truncated backbone, standardise unless the SAE takes activations as they are, SAE encoder, linear head.
+
+    All but the backbone is in float32 and at rewarded tokens only.
+    """
 
     config_class = SarmConfig
     base_model_prefix = "model"
@@ -125,6 +132,7 @@ class SarmForSequenceClassification(PreTrainedModel):
         d_in = self.model.config.hidden_size
         if config.head == "sae":
             self.sae = sae if sae is not None else build_sae(d_in=d_in, d_sae=config.d_sae, k=config.k, **config.sae)
+            self.sae.standardises = config.standardise
             for parameter in self.sae.parameters():
                 # DeepSpeed broadcasts parameters as bytes, which a transposed one is not.
                 parameter.data = parameter.data.contiguous()
@@ -197,7 +205,7 @@ class SarmForSequenceClassification(PreTrainedModel):
     def _read(self, h_ND: Tensor, reconstruct: bool, recon_detached: bool) -> SarmOutput:
         if self.config.head == "scalar":
             return SarmOutput(logits=self.score(h_ND))
-        x_ND = standardise(h_ND) if self.config.standardise else h_ND.float()
+        x_ND = self.sae.rows_of(h_ND)
         codes = self.sae(x_ND)
         output = SarmOutput(logits=self.score(codes))
         if self.config.sae["architecture"] != "dense":

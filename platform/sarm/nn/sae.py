@@ -1,7 +1,7 @@
-"""Sparse autoencoders on standardised activations: what all architectures share.
+"""Sparse autoencoders on activations: what all architectures share.
 
 B batch, D d_in, S d_sae, K active latents.
-x = (h - mean h) / (std h + 1e-6) per token;  pre = (x - b_dec) W_enc + b_enc;  z = the architecture's rule of pre;  x_hat = z W_dec + b_dec.
+x = (h - mean h) / (std h + 1e-6) per token, or h itself (`Sae.standardises`);  pre = (x - b_dec) W_enc + b_enc;  z = the architecture's rule of pre;  x_hat = z W_dec + b_dec.
 The K active latents of a row are kept as `Codes`, never as a B x S tensor, so the backward pass costs 4K/S of a dense one.
 """
 
@@ -90,7 +90,7 @@ class Sae(nn.Module, ABC):
     `prefixes`, `penalty`, `after_step_`, `absorb_shift_`. Files: `options` and `exported_as`.
 
     Parameters as SAELens names and shapes them: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec; always float32.
-    Calling it encodes standardised rows into `Codes`, and decodes `Codes` into rows: where parameters are sharded, they are there
+    Calling it encodes rows (`rows_of` activations) into `Codes`, and decodes `Codes` into rows: where parameters are sharded, they are there
     during a call.
     """
 
@@ -101,6 +101,8 @@ class Sae(nn.Module, ABC):
     """The rule by which a reader who knows nothing of training gets the codes; file formats list the rules they can hold."""
     is_tied: ClassVar[bool] = False
     """Whether the encoder is the decoder's transpose, and neither W_enc nor b_enc a parameter."""
+    standardises: bool = True
+    """Whether x is the standardised activation, as in every SAE that is trained here, or the activation itself, as in most published ones."""
     prefixes: tuple[int, ...] = ()
     """Sizes of nested dictionaries before the whole one, each of which has to reconstruct."""
 
@@ -139,12 +141,16 @@ class Sae(nn.Module, ABC):
         self.W_enc.mul_((centred * reconstructed).sum() / reconstructed.square().sum().clamp_min(1e-12))
         self.calibrate_(x_ND)
 
+    def rows_of(self, h: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """What the SAE takes of activations, in float32 or wider: a division by each token's own deviation cannot be folded into weights."""
+        return standardise(h) if self.standardises else (h if h.dtype == torch.float64 else h.float())
+
     def forward(self, x: Float[Tensor, "batch d_in"] | Codes) -> Codes | Tensor:
-        """Encode standardised rows, or decode codes."""
+        """Encode rows, or decode codes."""
         return self.decode(x) if isinstance(x, Codes) else self.encode(x)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """The codes of standardised rows."""
+        """The codes of rows, as `rows_of` makes them."""
         # Autocast and 16-bit weights would leave latents tied at the k-th value (SARM, implementation notes).
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.W_enc.dtype)

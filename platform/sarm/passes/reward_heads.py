@@ -97,6 +97,9 @@ def find_head(shapes: Mapping[str, Shape], config: Mapping[str, Any], asked: str
 
 def build_head(layout: HeadLayout, weights: Mapping[str, Tensor], config: Mapping[str, Any], objectives: Sequence[float]) -> nn.Module:  # fmt: skip
     """The module that makes rewards [N] of `(h_ND, g_ND)`, in float32; g_ND is read by the gate alone."""
+    if whole := [name for name in layout.keys if not weights[name].is_floating_point()]:
+        kind = str(weights[whole[0]].dtype).removeprefix("torch.")
+        raise UserError(f"{whole[0]} holds {kind}: the head was quantised, and without its scales there is no reward. Pass the model before quantisation.")  # fmt: skip
     tensors = {name: weights[name].float() for name in layout.keys}
     if layout.row >= 0:
         (tensor,) = tensors.values()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,7 @@ from sarm.data.sources.conversations import ConversationError, check_messages
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.data.tokens.control_tokens import ControlTokens
 from sarm.data.tokens.packing import Row, TokenBatch, answer_row, token_batches
+from sarm.data.tokens.said_beside import apply_template, kinds_said, turns_of
 from sarm.data.tokens.spelling import NotEncodableError
 from sarm.passes.foreign_models import layout_of, load_foreign
 from sarm.passes.models import ModelSpec, classifier_tokenizer, sarm_tokenizer
@@ -161,8 +162,7 @@ class TorchScorer:
             raise UserError(f"{error} Pass --protocol official, or another model.") from error
 
     def _exact(self, prompt: list[Message], completion: str) -> _Sequence:
-        conversation = [*prompt, {"role": "assistant", "content": completion}]
-        check_messages(conversation)
+        conversation = self._turns(prompt, completion)
         try:
             rendered = self._control.render(conversation, self._apply, self._tokenizer.chat_template)
             ids, bos = self._control.encode([rendered])[0].ids, self._tokenizer.bos_token_id
@@ -183,15 +183,21 @@ class TorchScorer:
         return _Sequence(ids, int(doubled), excess > 0)
 
     def _render(self, prompt: list[Message], completion: str) -> str:
-        conversation = [*prompt, {"role": "assistant", "content": completion}]
         if self._chat is not None:
-            return self._chat.render(conversation)
-        check_messages(conversation)
-        return self._apply(conversation)
+            return self._chat.render([*prompt, {"role": "assistant", "content": completion}])
+        return self._apply(self._turns(prompt, completion))
 
-    def _apply(self, turns: Sequence[Message]) -> str:
+    @cached_property
+    def _says(self) -> frozenset[str]:
+        return kinds_said(self._apply)
+
+    def _turns(self, prompt: list[Message], completion: str) -> list[dict[str, Any]]:
+        conversation = [*prompt, {"role": "assistant", "content": completion}]
+        check_messages(conversation)
+        return turns_of(conversation, lambda: self._says)
+
+    def _apply(self, turns: Sequence[dict[str, Any]]) -> str:
         try:
-            text: str = self._tokenizer.apply_chat_template(list(turns), tokenize=False)
-            return text
+            return apply_template(self._tokenizer, turns)
         except Exception as error:  # a template raises whatever its author chose
             raise ConversationError(f"the chat template refuses {[turn['role'] for turn in turns]}: {error}") from error

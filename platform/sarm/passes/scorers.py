@@ -15,6 +15,7 @@ from sarm.contracts.passes import Cost
 from sarm.data.sources.conversations import ConversationError
 from sarm.data.tokens.chat import Tokens
 from sarm.data.tokens.packing import Row, answer_row, answer_rows
+from sarm.data.tokens.said_beside import KINDS, turns_of
 from sarm.passes.models import ModelSpec, load_function
 from sarm.passes.reader import Reader, Reading
 from sarm.passes.row_scorer import TorchScorer
@@ -79,7 +80,8 @@ class CallableScorer:
     def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], Cost]:
         scored: list[list[Scored]] = []
         for request in requests:
-            conversations = [[*request.prompt, {"role": "assistant", "content": c}] for c in request.completions]
+            prompt = turns_of(request.prompt, lambda: frozenset(KINDS))
+            conversations = [[*prompt, {"role": "assistant", "content": c}] for c in request.completions]
             groups = [[one] for one in conversations] if request.alone else [conversations]
             values = [float(value) for group in groups for value in self._function(group)]
             if len(values) != len(conversations):

@@ -12,7 +12,7 @@ import pyarrow as pa
 from sarm.contracts.ids import response_id_of, stable_int
 from sarm.contracts.passes import Beat, Cost, Spelled, Tables
 from sarm.contracts.tables import TRUE_END
-from sarm.data.sources.conversations import ConversationError, Message
+from sarm.data.sources.conversations import ConversationError, Message, answer_text
 from sarm.data.tokens.chat import Tokens
 from sarm.data.tokens.groups import PromptGroup, prompt_groups
 from sarm.data.tokens.packing import Row, answer_rows
@@ -111,8 +111,9 @@ class TextTurnEnds(_TakesEnds):
         return {target: self._blank(target, rows) for target in self._schemas}
 
     def _turns(self, row_id: int, text: str, messages: list[Message] | None) -> list[Turn]:
-        if messages and messages[-1]["role"] == "assistant":
-            return [Turn(messages[:-1], messages[-1]["content"])]
+        answer = answer_text(messages[-1]) if messages and messages[-1]["role"] == "assistant" else None
+        if messages and answer is not None:
+            return [Turn(messages[:-1], answer)]
         return self._ends.turns(text, _name(row_id))
 
     def _answers(self, row_id: int, turns: Sequence[Turn], prompt_id: str | None = None) -> list[_Answer]:

@@ -35,7 +35,7 @@ class ConvertSae:
     relu: bool = False
     """Drop negative latents of a signed TopK SAE, for formats that have a ReLU."""
     standardised: bool = False
-    """The SAE was trained on standardised rows, though its file does not say so."""
+    """The SAE was trained on standardised activations, though its file does not say so. Without it, a reward model feeds it what the file's publisher does."""
     debug: bool = False
     """Show the traceback of an error instead of one line."""
 

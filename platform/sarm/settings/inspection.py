@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from sarm.settings.chat_template import template_text
 from sarm.settings.checks import check, check_least
 from sarm.settings.data import DataSettings
 from sarm.settings.results_root import READ, place_paths
@@ -32,9 +33,18 @@ class Template:
     """Tokens of a sequence at most; longer ones lose their beginning."""
     system_prompt: str | None = None
     """System turn put before conversations that have none; unset leaves it to the model's chat template."""
+    chat_template: str = ""
+    """Chat template of a tokenizer that has none, or several: a file, or the name of one that it has; unset is its own, or `default`."""
 
     def __post_init__(self) -> None:
         place_paths(self)
+        object.__setattr__(self, "chat_template", template_text(self.chat_template, "--model.chat-template"))
+        check(
+            self,
+            "model.name",
+            bool(self.name) or not self.chat_template,
+            "the model whose template --model.chat-template stands in for",
+        )
         check_least(self, "model.", max_length=8)
 
 

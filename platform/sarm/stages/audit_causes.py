@@ -32,7 +32,6 @@ from sarm.data.tokens.sentences import sentence_ends
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.evaluate.intervals import Interval
-from sarm.nn.sae import standardise
 from sarm.passes.reader import sarm_reader
 from sarm.settings.audit import AuditFeatures
 from sarm.stages.audit_codes import write_codes
@@ -128,7 +127,8 @@ def _rerun_gap(found: Audited, edit: Edit) -> float:
     kept = head.detach().clone()
     with torch.no_grad():
         head[0] = torch.from_numpy(edit.applied(found.codes.weight)).float()
-        rerun = found.model.score(found.model.sae(standardise(torch.from_numpy(found.codes.residual.copy()))))
+        rows_RD = found.model.sae.rows_of(torch.from_numpy(found.codes.residual.copy()))
+        rerun = found.model.score(found.model.sae(rows_RD))
         head.copy_(kept)
     return float(np.abs(rerun.squeeze(-1).double().numpy() - steered_rewards(found.codes, edit)).max())
 

@@ -171,7 +171,9 @@ def _near_duplicates(name: str, near: dict[str, Any]) -> str:
 def _contents(texts: Mapping[str, tuple[str, str]]) -> dict[str, int]:
     """Distinct contents that spell control tokens, or turns, of some template in use."""
     contents = {text for _, text in texts.values()}
-    contents |= {content for prompt in {prompt for prompt, _ in texts.values()} for _, content in json.loads(prompt)}
+    contents |= {
+        content for prompt in {prompt for prompt, _ in texts.values()} for _, content, *_ in json.loads(prompt)
+    }
     return {
         "contents_with_control_tokens": sum(map(control_spelled_in, contents)),
         "contents_already_templated": sum(template_spelled_in(content) is not None for content in contents),

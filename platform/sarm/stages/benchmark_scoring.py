@@ -4,7 +4,6 @@ The cache holds a score under (model, template, protocol, length, dtype) and the
 files and interrupted runs all use what is there. Every block of prompts is written when it is done.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from sarm.contracts.ids import hash_share, stable_id
+from sarm.contracts.ids import hash_share, prompt_key_of, stable_id
 from sarm.contracts.tables import ITEMS_TABLE
 from sarm.data.sources.cache import cache_root
 from sarm.engine.terminal import say
@@ -135,7 +134,7 @@ def _items_of(row: BenchmarkRow, variant: str, texts: dict[str, tuple[str, str]]
         prompt: Sequence[dict[str, str]] = row.prompt
         if variant:
             prompt, text = edit_conversation(variant, prompt, text)
-        packed = json.dumps([[message["role"], message["content"]] for message in prompt], ensure_ascii=False)
+        packed = prompt_key_of(prompt)
         completion_id = stable_id(packed, text)
         texts.setdefault(completion_id, (packed, text))
         items.append(

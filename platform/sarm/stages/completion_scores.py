@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sarm.contracts.tables import COMPLETION_SCORES_TABLE
+from sarm.data.sources.tool_turns import MORE
 from sarm.data.store.blocks import Block, blocks_of, table_blocks
 from sarm.data.store.parts import has_part, read_rejects
 from sarm.engine.ray.block_actor import Output
@@ -70,7 +71,9 @@ def requests_of(wanted: Sequence[tuple[str, str, str]]) -> pa.Table:
         groups.setdefault((prompt, key.endswith(ALONE)), []).append((key, text))
     requests: list[dict[str, Any]] = [
         {
-            "prompt": json.dumps([{"role": role, "content": content} for role, content in json.loads(prompt)]),
+            "prompt": json.dumps(
+                [dict(zip(("role", "content", MORE), one, strict=False)) for one in json.loads(prompt)]
+            ),
             "completions": [text for _, text in own],
             "ids": [key for key, _ in own],
             "alone": alone,

@@ -25,6 +25,7 @@ def convert_sae(config: ConvertSae) -> None:
         verify_files(config.source, read_manifest(config.source, SAE_FOLDER))
     weights = import_sae(config.source, config.from_format, config.k)
     weights = with_relu(weights) if config.relu else weights
+    weights = replace(weights, input=STANDARDISED) if config.standardised else weights
     if made_for := _made_for(weights, config):
         weights = replace(
             weights,
@@ -34,7 +35,7 @@ def convert_sae(config: ConvertSae) -> None:
         _write_stage_folder(weights, config)
     else:
         export_sae(weights, config.target, config.format)
-    is_standardised = weights.input == STANDARDISED or config.format == "sarm"
+    is_standardised = weights.input == STANDARDISED
     rows = "standardised rows, sarm.nn.sae.standardise(h)" if is_standardised else "residuals as they are"
     rows = "residuals, which it standardises itself" if config.format == "saelens_residual" else rows
     active = f"k {weights.k}" if weights.threshold is None else "thresholds"
@@ -65,15 +66,13 @@ def _made_for(weights: SaeWeights, config: ConvertSae) -> dict[str, Any]:
 
 
 def _write_stage_folder(weights: SaeWeights, config: ConvertSae) -> None:
-    if weights.input != STANDARDISED and not config.standardised:
-        raise UserError(
-            f"{config.source} does not say that its SAE takes standardised rows, and the reward model feeds it those. Pass --standardised if it was trained on them."
-        )
     made_for = weights.metadata.get("activations", {})
     if not made_for.get("model") or not made_for.get("layer"):
         raise UserError(f"{config.source} does not say which model and layer its SAE is for. Pass --model and --layer.")
     if not config.model and "imported_from" in weights.metadata and "/" not in made_for["model"]:
         raise UserError(f"{config.source} calls its model {made_for['model']}, which is no Hugging Face id. Pass --model OWNER/NAME, or its folder.")  # fmt: skip
-    folder = StageFolder(config.target, SAE_FOLDER, {"imported": str(config.source), "k": weights.k})
-    metadata = {**weights.metadata, "input": STANDARDISED, "activations": {"d_in": weights.d_in, **made_for}}
+    folder = StageFolder(
+        config.target, SAE_FOLDER, {"imported": str(config.source), "d_sae": weights.d_sae, "k": weights.k}
+    )
+    metadata = {**weights.metadata, "activations": {"d_in": weights.d_in, **made_for}}
     folder.write(lambda: save_sae(sae_of(weights), config.target, metadata))

@@ -6,7 +6,6 @@ from sarm.contracts.folders import SAE_FOLDER, SARM_FOLDER
 from sarm.contracts.manifest import MANIFEST, StageFolder, read_manifest, verify_files
 from sarm.data.formats.papers_layout import PapersFields, read_papers_sarm, write_papers_sarm
 from sarm.data.formats.sae_folder import save_sae
-from sarm.data.formats.sae_weights import STANDARDISED
 from sarm.data.formats.sarm_folder import load_sarm, save_sarm
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.settings.checks import UserError
@@ -43,7 +42,8 @@ def convert_sarm(config: ConvertSarm) -> None:
         write_papers_sarm(model, chat, config.target)
     else:
         schema = SARM_FOLDER if config.format == "sarm" else SAE_FOLDER
-        folder = StageFolder(config.target, schema, {"imported": str(config.source), "layer": model.config.layer})
+        about = {name: getattr(model.config, name) for name in ("layer", "d_sae", "k")}
+        folder = StageFolder(config.target, schema, {"imported": str(config.source), **about})
         made_for = config.model or (known.get("model", "") if is_ours else "")
         if config.format == "sae" and (model.config.head != "sae" or not made_for):
             raise UserError(
@@ -53,8 +53,7 @@ def convert_sarm(config: ConvertSarm) -> None:
             folder.write(lambda: save_sarm(model, chat, config.target))
         else:
             activations = {"d_in": model.sae.d_in, "model": made_for, "layer": model.config.layer}
-            metadata = {"input": STANDARDISED, "activations": activations}
-            folder.write(lambda: save_sae(model.sae, config.target, metadata))
+            folder.write(lambda: save_sae(model.sae, config.target, {"activations": activations}))
     rule = model.sae.exported_as if model.config.head == "sae" else ""
     signed = {"signed_topk": ", signed TopK", "topk": ", TopK and ReLU"}.get(rule, "")
     print(

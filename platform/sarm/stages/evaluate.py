@@ -38,6 +38,7 @@ from sarm.settings.checks import UserError
 from sarm.settings.evaluation import EvaluationSettings
 from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
+from sarm.settings.sae import SaeSettings
 from sarm.stages import plan
 from sarm.stages.evaluate_frozen import Frozen, dictionary_figures, probe_scores, read_frozen, sparse_head_scores
 from sarm.stages.evaluate_readability import answers_of, readability_of
@@ -121,7 +122,8 @@ def _figures(metrics: Mapping[str, Any], num_features: int) -> dict[str, Any]:
 
 def _sparse_head(session: Session, frozen: Frozen, sae: Sae, scores: dict[str, pa.Table]) -> dict[str, Any] | None:
     """Add the held-out scores of a head of a few latents; returns how many it has and its penalty, None where there can be none."""
-    share = read_manifest(session.folders.sae, SAE_FOLDER).config["heldout_share"]
+    # An SAE from elsewhere was trained on none of these prompts.
+    share = read_manifest(session.folders.sae, SAE_FOLDER).config.get("heldout_share", SaeSettings().heldout_share)
     try:
         head, scores["sparse_head"] = sparse_head_scores(frozen, sae, share, scores["sarm"])
     except UserError as error:

@@ -99,7 +99,7 @@ def sparse_head_scores(frozen: Frozen, sae: Sae, heldout_share: float, like: pa.
 def _codes(sae: Sae, h_MD: Tensor) -> sparse.csr_array:
     """Codes [M, d_sae] of stored rows."""
     with torch.no_grad():
-        parts = [sae(standardise(part)) for part in h_MD.split(_ROWS_AT_ONCE)]
+        parts = [sae(sae.rows_of(part)) for part in h_MD.split(_ROWS_AT_ONCE)]
     rows = np.repeat(np.arange(len(h_MD)), [part.values.shape[1] for part in parts for _ in range(len(part.values))])
     values, latents = (
         np.concatenate([getattr(part, name).flatten().numpy() for part in parts]) for name in ("values", "indices")
@@ -123,14 +123,15 @@ def _with_rewards(frozen: Frozen, rewards_M: NDArray[np.float32], like: pa.Table
 def dictionary_figures(sae: Sae, frozen: Frozen) -> DictionaryFigures:
     """The dictionary on the held-out responses."""
     quality = measure(sae, frozen.heldout)
-    x_MD = standardise(frozen.heldout)
+    x_MD, weight_D = sae.rows_of(frozen.heldout), torch.from_numpy(frozen.probe.weight)
     with torch.no_grad():
         parts = [sae.decode(sae(x_BD)) for x_BD in x_MD.split(_ROWS_AT_ONCE)]
-    weight_D = torch.from_numpy(frozen.probe.weight)
+    # The probe reads standardised activations, whichever the SAE reconstructs.
+    seen = (lambda rows_MD: rows_MD) if sae.standardises else standardise
     return DictionaryFigures(
         fvu=quality.fvu,
         alive_share=quality.counts.alive_share(),
         l0=quality.counts.l0(),
-        fvu_pca=pca_fvu(standardise(frozen.train), x_MD, sae.k),
-        reward_fidelity=reward_fidelity(x_MD, torch.cat(parts), weight_D) if parts else None,
+        fvu_pca=pca_fvu(sae.rows_of(frozen.train), x_MD, sae.k),
+        reward_fidelity=reward_fidelity(seen(x_MD), seen(torch.cat(parts)), weight_D) if parts else None,
     )

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from sarm.data.sources.inspection import Example, Seen, inspect_source, rule_of
-from sarm.data.sources.pair_notes import truncation_note
+from sarm.data.sources.pair_notes import has_names, truncation_note
 from sarm.data.sources.shown_text import clean_text, one_line
+from sarm.data.sources.tool_turns import MORE
 from sarm.settings.data import DataSettings
 from sarm.settings.inspection import Inspecting, Template
 from sarm.settings.model import ModelSettings
@@ -25,6 +26,8 @@ class Read(NamedTuple):
     text: str
     rewarded: str
     truncated: bool
+    has_names: bool = True
+    """Whether the template writes the names of those who speak."""
 
 
 Render = Callable[[Sequence[dict[str, str]], str], Read]
@@ -115,14 +118,16 @@ def _of_template(seen: Seen, render: Render, model: Template) -> str:
     from sarm.data.sources.conversations import ConversationError
 
     refused: Counter[str] = Counter()
-    truncated = total = 0
+    truncated = total = nameless = 0
     for example in seen.examples:
         if isinstance(example.messages, str):
             continue
         prompt, answer = example.messages[:-1], example.messages[-1]["content"]
         for text in (answer, *([example.rejected] if example.rejected is not None else [])):
             try:
-                truncated += render(prompt, text).truncated
+                read = render(prompt, text)
+                truncated += read.truncated
+                nameless += has_names(prompt) and not read.has_names
                 total += 1
             except ConversationError as error:
                 refused[error.reason] += 1
@@ -130,6 +135,7 @@ def _of_template(seen: Seen, render: Render, model: Template) -> str:
     note = truncation_note(truncated, total, model.max_length)
     return (
         f"{total:,} answers encoded, {truncated:,} cut at {model.max_length:,} tokens; refused: {reasons or 'none'}"
+        + (f"\n          {nameless:,} have messages with a name, which the template does not write" if nameless else "")
         + (f"\n          {note}" if note else "")
     )
 
@@ -161,7 +167,9 @@ def _short(text: str) -> str:
 
 
 def _chat_ml(prompt: Sequence[dict[str, str]], answer: str) -> Read:
-    turns = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in prompt)
+    turns = "".join(
+        f"<|im_start|>{turn['role']}\n{turn['content']}{turn.get(MORE) or ''}<|im_end|>\n" for turn in prompt
+    )
     return Read(f"{turns}<|im_start|>assistant\n{answer}", "<|im_end|>", False)
 
 
@@ -169,16 +177,21 @@ def _of_model(model: Template) -> Render:
     """By the model's own tokenizer, as every stage reads conversations."""
     from sarm.data.formats.models import model_folder
     from sarm.data.tokens.chat import load_chat_tokenizer
+    from sarm.data.tokens.said_beside import NAMES
 
     settings = ModelSettings(
-        name=model.name, revision=model.revision, max_length=model.max_length, system_prompt=model.system_prompt
+        name=model.name,
+        revision=model.revision,
+        max_length=model.max_length,
+        system_prompt=model.system_prompt,
+        chat_template=model.chat_template,
     )
     chat = load_chat_tokenizer(settings, model_folder(settings))
     decode: Any = chat.tokenizer.decode
 
     def render(prompt: Sequence[dict[str, str]], answer: str) -> Read:
         (tokens,) = chat.encode_responses(prompt, [answer])
-        return Read(decode(tokens.ids[:-1]), decode(tokens.ids[-1:]), tokens.num_truncated > 0)
+        return Read(decode(tokens.ids[:-1]), decode(tokens.ids[-1:]), tokens.num_truncated > 0, NAMES in chat.says)
 
     return render
 

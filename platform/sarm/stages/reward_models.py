@@ -70,7 +70,7 @@ def build_model(
         k=0 if sae is None else sae.k,
         sae=None if sae is None else sae.describe(),
         head="scalar" if sae is None else "sae",
-        standardise=sae is None or reward.encoder != "random_linear",
+        standardise=sae is None or sae.standardises,
         end_of_turn_id=chat.end_of_turn_id,
         provenance={
             "model": model.name,
@@ -105,7 +105,7 @@ def encoder_of(sae: Sae, reward: RewardSettings, seed: int) -> Sae:
 
     `random` differs from the pretrained one in the directions of its encoder alone: each latent keeps its length and bias. Its
     decoder is the encoder's transpose of unit rows, as SAE training starts; `random_matched` is the same before `match_`. `random_linear` is a linear
-    map with a bias, normal of std 0.02, that knows no TopK (SARM section 4.2's "random init", as its code has it).
+    map of the activation as it is with a bias, normal of std 0.02, that knows no TopK (SARM section 4.2's "random init", as its code has it).
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -114,6 +114,7 @@ def encoder_of(sae: Sae, reward: RewardSettings, seed: int) -> Sae:
         if reward.topk and reward.encoder != "random_linear":
             return sae
         dense = DenseSae(sae.d_in, sae.d_sae, sae.k)
+        dense.standardises = sae.standardises and reward.encoder != "random_linear"
         for name, parameter in dense.named_parameters():
             parameter.copy_(getattr(sae, name))
         if reward.encoder == "random_linear":

@@ -40,8 +40,8 @@ def start_head_(
 ) -> None:
     """Set the head to the logistic probe w_D on the stored activations of these pairs.
 
-    A model of another layer than was stored (the baseline of full depth) is run over `groups`, these pairs' tokens, instead. A head
-    on raw activations keeps its own start: the probe reads standardised ones.
+    A model of another layer than was stored (the baseline of full depth) is run over `groups`, these pairs' tokens, instead. The probe
+    reads what the SAE takes of activations. The papers' random linear map keeps its own start.
 
     A latent starts at W_dec w_D, what its direction adds to the probe's reward, so that the first reward is the probe's reading of
     x_hat. (A fit on the codes themselves has a coefficient for every latent, often more than there are prompts.) The decoder of a
@@ -51,7 +51,7 @@ def start_head_(
     """
     pairs = pairs.select(["pair_id", "prompt_id"])
     rows = sorted(pairs.to_pylist(), key=lambda row: hash_share(row["pair_id"]))[:_MAX_PAIRS]
-    if not model.config.standardise:
+    if encoder == "random_linear":
         return
     store = ActivationStore(activations)
     is_stored = store.metadata["layer"] == model.config.layer
@@ -64,7 +64,8 @@ def start_head_(
         raise UserError(
             f"{activations} holds no activation of these pairs. Extract them again, or pass --reward.head-init zero."
         )
-    chosen_ND, rejected_ND = (standardise(h_ND[[sides[i][side] for i in usable]]).numpy() for side in (0, 1))
+    rows_of = standardise if model.config.head == "scalar" else model.sae.rows_of
+    chosen_ND, rejected_ND = (rows_of(h_ND[[sides[i][side] for i in usable]]).numpy() for side in (0, 1))
     prompts = np.array([rows[i]["prompt_id"] for i in usable])
     w_D = torch.from_numpy(fit_probe(chosen_ND, rejected_ND, prompts, seed).weight)
     with torch.no_grad():

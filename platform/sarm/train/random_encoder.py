@@ -16,7 +16,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from sarm.data.store.activations import ActivationStore
-from sarm.nn.sae import Sae, standardise
+from sarm.nn.sae import Sae
 from sarm.train.phase_shift import absorb_phase_shift_
 
 # Rows that the shift is measured on, as in SAE training; pairs that the head's start is fitted on.
@@ -38,7 +38,7 @@ def draw_directions_(sae: Sae, generator: torch.Generator) -> None:
 @torch.no_grad()
 def match_(sae: Sae, chat_ends: ActivationStore, *, absorb: bool) -> None:
     """Treat a drawn encoder as SAE training treats its own on the way to chat ends; `absorb` where that training had two phases."""
-    rows_ND = _sample(chat_ends)
+    rows_ND = sae.rows_of(_sample(chat_ends))
     if absorb:
         absorb_phase_shift_(sae, rows_ND, rows_ND)
     sae.calibrate_(rows_ND)
@@ -89,13 +89,13 @@ def read_through_codes(
 
 
 def _sample(store: ActivationStore) -> Float[Tensor, "rows d_in"]:
-    """The first rows of a store, which holds them in the order of their prompts' hashes, standardised."""
+    """The first rows of a store, which holds them in the order of their prompts' hashes."""
     parts: list[Tensor] = []
     for rows_ND in store.usable_vectors():
         parts.append(rows_ND)
         if sum(map(len, parts)) >= _SAMPLE_ROWS:
             break
-    return standardise(torch.cat(parts)[:_SAMPLE_ROWS])
+    return torch.cat(parts)[:_SAMPLE_ROWS]
 
 
 @torch.no_grad()

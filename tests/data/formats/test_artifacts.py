@@ -316,6 +316,25 @@ def test_a_model_in_shards_is_read_by_its_index(sarm_folder):
         load_sarm(sarm_folder)
 
 
+def test_a_second_file_with_a_tensor_of_the_same_name_is_refused(sarm_folder):
+    save_file({"score.weight": torch.zeros(1, 5)}, sarm_folder / "older.safetensors")
+    for read in (load_sarm, lambda folder: read_latents(folder, "score.weight")):
+        with pytest.raises(UserError, match=r"holds score\.weight twice, in model\.safetensors and older\.safetensors"):
+            read(sarm_folder)
+
+
+@pytest.mark.parametrize("kind", ["SARM", "SAE"])
+def test_weights_of_whole_numbers_are_refused(kind, request):
+    """Quantised ones, whose scales nobody here takes."""
+    is_sae = kind == "SAE"
+    folder = request.getfixturevalue("sae_folder" if is_sae else "sarm_folder")
+    path = folder / ("sae_weights.safetensors" if is_sae else "model.safetensors")
+    name, weights = ("W_enc" if is_sae else "score.weight"), load_file(path)
+    save_file({**weights, name: weights[name].round().to(torch.int8)}, path)
+    with pytest.raises(UserError, match=rf"holds whole numbers in {name} \(torch\.int8\): it was quantised"):
+        (load_sae if is_sae else load_sarm)(folder)
+
+
 def test_transformers_draws_no_weight_of_a_folder_at_random(sarm_folder):
     path = sarm_folder / "model.safetensors"
     weights = load_file(path)

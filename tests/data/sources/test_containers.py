@@ -30,6 +30,7 @@ from sarm.data.sources.containers.text_rows import json_rows
 from sarm.data.sources.extension_types import CANONICAL, foreign_types_of_parquet
 from sarm.data.sources.files import FORMATS, file_rows, has_columns
 from sarm.data.sources.hub import DataSet, data_set_rows, parse_data_set
+from sarm.data.sources.inspection import inspect_source
 from sarm.data.sources.pairs import check_source, open_pairs
 from sarm.data.sources.places import source_files
 from sarm.data.sources.rows import Reject, Row
@@ -143,6 +144,21 @@ def test_an_archive_gives_the_rows_of_its_files_of_one_kind(tmp_path, name):
         path.write_bytes(PACKERS[packing](tar(MEMBERS)))
     assert texts(path) == TEXTS
     assert reasons(path) == []
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.zst", "a.tgz", "a.zip"])
+@pytest.mark.parametrize("member", ["data/train.parquet", "state.arrow", "inner.zip", "picture.png", "README.md"])
+def test_an_archive_of_files_that_are_not_read_out_of_archives_says_so(tmp_path, name, member):
+    path = tmp_path / name
+    if name == "a.zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(member, b"PAR1")
+    else:
+        path.write_bytes(PACKERS[".gz" if name == "a.tgz" else name.removeprefix("a.tar")](tar({member: b"PAR1"})))
+    for look in (lambda: list(file_rows(path)), lambda: check_source(str(path)), lambda: inspect_source(str(path), {}, "text", 9)):  # fmt: skip
+        with pytest.raises(UserError, match=f"a.* holds {member}, and of archives .jsonl, .* are read.*Unpack it") as refused:  # fmt: skip
+            look()
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["a.tar.zst", "a.zip", "a.tar"])
@@ -323,7 +339,11 @@ def test_lines_of_a_table_that_are_no_rows_are_counted(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"a,b,a\n1,2,3\n", "repeated_column"), ("a,b\n1,2\n".encode("utf-16"), "invalid_utf8")],
+    [
+        (b"a,b,a\n1,2,3\n", "repeated_column"),
+        ("a,b\n1,2\n".encode("utf-16"), "invalid_utf8"),
+        ("prompt,chosen,rejected,g\u00fcte\n1,2,3,4\n".encode("latin-1"), "invalid_utf8"),
+    ],
 )
 def test_a_table_with_a_header_that_cannot_be_read_gives_no_row(tmp_path, content, reason):
     (tmp_path / "a.csv").write_bytes(content)

@@ -80,6 +80,27 @@ def test_the_template_of_a_model_says_what_it_refuses_and_cuts(tmp_path, capsys)
     assert "⟦<|im_end|>⟧" in said
 
 
+def test_a_template_may_be_given_for_a_model_that_has_none_of_that_kind(tmp_path, capsys):
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<|im_start|>*{{ m.role }}*{{ m.content }}<|im_end|>{% endfor %}")  # fmt: skip
+    spec = lines(tmp_path / "a.jsonl", GOOD)
+    said = shown(capsys, inspect=spec, model=Template(name="tiny:llama", chat_template=str(tmp_path / "own.jinja")))
+    assert "<|im_start|>*assistant*Yes.⟦<|im_end|>⟧" in said
+    with pytest.raises(UserError, match=r"--model\.chat-template: there is no file"):
+        Template(name="tiny:llama", chat_template=str(tmp_path / "none.jinja"))
+    with pytest.raises(UserError, match="name must be the model whose template"):
+        Template(chat_template=str(tmp_path / "own.jinja"))
+
+
+def test_names_that_the_template_does_not_write_are_counted(tmp_path, capsys):
+    row = {"prompt": [{"role": "user", "content": "Hi?", "name": "Ann"}], "chosen": "Yes.", "rejected": "No."}
+    tools = {**row, "prompt": [{"role": "user", "content": "Hi?"}], "tools": [{"name": "search"}]}
+    spec = lines(tmp_path / "a.jsonl", row, row, tools)
+    said = shown(capsys, inspect=spec, model=Template(name="tiny:llama"))
+    assert "4 have messages with a name, which the template does not write" in said
+    assert "refused: 2 template_without_tools" in said
+    assert "2 pairs have messages with a name" in said
+
+
 def test_columns_under_other_names_and_texts_and_conversations_are_shown(tmp_path, capsys):
     spec = lines(tmp_path / "a.jsonl", {"q": "Hi?", "good": "Yes.", "bad": "No."})
     with pytest.raises(UserError, match=r"it has q, good, bad.*--data.columns"):

@@ -177,7 +177,9 @@ def test_every_layout_reads_system_and_tools(name, row, pairs):
         assert {"system", "tools"} <= chosen.columns
     found = pairs_of(read(row | {"system": turn["content"]}))
     assert [asked[0] for asked, *_ in found] == [turn] * len(pairs)
-    assert read(row | {"tools": [{"name": "search"}]})[0].reason == "tools"
+    offered = pairs_of(read(row | {"tools": [{"name": "search"}]}))
+    assert [sum('"tools"' in turn.get("more", "") for turn in asked) for asked, *_ in offered] == [1] * len(pairs)
+    assert [[{k: v for k, v in turn.items() if k != "more"} for turn in asked] for asked, *_ in offered] == [asked for asked, *_ in pairs]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "row", "pairs"), EXAMPLES, ids=[name for name, *_ in EXAMPLES])
@@ -218,7 +220,7 @@ def test_lists_of_other_things_are_texts(text):
 
 def test_contents_in_parts_are_joined_and_other_names_of_roles_are_known():
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i?", "image_url": None}]
-    prompt = [{"role": "human", "content": parts, "name": "ann"}]
+    prompt = [{"role": "human", "content": parts}]
     assert pairs_of(read({"prompt": prompt, **SIDES})) == YES_NO
 
 

@@ -146,7 +146,7 @@ def weights_of(sae: Sae, metadata: dict[str, Any]) -> SaeWeights:
         k=sae.k,
         threshold=sae.state_dict().get("threshold"),
         rule=sae.exported_as,
-        input=metadata.get("input", STANDARDISED),
+        input=STANDARDISED if sae.standardises else RESIDUAL,
         metadata={"sae": {"architecture": sae.architecture, "k": sae.k, **sae.describe()}, **metadata},
     )
 
@@ -170,4 +170,5 @@ def sae_of(weights: SaeWeights) -> Sae:
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
             tensor.copy_(tensors[name])
+    sae.standardises = weights.input == STANDARDISED
     return sae

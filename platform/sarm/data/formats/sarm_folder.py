@@ -5,6 +5,7 @@ Apart from SAE folders, since `transformers`' models take seconds to import, whi
 
 import copy
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.tensor_files import tensors_in
-from sarm.data.store.finite import not_finite
+from sarm.data.store.finite import not_finite, not_floats
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.nn.abs_topk import AbsTopKSae
 from sarm.nn.modeling_sarm import CODE_FILES, SarmConfig, SarmForSequenceClassification
@@ -55,12 +56,14 @@ def copy_text_code(folder: Path) -> None:
 def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequenceClassification:
     """The reward model of a folder.
 
-    Raises UserError if it is not one, or weights are missing, surplus or of another shape.
+    Raises UserError if it is not one, or weights are missing, surplus or of another shape. Warns where its config does not say whether
+    activations are standardised.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no reward model (no config.json). Train one first, or pass another --out.")
     try:
-        kind = read_json(folder / "config.json").get("model_type")
+        fields = read_json(folder / "config.json")
+        kind = fields.get("model_type")
         if kind != SarmConfig.model_type:
             raise ValueError(f"its model type is {kind}")
         config = SarmConfig.from_pretrained(folder)
@@ -70,6 +73,8 @@ def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
         raise UserError(
             f"{folder} is not a readable reward model: {error}. Train it again, or pass another --out."
         ) from error
+    if "standardise" not in fields:
+        warnings.warn(f"{folder / 'config.json'} does not say whether activations are standardised, as the first folders did not. They are, as theirs were.", stacklevel=2)  # fmt: skip
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
@@ -77,6 +82,8 @@ def load_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
         raise UserError(
             f"{folder} does not fit its config: {len(wrong)} weights differ, first {wrong[0]}: got {shapes.get(wrong[0])}, expected {expected.get(wrong[0])}."
         )
+    if whole := not_floats(weights.items()):
+        raise UserError(f"{folder} holds whole numbers in {whole}: it was quantised, which a SARM cannot be. Pass it as it was exported.")  # fmt: skip
     if broken := not_finite(weights.items()):
         raise UserError(f"{folder} holds NaN or infinite values in {broken}. The model is broken; train it again.")
     model.load_state_dict(weights)

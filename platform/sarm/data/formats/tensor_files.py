@@ -44,6 +44,7 @@ def tensors_in(
     folder: Path, names: Iterable[str] | None = None, *, pickles: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of these names, or all, each read when it is its turn. Raises UserError as `shapes_in` does."""
+    shapes_in(folder, pickles=pickles)
     wanted = None if names is None else set(names)
     for path in weight_files(folder, pickles=pickles):
         if path.suffix == ".bin":

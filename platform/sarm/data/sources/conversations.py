@@ -5,18 +5,19 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from sarm.data.sources.tool_turns import MORE, ToolFault, calls_in, more_of, texts_in, with_more
 from sarm.data.tokens.templated_text import is_rendered_conversation
 from sarm.settings.checks import UserError
 
 Message = dict[str, str]
-ROLES = ("system", "user", "assistant")
-# What the roles of others are here; the turns of tools are named as the reason for which they are left out.
+ROLES = ("system", "user", "assistant", "tool")
+# What the roles of others are here; a turn that is a call alone is one of the assistant's.
 _SPELLINGS = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool_turn"),
-    "function_call": "tool_call",
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+    "function_call": "call",
 }
 # A tokenizer needs a second and some gigabytes for more, nearly all of which a model's context has no room for.
 MAX_CONTENT_BYTES = 4 << 20
@@ -50,31 +51,32 @@ def fault_of(text: str) -> str | None:
 
 
 def read_messages(items: Sequence[Any]) -> list[Message] | str:
-    """Role and content of each message; or why they are none: `not_text`, `bad_roles`, `null_content`, `part_not_text`, `tool_call`, `tool_turn`.
+    """Each message as it is stored; or why they are none: `not_text`, `bad_roles`, `null_content`, `part_not_text`, `bad_tool_call` ...
 
     Roles and fields may be called as ShareGPT and others call them (`from` and `value`, `human` and `gpt`), and a content may be a list of
-    texts, which are joined. What a stored conversation cannot say is a reason and is not dropped: calls of tools and what tools answered.
-    A `name`, which templates do not write, is left out.
+    texts, which are joined. A name and calls of tools are kept beside the content (`tool_turns`); the template may have words for them.
     """
     messages: list[Message] = []
     for item in items:
         if not isinstance(item, dict):
             return "not_text"
-        if any(item.get(call) for call in ("tool_calls", "function_call")):
-            return "tool_call"
         said = next((item[key] for key in ("role", "from") if item.get(key) is not None), None)
         if said is None:
             return "not_text"
         role = _SPELLINGS.get(said.lower()) if isinstance(said, str) else None
         if role is None:
             return "bad_roles"
-        if role in ("tool_turn", "tool_call"):
-            return role
         content = next((item[key] for key in ("content", "value", "text") if item.get(key) is not None), None)
-        text, reason = _content(content)
-        if reason:
-            return reason
-        messages.append({"role": role, "content": text})
+        try:
+            more = more_of(item)
+            if role == "call":
+                role, content, more = "assistant", "", {**more, "tool_calls": calls_in(_content(content)[0])}
+            text, reason = ("", None) if content is None and "tool_calls" in more else _content(content)
+            if reason:
+                return reason
+            messages.append(with_more({"role": role, "content": text}, more))
+        except ToolFault as fault:
+            return str(fault)
     return messages
 
 
@@ -122,12 +124,28 @@ def fault_of_content(text: str) -> str | None:
 
 
 def fault_of_messages(messages: Sequence[Message]) -> str | None:
-    """The reason word of a conversation that no tokenizer should see, or None. An empty system turn is a choice, others an accident."""
+    """The reason word of a conversation that no tokenizer should see, or None.
+
+    An empty system turn is a choice, and so is that of an assistant that calls tools, or of a tool that answers nothing; others are an accident.
+    """
     for message in messages:
-        reason = fault_of_content(message["content"])
-        if reason and not (reason == "empty" and message["role"] == "system"):
+        reason, more = fault_of_content(message["content"]), message.get(MORE)
+        if reason and not (reason == "empty" and (message["role"] in ("system", "tool") or more)):
+            return reason
+        if more and (reason := _fault_of_more(more)):
             return reason
     return None if any(message["role"] != "system" for message in messages) else "empty"
+
+
+def _fault_of_more(more: str) -> str | None:
+    if len(more.encode("utf-8", "surrogatepass")) > MAX_CONTENT_BYTES:
+        return "too_long"
+    return next((reason for text in texts_in(json.loads(more)) if (reason := fault_of(text)) not in (None, "empty")), None)  # fmt: skip
+
+
+def answer_text(message: Message) -> str | None:
+    """The content of a message that is an answer; None where it calls tools, which is no text to compare."""
+    return None if "tool_calls" in more_of(message) else message["content"]
 
 
 def check_messages(messages: Any) -> None:
@@ -150,6 +168,14 @@ def check_messages(messages: Any) -> None:
         raise ConversationError("a conversation without messages. Pass at least the user's.", "empty")
     for message in messages:
         role, content = message.get("role"), message.get("content")
+        try:
+            more = more_of(message)
+        except ToolFault as fault:
+            raise ConversationError(f"the message of {str(role)[:60]} has a name, calls or tools that cannot be read: {fault}. Write them as OpenAI's API does.", str(fault)) from fault  # fmt: skip
+        if more and (reason := _fault_of_more(json.dumps(more, ensure_ascii=False))):
+            raise ConversationError(f"what the message of {role} has beside its content cannot be encoded: {reason}. Leave it out.", reason)  # fmt: skip
+        if content is None and "tool_calls" in more:
+            content = ""
         if not isinstance(content, str):
             raise ConversationError(f"the message of {role} has no text as its content. Pass a string.", "not_text")
         if not isinstance(role, str) or not role.isidentifier():

@@ -12,6 +12,7 @@ from sarm.data.sources.containers.damage import DAMAGE
 from sarm.data.sources.containers.packing import PACKINGS, chunks_of
 from sarm.data.sources.containers.text_rows import csv_rows, json_rows, txt_rows
 from sarm.data.sources.rows import FileFormat, Reject, Row
+from sarm.settings.checks import UserError
 
 Streamed = Callable[[str, Iterator[bytes]], Iterator[Row | Reject]]
 # What stands beside data and holds none, in folders and in archives.
@@ -67,11 +68,19 @@ class _Members:
 
     def __init__(self) -> None:
         self._kind = ""
+        self._unread: list[str] = []
+
+    def check(self, path: Path) -> None:
+        """Raise UserError for an archive that holds files, and none of them of rows that are read out of archives."""
+        if self._unread and not self._kind:
+            shown = ", ".join(self._unread[:3]) + (" ..." if len(self._unread) > 3 else "")
+            raise UserError(f"{path} holds {shown}, and of archives {', '.join(STREAMED)} are read, plain or packed. Unpack it and pass the folder.")  # fmt: skip
 
     def __call__(self, where: str, name: str, file: IO[bytes]) -> Iterator[Row | Reject] | None:
         base = Path(name).name
         extension = next((one for one in STREAMED if base.lower().endswith(tuple(f"{one}{p}" for p in PACKINGS))), None)
         if extension is None or not is_data(base):
+            self._unread.append(name)
             return None
         kind, rows = STREAMED[extension]
         self._kind = self._kind or kind
@@ -79,11 +88,13 @@ class _Members:
 
 
 def _tar(path: Path, columns: Sequence[str] | None) -> Iterator[Row | Reject]:
-    return tar_rows(path, columns, _Members())
+    yield from tar_rows(path, columns, members := _Members())
+    members.check(path)
 
 
 def _zip(path: Path, columns: Sequence[str] | None) -> Iterator[Row | Reject]:
-    return zip_rows(path, columns, _Members())
+    yield from zip_rows(path, columns, members := _Members())
+    members.check(path)
 
 
 FORMATS: dict[str, FileFormat] = {

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from sarm.contracts.ids import hash_share, prompt_id_of, response_id_of, stable_int
 from sarm.contracts.tables import RESPONSES_TABLE
 from sarm.data.sources import texts as text_sources
+from sarm.data.sources.conversations import answer_text
 from sarm.data.sources.prepare import Tally, write_rows
 from sarm.settings.checks import UserError
 from sarm.settings.data import DataSettings
@@ -34,10 +35,11 @@ def prepare_responses(data: DataSettings, pairs: Path, folder: Path) -> dict[str
         for spec in data.responses:
             for record in tally.usable(text_sources.open_texts(spec, MESSAGES), spec):
                 messages = record.messages
-                if not messages or messages[-1]["role"] != "assistant" or len(messages) < 2:
+                response = answer_text(messages[-1]) if messages and messages[-1]["role"] == "assistant" else None
+                if messages is None or response is None or len(messages) < 2:
                     left_out["no_answer"] += 1
                     continue
-                prompt, response = messages[:-1], messages[-1]["content"]
+                prompt = messages[:-1]
                 row_id, prompt_id = stable_int(response_id_of(prompt, response)), prompt_id_of(prompt)
                 if row_id in seen:
                     tally.duplicates += 1

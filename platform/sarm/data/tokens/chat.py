@@ -15,6 +15,7 @@ from sarm.contracts.passes import Spelled
 from sarm.data.sources.conversations import ConversationError, Message, check_messages
 from sarm.data.tokens.control_tokens import ControlTokens, Encoded, Rendered, Span
 from sarm.data.tokens.opening import opening_of
+from sarm.data.tokens.said_beside import apply_template, kinds_said, turns_of
 from sarm.data.tokens.spelling import NotEncodableError
 from sarm.data.tokens.templated_text import template_spelled_in
 from sarm.data.tokens.templates import (
@@ -191,9 +192,14 @@ class ChatTokenizer:
             for text, response, tokens in zip(texts, responses, found, strict=True)
         ]
 
-    def _turns(self, messages: Sequence[Message]) -> list[Message]:
+    @cached_property
+    def says(self) -> frozenset[str]:
+        """What the template writes beside contents, of `said_beside.KINDS`."""
+        return kinds_said(self._apply)
+
+    def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         check_messages(messages)
-        turns = [{"role": one["role"], "content": one["content"]} for one in messages]
+        turns = turns_of(messages, lambda: self.says)
         if self.system_prompt is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self.system_prompt})
         return turns
@@ -204,13 +210,10 @@ class ChatTokenizer:
         except NotEncodableError as error:
             raise ConversationError(str(error), "not_encodable") from error
 
-    def _apply(self, turns: Sequence[Message], opened: bool = False) -> str:
+    def _apply(self, turns: Sequence[dict[str, Any]], opened: bool = False) -> str:
         """What the template makes of the turns; with `opened`, and of the beginning of an answer to them."""
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(turns), chat_template=self.template, tokenize=False, add_generation_prompt=opened
-            )
-            return text
+            return apply_template(self.tokenizer, turns, chat_template=self.template, add_generation_prompt=opened)
         except Exception as error:  # a template raises whatever its author chose, jinja's errors among them
             roles = [turn["role"] for turn in turns]
             raise ConversationError(f"the chat template refuses these roles {roles}: {error}") from error

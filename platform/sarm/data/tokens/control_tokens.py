@@ -10,6 +10,7 @@ Registered models carry copies of this module and of `spelling`, which it import
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from .spelling import NotEncodableError, any_of, literals_of, pieces_of, unknown_id
 
-Message = dict[str, str]
+# Role and content, and beside them what a template may write: a name, calls of tools, tools that are offered.
+Message = dict[str, Any]
 Span = tuple[int, int]
 Render = Callable[[Sequence[Message]], str]
 
@@ -91,11 +93,15 @@ class ControlTokens:
         is. Those, and no others of the contents, count as the template's. Raises what `render` raises, and NotEncodableError if the contents leave no private-use character free.
         """
         contents = [turn["content"] for turn in turns]
-        if not any(self._needs_marks(content) for content in contents):
+        beside = [text for turn in turns for text in _texts_in(_beside(turn))]
+        if not any(self._needs_marks(text) for text in (*contents, *beside)):
             return self._with_stand_ins(render(turns))
-        mark, *aliases = _absent_from(_MARKS, [*contents, template, self._all_texts], 1 + len(self._single))
+        mark, *aliases = _absent_from(_MARKS, [*contents, *beside, template, self._all_texts], 1 + len(self._single))
         alias_of = dict(zip(self._single, aliases, strict=True))
         whole = self._read_whole(template)
+        if beside:
+            marked_text = partial(self._marked, mark=mark, alias_of=alias_of, whole=whole)
+            turns = [{**turn, **_each_text(_beside(turn), marked_text)} for turn in turns]
         marked = [self._marked(content, mark, alias_of, whole) for content in contents]
         read = [text for text in self._not_special if text in template]
         if read and any(text in turn["content"] for text in read for turn in turns if turn["role"] == "assistant"):
@@ -251,6 +257,27 @@ def _absent_from(candidates: Iterable[int], texts: Sequence[str], count: int = 1
     if len(found) < count:
         raise NotEncodableError("a text uses every private-use character that Unicode has. Leave it out.")
     return found
+
+
+def _beside(turn: Message) -> dict[str, Any]:
+    return {name: value for name, value in turn.items() if name not in ("role", "content")}
+
+
+def _texts_in(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [text for name, one in value.items() for text in (name, *_texts_in(one))]
+    if isinstance(value, (list, tuple)):
+        return [text for one in value for text in _texts_in(one)]
+    return [value] if isinstance(value, str) else []
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed, the names of fields among them: all are written as somebody spelled them."""
+    if isinstance(value, Mapping):
+        return {change(name): _each_text(one, change) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_each_text(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _with_contents(turns: Sequence[Message], contents: Sequence[str]) -> list[Message]:

@@ -149,10 +149,10 @@ def csv_rows(where: str, chunks: Iterator[bytes], delimiter: str | None = None) 
     header = next(lines, None)
     if header is None:
         return
-    if header.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    first = header.removeprefix(_BOM).decode("utf-8", "surrogateescape")
+    if header.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or _ESCAPED.search(first):
         yield Reject("invalid_utf8", f"{where}:1")
         return
-    first = header.removeprefix(_BOM).decode("utf-8", "surrogateescape")
     delimiter = delimiter or max(_DELIMITERS, key=first.count)
     too_long: list[int] = []
     table = csv.reader(chain([f"{first}\n"], _decoded(lines, too_long)), delimiter=delimiter)

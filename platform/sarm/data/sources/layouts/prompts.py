@@ -4,14 +4,15 @@ import json
 import re
 from typing import Any
 
-from sarm.data.sources.conversations import Message, read_messages
+from sarm.data.sources.conversations import Message, answer_text, read_messages
 from sarm.data.sources.layouts.layout import Answers, Fault, Fields, present
+from sarm.data.sources.tool_turns import MORE, ToolFault, offered
 
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[^\S\n]?")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 SYSTEM = ("system", "system_prompt", "system_message")
 AROUND = (*SYSTEM, "tools")
-"""Columns of every layout: a system turn, and tools, which no stored conversation can hold."""
+"""Columns of every layout: a system turn, and the tools that the conversation offers."""
 
 
 def is_transcript(text: Any) -> bool:
@@ -85,12 +86,17 @@ def instruction_in(fields: Fields, *names: str) -> list[Message]:
 
 
 def with_system(messages: list[Message], fields: Fields) -> list[Message]:
-    """The messages behind the system turn that a column of the row holds, if one does.
+    """The messages behind the system turn that a column of the row holds, if one does, with the tools that another column offers.
 
-    Raises Fault `tools` for a row that offers tools, `two_system_turns` if the messages begin with another system turn.
+    Raises Fault `bad_tools` for tools that cannot be read, `two_system_turns` if the messages begin with another system turn.
     """
-    if fields.get("tools") and fields["tools"] not in ("[]", "null", "{}"):
-        raise Fault("tools")
+    try:
+        return offered(_behind_system(messages, fields), fields.get("tools"))
+    except ToolFault as fault:
+        raise Fault(str(fault)) from fault
+
+
+def _behind_system(messages: list[Message], fields: Fields) -> list[Message]:
     system = next((fields[name] for name in SYSTEM if fields.get(name)), None)
     if system is None:
         return messages
@@ -118,7 +124,15 @@ def answer_in(value: Any) -> Any:
     read = messages_in(messages)
     if len(read) != 1 or read[0]["role"] != "assistant":
         raise Fault("bad_roles")
-    return read[0]["content"]
+    return said_in(read[0])
+
+
+def said_in(answer: Message) -> str:
+    """The text of an answer. Raises Fault `tool_call` for one that calls tools."""
+    text = answer_text(answer)
+    if text is None:
+        raise Fault("tool_call")
+    return text
 
 
 def split(chosen: list[Message], rejected: list[Message], prompt: list[Message]) -> Answers:
@@ -129,13 +143,16 @@ def split(chosen: list[Message], rejected: list[Message], prompt: list[Message])
         raise Fault("prompt_differs")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise Fault("bad_roles")
-    return Answers(_joined(prompt, chosen[:-1]), chosen[-1]["content"], rejected[-1]["content"])
+    return Answers(_joined(prompt, chosen[:-1]), said_in(chosen[-1]), said_in(rejected[-1]))
 
 
 def _joined(prompt: list[Message], shared: list[Message]) -> list[Message]:
     (system, asked), (own_system, own) = _without_system(prompt), _without_system(shared)
-    begins = [(turn["role"], turn["content"].strip()) for turn in asked]
-    if [(turn["role"], turn["content"].strip()) for turn in own[: len(asked)]] != begins:
+
+    def said(turns: list[Message]) -> list[tuple[str, str, str | None]]:
+        return [(turn["role"], turn["content"].strip(), turn.get(MORE)) for turn in turns]
+
+    if said(own[: len(asked)]) != said(asked):
         if own_system:
             raise Fault("prompt_differs")
         return [*prompt, *shared]

@@ -176,7 +176,7 @@ def _pair(answers: Answers, fields: Fields, source: str) -> RawPair:
 def _check_prompt(read: Answers | Judged) -> None:
     if not read.prompt:
         raise Fault("empty_prompt")
-    if read.prompt[-1]["role"] != "user":
+    if read.prompt[-1]["role"] not in ("user", "tool"):
         raise Fault("bad_roles")
     if reason := fault_of_messages(read.prompt):
         raise Fault("empty_prompt" if reason == "empty" else reason)

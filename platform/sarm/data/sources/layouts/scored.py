@@ -9,7 +9,7 @@ from typing import Any
 
 from sarm.data.sources.conversations import Message
 from sarm.data.sources.layouts.layout import Answers, Fault, Fields, Judged, Layout, has, number_of, present
-from sarm.data.sources.layouts.prompts import AROUND, answer_in, instruction_in, messages_in, prompt_in
+from sarm.data.sources.layouts.prompts import AROUND, answer_in, instruction_in, messages_in, prompt_in, said_in
 
 _EVERY_TWO = "every two answers of different scores, the higher one chosen"
 _OTHER_ROWS = "each answer with the others of its prompt in the same source"
@@ -137,7 +137,7 @@ def _read_tagged(fields: Fields) -> Judged:
     messages = messages_in(present(fields, "messages", "conversations"))
     if not messages or messages[-1]["role"] != "assistant":
         raise Fault("bad_roles")
-    return Judged(prompt_in({**fields, "messages": messages[:-1]}, "messages"), messages[-1]["content"], value)
+    return Judged(prompt_in({**fields, "messages": messages[:-1]}, "messages"), said_in(messages[-1]), value)
 
 
 SCORED: tuple[Layout, ...] = (
