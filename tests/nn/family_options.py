@@ -43,7 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # A soft cap of 2 is felt by random weights, 50 would not be.
     "gemma2": {"head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 2, **_MIXED},
     "gemma3_text": {"head_dim": 8, **_MIXED},
-    "gemma4_text": {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": WINDOW},
+    "gemma4_text": {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 1, "layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": WINDOW},
     "vaultgemma": {"head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 2, **_MIXED},
     "phi": {},
     "phi3": {"sliding_window": WINDOW},
@@ -80,6 +80,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cwm": {"head_dim": 8, **_MIXED},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "olmo_hybrid": {**_LINEAR, **_DELTA},
+    "falcon_h1": {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8, "ssm_multipliers": [0.5, 2.0, 0.7, 1.3, 0.9]},
     "internlm3": {"head_dim": 8},
 }  # fmt: skip
 
@@ -100,7 +101,7 @@ NAMES = {
     "gemma": "Gemma 1",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3, its language model",
-    "gemma4_text": "Gemma 4 without embeddings for each layer, its language model",
+    "gemma4_text": "Gemma 4, its language model; E2B and E4B with the embeddings of each layer",
     "vaultgemma": "VaultGemma",
     "phi": "Phi 1, 1.5, 2",
     "phi3": "Phi 3, 3.5, 4, 4 mini",
@@ -137,5 +138,6 @@ NAMES = {
     "dots1": "dots.llm1",
     "cwm": "Code World Model",
     "lfm2": "LFM 2",
+    "falcon_h1": "Falcon H1",
     "internlm3": "InternLM 3",
 }

@@ -1,5 +1,6 @@
 """Every family of language models as a backbone: a training step, an exported SARM without this package, published checkpoints' own layouts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -193,31 +194,65 @@ def test_weights_quantised_in_ways_that_are_not_read_are_refused(family_folder, 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_family_that_cannot_be_right_is_refused_with_the_reason(kind, tmp_path):
-    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    code = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}} if kind == "internlm2" else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **code}))
     with pytest.raises(ValueError, match=f"is a {kind} model, {REFUSED[kind]}") as error:
         read_config(str(tmp_path), 1)
     assert "\n" not in str(error.value)
 
 
-def test_a_model_with_an_embedding_for_each_layer_is_refused(tmp_path):
-    options = {**COMMON, **OPTIONS["gemma4_text"], "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}  # fmt: skip
-    AutoConfig.for_model("gemma4_text", **options).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="an embedding for each of its layers, whose weights cannot be cut"):
-        read_config(str(tmp_path), 1)
-
-
-def test_which_layers_take_the_keys_of_others_is_decided_by_the_whole_model(tmp_path):
-    """Of three layers the last takes the keys of an earlier one; cut behind it or before it, the others are as they were."""
-    options = {**COMMON, **OPTIONS["gemma4_text"], "num_kv_shared_layers": 1}
-    config = AutoConfig.for_model("gemma4_text", **options)
+@pytest.mark.parametrize("shards", ["one file", "shards"])
+@pytest.mark.parametrize(("shared", "per_layer"), [(0, 0), (1, 0), (0, 6), (1, 6), (2, 6), (3, 6)])
+def test_what_each_block_of_gemma_4_takes_from_elsewhere_is_that_of_the_whole_model(
+    shared, per_layer, shards, tmp_path
+):
+    """Embeddings of its own, and keys of earlier blocks: cut before or behind a block, the others are as they were."""
+    own = {"hidden_size_per_layer_input": per_layer, "num_kv_shared_layers": shared, "num_hidden_layers": 5}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    config = AutoConfig.for_model("gemma4_text", **{**COMMON, **OPTIONS["gemma4_text"], **own, "layer_types": kinds})
     torch.manual_seed(3)
     model = AutoModel.from_config(config, attn_implementation="eager").eval()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="20KB" if shards == "shards" else "1GB")
     ids = random_ids(1, 2, 13)
     with torch.no_grad():
         wanted = model(ids, output_hidden_states=True, use_cache=False).hidden_states
-    found = residual_alone(load_backbone(str(tmp_path), 2), ids)
-    torch.testing.assert_close(found, wanted[2], rtol=1e-5, atol=1e-5)
+    for layer in (1, 2, 3, 4):
+        cut = load_backbone(str(tmp_path), layer)
+        # Some ten units in the last place of values of up to ten.
+        torch.testing.assert_close(residual_alone(cut, ids), wanted[layer], rtol=5e-5, atol=5e-5)
+        if per_layer:
+            assert cut.embed_tokens_per_layer.weight.shape == (VOCABULARY, layer * per_layer)
+
+
+def test_a_block_of_gemma_3n_gives_copies_of_the_stream_and_not_the_stream():
+    """Why it is refused: four of them, which a model mixes before each block and only its end makes one of."""
+    own = {"head_dim": 8, "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention", "full_attention"], "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 6, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 3, "intermediate_size": [48] * 3}  # fmt: skip
+    model = AutoModel.from_config(AutoConfig.for_model("gemma3n_text", **{**COMMON, **own})).eval()
+    with torch.no_grad():
+        found = model(random_ids(1, 2, 7), output_hidden_states=True, use_cache=False).hidden_states
+    assert [tuple(one.shape) for one in found] == [(4, 2, 7, D_IN)] * (NUM_LAYERS + 1)
+
+
+def test_keys_of_earlier_blocks_that_the_library_cannot_compute_are_refused(tmp_path):
+    own = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 1}
+    AutoConfig.for_model("gemma4_text", **{**COMMON, **OPTIONS["gemma4_text"], **own}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"takes the keys of earlier layers at layer 3 .*Pass --model\.layer 2 or lower"):  # fmt: skip
+        read_config(str(tmp_path), 3)
+
+
+def test_embeddings_of_layers_that_are_too_few_or_of_other_tokens_are_refused(tmp_path):
+    config = AutoConfig.for_model("gemma4_text", **{**COMMON, **OPTIONS["gemma4_text"]})
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    (key,) = [name for name in weights if "embed_tokens_per_layer" in name]
+    for wrong in (weights[key][:, :5], weights[key][:-1]):
+        save_file({**weights, key: wrong.contiguous()}, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"another shape.*embed_tokens_per_layer\.weight"):
+            load_backbone(str(tmp_path), 1)
+    save_file({name: t for name, t in weights.items() if name != key}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, e\.g\. embed_tokens_per_layer"):
+        load_backbone(str(tmp_path), 1)
 
 
 def test_rows_beyond_which_angles_depend_on_the_batch_are_known():
@@ -268,6 +303,6 @@ def test_the_table_of_backbones():
         )
         for family, how in sorted(FAMILIES.items())
     ]
-    names = {"falcon_h1": "Falcon H1", "gemma3n_text": "Gemma 3n"}
+    names = {"gemma3n_text": "Gemma 3n", "internlm2": "InternLM 2, 2.5"}
     refused = [(names[kind], f"`{kind}`", "refused", reason) for kind, reason in REFUSED.items()]
     assert_listed("backbones", ("models", "`model_type`", "answers share their prompt's row", "attention masks"), rows + refused)  # fmt: skip

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.sae_folder import load_sae, save_sae
 from sarm.data.formats.sarm_folder import load_sarm, read_sarm, save_sarm
+from sarm.data.store.activations import ActivationStore
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.engine.session import open_session
 from sarm.nn.architectures import build_sae
@@ -41,6 +42,7 @@ from sarm.settings.serving import Serving
 from sarm.stages.convert_sae import convert_sae
 from sarm.stages.convert_sarm import convert_sarm
 from sarm.stages.evaluate import evaluate
+from sarm.stages.report import report
 from sarm.stages.reward_models import build_model, check_sae, check_width
 from sarm.stages.train_sarm import train_sarm
 
@@ -223,7 +225,9 @@ def test_a_reward_model_is_trained_and_evaluated_on_an_sae_of_raw_activations(
     out = Path(shutil.copytree(extracted, tmp_path / "run"))
     shutil.copy(extracted.parent / "mlflow.db", tmp_path)
     sae = build_sae("topk", 64, 96, 8)
-    sae.initialise_(torch.randn(300, 64), torch.Generator().manual_seed(0))
+    sae.initialise_(
+        ActivationStore(extracted / "activations" / "chat").read_sides()[1], torch.Generator().manual_seed(0)
+    )
     (tmp_path / "in").mkdir()
     sae.standardises = False
     save_sae(sae, tmp_path / "in", {"activations": {"model": preset.model.name, "layer": preset.model.layer}})
@@ -233,8 +237,10 @@ def test_a_reward_model_is_trained_and_evaluated_on_an_sae_of_raw_activations(
     with open_session(replace(preset, run=run, reward=reward)) as session:
         train_sarm(session, preset.model, reward)
         evaluate(session, preset.extraction, preset.evaluation)
+        report(session, "raw", preset.evaluation)
     assert [load_sarm(out / name).config.standardise for name in ("sarm", "sarm_random_encoder", "scalar_head")] == [False, False, True]  # fmt: skip
     found = read_json(out / "evaluation" / "metrics.json")
     assert found["completeness"] < 1e-4
-    assert 0 < found["sae_on_heldout"]["fvu"] < 2
+    assert 0 < found["sae_on_heldout"]["fvu"] < 1
     assert found["sae_on_heldout"]["reward_fidelity"] <= 1
+    assert (out / "report.html").is_file()

@@ -52,11 +52,12 @@ FAMILIES: dict[str, Family] = {
     **{name: Family(alone=True) for name in _ALONE.split()},
     "phi": Family(final_norm="final_layernorm"),
     "lfm2": Family(alone=True, final_norm="embedding_norm"),
+    "falcon_h1": Family(alone=True, final_norm="final_layernorm"),
 }
 # Why others cannot be right.
 REFUSED = {
-    "falcon_h1": "which loses a vector of scales where transformers loads it as a part of another model, as a reward model is",
     "gemma3n_text": "whose blocks carry several copies of the residual stream, of which none is it",
+    "internlm2": "whose blocks and tokenizer are code of its own in the checkpoint, which is not run",
 }
 # More answers to one prompt, or more branches of one of them, do not fit a row.
 ANSWERS_PER_BLOCK = 1 << 16
@@ -85,6 +86,15 @@ def without_final_norm(model: "PreTrainedModel") -> "PreTrainedModel":
         del model.config.quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]
     return model
+
+
+def restore_scales_(model: "PreTrainedModel") -> None:
+    """Compute Falcon H1's vectors of scales from its config, which `transformers` forgets where the model is a part of another.
+
+    They are in no file. What it forgets holds whatever the memory held.
+    """
+    if model.config.model_type == "falcon_h1":
+        model._init_weights(model)
 
 
 def residual_stream(

@@ -26,7 +26,7 @@ from transformers.utils.generic import ModelOutput
 
 from .answer_places import Places, closed, find_places, without_padding
 from .architectures import ARCHITECTURE_FILES, build_sae
-from .backbone import attention_of, residual_stream, without_final_norm
+from .backbone import attention_of, residual_stream, restore_scales_, without_final_norm
 from .heads import ScalarHead, SparseLinear
 from .loading_report import faults
 from .losses import reconstruction_loss
@@ -266,6 +266,7 @@ class SarmForSequenceClassification(PreTrainedModel):
         model, report = loaded
         if wrong := faults(report):
             raise ValueError(f"{args[0] if args else 'the model'} {wrong}. Get another copy, or export it again.")
+        restore_scales_(model.model)
         return (model, report) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .backbone import FAMILIES, REFUSED, attention_of, without_final_norm
+from .layer_embeddings import fill_layer_embeddings_
 from .loading_report import faults
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def load_backbone(
             key_mapping=_TEXT_PART,
             **_strictly(config, revision, gguf_file),
         )
+        fill_layer_embeddings_(model, report, name, revision)
     if wrong := faults(
         report, may_lack=lambda key: key.startswith(f"{norm}."), may_hold=lambda key: is_unneeded(key, layer)
     ):
@@ -137,14 +139,14 @@ def _whole_config(name: str, revision: str, gguf_file: str) -> "PretrainedConfig
             whole: PretrainedConfig = AutoConfig.from_pretrained(name, **_source(revision, gguf_file))
         # A config is checked by its own class, which raises what it likes.
         except Exception as error:
+            _refuse(name, _kind_in(name, revision))
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
                 f"cannot read the model {name}: {reason} Pass --model.name with a folder or a Hugging Face id."
             ) from error
     part: PretrainedConfig | None = getattr(whole, "text_config", None)
     config = whole if whole.model_type in FAMILIES or part is None else part
-    if config.model_type in REFUSED:
-        raise ValueError(f"{name} is a {config.model_type} model, {REFUSED[config.model_type]}. Pass --model.name.")
+    _refuse(name, config.model_type)
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"{name} is a {config.model_type} model, supported are {', '.join(FAMILIES)}. Pass --model.name."
@@ -153,6 +155,21 @@ def _whole_config(name: str, revision: str, gguf_file: str) -> "PretrainedConfig
         config.quantization_config = whole.quantization_config
     _check_quantisation(config, name, gguf_file)
     return config
+
+
+def _refuse(name: str, kind: str) -> None:
+    if kind in REFUSED:
+        raise ValueError(f"{name} is a {kind} model, {REFUSED[kind]}. Pass --model.name.")
+
+
+def _kind_in(name: str, revision: str) -> str:
+    """What a config says that it is, without its class; empty where there is none."""
+    from transformers import PretrainedConfig
+
+    try:
+        return str(PretrainedConfig.get_config_dict(name, revision=revision)[0].get("model_type"))
+    except (OSError, ValueError):
+        return ""
 
 
 def _check_quantisation(config: "PretrainedConfig", name: str, gguf_file: str) -> None:
@@ -171,13 +188,13 @@ def _quantised_by(config: "PretrainedConfig") -> str:
 
 def _cut_(config: "PretrainedConfig", layer: int, name: str) -> None:
     depth = config.num_hidden_layers
-    if getattr(config, "hidden_size_per_layer_input", None):
-        raise ValueError(f"{name} has an embedding for each of its layers, whose weights cannot be cut at one. Pass a model without (hidden_size_per_layer_input 0) to --model.name.")  # fmt: skip
     if getattr(config, "use_bidirectional_attention", None) is True:
         raise ValueError(f"{name} attends to both sides, so that a token's activation is of the whole row. Pass a causal --model.name.")  # fmt: skip
     if shared := getattr(config, "num_kv_shared_layers", None):
         # The last ones of the whole model take the keys of earlier ones.
         config.num_kv_shared_layers = max(0, layer - (depth - shared))
+        if config.num_kv_shared_layers and getattr(config, "hidden_size_per_layer_input", None) == 0:
+            raise ValueError(f"{name} takes the keys of earlier layers at layer {layer} without an embedding for each of its layers, which transformers cannot compute. Pass --model.layer {depth - shared} or lower.")  # fmt: skip
     each = {
         key: value
         for key, value in vars(config).items()

@@ -280,7 +280,8 @@ def _pictures(
     return {
         "Held-out accuracy": figures.accuracy_bars(accuracies),
         "Reward model training": figures.reward_curves(rewards),
-        "SAE training": figures.sae_curves(histories["sae"]),
+        # An SAE from elsewhere has none.
+        **({"SAE training": figures.sae_curves(histories["sae"])} if "sae" in histories else {}),
         "Rewards of held-out responses": figures.reward_histograms(chosen, rejected),
         "Calibration of held-out margins": figures.calibration_plot(*reliability_bins(chosen - rejected)),
         "Features by mean contribution": figures.contribution_bars(raising, lowering),
