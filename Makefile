@@ -69,6 +69,11 @@ bench: .venv-bench/.ready $(VENV)/.ready  ## figures, beside other libraries whe
 test-chaos: $(VENV)/.ready  ## kills of nodes, actors, drivers and MLflow, hosts that are cut off; SEED=2 for others
 	SARM_CHAOS=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos tests/hosts -s
 
+# Tests of generated layouts, files, tokenizers, templates and configs.
+FUZZED := tests/data tests/contracts tests/passes/test_reward_heads.py tests/nn/test_backbone_files.py tests/serve/test_bad_requests.py
+test-fuzz: $(VENV)/.ready  ## 2,000 generated inputs for each test of layouts, files, tokenizers and configs; minutes
+	SARM_HYPOTHESIS=fuzz $(BIN)/python -m pytest -n 2 -m hypothesis --timeout 7200 $(FUZZED)
+
 test-formats: $(VENV)/.ready .venv-bench/.ready  ## SAE files, exchanged with the libraries whose formats they are
 	$(BIN)/python -m pytest tests/formats tests/data/formats/test_sae_formats.py
 

@@ -42,7 +42,9 @@ from sarm.settings.presets import PRESETS  # noqa: E402
 
 # No deadline: a loaded machine is not a bug. The same examples every time: a failure can be repeated.
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("tests")
+# Other examples every time, and many (`make test-fuzz`): a failure prints what repeats it.
+settings.register_profile("fuzz", deadline=None, max_examples=2000, print_blob=True)
+settings.load_profile(os.environ.get("SARM_HYPOTHESIS", "tests"))
 
 
 # Files whose tests share a finished run, and fixtures that share a cluster: each of the two stays in one process.

@@ -38,7 +38,7 @@ def checkpoints(draw: st.DrawFn) -> dict:
 
 
 @given(checkpoints())
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=max(80, settings().max_examples), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_backbone_ends_in_a_traceback_or_with_a_weight_that_is_in_no_file(family_folder, tmp_path, how):
     source = family_folder("llama")
     shutil.rmtree(tmp_path)

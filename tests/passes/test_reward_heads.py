@@ -332,7 +332,7 @@ def checkpoints(draw: st.DrawFn) -> dict:
 
 
 @given(checkpoints())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=max(60, settings().max_examples), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_checkpoint_ends_in_a_traceback_or_with_a_weight_that_is_in_no_file(tiny_folder, tmp_path, how):
     """Either one line refuses it, or rewards are those of a model that was filled with the file's tensors by hand."""
     shutil.rmtree(tmp_path)

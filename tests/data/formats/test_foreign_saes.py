@@ -247,7 +247,7 @@ def by_the_librarys_rules(config: dict, factor: bool) -> tuple[torch.Tensor, tor
     return codes, back(shown * foreign.FACTOR.double() if factor else shown)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=max(400, settings().max_examples))
 @given(CONFIGS, st.booleans())
 def test_no_config_is_read_as_another_architecture(config, has_factor):
     tensors = {"threshold": foreign.THRESHOLD} | ({"scaling_factor": foreign.FACTOR} if has_factor else {})
