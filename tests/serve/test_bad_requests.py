@@ -19,8 +19,9 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
+calls = st.lists(st.fixed_dictionaries({}, optional={"name": st.text(max_size=4) | junk, "arguments": junk, "function": st.fixed_dictionaries({"name": st.text(max_size=4) | junk}, optional={"arguments": junk})}), max_size=2)  # fmt: skip
 messages = st.lists(
-    st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant", "system", "tool", "no role", ""]) | junk, "content": st.text(st.characters(), max_size=20) | junk}) | junk,
+    st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant", "system", "tool", "no role", ""]) | junk, "content": st.text(st.characters(), max_size=20) | junk, "name": junk, "tool_calls": calls | junk, "tool_call_id": junk, "tools": calls | junk, "more": junk}) | junk,
     max_size=4,
 )  # fmt: skip
 items = st.fixed_dictionaries(

@@ -14,6 +14,7 @@ from sarm.client import Answer, RewardClient, RewardError, Rewards
 
 SOURCE, TOKEN = "SARM_REWARDS", "SARM_REWARDS_TOKEN"
 Message = Mapping[str, Any]
+_SENT = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 
 def open_rewards(source: str | Path | None = None, *, token: str | None = None, **options: Any) -> Rewards:
@@ -39,10 +40,10 @@ def shared_rewards(source: str | None = None, token: str | None = None, features
 
 
 def plain(messages: str | Sequence[Message], role: str = "user") -> list[dict[str, Any]]:
-    """Role and content of messages; a string is what `role` says."""
+    """Messages as the server takes them, with their names and calls of tools; a string is what `role` says."""
     if isinstance(messages, str):
         return [{"role": role, "content": messages}]
-    return [{"role": one["role"], "content": one["content"]} for one in messages]
+    return [{name: one[name] for name in _SENT if name in ("role", "content") or one.get(name)} for one in messages]
 
 
 def item_of(

@@ -70,7 +70,7 @@ class Encoder:
         if is_shorter and any(not one.num_truncated for one in tokens):
             # A text of such long words that what was dropped would have had room.
             tokens, is_shorter = self._chat.encode_responses(given, list(completions)), False
-        of_prompt = self._flags_of([message["content"] for message in given])
+        of_prompt = self._flags_of([message["content"] or "" for message in given])
         if TEMPLATED in of_prompt and self._on_foreign == "refuse":
             raise ConversationError("a message of the prompt is a conversation in some template already, and would be templated twice. Send its messages.", TEMPLATED)  # fmt: skip
         cut_off = truncated or [False] * len(completions)

@@ -7,6 +7,7 @@ import numpy as np
 
 from sarm.contracts.untrusted import read_json
 from sarm.data.sources.conversations import ConversationError, Message, check_messages
+from sarm.data.sources.tool_turns import more_of
 from sarm.data.tokens.packing import answer_rows
 from sarm.interpret.context_store import load_contexts
 from sarm.interpret.feature_data import feature_names
@@ -92,7 +93,7 @@ def _conversation(settings: RewardCard) -> list[Message]:
         messages = read_json(path, max_bytes=1 << 20)
         if messages:
             check_messages(messages)
-        found = [{"role": m["role"], "content": m["content"]} for m in messages]
+        found = [{"role": m["role"], "content": m["content"] or "", **more_of(m)} for m in messages]
     except ConversationError as error:
         raise UserError(f"{path} is no conversation ({error.reason}): {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

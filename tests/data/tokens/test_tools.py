@@ -231,3 +231,10 @@ def test_tables_with_columns_give_every_tool_the_parameters_of_all(tmp_path):
     (read,) = pa.Table.from_pylist(rows).to_pylist()
     assert read != rows[0]
     assert parse_pairs(read, "here") == parse_pairs(rows[0], "here")
+
+
+def test_a_server_and_frameworks_take_tools_as_endpoints_are_sent_them():
+    from sarm.integrations.source import plain
+
+    assert plain([*OPENAI, {**ANSWER, "name": None, "refusal": None}]) == [*OPENAI, ANSWER]
+    assert chat_of("qwen").encode([plain([*OPENAI, ANSWER])]) == chat_of("qwen").encode([[*OPENAI, ANSWER]])

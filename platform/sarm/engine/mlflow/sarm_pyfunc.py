@@ -83,4 +83,6 @@ def _conversations(given: Any) -> list[list[dict[str, str]]]:
         )
     else:
         rows = [row["messages"] if isinstance(row, dict) and "messages" in row else row for row in given]
+    if any(dict(turn).get("tool_calls") for row in rows for turn in row):
+        raise ValueError("a message calls tools, which a registered model has no field for. Ask the folder of the model, or its server.")  # fmt: skip
     return [[{"role": str(turn["role"]), "content": str(turn["content"])} for turn in row] for row in rows]
