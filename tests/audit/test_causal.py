@@ -80,6 +80,19 @@ def test_removing_a_direction_before_topk_lets_competitors_in(model, real):
     np.testing.assert_allclose(after, brute, atol=1e-4)
 
 
+def test_a_direction_is_removed_in_the_units_of_what_the_sae_takes():
+    """Of an SAE that takes activations as they are, in those of the activation."""
+    model = Model()
+    model.sae.standardises = False
+    h = 3 * torch.randn(40, D, generator=torch.Generator().manual_seed(5)) + 2
+    latents = np.array([3, 4, 5, 6])
+    z = dense(model.sae(h), S)[:, latents].detach()
+    for sign in (-1.0, 1.0):
+        found = causal.upstream_rewards(model, h, z, latents, sign)
+        brute = model.score(model.sae(h + sign * z @ model.sae.W_dec[torch.from_numpy(latents)]))
+        np.testing.assert_allclose(found, brute.detach().numpy()[:, 0], rtol=1e-5, atol=1e-5)
+
+
 def test_upstream_reports_the_realised_share_beside_controls(model, real):
     found = causal.upstream(model, real, np.array([1, 2]), np.array([[7, 8], [9, 10], [11, 12]]))
     for name, sign in (("removed", -1), ("added", 1)):

@@ -56,6 +56,10 @@ def test_an_sae_that_gives_the_mean_alone_changes_the_prediction_and_the_model_i
 def test_the_stream_gets_its_own_mean_and_scale_back():
     h = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)) * 7 + 30
     torch.testing.assert_close(reconstructed(sae_of(torch.eye(8)), h), h, rtol=1e-5, atol=1e-4)
+    raw, mean = sae_of(torch.eye(8)), sae_of(torch.zeros(8, 8))
+    raw.standardises = mean.standardises = False
+    torch.testing.assert_close(reconstructed(raw, h), h, rtol=1e-6, atol=1e-5)
+    assert reconstructed(mean, h).count_nonzero() == 0, "of an SAE of activations as they are nothing is put back"
     half = reconstructed(sae_of(torch.eye(8)), h.bfloat16())
     assert half.dtype == torch.bfloat16
 

@@ -28,21 +28,23 @@ def untrained(folder: Path, chat: ChatTokenizer, sae: TopKSae | None) -> SarmFor
         k=sae.k if sae else 0,
         head="sae" if sae else "scalar",
         end_of_turn_id=chat.end_of_turn_id,
+        standardise=sae is None or sae.standardises,
     )
     return SarmForSequenceClassification(config, backbone, sae)
 
 
-@pytest.mark.parametrize("head", ["sae", "scalar"])
+@pytest.mark.parametrize("head", ["sae", "scalar", "sae of raw activations"])
 def test_the_first_reward_is_the_probe_s_reading_of_what_the_head_sees(
     head: str, extracted: Path, tiny_folder: Path, tiny_chat: ChatTokenizer
 ) -> None:
     activations = extracted / "activations" / "chat"
     pairs = load_pairs(extracted / "pairs", "train")
     place, h = ActivationStore(activations).read_sides()
-    x = standardise(h)
+    x = h if "raw" in head else standardise(h)
     sae = TopKSae(x.shape[1], 128, 8)
     sae.initialise_(x, torch.Generator().manual_seed(0))
-    model = untrained(tiny_folder, tiny_chat, sae if head == "sae" else None)
+    sae.standardises = "raw" not in head
+    model = untrained(tiny_folder, tiny_chat, None if head == "scalar" else sae)
     start_head_(model, activations, pairs, seed=0)
     rows = pairs.select(["pair_id", "prompt_id"]).to_pylist()
     # The order in which pairs reach the solver moves its last digits.

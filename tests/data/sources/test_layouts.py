@@ -15,6 +15,7 @@ from sarm.data.sources.layouts import registry
 from sarm.data.sources.layouts.registry import LAYOUTS, RowOutcome, layout_of, outcomes, parse_pairs
 from sarm.data.sources.prepare import prepare_pairs
 from sarm.data.sources.rows import Row
+from sarm.data.sources.tool_turns import more_of
 from sarm.settings.checks import UserError
 from sarm.settings.data import DataSettings
 
@@ -262,6 +263,16 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
+CALLS = st.lists(st.fixed_dictionaries({}, optional={"id": VALUES, "name": st.just("search") | VALUES, "arguments": VALUES, "function": st.fixed_dictionaries({"name": st.just("search") | VALUES}, optional={"arguments": VALUES})}), max_size=2)  # fmt: skip
+TURNS_WITH_TOOLS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "user", "assistant", "assistant", "tool", "function_call", "system", "x"])},
+        optional={"content": st.none() | st.just("Hi?") | VALUES, "name": st.just("Ann") | VALUES, "tool_calls": CALLS | VALUES, "function_call": VALUES, "tool_call_id": VALUES, "tools": CALLS, "more": VALUES},
+    ),
+    max_size=4,
+)  # fmt: skip
+
+
 @st.composite
 def spoiled_rows(draw: st.DrawFn) -> dict[str, Any]:
     """A row of some layout, of which some columns have become something else."""
@@ -269,6 +280,13 @@ def spoiled_rows(draw: st.DrawFn) -> dict[str, Any]:
     row = dict(draw(st.sampled_from(rows)))
     for name in draw(st.lists(st.sampled_from([*row, "system", "tools", "prompt", "label", "margin"]), max_size=3)):
         row[name] = draw(VALUES)
+    # A conversation for what holds one, and for what does not; tools beside it, as a list or as its text.
+    for name in draw(st.lists(st.sampled_from(["prompt", "chosen", "rejected", "messages"]), max_size=2)):
+        turns = draw(TURNS_WITH_TOOLS)
+        row[name] = [*turns, assistant(name)] if name in ("chosen", "rejected") and draw(st.booleans()) else turns
+    if draw(st.integers(0, 3)) == 0:
+        tools = draw(CALLS)
+        row["tools"] = tools if draw(st.booleans()) else json.dumps(tools)
     return row
 
 
@@ -285,7 +303,9 @@ def test_each_row_has_one_outcome_with_pairs_or_one_reason(rows):
             (outcome.reason.isidentifier() and outcome.reason.islower()) or "_" in outcome.reason
         )
         for pair in outcome.pairs:
-            assert pair.prompt[-1]["role"] == "user"
+            assert pair.prompt[-1]["role"] in ("user", "tool")
+            assert all(turn.keys() <= {"role", "content", "more"} for turn in pair.prompt)
+            assert all(more_of(turn) for turn in pair.prompt if "more" in turn), "what is kept can be read again"
             for text in (*(turn["content"] for turn in pair.prompt), pair.chosen, pair.rejected):
                 text.encode()
             assert pair.chosen.strip() != pair.rejected.strip()
@@ -324,7 +344,12 @@ def test_messages_beside_a_question_are_answers():
 def test_every_reason_for_which_a_row_is_rejected_is_explained():
     sources = Path(registry.__file__).parents[1]
     words = set()
-    for path in (*sources.glob("layouts/*.py"), *sources.glob("containers/*.py"), sources / "conversations.py"):
+    for path in (
+        *sources.glob("layouts/*.py"),
+        *sources.glob("containers/*.py"),
+        sources / "conversations.py",
+        sources / "tool_turns.py",
+    ):
         words |= set(re.findall(r"""(?:Fault|Reject)\((?:f?)"([a-z_0-9]+)\"""", path.read_text()))
         words |= set(re.findall(r'return (?:"", )?"([a-z_0-9]+)"', path.read_text()))
     assert {"no_preference", "ragged_row", "nul_byte", "part_not_text"} <= words

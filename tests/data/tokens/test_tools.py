@@ -127,6 +127,7 @@ def test_names_are_written_where_the_template_writes_them_and_left_out_elsewhere
     assert chat_of("named").render(stored(messages)) == chat_of("named").render(messages)
     assert chat_of("plain").render(messages) == chat_of("plain").render([USER, ANSWER])
     assert stored([{**USER, "name": "user"}]) == [USER], "a role once more is no name"
+    assert stored([{**USER, "more": "of another's making"}]) == [USER]
     assert stored([{**USER, "name": None, "tool_calls": None, "tool_call_id": ""}]) == [USER]
 
 

@@ -68,7 +68,8 @@ def read_messages(items: Sequence[Any]) -> list[Message] | str:
             return "bad_roles"
         content = next((item[key] for key in ("content", "value", "text") if item.get(key) is not None), None)
         try:
-            more = more_of(item)
+            # A field of that name in a source is somebody else's.
+            more = more_of({name: value for name, value in item.items() if name != MORE})
             if role == "call":
                 role, content, more = "assistant", "", {**more, "tool_calls": calls_in(_content(content)[0])}
             text, reason = ("", None) if content is None and "tool_calls" in more else _content(content)
