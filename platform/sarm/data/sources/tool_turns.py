@@ -24,11 +24,10 @@ def more_of(message: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = message.get(MORE)
     if kept is not None:
-        try:
-            found = json.loads(kept)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ToolFault("bad_tool_call") from error
-        return _normal(found if isinstance(found, dict) else {MORE: found})
+        found = _decoded(kept, "bad_tool_call")
+        if not isinstance(found, dict):
+            raise ToolFault("bad_tool_call")
+        return _normal(found)
     return _normal(message) if any(message.get(name) for name in (*_FIELDS, "function_call")) else {}
 
 
