@@ -122,7 +122,9 @@ def upstream_rewards(
     for start in range(0, len(residual_RD), _ROWS_AT_ONCE):
         h_BD = residual_RD[start : start + _ROWS_AT_ONCE]
         # One unit of what the SAE takes, in those of the residual.
-        unit_B1 = h_BD.std(dim=1, keepdim=True) + STANDARDISE_EPS if model.sae.standardises else 1.0
+        unit_B1 = (
+            h_BD.std(dim=1, keepdim=True) + STANDARDISE_EPS if model.sae.standardises else torch.ones(len(h_BD), 1)
+        )
         moved_BD = h_BD + sign * unit_B1 * (z_RE[start : start + _ROWS_AT_ONCE] @ decoder_ED)
         rewards.append(model.score(model.sae(model.sae.rows_of(moved_BD))).squeeze(-1))
     return torch.cat(rewards).double().numpy()

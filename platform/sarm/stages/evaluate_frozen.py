@@ -126,12 +126,14 @@ def dictionary_figures(sae: Sae, frozen: Frozen) -> DictionaryFigures:
     x_MD, weight_D = sae.rows_of(frozen.heldout), torch.from_numpy(frozen.probe.weight)
     with torch.no_grad():
         parts = [sae.decode(sae(x_BD)) for x_BD in x_MD.split(_ROWS_AT_ONCE)]
-    # The probe reads standardised activations, whichever the SAE reconstructs.
-    seen = (lambda rows_MD: rows_MD) if sae.standardises else standardise
+    seen_MD, again_MD = x_MD, torch.cat(parts) if parts else x_MD
+    if not sae.standardises:
+        # The probe reads standardised activations, whichever the SAE reconstructs.
+        seen_MD, again_MD = standardise(seen_MD), standardise(again_MD)
     return DictionaryFigures(
         fvu=quality.fvu,
         alive_share=quality.counts.alive_share(),
         l0=quality.counts.l0(),
         fvu_pca=pca_fvu(sae.rows_of(frozen.train), x_MD, sae.k),
-        reward_fidelity=reward_fidelity(seen(x_MD), seen(torch.cat(parts)), weight_D) if parts else None,
+        reward_fidelity=reward_fidelity(seen_MD, again_MD, weight_D) if parts else None,
     )

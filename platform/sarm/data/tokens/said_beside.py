@@ -61,7 +61,7 @@ def turns_of(messages: Sequence[Message], says: Callable[[], frozenset[str]]) ->
     """
     turns: list[dict[str, Any]] = []
     for message in messages:
-        turn = {"role": message["role"], "content": message["content"] or "", **more_of(message)}
+        turn: dict[str, Any] = {"role": message["role"], "content": message["content"] or "", **more_of(message)}
         if "name" in turn and (turn["role"] == "tool" or NAMES not in says()):
             del turn["name"]
         turns.append(turn)
