@@ -24,14 +24,15 @@ Turns = Sequence[dict[str, Any]]
 
 def kinds_said(apply: Callable[[Turns], str]) -> frozenset[str]:
     """Those of `KINDS` that the template writes; `apply` renders turns and raises ConversationError."""
-    user, answer = {"role": "user", "content": _ASKED}, {"role": "assistant", "content": "Done."}
+    user: dict[str, Any] = {"role": "user", "content": _ASKED}
+    offering, answer = {**user, "tools": [_OFFERED]}, {"role": "assistant", "content": "Done."}
     call = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
     result = {"role": "tool", "content": _RESULT, "tool_call_id": _ID}
     probes: list[tuple[str, Turns, tuple[str, ...]]] = [
         (NAMES, [{**user, "name": _NAME}, answer], (_NAME,)),
-        (TOOLS, [{**user, "tools": [_OFFERED]}, answer], (_TOOL, _ASKED)),
+        (TOOLS, [offering, answer], (_TOOL, _ASKED)),
     ]
-    for number, first in enumerate((user, {**user, "tools": [_OFFERED]})):
+    for number, first in enumerate((user, offering)):
         # The name stands in what is offered too.
         probes.append((CALLS[number], [first, call, result, answer], (_ARGUMENT,)))
         probes.append((RESULTS[number], [first, call, result, answer], (_RESULT,)))
