@@ -2,6 +2,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -192,6 +193,33 @@ def test_a_hung_pass_ends_and_names_the_block_and_the_process(tmp_path: Path, pr
     work = text_pass(tmp_path / "in", texts, tmp_path / "out", preset.model, Sleeps)
     with pytest.raises(StalledError, match=r"nothing has happened for 20 s: block \d+ .* was begun by process \d+ on "):
         do(work, stall_seconds=20.0)
+
+
+class LoadsSlowly(TextActivations):
+    """Reads its weights for longer than a block may stand still."""
+
+    def __init__(self, **arguments: Any):
+        ended = time.monotonic() + 15
+        while time.monotonic() < ended:
+            sum(i * i for i in range(200_000))
+            time.sleep(0.2)
+        super().__init__(**arguments)
+
+
+class NeverLoads(TextActivations):
+    def __init__(self, **_: Any):
+        time.sleep(600)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_that_loads_for_long_is_no_stall_and_one_that_never_does_is(tmp_path: Path, preset: Pipeline) -> None:
+    texts = ["A sentence. Another one."] * 3
+    work = text_pass(tmp_path / "in", texts, tmp_path / "slow", preset.model, LoadsSlowly)
+    # Both limits are below what it takes: signs of life hold it up.
+    assert do(work, stall_seconds=3.0, start_seconds=10.0)["rows"] == 6
+    work = text_pass(tmp_path / "in", texts, tmp_path / "never", preset.model, NeverLoads)
+    with pytest.raises(StalledError, match="none has begun a block: they are still starting or loading the model"):
+        do(work, stall_seconds=1.0, start_seconds=15.0)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -17,6 +17,7 @@ from sarm.contracts.untrusted import read_json
 from sarm.engine.mlflow import run_card
 from sarm.engine.mlflow.tracking import StageRun, ended_by, tracking_uri
 from sarm.engine.ray.cluster import check_machine, connect, nodes_without
+from sarm.engine.ray.look import look_at_devices, tell
 from sarm.engine.ray.room import Cluster
 from sarm.engine.stopping import leave_if_asked
 from sarm.engine.terminal import say
@@ -82,6 +83,9 @@ class Session:
                 raise UserError(
                     f"{self.run.out} is not the same folder on {', '.join(blind)}: results would be scattered. Pass an --out that all nodes share."
                 )
+            devices = look_at_devices(self._cluster, self.run)
+            tell(devices)
+            self.tracker.parent.set_tags(devices.tags)
         return self._cluster
 
     @property

@@ -4,6 +4,8 @@ import math
 
 # Work in which nothing happens ends within 300 s, looking included; Ray and torch would let it hang for half an hour.
 NO_PROGRESS_SECONDS = 290.0
+# Before its first block a pass may boot nodes, pull images and load models. Where nothing there gives a sign of life, this is the limit.
+NO_START_SECONDS = 1800.0
 
 # Fields with this metadata say how a job runs, not what comes out.
 OPERATIONAL = {"operational": True}
@@ -15,8 +17,8 @@ class UserError(ValueError):
     """A mistake that the user can mend: shown as one line, exit status 2."""
 
 
-class StalledError(UserError):
-    """Work in which nothing has happened for too long, with the cause as far as it can be seen."""
+class StalledError(Exception):
+    """Work in which nothing has happened for too long, with the cause as far as it can be seen: the same command may succeed, exit status 75."""
 
 
 class StoppedError(Exception):

@@ -43,6 +43,7 @@ class Machine(NamedTuple):
     measured_forward: float | None = None
     """FLOP/s of one actor in forward passes, if that was measured."""
     note: str = ""
+    num_nodes: int = 1
 
     @property
     def planned_gpu(self) -> str:
@@ -57,8 +58,13 @@ class Machine(NamedTuple):
         """FLOP/s that one core is assumed to reach."""
         return CORE_TRAINING if training else CORE_FORWARD
 
+    def workers(self, asked: int) -> int:
+        """How many workers or actors a run has that asks for so many; 0: one for each GPU, or for each node without GPUs (`Cluster.workers`)."""
+        return asked or self.num_gpus or self.num_nodes
+
     def rate(self, run: RunSettings, count: int, dtype: str, *, training: bool) -> float:
         """FLOP/s of `count` workers or actors of a run together, as many as there is room for."""
+        count = self.workers(count)
         if self.num_gpus:
             count = min(count, self.num_gpus)
             one = self.gpu_rate(dtype)
@@ -117,7 +123,10 @@ def cluster_machine(resources: Mapping[str, float], where: str) -> Machine:
     known = [kind for kind in kinds if kind in PEAKS]
     # Of several kinds of GPUs the slowest counts, because the others would wait for it.
     gpu = min(known, key=lambda kind: PEAKS[kind][0], default="")
-    return Machine(int(resources.get("CPU", 1)), int(resources.get("GPU", 0)), gpu, where, is_joined=True)
+    nodes = sum(name.startswith("node:") and name != "node:__internal_head__" for name in resources)
+    return Machine(
+        int(resources.get("CPU", 1)), int(resources.get("GPU", 0)), gpu, where, is_joined=True, num_nodes=max(1, nodes)
+    )
 
 
 def this_machine() -> Machine:

@@ -71,6 +71,10 @@ class _Known(NamedTuple):
         precision: str = self.config.reward.precision
         return precision
 
+    @property
+    def num_workers(self) -> int:
+        return self.machine.workers(self.run.num_workers)
+
     def time(self, flops: float, count: int, dtype: str, *, training: bool = False) -> tuple[float, float]:
         """(seconds, GPU-hours) of so many FLOPs."""
         return flops / self.machine.rate(self.run, count, dtype, training=training), flops / self.machine.gpu_rate(
@@ -203,7 +207,7 @@ def _train_sae(known: _Known) -> StageCost:
     flops = sum(sae_flops(shape.d_in, one, rows) for one in saes)
     seconds, gpu_hours = known.time(flops, run.num_workers, "bfloat16", training=True)
     weights = sum(2 * shape.d_in * one.d_sae for one in saes)
-    shared = run.num_workers if sae.split == "latents" else 1
+    shared = known.num_workers if sae.split == "latents" else 1
     memory = (16 * weights / shared + sae.batch_size * (shape.d_in * 16 + 4 * 16384)) / _GB
     read = (of_texts + chat_rows) * 2 * shape.d_in / _GB
     return StageCost(
@@ -228,7 +232,7 @@ def _train_sarm(known: _Known) -> StageCost:
     seconds, gpu_hours = known.time(flops, run.num_workers, known.reward_dtype, training=True)
     sae = getattr(known.config, "sae", None)
     dictionary = 2 * shape.d_in * sae.d_sae if sae else 0
-    memory = reward_gb(shape, max(depths), reward, run.num_workers) + 4 * dictionary / _GB
+    memory = reward_gb(shape, max(depths), reward, known.num_workers) + 4 * dictionary / _GB
     weights = sum(shape.backbone(depth) for depth in depths) + dictionary
     states = _STATE_BYTES * shape.backbone(max(depths))
     loaded = 4 * shape.backbone(max(depths)) / _GB

@@ -201,11 +201,11 @@ def _notes(config: Any, machine: Machine, todo: Sequence[StageCost]) -> Iterator
     for spec in sizes.unknown:
         yield f"The size of {spec} is not known before it is read: pass --data.max-texts or --data.max-pairs to bound it."
     reward = getattr(config, "reward", None)
-    if reward is not None and sizes.pairs is not None and run.num_workers > 1:
+    if reward is not None and sizes.pairs is not None and (num_workers := machine.workers(run.num_workers)) > 1:
         step = reward.batch_pairs * sizes.pairs.tokens_a_pair
-        if step < run.num_workers * reward.batch_tokens:
+        if step < num_workers * reward.batch_tokens:
             yield (
-                f"A step of {reward.batch_pairs} pairs is about {count(step)} tokens, less than {run.num_workers} workers of {count(reward.batch_tokens)} tokens take: "
+                f"A step of {reward.batch_pairs} pairs is about {count(step)} tokens, less than {num_workers} workers of {count(reward.batch_tokens)} tokens take: "
                 "some will wait, and reward training will take longer than this."
             )
     if not machine.is_joined:

@@ -149,7 +149,7 @@ def _layers_of_passes(plan: SweepPlan) -> list[int]:
 def _time(plan: SweepPlan, work: _Work, machine: Machine) -> str:
     """Of all stages, with as many trials side by side as there is room for."""
     run, sweep = plan.config.run, plan.config.sweep
-    each = max(run.num_workers, run.num_actors)
+    each = max(1, run.num_workers, run.num_actors)
     if machine.num_gpus:
         at_once = max(1, machine.num_gpus // each)
         seconds = sum(work.by_stage(lambda stage, dtype: machine.gpu_rate(dtype)).values()) / machine.num_gpus
