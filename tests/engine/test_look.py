@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sarm.engine.ray import device
+from sarm.engine.ray.card import Card
 from sarm.engine.ray.device import card_here
-from sarm.engine.ray.look import Card, on_cards, on_cpu, why_refused
+from sarm.engine.ray.look import on_cards, on_cpu, why_refused
 from sarm.engine.ray.room import Cluster, Node
 from sarm.nn import device_facts as facts_module
 from sarm.nn.device_facts import compiler, device_facts, why_no_kernels

@@ -20,6 +20,7 @@ from sarm.data.store.activations import ActivationStore
 from sarm.data.store.blocks import plan_blocks
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.data.tokens.sentences import sentence_end_tokens, sentence_ends
+from sarm.data.tokens.windows import num_tokens
 from sarm.engine.ray.block_actor import Output
 from sarm.engine.ray.passes import Pass, run_over
 from sarm.engine.ray.room import Cluster, Node
@@ -95,7 +96,7 @@ class Sleeps(TextActivations):
     """Does not come back from a block."""
 
     def compute(self, prepared, beat):
-        time.sleep(600)
+        time.sleep(60)
         return super().compute(prepared, beat)
 
 
@@ -208,7 +209,7 @@ class LoadsSlowly(TextActivations):
 
 class NeverLoads(TextActivations):
     def __init__(self, **_: Any):
-        time.sleep(600)
+        time.sleep(60)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -233,12 +234,19 @@ def test_a_starved_pass_ends_and_says_how_many_actors_have_room(tmp_path: Path, 
 def test_limits_keep_the_first_texts(extracted: Path, preset: Pipeline) -> None:
     chat = load_chat_tokenizer(preset.model, model_folder(preset.model))
     files = sorted((extracted / "corpus").glob("*.parquet"))
-    lengths = [len(chat.encode_text(text).ids) for text in table_of(extracted / "corpus")["text"].to_pylist()]
-    limit = sum(lengths[:7]) + lengths[7] - 1
-    assert rows_within(files, chat, limit) == 7
-    assert rows_within(files, chat, limit + 1) == 8
-    with pytest.raises(UserError, match="--limit-tokens"):
-        rows_within(files, chat, lengths[0] - 1)
+    texts = [text for path in files for text in pq.read_table(path)["text"].to_pylist()]
+    tokens = [len(chat.encode_text(text).ids) for text in texts]
+    sentences = [len(sentence_ends(text)) for text in texts]
+    counts = {
+        "tokens": lambda some: num_tokens(some, chat),
+        "sentences": lambda some: map(len, map(sentence_ends, some)),
+    }
+    for what, lengths in {"tokens": tokens, "sentences": sentences}.items():
+        limit = sum(lengths[:7]) + lengths[7] - 1
+        assert rows_within(files, limit, what, counts[what]) == 7
+        assert rows_within(files, limit + 1, what, counts[what]) == 8
+        with pytest.raises(UserError, match=f"more than --limit-{what} {lengths[0] - 1}"):
+            rows_within(files, lengths[0] - 1, what, counts[what])
 
 
 def test_manifests_name_their_inputs(extracted: Path) -> None:

@@ -80,7 +80,7 @@ demo_papers = replace(
 
 # SARM section 4.1: Adam 5e-4 for the SAE, 16 d_in latents, k = 3/64 d_in; backbone 4e-6, 8 pairs a step, 3 epochs.
 # The head's own rate is ours: at the backbone's rate a zero head is still growing when training ends.
-# 50 M sentences, which are a billion tokens: OpenWebText2 has fifteen times as many, at 880 a text.
+# SARM trains its dictionaries on 50 M sentences, about a billion tokens: OpenWebText2 has fifteen times as many, at 44 sentences a text.
 _sarm = Pipeline(
     model=ModelSettings(dtype="bfloat16", max_length=4096),
     data=DataSettings(
@@ -90,7 +90,7 @@ _sarm = Pipeline(
         heldout_share=0.02,
         max_pairs_per_prompt=None,
     ),
-    extraction=ExtractionSettings(batch_tokens=65536, units=("sentence",), limit_tokens=1_000_000_000),
+    extraction=ExtractionSettings(batch_tokens=65536, units=("sentence",), limit_sentences=50_000_000),
     sae=SaeSettings(batch_size=4096, lr=5e-4, chat_lr=3e-4),
     reward=RewardSettings(
         lr=4e-6,

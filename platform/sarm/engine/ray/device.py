@@ -6,7 +6,7 @@ import subprocess
 import ray
 import torch
 
-from sarm.engine.ray.look import Card
+from sarm.engine.ray.card import Card
 from sarm.nn.device_facts import device_facts
 from sarm.settings.checks import UserError
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
+from sarm.engine.ray.card import Card
 from sarm.engine.ray.room import Cluster
 from sarm.engine.terminal import say
 from sarm.settings.checks import UserError
@@ -13,24 +14,6 @@ from sarm.settings.run import RunSettings
 
 # A GPU that another job holds is not waited for.
 _SECONDS_OF_A_LOOK = 120.0
-
-
-class Card(NamedTuple):
-    """A GPU of a node as a worker there sees it, and what it lacks."""
-
-    node: str
-    names: tuple[str, ...]
-    """Of all cards of the node."""
-    memory_gb: float
-    """Of the smallest of them."""
-    driver: str
-    build: str
-    """torch's version, with that of its CUDA."""
-    has_nccl: bool
-    attention: str
-    sae_backend: str
-    notes: tuple[str, ...] = ()
-    refusal: str = ""
 
 
 class Look(NamedTuple):

@@ -24,6 +24,18 @@ PEAKS = {
     "V100": (125e12, 15.7e12),
     "T4": (65e12, 8.1e12),
 }
+# Bytes a second of their memory, by the makers too.
+BANDWIDTHS = {
+    "B200": 8.0e12,
+    "H200": 4.8e12,
+    "H100": 3.35e12,
+    "A100": 2.04e12,
+    "L40S": 0.864e12,
+    "A10G": 0.6e12,
+    "L4": 0.3e12,
+    "V100": 0.9e12,
+    "T4": 0.32e12,
+}
 REFERENCE_GPU = "H100"
 # Measured with SmolLM2 at 15 blocks on an AMD EPYC: what a core reaches in forward passes, and in training.
 CORE_FORWARD, CORE_TRAINING = 60e9, 45e9

@@ -1,7 +1,8 @@
 """FLOPs, bytes of memory and bytes on disk of the stages, from the sizes of the sources and the model's dimensions.
 
 FLOPs are those of matrix products. B weights of the blocks that are kept, T tokens, N rows, D d_in, S d_sae: a forward pass 2 B T,
-reward training 6 B T an epoch (8 with gradient checkpointing), an SAE at most 6 N D S an epoch (2 of it for the encoder, which matching pursuit runs K times), and 6 N D A more with A latents of AuxK.
+reward training 6 B T an epoch (8 with gradient checkpointing), an SAE at most 6 N D S an epoch (2 of it for the encoder, which matching pursuit runs K times), and 6 N D A more with A latents of AuxK:
+that is what cores take, and `scaling` has what GPUs do.
 Attention scores come on top and are left out: 2 % at 1,000 tokens. A trained weight takes 16 bytes: itself, its gradient, two moments.
 """
 

@@ -11,14 +11,19 @@ from sarm.data.formats.model_shapes import shape_of
 from sarm.engine.ray.machine import PEAK_SHARE, Machine, machine_of
 from sarm.settings.model import ModelSettings
 from sarm.settings.run import STAGES
-from sarm.stages.dry_run.costs import StageCost, stage_costs
+from sarm.stages.dry_run.costs import stage_costs
 from sarm.stages.dry_run.rounding import count, duration, rounded, size
+from sarm.stages.dry_run.scales import on_reference_gpus
+from sarm.stages.dry_run.scaling import busy_share
 from sarm.stages.dry_run.source_sizes import sizes_of
+from sarm.stages.dry_run.stage_cost import StageCost
 
 WIDTH = 80
 _HEADS = ("stage", "state", "time", "GPU-h", "memory", "GPU mem", "disk")
 _WIDTHS = (20, 8, 9, 8, 9, 9, 9)
 DONE = "done"
+# Reward training that keeps its workers less busy than this is worth a note.
+_BUSY = 0.9
 
 
 def plan_text(
@@ -52,6 +57,8 @@ def plan_text(
         lines += ["", "what there is to do:"]
         for cost in todo:
             lines += textwrap.wrap(cost.work, WIDTH, initial_indent=f"  {cost.stage:<20}", subsequent_indent=" " * 22)
+    if is_dry and (table := on_reference_gpus(config, {cost.stage for cost in todo})):
+        lines += ["", *table]
     if notes := list(_notes(config, machine, todo)):
         lines += ["", *(line for note in notes for line in _wrapped(note))]
     return "\n".join([*lines, "", *_wrapped("All settings, for --config: add --json." if is_dry else "")])
@@ -200,14 +207,12 @@ def _notes(config: Any, machine: Machine, todo: Sequence[StageCost]) -> Iterator
     sizes = sizes_of(run.out, getattr(config, "data", None))
     for spec in sizes.unknown:
         yield f"The size of {spec} is not known before it is read: pass --data.max-texts or --data.max-pairs to bound it."
-    reward = getattr(config, "reward", None)
-    if reward is not None and sizes.pairs is not None and (num_workers := machine.workers(run.num_workers)) > 1:
-        step = reward.batch_pairs * sizes.pairs.tokens_a_pair
-        if step < num_workers * reward.batch_tokens:
-            yield (
-                f"A step of {reward.batch_pairs} pairs is about {count(step)} tokens, less than {num_workers} workers of {count(reward.batch_tokens)} tokens take: "
-                "some will wait, and reward training will take longer than this."
-            )
+    reward, num_workers = getattr(config, "reward", None), machine.workers(run.num_workers)
+    if reward is not None and num_workers > 1 and (busy := busy_share(reward.batch_pairs, num_workers)) < _BUSY:
+        yield (
+            f"A step of {reward.batch_pairs} pairs keeps {num_workers} workers of reward training busy for {busy:.0%} of the time, which is counted above. "
+            "Larger steps (--reward.batch-pairs) fill them, and are another training."
+        )
     if not machine.is_joined:
         yield from _room(run.out, machine, todo)
 
