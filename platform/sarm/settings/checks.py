@@ -40,6 +40,12 @@ def check_least(section: object, flags: str, **least: int) -> None:
         check(section, flags + name, value is None or value >= smallest, f"at least {smallest}")
 
 
+def check_tokens(section: object, flag: str) -> None:
+    """A number of tokens a pass: 0, which leaves it to the device's memory, or at least 64."""
+    tokens = getattr(section, flag.rpartition(".")[2])
+    check(section, flag, tokens == 0 or tokens >= 64, "0 or at least 64")
+
+
 def check_rate(section: object, flag: str, *, zero_allowed: bool = False) -> None:
     """A field that must be a finite number above 0 (or at least 0)."""
     rate = getattr(section, flag.rpartition(".")[2])

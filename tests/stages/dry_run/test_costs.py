@@ -75,7 +75,7 @@ def test_the_papers_largest_model_costs_what_a_hand_calculation_says(tmp_path):
 def test_reward_training_takes_16_bytes_a_weight_that_zero_shares_out():
     shape = KNOWN_MODELS["meta-llama/Llama-3.1-8B-Instruct"].shape
     weights = 16 * shape.weights_a_block + 128256 * 4096
-    reward = PRESETS["sarm-4b"][1].reward
+    reward = replace(PRESETS["sarm-4b"][1].reward, zero_stage=3)
     plain = reward_gb(shape, 16, replace(reward, zero_stage=0), 8)
     assert 16 * weights / 1e9 < plain < 16 * weights / 1e9 + 5
     assert reward_gb(shape, 16, reward, 1) == pytest.approx(plain)
@@ -182,7 +182,8 @@ def test_a_cluster_is_planned_by_the_gpus_that_it_reports(tmp_path):
     # Eight pairs a step keep eight workers busy for 59 % of the time.
     assert (one.seconds - 30) / (eight.seconds - 30) == pytest.approx(8 * busy_share(8, 8))
     assert eight.gpu_hours == one.gpu_hours
-    assert eight.gpu_gb < one.gpu_gb / 4
+    # One card takes stage 3, and eight stage 2.
+    assert eight.gpu_gb < one.gpu_gb / 2
 
 
 def test_a_model_that_is_not_here_has_no_made_up_cost(tmp_path):

@@ -26,6 +26,7 @@ from sarm.stages.dry_run.rounding import count
 from sarm.stages.dry_run.scaling import all_reduce_seconds, busy_share, sae_gradient_bytes, sae_step_seconds
 from sarm.stages.dry_run.source_sizes import sizes_of
 from sarm.stages.dry_run.stage_cost import Known, StageCost
+from sarm.stages.fitting import fitted
 
 _GB = 1e9
 # A process with torch and Ray, before it holds anything.
@@ -43,6 +44,7 @@ def stage_costs(config: Any, machine: Machine) -> list[StageCost]:
 
     Raises UserError for a source that cannot be opened.
     """
+    config = fitted(config, machine).config
     parts = {name: getattr(config, name, None) for name in ("model", "data", "extraction")}
     model = parts["model"] if isinstance(parts["model"], ModelSettings) else None
     sizes = sizes_of(config.run.out, parts["data"], parts["extraction"] or ExtractionSettings())

@@ -17,6 +17,7 @@ from sarm.stages.dry_run.scales import on_reference_gpus
 from sarm.stages.dry_run.scaling import busy_share
 from sarm.stages.dry_run.source_sizes import sizes_of
 from sarm.stages.dry_run.stage_cost import StageCost
+from sarm.stages.fitting import fitted
 
 WIDTH = 80
 _HEADS = ("stage", "state", "time", "GPU-h", "memory", "GPU mem", "disk")
@@ -48,7 +49,14 @@ def plan_text(
     by_stage = {cost.stage: cost for cost in costs}
     planned = [(by_stage.get(name) or _nothing(name), state) for name, state in states]
     todo = [cost for cost, state in planned if state != DONE]
-    lines = [*_about(config, machine), "", *_table(planned), ""]
+    config, chosen = fitted(config, machine)
+    lines = [
+        *_about(config, machine),
+        *(line for one in chosen for line in entry("budget", one)),
+        "",
+        *_table(planned),
+        "",
+    ]
     lines += _wrapped(
         f"GPU-h: hours of one {machine.planned_gpu} at {PEAK_SHARE:.0%} of its peak (assumed). Memory: of one process and of one GPU. "
         "Times and sizes are estimates, to a factor of 2."

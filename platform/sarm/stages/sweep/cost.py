@@ -17,6 +17,7 @@ from sarm.stages.dry_run.formulas import extracted, reward_flops, sae_flops, sae
 from sarm.stages.dry_run.plan_text import WIDTH, entry, planned_machine
 from sarm.stages.dry_run.rounding import about, count, duration, rounded, size
 from sarm.stages.dry_run.source_sizes import Pairs, Texts, sizes_of
+from sarm.stages.fitting import fitted
 from sarm.stages.inputs import check_layers, check_sources
 from sarm.stages.sweep.cells import check_sweep, sweep_plan
 from sarm.stages.sweep.plan import SweepPlan
@@ -29,7 +30,8 @@ _SECONDS_A_CELL, _SECONDS_BEFORE, _SECONDS_A_LAYER = 40, 34, 15
 
 def describe_sweep(config: Ablation) -> str:
     """`sweep_text`, and where the settings are."""
-    return f"{sweep_text(config, planned_machine(config))}\n\nAll settings, for --config: add --json."
+    machine = planned_machine(config)
+    return f"{sweep_text(fitted(config, machine).config, machine)}\n\nAll settings, for --config: add --json."
 
 
 def sweep_text(config: Ablation, machine: Machine) -> str:
