@@ -100,6 +100,14 @@ def test_a_run_that_asks_for_all_gpus_waits_for_the_first_and_takes_what_has_com
     assert now.workers(run, run.num_workers) == 8
 
 
+def test_what_a_later_stage_has_no_room_for_is_refused_before_the_first_begins() -> None:
+    eight = cluster(Node(64, 8))
+    eight.check_room(RunSettings(), (0, 8))
+    with pytest.raises(UserError, match=r"16 workers need a GPU each, the cluster has 8\."):
+        eight.check_room(RunSettings(), (0, 16))
+    eight.check_room(RunSettings(wait_for_nodes=60.0), (0, 16))
+
+
 def test_a_job_waits_for_the_nodes_that_an_autoscaler_brings_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[Any] = []
     empty, grown = cluster(Node(2), gpus_wanted="yes"), cluster(Node(2), Node(8, 4), gpus_wanted="yes")

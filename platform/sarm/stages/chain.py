@@ -41,11 +41,19 @@ def run_chain(config: Any) -> dict[StageName, Any]:
     for line in budgets if not state.is_done else ():
         say(f"budget: {line}")
     with open_session(config) as session:
+        session.needs = _needs(config, state)
         return {
             stage.name: STAGES[stage.name].run(session, config)
             for stage in state.stages
             if not _is_settled(config, stage)
         }
+
+
+def _needs(config: Any, state: ChainState) -> tuple[int, ...]:
+    """How many actors and workers the stages that are to do ask for."""
+    run, todo = config.run, {stage.name for stage in state.stages if stage.state != "done"}
+    actors = [run.num_actors] if todo & {"extract_activations", "evaluate", "collect_contexts"} else []
+    return (*actors, *([run.num_workers] if todo & {"train_sae", "train_sarm"} else []))
 
 
 def _announce(config: Any, state: ChainState) -> None:

@@ -1,7 +1,7 @@
 """What fits on the nodes of a cluster, and waiting for nodes that an autoscaler brings."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -81,6 +81,12 @@ class Cluster:
             for node, fit in zip(self.nodes, fits, strict=True)
             if node.cpus > 0
         )
+
+    def check_room(self, run: RunSettings, asked: Iterable[int]) -> None:
+        """Raise UserError if any of these numbers of workers does not fit, unless the run waits for nodes that are yet to come."""
+        reasons = (self.why_no_room(run, self.workers(run, count)) for count in asked)
+        if not run.wait_for_nodes and (reason := next(filter(None, reasons), "")):
+            raise UserError(reason)
 
     def why_no_room(self, run: RunSettings, count: int) -> str:
         """Why `count` workers do not fit, with what would; '' if they do."""
