@@ -420,9 +420,12 @@ def test_bfloat16_with_checkpointing_under_zero_3_trains_as_the_plain_loop_does(
     assert (found - plain).abs().max() <= 2 * rounding
     after = load_file(folder / "model.safetensors")
     assert after.keys() == weights.keys()
-    for key, weight in after.items():
-        assert weight.dtype == torch.float32, key
-        torch.testing.assert_close(weight, weights[key], rtol=0, atol=REWARD.lr * len(losses), msg=key)
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+    trained_names = [key for key, weight in weights.items() if not torch.equal(weight, reference[1][key])]
+    assert "score.weight" in trained_names
+    apart = sum((after[key] - weights[key]).square().sum() for key in trained_names)
+    rounded = sum((weights[key] - reference[1][key]).square().sum() for key in trained_names)
+    assert apart <= 4 * rounded, "twice as far"
 
 
 def test_a_worker_s_error_comes_back_as_itself(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sarm.contracts.folders import Folders
+from sarm.contracts.folders import SWEEP_FILE, Folders
 from sarm.contracts.manifest import MANIFEST
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.model_shapes import Shape, shape_of
@@ -40,6 +40,7 @@ def fitted(config: Any, machine: Machine) -> Fit:
     folders, lines = Folders(config.run.out), []
     if model.dtype == "auto":
         known = made_in(folders.chat_activations, "compute_dtype") or made_in(folders.sarm, "dtype")
+        known = known or _swept_in(config.run.out, "model", "dtype")
         model = replace(model, dtype=known or dtype_of(device))
         config = replace(config, model=model)
     if (extraction := getattr(config, "extraction", None)) is not None:
@@ -75,7 +76,7 @@ def _fit_reward(
 ) -> tuple[RewardSettings, str]:
     precision = reward.precision
     if precision == "auto":
-        known = made_in(folders.sarm, "precision")
+        known = made_in(folders.sarm, "precision") or _swept_in(config.run.out, "reward", "precision")
         precision = "bfloat16" if (known or dtype_of(device)) == "bfloat16" else "float32"
     if shape is None:
         tokens = reward.batch_tokens or min(_UNKNOWN_TOKENS, _unknown_tokens(device))
@@ -130,6 +131,14 @@ def made_in(folder: Path, name: str) -> Any:
     """A setting that a finished folder was made with; None if it is not there."""
     try:
         return read_json(folder / MANIFEST)["config"].get(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _swept_in(out: Path, section: str, name: str) -> Any:
+    """A setting that all cells of the sweep in a folder have; None if it is no sweep's."""
+    try:
+        return read_json(out / SWEEP_FILE)[section].get(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
