@@ -17,7 +17,7 @@ NVLINK, NETWORK = 300e9, 50e9
 BANDWIDTH_SHARE = 0.8
 # Standard deviation of the logarithm of a pair's tokens. With it, eight pairs on eight GPUs keep 59 % of them busy, which is what was
 # simulated with the lengths of Skywork-like preferences.
-_SPREAD_OF_LENGTHS = 0.42
+SPREAD_OF_LENGTHS = 0.42
 _STEPS_SIMULATED = 400
 
 
@@ -32,7 +32,7 @@ def busy_share(batch_pairs: int, workers: int) -> float:
     draw = random.Random(0)
     done = waited = 0.0
     for _ in range(_STEPS_SIMULATED):
-        lengths = sorted((draw.lognormvariate(0.0, _SPREAD_OF_LENGTHS) for _ in range(batch_pairs)), reverse=True)
+        lengths = sorted((draw.lognormvariate(0.0, SPREAD_OF_LENGTHS) for _ in range(batch_pairs)), reverse=True)
         loads = [0.0] * workers
         for length in lengths:
             heapq.heapreplace(loads, loads[0] + length)
