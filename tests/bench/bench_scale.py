@@ -13,7 +13,7 @@ from sarm.data.formats.model_shapes import KNOWN_MODELS
 from sarm.engine.ray.machine import BANDWIDTHS, PEAK_SHARE, PEAKS, REFERENCE_GPU
 from sarm.settings.presets import PRESETS
 from sarm.stages.dry_run.formulas import reward_flops
-from sarm.stages.dry_run.scaling import SPREAD_OF_LENGTHS, sae_gradient_bytes, sae_step_seconds
+from sarm.stages.dry_run.scaling import SPREAD_OF_LENGTHS, reward_gradient_bytes, sae_gradient_bytes, sae_step_seconds
 
 OUT = Path(__file__).parents[2] / "outputs" / "bench" / "scale.json"
 GPUS = (1, 2, 4, 8, 16, 32, 64)
@@ -62,8 +62,7 @@ def sae(gpus: int, losses: tuple[float, ...]) -> Outcome:
 def sarm(batch_pairs: int, gpus: int, losses: tuple[float, ...]) -> Outcome:
     """Three epochs of reward training of the SARM alone, at so many pairs a step."""
     seconds_a_pair = reward_flops(SHAPE, PRESET.model.layer, PRESET.reward, TOKENS_A_PAIR) / PRESET.reward.epochs / RATE
-    # Gradients of the blocks in 16 bits.
-    reduced = 2.0 * SHAPE.weights_a_block * PRESET.model.layer
+    reduced = reward_gradient_bytes(SHAPE.weights_a_block * PRESET.model.layer, PRESET.reward.precision)
     steps = round(PAIRS * PRESET.reward.epochs / batch_pairs)
     return training(list(reward_steps(steps, batch_pairs, gpus, seconds_a_pair, SPREAD_OF_LENGTHS, reduced)), Machines(gpus), losses)  # fmt: skip
 

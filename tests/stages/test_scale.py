@@ -77,7 +77,7 @@ def test_steps_of_pairs_keep_the_workers_as_busy_as_a_dry_run_says(pairs, gpus):
     assert 1 - found.idle_share == pytest.approx(busy_share(pairs, gpus), abs=0.01)
 
 
-@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("gpus", [1, 8, 32])
 def test_the_simulated_stages_take_what_a_dry_run_says(gpus, tmp_path):
     preset = PRESETS["sarm-4b"][1]
     costs = costs_on(replace(preset, run=replace(preset.run, out=tmp_path)), gpus)
@@ -87,5 +87,4 @@ def test_the_simulated_stages_take_what_a_dry_run_says(gpus, tmp_path):
     # The dry run has the pairs' tokens in its extraction too, and the scalar head's training beside the SARM's.
     assert extraction == pytest.approx(costs["extract_activations"].seconds / 1.077, rel=0.05)
     assert sae == pytest.approx(costs["train_sae"].seconds, rel=0.12)
-    network = 0 if gpus == 1 else 28_298 * all_reduce_seconds(2 * 218_103_808 * 16, gpus)
-    assert sarm - network == pytest.approx(costs["train_sarm"].seconds / 2, rel=0.03)
+    assert sarm == pytest.approx(costs["train_sarm"].seconds / 2, rel=0.03)

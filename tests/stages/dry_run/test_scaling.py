@@ -94,8 +94,10 @@ def test_every_large_preset_has_rows_bytes_hours_and_memory_of_all_stages(name, 
 
 def test_reward_training_is_counted_and_the_largest_part(tmp_path):
     costs = costs_on(preset("sarm-4b", tmp_path), 8)
-    # 8.87 GPU-hours on eight GPUs that are busy for 59 % of the time.
-    assert costs["train_sarm"].seconds == pytest.approx(8.87 * 3600 / 8 / busy_share(8, 8) + 30, rel=0.01)
+    # 8.87 GPU-hours on eight GPUs that are busy for 59 % of the time, and 28,298 steps of two models with 7 GB of gradients each.
+    network = 28_298 * all_reduce_seconds(2 * 6.98e9, 8)
+    assert network == pytest.approx(2304, rel=0.01)
+    assert costs["train_sarm"].seconds == pytest.approx(8.87 * 3600 / 8 / busy_share(8, 8) + network + 30, rel=0.01)
     total = sum(cost.gpu_hours for cost in costs.values())
     assert costs["train_sarm"].gpu_hours / total > 0.55
 

@@ -21,9 +21,16 @@ from sarm.stages.dry_run.formulas import (
     sae_flops,
     sae_rows,
     text_rows,
+    trains_weights,
 )
 from sarm.stages.dry_run.rounding import count
-from sarm.stages.dry_run.scaling import all_reduce_seconds, busy_share, sae_gradient_bytes, sae_step_seconds
+from sarm.stages.dry_run.scaling import (
+    all_reduce_seconds,
+    busy_share,
+    reward_gradient_bytes,
+    sae_gradient_bytes,
+    sae_step_seconds,
+)
 from sarm.stages.dry_run.source_sizes import sizes_of
 from sarm.stages.dry_run.stage_cost import Known, StageCost
 from sarm.stages.fitting import fitted
@@ -208,6 +215,10 @@ def _train_sarm(known: Known) -> StageCost:
     flops = sum(reward_flops(shape, depth, reward, tokens) for depth in depths)
     seconds, gpu_hours = known.time(flops, run.num_workers, known.reward_dtype, training=True)
     seconds /= busy_share(reward.batch_pairs, known.num_workers)
+    if known.machine.num_gpus and trains_weights(reward):
+        steps = pairs.train * reward.epochs / reward.batch_pairs
+        gradients = sum(reward_gradient_bytes(shape.weights_a_block * depth, reward.precision) for depth in depths)
+        seconds += steps * all_reduce_seconds(gradients, known.num_workers)
     sae = getattr(known.config, "sae", None)
     dictionary = 2 * shape.d_in * sae.d_sae if sae else 0
     memory = reward_gb(shape, max(depths), reward, known.num_workers) + 4 * dictionary / _GB
@@ -238,7 +249,7 @@ def _evaluate(known: Known) -> StageCost:
     flops = sum(2.0 * shape.weights_a_block * depth * tokens for depth in depths)
     seconds, gpu_hours = known.time(flops, run.num_actors, model.dtype)
     batch = known.config.extraction.batch_tokens if getattr(known.config, "extraction", None) else 2048
-    memory = forward_gb(shape, max(depths), "float32", batch)
+    memory = forward_gb(shape, max(depths), model.dtype, batch)
     return StageCost(
         stage="evaluate",
         seconds=5 * len(depths) + seconds,
@@ -267,7 +278,7 @@ def _contexts(known: Known) -> StageCost:
     tokens += answers * contexts.span_pieces * pairs.tokens_a_pair
     flops = 2.0 * shape.weights_a_block * model.layer * tokens
     seconds, gpu_hours = known.time(flops, run.num_actors, model.dtype)
-    memory = forward_gb(shape, model.layer, "float32", contexts.batch_tokens)
+    memory = forward_gb(shape, model.layer, model.dtype, contexts.batch_tokens)
     sae = getattr(known.config, "sae", None)
     kept = (sae.d_sae if sae else 0) * (contexts.top + 10 * contexts.per_decile) * 400 / _GB
     return StageCost(

@@ -62,6 +62,11 @@ def sae_gradient_bytes(d_in: int, d_sae: int) -> float:
     return 2.0 * 4 * d_in * d_sae
 
 
+def reward_gradient_bytes(weights: int, precision: str) -> float:
+    """The gradients of the blocks, reduced once a step, in the dtype of their products."""
+    return weights * (2.0 if precision == "bfloat16" else 4.0)
+
+
 def sae_step_seconds(
     d_in: int, sae: SaeSettings, rows: float, peak: float, peak_share: float, bandwidth: float
 ) -> float:
