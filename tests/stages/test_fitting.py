@@ -49,6 +49,10 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_with(tmp_path):
         (tmp_path / name / "manifest.json").write_text(json.dumps({"config": made}))
     found = fitted(config("demo", tmp_path), Machine(2)).config
     assert (found.model.dtype, found.reward.precision) == ("bfloat16", "bfloat16")
+    (tmp_path / "sarm" / "manifest.json").write_text(json.dumps({"config": {"precision": "bfloat16", "zero_stage": 3}}))
+    assert fitted(config("sarm-4b", tmp_path), H100).config.reward.zero_stage == 3, (
+        "and the stage that it was raised to"
+    )
 
 
 @pytest.mark.parametrize(("gpus", "stage", "memory"), [(1, 3, "69 GB"), (8, 2, "29 GB")])

@@ -84,6 +84,8 @@ def _fit_reward(
     sae = getattr(config, "sae", None)
     depth = max(reward_depths(config.model, reward, shape))
     workers = machine.workers(config.run.num_workers)
+    # A finished model's stage was raised to where it fitted then.
+    made = made_in(folders.sarm, "zero_stage")
     budget = training_budget(
         device,
         size_of(shape, depth, sae.d_sae if sae else 0),
@@ -91,7 +93,7 @@ def _fit_reward(
         config.model.max_length,
         precision=precision,
         batch_tokens=reward.batch_tokens,
-        least_stage=reward.zero_stage,
+        least_stage=max(reward.zero_stage, made) if isinstance(made, int) else reward.zero_stage,  # type: ignore[arg-type]
         checkpointing=reward.gradient_checkpointing,
         trains=trains_weights(reward),
     )

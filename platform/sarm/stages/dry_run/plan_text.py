@@ -80,6 +80,8 @@ def planned_machine(config: Any) -> Machine:
         return machine
     from sarm.stages.extract_calibration import tokens_per_second
 
+    config = fitted(config, machine).config
+    model, extraction = config.model, config.extraction
     tokens = tokens_per_second(model, extraction)
     # Asked this late because the model's config is in the cache by now.
     if (shape := shape_of(model)) is None:
