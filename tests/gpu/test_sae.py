@@ -1,6 +1,7 @@
 """An SAE's training on the card beside the same on the CPU, and resumed."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sarm.settings.sae import SaeSettings
 from sarm.train.sae_learner import Learner
 
 pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parents[2]
 D, S, K, B, STEPS, LR = 64, 512, 8, 96, 50, 5e-3
 
 
@@ -29,7 +31,8 @@ def rows(step: int) -> Tensor:
 
 def far_apart(one: Tensor, other: Tensor) -> float:
     """The distance in units of the first's norm."""
-    return float((one.cpu() - other.cpu()).norm() / one.cpu().norm())
+    one, other = one.detach().cpu(), other.detach().cpu()
+    return float((one - other).norm() / one.norm())
 
 
 def fresh(device: torch.device | str, split: Any = "rows") -> Learner:
@@ -64,7 +67,10 @@ def test_a_training_goes_on_bit_for_bit(card: torch.device) -> None:
 
 def _worker(rank: int, folder: str, split: str) -> None:
     backend, device = ("gloo", "cpu") if ON_CORES else ("nccl", f"cuda:{rank}")
-    if not ON_CORES:
+    torch.set_num_threads(1)
+    if ON_CORES:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    else:
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, init_method=f"file://{folder}/{split}", rank=rank, world_size=2)
     learner = fresh(device, split)
@@ -80,7 +86,11 @@ def _worker(rank: int, folder: str, split: str) -> None:
 
 @pytest.mark.gpu2
 @pytest.mark.parametrize("split", ["rows", "latents"])
-def test_two_cards_learn_what_one_learns(split: str, card: torch.device, tmp_path: Path) -> None:
+def test_two_cards_learn_what_one_learns(
+    split: str, card: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Spawned processes import this file by its name from the repository's root.
+    monkeypatch.syspath_prepend(str(ROOT))
     mp.spawn(_worker, (str(tmp_path), split), nprocs=2)
     losses, weights = torch.load(tmp_path / f"{split}.pt")
     one = fresh(card)
