@@ -12,7 +12,7 @@ BESIDE_OTHERS := sae sarm
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-docs test-chaos test-formats test-official lint types audit bench ui lock clean
+.PHONY: help demo test test-gpu test-kernels bench-gpu test-docs test-chaos test-formats test-official lint types audit bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -82,6 +82,22 @@ $(AUDIT)/.ready:
 	$(PYTHON) -m venv $(AUDIT)
 	$(AUDIT)/bin/python -m pip install --progress-bar on 'pip-audit>=2.9,<3'
 	@touch $@
+
+# A machine without a GPU says so in one line, and that is no failure.
+NO_GPU = import torch; torch.cuda.is_available() or print(f"skipped: torch {torch.__version__} sees no GPU")
+
+test-gpu: $(VENV)/.ready  ## everything that needs a GPU, six minutes; on a machine with two, what needs two as well
+	@reason=$$($(BIN)/python -c '$(NO_GPU)') || exit 2; if [ -n "$$reason" ]; then echo "$$reason"; else $(BIN)/python -m pytest tests/gpu -rs; fi
+
+bench-gpu: $(VENV)/.ready  ## figures of the papers' largest shapes on a GPU, four minutes, to outputs/bench/gpu.json
+	$(BIN)/python tests/bench/gpu/bench_gpu.py
+
+.triton/.ready:
+	$(BIN)/python -m pip install --progress-bar on --no-deps --target .triton triton==3.7.1
+	@touch $@
+
+test-kernels: $(VENV)/.ready .triton/.ready  ## every Triton kernel, compiled for A100, H100 and B200 without any of them
+	PYTHONPATH=.triton $(BIN)/python -m pytest tests/nn/test_kernels_compile.py
 
 audit: $(AUDIT)/.ready  ## the locked dependencies against the published vulnerabilities; asks pypi.org
 	$(AUDIT)/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict

@@ -31,12 +31,14 @@ from sarm.contracts.passes import Target
 from sarm.contracts.tables import activations_table
 from sarm.data.formats.models import model_folder
 from sarm.data.sources.prepare import prepare_pairs
+from sarm.engine.ray.machine import this_machine
 from sarm.nn.pretrained import read_config
 from sarm.passes.activations import Backbone, ChatActivations
 from sarm.passes.turn_ends import PairTurnEnds
 from sarm.settings.extraction import TURN_END, ExtractionSettings
 from sarm.settings.jobs import Pipeline
 from sarm.settings.presets import PRESETS
+from sarm.stages.fitting import fitted
 
 OUT = Path(__file__).parents[2] / "outputs" / "bench" / "dictionaries.json"
 THREADS = 2
@@ -66,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     figures: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for part in arguments.parts:
-        figures |= PARTS[part](PRESETS[arguments.model][1], arguments)
+        figures |= PARTS[part](fitted(PRESETS[arguments.model][1], this_machine()).config, arguments)
     figures["sizes"] = {
         "preset": arguments.model,
         "threads": THREADS,

@@ -28,11 +28,13 @@ from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.tokens.groups import PromptGroup, prompt_groups
 from sarm.data.tokens.packing import token_batches
+from sarm.engine.ray.machine import this_machine
 from sarm.evaluate.intervals import difference_interval
 from sarm.evaluate.statistics import pair_credit
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.settings.presets import PRESETS
 from sarm.settings.reward import RewardSettings
+from sarm.stages.fitting import fitted
 from sarm.stages.reward_models import build_model
 from sarm.train.head_start import start_head_
 from sarm.train.reward import parameter_groups, train_reward
@@ -88,7 +90,7 @@ class Sized(NamedTuple):
 
 def linear_study(stray: float, problems: int = 60, dim: int = 64) -> dict[str, Any]:
     """Accuracy on new prompts of heads trained by both rules; x of a pair is normal, P(chosen) = sigmoid((w + u_prompt) . x), |w| = 2, |u| = stray |w|."""
-    config = PRESETS["demo"][1]
+    config = fitted(PRESETS["demo"][1], this_machine()).config
     with tempfile.TemporaryDirectory() as folder:
         prepare_pairs(config.data, Path(folder))
         rows = load_pairs(Path(folder), "train")["prompt_id"].to_pylist()

@@ -9,12 +9,14 @@ from sarm.data.sources.prepare import prepare_pairs
 from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.tokens.groups import prompt_groups
+from sarm.engine.ray.machine import this_machine
 from sarm.engine.session import open_session
 from sarm.settings.data import DataSettings
 from sarm.settings.jobs import Pipeline
 from sarm.settings.presets import PRESETS
 from sarm.settings.run import RunSettings
 from sarm.stages.extract import extract
+from sarm.stages.fitting import fitted
 from sarm.stages.plan import sae_activations
 from sarm.stages.prepare import prepare as prepare_sources
 from sarm.stages.train_sae import train_sae
@@ -28,7 +30,7 @@ CHAT_EPOCHS = 60
 
 def preset(out: Path, depth: int | None = None) -> Pipeline:
     """The demo's settings over the study's pairs."""
-    demo = PRESETS["demo-papers"][1]
+    demo = fitted(PRESETS["demo-papers"][1], this_machine()).config
     return replace(
         demo,
         run=RunSettings(out=out, cpus_per_worker=1, experiment="quality"),

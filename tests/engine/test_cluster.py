@@ -69,6 +69,45 @@ def test_gpus_are_shared_out_with_the_cores_beside_them() -> None:
         cluster(Node(16), gpus_wanted="yes").cpus_each(RunSettings(), 1)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "asked", "workers"),
+    [
+        ((Node(2),), 0, 1),
+        ((Node(16),), 3, 3),
+        ((Node(4), Node(4), Node(4)), 0, 3),
+        ((Node(2), Node(16), Node(16)), 0, 2),
+        ((Node(16, 8),), 0, 8),
+        ((Node(4), Node(16, 8), Node(16, 8)), 0, 16),
+        ((Node(4), Node(16, 8), Node(16, 8)), 5, 5),
+        ((Node(4, 8),), 0, 3),
+    ],
+)
+def test_a_run_takes_all_gpus_or_a_worker_a_node_unless_it_says_how_many(
+    nodes: tuple[Node, ...], asked: int, workers: int
+) -> None:
+    found = cluster(*nodes).workers(RunSettings(), asked)
+    assert found == workers
+    if not asked:
+        assert cluster(*nodes).cpus_each(RunSettings(), found) >= 1, "what is taken by default fits"
+
+
+def test_a_run_that_asks_for_all_gpus_waits_for_the_first_and_takes_what_has_come() -> None:
+    empty, grown = cluster(Node(2), gpus_wanted="yes"), cluster(Node(2), Node(16, 8), gpus_wanted="yes")
+    asked: list[Any] = []
+    run = RunSettings(wait_for_nodes=5)
+    now = with_room(empty, run, 0, look=lambda: grown, ask=asked.append)
+    assert asked[0] == [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}]
+    assert now.workers(run, run.num_workers) == 8
+
+
+def test_what_a_later_stage_has_no_room_for_is_refused_before_the_first_begins() -> None:
+    eight = cluster(Node(64, 8))
+    eight.check_room(RunSettings(), (0, 8))
+    with pytest.raises(UserError, match=r"16 workers need a GPU each, the cluster has 8\."):
+        eight.check_room(RunSettings(), (0, 16))
+    eight.check_room(RunSettings(wait_for_nodes=60.0), (0, 16))
+
+
 def test_a_job_waits_for_the_nodes_that_an_autoscaler_brings_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[Any] = []
     empty, grown = cluster(Node(2), gpus_wanted="yes"), cluster(Node(2), Node(8, 4), gpus_wanted="yes")

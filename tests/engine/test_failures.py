@@ -1,6 +1,7 @@
 import pytest
 
 from sarm.engine.failures import status_of
+from sarm.settings.checks import StalledError
 
 
 @pytest.mark.parametrize(
@@ -8,6 +9,7 @@ from sarm.engine.failures import status_of
     [
         (ConnectionRefusedError("mlflow"), 75),
         (TimeoutError(), 75),
+        (StalledError("nothing has happened for 290 s"), 75),
         (OSError(28, "No space left on device"), 2),
         (BrokenPipeError(), None),
         (ValueError("a bug"), None),

@@ -19,8 +19,8 @@ from sarm.settings.sae import SaeSettings
 NAN, INFINITE = float("nan"), float("inf")
 
 BAD = [
-    (RunSettings, {"num_workers": 0}, "--num-workers"),
-    (RunSettings, {"num_actors": 0}, "--num-actors"),
+    (RunSettings, {"num_workers": -1}, "--num-workers"),
+    (RunSettings, {"num_actors": -1}, "--num-actors"),
     (RunSettings, {"cpus_per_worker": -1}, "--cpus-per-worker"),
     (ModelSettings, {"name": ""}, "--model.name"),
     (ModelSettings, {"layer": 0}, "--model.layer"),

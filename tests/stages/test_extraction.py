@@ -2,6 +2,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +20,7 @@ from sarm.data.store.activations import ActivationStore
 from sarm.data.store.blocks import plan_blocks
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.data.tokens.sentences import sentence_end_tokens, sentence_ends
+from sarm.data.tokens.windows import num_tokens
 from sarm.engine.ray.block_actor import Output
 from sarm.engine.ray.passes import Pass, run_over
 from sarm.engine.ray.room import Cluster, Node
@@ -94,7 +96,7 @@ class Sleeps(TextActivations):
     """Does not come back from a block."""
 
     def compute(self, prepared, beat):
-        time.sleep(600)
+        time.sleep(60)
         return super().compute(prepared, beat)
 
 
@@ -194,6 +196,33 @@ def test_a_hung_pass_ends_and_names_the_block_and_the_process(tmp_path: Path, pr
         do(work, stall_seconds=20.0)
 
 
+class LoadsSlowly(TextActivations):
+    """Reads its weights for longer than a block may stand still."""
+
+    def __init__(self, **arguments: Any):
+        ended = time.monotonic() + 15
+        while time.monotonic() < ended:
+            sum(i * i for i in range(200_000))
+            time.sleep(0.2)
+        super().__init__(**arguments)
+
+
+class NeverLoads(TextActivations):
+    def __init__(self, **_: Any):
+        time.sleep(60)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_that_loads_for_long_is_no_stall_and_one_that_never_does_is(tmp_path: Path, preset: Pipeline) -> None:
+    texts = ["A sentence. Another one."] * 3
+    work = text_pass(tmp_path / "in", texts, tmp_path / "slow", preset.model, LoadsSlowly)
+    # Both limits are below what it takes: signs of life hold it up.
+    assert do(work, stall_seconds=3.0, start_seconds=10.0)["rows"] == 6
+    work = text_pass(tmp_path / "in", texts, tmp_path / "never", preset.model, NeverLoads)
+    with pytest.raises(StalledError, match="none has begun a block: they are still starting or loading the model"):
+        do(work, stall_seconds=1.0, start_seconds=15.0)
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_starved_pass_ends_and_says_how_many_actors_have_room(tmp_path: Path, preset: Pipeline) -> None:
     work = text_pass(tmp_path / "in", ["A sentence."] * 20, tmp_path / "out", preset.model)
@@ -205,12 +234,19 @@ def test_a_starved_pass_ends_and_says_how_many_actors_have_room(tmp_path: Path, 
 def test_limits_keep_the_first_texts(extracted: Path, preset: Pipeline) -> None:
     chat = load_chat_tokenizer(preset.model, model_folder(preset.model))
     files = sorted((extracted / "corpus").glob("*.parquet"))
-    lengths = [len(chat.encode_text(text).ids) for text in table_of(extracted / "corpus")["text"].to_pylist()]
-    limit = sum(lengths[:7]) + lengths[7] - 1
-    assert rows_within(files, chat, limit) == 7
-    assert rows_within(files, chat, limit + 1) == 8
-    with pytest.raises(UserError, match="--limit-tokens"):
-        rows_within(files, chat, lengths[0] - 1)
+    texts = [text for path in files for text in pq.read_table(path)["text"].to_pylist()]
+    tokens = [len(chat.encode_text(text).ids) for text in texts]
+    sentences = [len(sentence_ends(text)) for text in texts]
+    counts = {
+        "tokens": lambda some: num_tokens(some, chat),
+        "sentences": lambda some: map(len, map(sentence_ends, some)),
+    }
+    for what, lengths in {"tokens": tokens, "sentences": sentences}.items():
+        limit = sum(lengths[:7]) + lengths[7] - 1
+        assert rows_within(files, limit, what, counts[what]) == 7
+        assert rows_within(files, limit + 1, what, counts[what]) == 8
+        with pytest.raises(UserError, match=f"more than --limit-{what} {lengths[0] - 1}"):
+            rows_within(files, lengths[0] - 1, what, counts[what])
 
 
 def test_manifests_name_their_inputs(extracted: Path) -> None:

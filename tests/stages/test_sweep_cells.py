@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 
+from sarm.engine.ray.machine import Machine
 from sarm.engine.ray.room import Cluster, Node
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.settings.sweep import Ablation, SweepSettings
 from sarm.settings.sweep_presets import ABLATIONS
+from sarm.stages.fitting import fitted
 from sarm.stages.sweep import cells as sweep_cells
 from sarm.stages.sweep.cells import check_sweep, sweep_plan
 from sarm.stages.sweep.cost import describe_sweep
@@ -207,7 +209,7 @@ def test_a_dry_run_counts_what_would_be_done(tmp_path):
     assert {"GPU-hours", "disk", "time"} <= {line.split()[0] for line in said.splitlines() if line}
     one = replace(smollm2, sweep=SweepSettings(layers=(8,), widths=(8,), ks=(14,)))
     assert flops(describe_sweep(one)) < flops(said) / 12
-    claim_sweep(smollm2)
+    claim_sweep(fitted(smollm2, Machine(2)).config)
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "manifest.json").write_text(json.dumps({"counts": {"splits": {"train": 100}}}))
     assert "100 training pairs of 51 tokens" in describe_sweep(smollm2), "what has been counted is not guessed"

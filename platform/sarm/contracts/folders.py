@@ -17,6 +17,8 @@ CONTEXTS_FOLDER = "contexts/v1"
 EXPLANATIONS_FOLDER = "explanations/v1"
 PAGES_FOLDER = "feature_pages/v1"
 
+SWEEP_FILE = "sweep.json"
+"""In a sweep's folder: the settings that all its cells have in common."""
 BASELINES = {
     "scalar_head": "scalar head, same backbone",
     "scalar_head_full": "scalar head, whole backbone",

@@ -10,7 +10,7 @@ DONE, USER, AGAIN = 0, 2, 75
 _TRANSIENT = {
     "builtins.ConnectionError", "builtins.TimeoutError", "ray.ActorDiedError", "ray.ActorUnavailableError", "ray.NodeDiedError",
     "ray.WorkerCrashedError", "ray.ObjectLostError", "ray.OutOfMemoryError", "ray.RaySystemError", "ray.LocalRayletDiedError",
-    "ray.WorkerHealthCheckFailedError", "torch.DistError",
+    "ray.WorkerHealthCheckFailedError", "torch.DistError", "sarm.StalledError",
 }  # fmt: skip
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 

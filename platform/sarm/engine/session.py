@@ -17,6 +17,7 @@ from sarm.contracts.untrusted import read_json
 from sarm.engine.mlflow import run_card
 from sarm.engine.mlflow.tracking import StageRun, ended_by, tracking_uri
 from sarm.engine.ray.cluster import check_machine, connect, nodes_without
+from sarm.engine.ray.look import look_at_devices, tell
 from sarm.engine.ray.room import Cluster
 from sarm.engine.stopping import leave_if_asked
 from sarm.engine.terminal import say
@@ -57,6 +58,8 @@ class Session:
     """To whom else its reward training tells how it goes."""
     registers_models: bool = True
     """Whether each of its reward models is registered in MLflow."""
+    needs: tuple[int, ...] = ()
+    """Numbers of workers and actors that its stages ask for: what the cluster has no room for is refused before the first of them begins."""
     settings: Mapping[str, str] | None = None
     """Parameters that tell its MLflow run from others; None: those of `params`."""
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -82,6 +85,10 @@ class Session:
                 raise UserError(
                     f"{self.run.out} is not the same folder on {', '.join(blind)}: results would be scattered. Pass an --out that all nodes share."
                 )
+            self._cluster.check_room(self.run, self.needs)
+            devices = look_at_devices(self._cluster, self.run)
+            tell(devices)
+            self.tracker.parent.set_tags(devices.tags)
         return self._cluster
 
     @property

@@ -64,7 +64,7 @@ def find_model(settings: Benchmarking) -> ModelSpec:
     config = _config(folder, name)
     if config.get("model_type") == "sarm":
         _refuse_flags(settings, "a SARM, which has a head and a template of its own")
-        return sarm_spec(folder, settings.protocol, settings.max_length, settings.dtype)
+        return sarm_spec(folder, settings.protocol, settings.max_length, settings.compute_dtype)
     return _classifier(folder, config, settings)
 
 
@@ -259,7 +259,7 @@ def _spec(kind: str, place: str, identity: str, template: str, settings: Benchma
         template=template,
         protocol=settings.protocol,
         max_length=_length(settings.protocol, settings.max_length, max_length),
-        dtype=settings.dtype,
+        dtype=settings.compute_dtype,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from sarm.settings.checks import OPERATIONAL, UserError
+from sarm.settings.checks import OPERATIONAL, UserError, check_tokens
 from sarm.settings.results_root import READ, place_paths
 from sarm.settings.run import Flat, RunSettings
 
@@ -29,8 +29,8 @@ class AuditFeatures:
     """About this many rows of each benchmark of `select` and `target`, chosen by hash of the prompt."""
     limit_off_target: int | None = None
     """The same for `off_target`."""
-    batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
-    """Tokens of one forward pass, padding included."""
+    batch_tokens: int = field(default=0, metadata=OPERATIONAL)
+    """Tokens of one forward pass, padding included; 0: as many as the device has memory for."""
     max_features: int = 8
     """Features that are selected at most (SAFER: 32)."""
     rank: Literal["effect", "score"] = "effect"
@@ -58,7 +58,8 @@ class AuditFeatures:
 
     def __post_init__(self) -> None:
         place_paths(self)
-        _least(self, limit=1, limit_off_target=1, batch_tokens=64, max_features=1, permutations=100, controls=10, upstream_controls=5, deletions=0)  # fmt: skip
+        _least(self, limit=1, limit_off_target=1, max_features=1, permutations=100, controls=10, upstream_controls=5, deletions=0)  # fmt: skip
+        check_tokens(self, "batch_tokens")
         for name in ("select", "target", "off_target"):
             if not getattr(self, name):
                 raise UserError(f"there are no pairs to {name}. Pass --{name.replace('_', '-')} FOLDER or NAME=SOURCE.")

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from sarm.settings.chat_template import template_text
-from sarm.settings.checks import ABSENT_AT_DEFAULT, OPERATIONAL, UserError
+from sarm.settings.checks import ABSENT_AT_DEFAULT, OPERATIONAL, UserError, check_tokens
 from sarm.settings.registered import listing
 from sarm.settings.results_root import READ, place_paths
 from sarm.settings.run import Flat, RunSettings
@@ -37,10 +37,10 @@ class Benchmarking:
     """`exact`: one BOS, left truncation that keeps the rewarded token; `official`: the tokenisation of the benchmarks' own code, with its known faults."""
     max_length: int | None = None
     """Tokens of a conversation at most; unset: what a SARM was trained with, else 2048."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the model's body; heads are float32."""
-    batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
-    """Tokens of one forward pass, padding included."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the model's body; heads are float32. `auto`: bfloat16 on GPUs that multiply it, else float32."""
+    batch_tokens: int = field(default=0, metadata=OPERATIONAL)
+    """Tokens of one forward pass, padding included; 0: as many as the device has memory for."""
     limit: int | None = None
     """Score about this many rows of each benchmark, chosen by hash of the prompt."""
     allow_partial: bool = False
@@ -51,6 +51,11 @@ class Benchmarking:
     """Rows of each benchmark that are edited."""
     drift_items: int = 32
     """Completions that are scored a second time, alone, to see whether a batch changes scores; 0: none."""
+
+    @property
+    def compute_dtype(self) -> Literal["float32", "bfloat16"]:
+        """`dtype`; float32 where nobody has chosen for a device yet."""
+        return "float32" if self.dtype == "auto" else self.dtype
 
     def __post_init__(self) -> None:
         place_paths(self)
@@ -64,7 +69,8 @@ class Benchmarking:
             raise UserError(f"{repeated[0]} is named twice. Pass each of --benchmarks once; a source may be a glob.")
         if self.objectives and not (any(self.objectives) and all(map(math.isfinite, self.objectives))):
             raise UserError(f"the weights of the outputs are {self.objectives}, expected numbers that are not all 0. Pass --objectives.")  # fmt: skip
-        for name, least in (("max_length", 8), ("limit", 1), ("probe_rows", 1), ("drift_items", 0), ("batch_tokens", 64)):  # fmt: skip
+        check_tokens(self, "batch_tokens")
+        for name, least in (("max_length", 8), ("limit", 1), ("probe_rows", 1), ("drift_items", 0)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}. Pass --{name.replace('_', '-')}.")

@@ -4,6 +4,8 @@ import math
 
 # Work in which nothing happens ends within 300 s, looking included; Ray and torch would let it hang for half an hour.
 NO_PROGRESS_SECONDS = 290.0
+# Before its first block a pass may boot nodes, pull images and load models. Where nothing there gives a sign of life, this is the limit.
+NO_START_SECONDS = 1800.0
 
 # Fields with this metadata say how a job runs, not what comes out.
 OPERATIONAL = {"operational": True}
@@ -15,8 +17,8 @@ class UserError(ValueError):
     """A mistake that the user can mend: shown as one line, exit status 2."""
 
 
-class StalledError(UserError):
-    """Work in which nothing has happened for too long, with the cause as far as it can be seen."""
+class StalledError(Exception):
+    """Work in which nothing has happened for too long, with the cause as far as it can be seen: the same command may succeed, exit status 75."""
 
 
 class StoppedError(Exception):
@@ -36,6 +38,12 @@ def check_least(section: object, flags: str, **least: int) -> None:
     for name, smallest in least.items():
         value = getattr(section, name)
         check(section, flags + name, value is None or value >= smallest, f"at least {smallest}")
+
+
+def check_tokens(section: object, flag: str) -> None:
+    """A number of tokens a pass: 0, which leaves it to the device's memory, or at least 64."""
+    tokens = getattr(section, flag.rpartition(".")[2])
+    check(section, flag, tokens == 0 or tokens >= 64, "0 or at least 64")
 
 
 def check_rate(section: object, flag: str, *, zero_allowed: bool = False) -> None:

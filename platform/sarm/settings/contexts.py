@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sarm.settings.checks import OPERATIONAL, UserError
+from sarm.settings.checks import OPERATIONAL, UserError, check_tokens
 from sarm.settings.checks import check_least as _check_least
 from sarm.settings.results_root import READ, place_paths
 
@@ -32,13 +32,14 @@ class ContextsSettings:
     """Largest number of answers whose driving sentence is looked for, those of the latents that add most to rewards; each part of an answer costs a forward pass."""
     span_pieces: int = 8
     """Largest number of parts of an answer that are left out in turn; further sentences are joined."""
-    batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
-    """Tokens of one forward pass, padding included."""
+    batch_tokens: int = field(default=0, metadata=OPERATIONAL)
+    """Tokens of one forward pass, padding included; 0: as many as the device has memory for."""
 
     def __post_init__(self) -> None:
         if self.split == "none" and not self.corpus:
             raise UserError("there is nothing to read. Pass another --contexts.split, or --contexts.corpus.")
-        _check_least(self, "contexts.", top=1, per_decile=0, sampled=10, text_chars=80, span_contexts=0, span_answers=0, span_pieces=2, batch_tokens=64, max_texts=1)  # fmt: skip
+        _check_least(self, "contexts.", top=1, per_decile=0, sampled=10, text_chars=80, span_contexts=0, span_answers=0, span_pieces=2, max_texts=1)  # fmt: skip
+        check_tokens(self, "contexts.batch_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sarm.settings.checks import OPERATIONAL
+from sarm.settings.checks import ABSENT_AT_DEFAULT, OPERATIONAL, check_tokens
 from sarm.settings.checks import check as _check
 from sarm.settings.checks import check_least as _check_least
 
@@ -18,7 +18,7 @@ class ExtractionSettings:
     """How activations are computed and stored."""
 
     batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
-    """Tokens of one forward pass, padding included; a batch that does not fit the memory is split."""
+    """Tokens of one forward pass, padding included; a batch that does not fit the memory is split. 0: as many as the device has memory for."""
     dtype: Literal["float16", "bfloat16"] = "float16"
     """16-bit format of stored activations; float16 is finer, bfloat16 never overflows."""
     units: Annotated[tuple[Unit, ...], tyro.conf.arg(aliases=["--units"])] = ("document",)
@@ -33,6 +33,10 @@ class ExtractionSettings:
     """Read only this many texts, from the beginning of the corpus."""
     limit_tokens: Annotated[int | None, tyro.conf.arg(aliases=["--limit-tokens"])] = None
     """Read only the first texts of the corpus that have at most this many tokens together."""
+    limit_sentences: Annotated[int | None, tyro.conf.arg(aliases=["--limit-sentences"])] = field(
+        default=None, metadata=ABSENT_AT_DEFAULT
+    )
+    """Read only the first texts of the corpus that have at most this many sentences together: rows, where the unit is the end of a sentence."""
     block_kilobytes: int = 1024
     """Size of a block, which is written whole or not at all; a small corpus has smaller blocks."""
 
@@ -40,7 +44,8 @@ class ExtractionSettings:
     """With `--dry-run`: run the model for some seconds on this machine, and plan with the measured rate instead of an assumed one."""
 
     def __post_init__(self) -> None:
-        _check_least(self, "extraction.", batch_tokens=64, limit_rows=1, limit_tokens=1, block_kilobytes=1)
+        check_tokens(self, "extraction.batch_tokens")
+        _check_least(self, "extraction.", limit_rows=1, limit_tokens=1, limit_sentences=1, block_kilobytes=1)
         _check(self, "extraction.units", 0 < len(self.units) == len(set(self.units)), "one or more different units")
         share, has_ends = self.word_share, TURN_END in self.units
         is_share = share is None or (has_ends and 0 < share <= 1)

@@ -21,8 +21,8 @@ class ModelSettings:
     """File inside `name` to load instead of safetensors."""
     layer: int = 15
     """Number of blocks to keep; activations are the residual stream after block `layer` (`hidden_states[layer]`)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the frozen backbone in extraction and scoring; training keeps fp32 master weights whatever this is."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Dtype of the frozen backbone in extraction and scoring; training keeps fp32 master weights whatever this is. `auto`: bfloat16 on GPUs that multiply it, else float32; what is finished keeps its own."""
     max_length: int = 512
     """Tokens of a sequence at most; longer ones lose their beginning, never the rewarded final token."""
     system_prompt: str | None = None

@@ -43,7 +43,7 @@ tiny = Pipeline(
 
 demo = Pipeline(
     run=ChainSettings(out=Path("outputs/demo")),
-    model=ModelSettings(name="demo:smollm2", layer=15, max_length=512),
+    model=ModelSettings(name="demo:smollm2", layer=15, max_length=512, dtype="auto"),
     data=DataSettings(
         texts=("demo:openwebtext", "demo:wikipedia"),
         pairs=("demo:harm",),
@@ -51,7 +51,8 @@ demo = Pipeline(
         max_texts=300,
         heldout_share=0.25,
     ),
-    extraction=ExtractionSettings(units=(TURN_END,)),
+    # 0 and auto: as the device has it, whatever model takes the place of this one.
+    extraction=ExtractionSettings(units=(TURN_END,), batch_tokens=0),
     # Four latents for each dimension, which is three rows a latent: docs/dictionaries.md compares with the papers' recipe.
     sae=SaeSettings(
         recipe="turn_ends",
@@ -65,7 +66,16 @@ demo = Pipeline(
     ),
     # One pass over 1,500 pairs moves a zero head too little. The rates were chosen on training prompts that were left out: 3e-5 and
     # 1e-3 undid the start. Stage 0, since one worker has nothing to shard.
-    reward=RewardSettings(lr=5e-6, head_lr=1e-4, head_init="probe", epochs=1, batch_pairs=16, zero_stage=0),
+    reward=RewardSettings(
+        lr=5e-6,
+        head_lr=1e-4,
+        head_init="probe",
+        epochs=1,
+        batch_pairs=16,
+        batch_tokens=0,
+        zero_stage=0,
+        precision="auto",
+    ),
     # Half a minute; docs/interpretation.md has the flags that read everything and look for driving sentences.
     contexts=ContextsSettings(split="heldout", span_answers=0),
 )
@@ -74,13 +84,13 @@ demo_papers = replace(
     demo,
     run=ChainSettings(out=Path("outputs/demo-papers")),
     data=replace(demo.data, responses=()),
-    extraction=ExtractionSettings(),
+    extraction=ExtractionSettings(batch_tokens=0),
     sae=SaeSettings(d_sae=16 * 576, k=27, batch_size=256, text_epochs=10, chat_epochs=40, lr=5e-4, chat_lr=1e-3),
 )
 
 # SARM section 4.1: Adam 5e-4 for the SAE, 16 d_in latents, k = 3/64 d_in; backbone 4e-6, 8 pairs a step, 3 epochs.
 # The head's own rate is ours: at the backbone's rate a zero head is still growing when training ends.
-# 50 M sentences, which are a billion tokens: OpenWebText2 has fifteen times as many, at 880 a text.
+# SARM trains its dictionaries on 50 M sentences, about a billion tokens: OpenWebText2 has fifteen times as many, at 44 sentences a text.
 _sarm = Pipeline(
     model=ModelSettings(dtype="bfloat16", max_length=4096),
     data=DataSettings(
@@ -90,7 +100,7 @@ _sarm = Pipeline(
         heldout_share=0.02,
         max_pairs_per_prompt=None,
     ),
-    extraction=ExtractionSettings(batch_tokens=65536, units=("sentence",), limit_tokens=1_000_000_000),
+    extraction=ExtractionSettings(batch_tokens=0, units=("sentence",), limit_sentences=50_000_000),
     sae=SaeSettings(batch_size=4096, lr=5e-4, chat_lr=3e-4),
     reward=RewardSettings(
         lr=4e-6,
@@ -98,11 +108,12 @@ _sarm = Pipeline(
         epochs=3,
         batch_pairs=8,
         batch_tokens=8192,
-        zero_stage=3,
+        # Raised to 3 where one GPU holds everything: docs/gpu.md has the memory.
+        zero_stage=2,
         precision="bfloat16",
         gradient_checkpointing=True,
     ),
-    contexts=ContextsSettings(batch_tokens=65536),
+    contexts=ContextsSettings(),
 )
 
 sarm_1b = replace(

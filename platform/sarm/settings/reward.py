@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sarm.settings.checks import OPERATIONAL, check, check_least, check_rate
+from sarm.settings.checks import OPERATIONAL, check, check_least, check_rate, check_tokens
 from sarm.settings.results_root import READ, place_paths
 
 Baseline = Literal["scalar", "scalar_full", "random_encoder", "random_directions", "random_linear", "token_sae"]
@@ -37,17 +37,17 @@ class RewardSettings:
     """What a pair weighs in its step's gradient: 1 / batch_pairs, the same in every step; or 1 / the pairs of the step, so that a pair in a
     small step weighs more."""
     batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
-    """Tokens of one forward and backward pass of one worker, padding included."""
+    """Tokens of one forward and backward pass of one worker, padding included. 0: as many as the device has memory for."""
     warmup_share: float = 0.1
     """Share of the pairs over which the learning rates rise from 0; afterwards they fall to 0 by a cosine."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm. Where pairs weigh alike, the limit of a step of n pairs is n / batch_pairs times this norm."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the blocks' forward and backward; weights, SAE, head and loss stay float32."""
+    """DeepSpeed ZeRO stage; a higher one is taken where this does not fit a GPU."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Dtype of the blocks' forward and backward; weights, SAE, head and loss stay float32. `auto`: bfloat16 on GPUs that multiply it, else float32."""
     gradient_checkpointing: bool = field(default=False, metadata=OPERATIONAL)
-    """Recompute the blocks in the backward pass to save memory."""
+    """Recompute the blocks in the backward pass to save memory. It is done, too, where they do not fit a GPU otherwise."""
     baselines: tuple[Baseline, ...] = field(default=("scalar",), metadata=OPERATIONAL)
     """Also train, for comparison: `scalar` (a linear head on the same truncated backbone), `scalar_full` (on the whole backbone),
     `random_encoder` (SARM whose directions are drawn anew and treated as pretrained ones are: the shift to chat ends absorbed, the head
@@ -103,7 +103,8 @@ class RewardSettings:
         place_paths(self)
         check_rate(self, "reward.lr", zero_allowed=True)
         check_rate(self, "reward.head_lr")
-        check_least(self, "reward.", weight_decay=0, epochs=1, batch_pairs=1, batch_tokens=64)
+        check_least(self, "reward.", weight_decay=0, epochs=1, batch_pairs=1)
+        check_tokens(self, "reward.batch_tokens")
         check(self, "reward.warmup_share", 0 <= self.warmup_share < 1, "between 0 and 1")
         # 0 would mean "no gradient" to torch and "no limit" to DeepSpeed.
         check(self, "reward.max_grad_norm", self.max_grad_norm > 0, "above 0")

@@ -67,10 +67,10 @@ class RunSettings:
     """How reward models are registered in MLflow: `reference` names the folder, which has to stay; `copy` copies it; `none` registers none."""
     ray_address: str = field(default="", metadata=OPERATIONAL)
     """Ray cluster to join (`auto`, `HOST:PORT`). Empty: the cluster of the submitted job, else a local one."""
-    num_workers: int = field(default=1, metadata=OPERATIONAL)
-    """Ray Train workers of the SAE and reward training; one GPU each where the cluster has GPUs."""
-    num_actors: int = field(default=1, metadata=OPERATIONAL)
-    """Ray Data actors of extraction and scoring; one GPU each where the cluster has GPUs."""
+    num_workers: int = field(default=0, metadata=OPERATIONAL)
+    """Ray Train workers of the SAE and reward training; one GPU each where the cluster has GPUs. 0: all GPUs, or one worker a node without any."""
+    num_actors: int = field(default=0, metadata=OPERATIONAL)
+    """Ray Data actors of extraction and scoring; one GPU each where the cluster has GPUs. 0: all GPUs, or one actor a node without any."""
     max_restarts: int = field(default=3, metadata=OPERATIONAL)
     """How often in a row workers are started again after one of them died. A newer training state in between starts the count anew."""
     cpus_per_worker: int = field(default=0, metadata=OPERATIONAL)
@@ -97,7 +97,7 @@ class RunSettings:
         is_name = 0 < len(self.experiment) <= 100 and re.fullmatch(r"[A-Za-z0-9][\w .+()-]*", self.experiment, re.ASCII)
         check(self, "experiment", bool(is_name), "1 to 100 letters, digits, spaces and ._+-()")
         place_paths(self)
-        check_least(self, "", num_workers=1, num_actors=1, cpus_per_worker=0, max_restarts=0)
+        check_least(self, "", num_workers=0, num_actors=0, cpus_per_worker=0, max_restarts=0)
         check_rate(self, "wait_for_nodes", zero_allowed=True)
 
 

@@ -28,7 +28,7 @@ from sarm.report.audit_page import write_audit_page
 from sarm.settings.audit import SITES, AuditFeatures
 from sarm.settings.checks import UserError
 from sarm.settings.identity import identity
-from sarm.stages.audit_folder import FEATURES
+from sarm.stages.audit_folder import FEATURES, audit_budget
 from sarm.stages.chain_state import move, was_moved
 from sarm.stages.safety_ratings import SafetyRatings, safety_ratings
 
@@ -68,7 +68,9 @@ def cache_codes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
         from sarm.passes.reader import sarm_reader
         from sarm.stages.audit_codes import write_codes
 
-        reader = sarm_reader(settings.sarm, settings.batch_tokens)
+        budget = audit_budget(settings)
+        say(f"budget: passes of {budget.batch_tokens:,} tokens in {budget.dtype}")
+        reader = sarm_reader(settings.sarm, budget.batch_tokens, budget.dtype)
         counts = write_codes(pairs, reader, folder.folder, session.run_pass)
         figures = {**counts, "rejected": sum(counts["rejected"].values())}
         figures.pop("notes")
@@ -81,7 +83,9 @@ def _codes_settings(settings: AuditFeatures, pairs: pa.Table) -> dict[str, str]:
     digest = hashlib.sha256()
     for name in ("role", "pair_id"):
         digest.update("\x1f".join(pairs[name].to_pylist()).encode())
-    return {"sarm": hash_of_folder(settings.sarm), "place": str(settings.sarm), "pairs": digest.hexdigest()[:16]}
+    found = {"sarm": hash_of_folder(settings.sarm), "place": str(settings.sarm), "pairs": digest.hexdigest()[:16]}
+    dtype = audit_budget(settings).dtype
+    return found | ({} if dtype == "float32" else {"dtype": dtype})
 
 
 def _move_aside(session: Session, settings: AuditFeatures, pairs: pa.Table) -> None:

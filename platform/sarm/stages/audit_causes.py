@@ -35,7 +35,7 @@ from sarm.evaluate.intervals import Interval
 from sarm.passes.reader import sarm_reader
 from sarm.settings.audit import AuditFeatures
 from sarm.stages.audit_codes import write_codes
-from sarm.stages.audit_folder import FEATURES, Audited, read_audit
+from sarm.stages.audit_folder import FEATURES, Audited, audit_budget, read_audit
 
 CAUSAL = "causal/v1"
 _DELETION_SIZES = (1, 2, 4, 8, 16, 32)
@@ -161,7 +161,8 @@ def _sentences(
         return causal.SentenceFigures(num_responses=0)
     edited = [{**texts[i][0], "pair_id": i, "chosen": without[0], "rejected": without[1]} for i, without in usable]
     rows = sorted(edited, key=lambda row: (row["prompt_id"], row["pair_id"]))
-    reader = sarm_reader(found.sarm, settings.batch_tokens)
+    budget = audit_budget(settings)
+    reader = sarm_reader(found.sarm, budget.batch_tokens, budget.dtype)
     write_codes(pa.Table.from_pylist(rows, schema=AUDIT_PAIRS), reader, folder / "edited", session.run_pass)
     responses, renamed = (pq.read_table(folder / "edited" / f"{name}.parquet") for name in ("responses", "pairs"))
     codes = codes_of(responses, renamed, found.codes.weight)

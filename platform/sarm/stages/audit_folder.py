@@ -10,9 +10,13 @@ from sarm.audit.codes import CODES, AuditCodes, read_codes
 from sarm.audit.selection import Selection
 from sarm.contracts.manifest import read_manifest
 from sarm.data.formats.sarm_folder import read_sarm
+from sarm.engine.ray.machine import machine_of
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
-from sarm.passes.models import hash_of_folder
+from sarm.passes.models import hash_of_folder, sarm_settings
+from sarm.settings.audit import AuditFeatures
+from sarm.settings.budget import PassBudget
 from sarm.settings.checks import UserError
+from sarm.stages.fitting import made_in, reading_budget
 
 FEATURES = "audit_features/v1"
 
@@ -40,3 +44,11 @@ def read_audit(out: Path) -> Audited:
     content = json.loads((out / "features" / "selection.json").read_text())
     latents, signs = ([row[name] for row in content["selected"]] for name in ("latent", "sign"))
     return Audited(sarm, model, codes, Selection(np.array(latents, np.int64), np.array(signs, np.int64)))
+
+
+def audit_budget(settings: AuditFeatures) -> PassBudget:
+    """How the audited SARM is read on the run's device; an audit that has codes goes on in the dtype that they were made in."""
+    codes = settings.run.out / "codes"
+    made = (made_in(codes, "dtype") or "float32") if made_in(codes, "sarm") else "auto"
+    device, own = machine_of(settings.run).device(settings.run.use_gpu), sarm_settings(settings.sarm)
+    return reading_budget(device, settings.sarm, own.max_length, settings.batch_tokens, made)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sarm.contracts.ids import hash_share
 from sarm.contracts.manifest import StageFolder, finite_or_null, write_atomically
 from sarm.data.tokens.templated_text import control_spelled_in, template_spelled_in
 from sarm.engine.mlflow.tracking import tracking_uri
+from sarm.engine.ray.machine import machine_of
 from sarm.engine.session import tracked_folder
 from sarm.engine.terminal import say
 from sarm.evaluate.benchmarks.sources import Loaded, load_benchmark, parse_source
@@ -22,9 +24,11 @@ from sarm.report.benchmark_page import build_page
 from sarm.report.numbers import share, span
 from sarm.report.pages import write_page
 from sarm.settings.benchmarks import Benchmarking
+from sarm.settings.budget import dtype_of
 from sarm.settings.identity import as_json, identity
 from sarm.stages.benchmark_overlap import TrainingPrompts, overlap, training_prompts
 from sarm.stages.benchmark_scoring import Scores, all_cached, items_table, make_items, reasons_of, score_all
+from sarm.stages.fitting import made_in, reading_budget
 
 # v2: rows belong to one prompt if its normalised text is the same.
 BENCHMARK = "benchmarks/v2"
@@ -36,7 +40,7 @@ def run_benchmarks(settings: Benchmarking) -> Path:
     Raises UserError for unusable settings, models or data, before a cluster starts and before anything is written.
     """
     tracking_uri(settings.run)
-    spec = find_model(settings)
+    settings, spec = _fitted(settings)
     benchmarks = [
         load_benchmark(parse_source(text), settings.limit, settings.allow_partial) for text in settings.benchmarks
     ]
@@ -86,6 +90,20 @@ def run_benchmarks(settings: Benchmarking) -> Path:
     _say_figures(content)
     say(f"report: {folder.folder / 'report.html'}")
     return folder.folder  # fmt: skip
+
+
+def _fitted(settings: Benchmarking) -> tuple[Benchmarking, ModelSpec]:
+    """The settings with dtype and tokens a pass for the run's device, and the model; a finished folder keeps the dtype that it was made in."""
+    known = made_in(settings.run.out, "dtype") if settings.dtype == "auto" else settings.dtype
+    device = machine_of(settings.run).device(settings.run.use_gpu)
+    settings = replace(settings, dtype=known or dtype_of(device))
+    spec = find_model(settings)
+    place = Path(spec.place)
+    budget = reading_budget(
+        device, place if place.is_dir() else None, spec.max_length, settings.batch_tokens, spec.dtype
+    )
+    say(f"budget: passes of {budget.batch_tokens:,} tokens in {budget.dtype}")
+    return replace(settings, batch_tokens=budget.batch_tokens), spec
 
 
 def _identity(

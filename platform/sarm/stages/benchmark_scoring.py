@@ -75,12 +75,14 @@ def score_all(
         # Only here: a run whose scores are all cached starts neither Ray nor torch.
         from sarm.data.store.parts import read_parts
         from sarm.engine.ray.cluster import connect
+        from sarm.engine.ray.look import look_at_devices, tell
         from sarm.engine.ray.passes import run_over
         from sarm.stages.completion_scores import score_requests
 
         say(f"scoring {len(missing):,} completions with {spec.place} ({num_cached:,} are in the cache)")
         asked = [(*texts[key.removesuffix(ALONE)], key) for key in missing]
         with connect(run) as cluster:
+            tell(look_at_devices(cluster, run))
             part, refused = score_requests(
                 spec=spec,
                 wanted=asked,

@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 from sarm.contracts.folders import Folders
-from sarm.engine.ray.machine import this_machine
+from sarm.engine.ray.machine import machine_of, this_machine
 from sarm.engine.session import open_session
 from sarm.engine.terminal import say
 from sarm.settings.jobs import FeaturePages
 from sarm.settings.run import StageName
 from sarm.stages.chain_state import ChainState, StageState, move_aside, state_of, was_moved
 from sarm.stages.dry_run.plan_text import plan_text
+from sarm.stages.fitting import fitted
 from sarm.stages.inputs import check_inputs
 from sarm.stages.stage import STAGES
 
@@ -23,6 +24,7 @@ def run_chain(config: Any) -> dict[StageName, Any]:
     """
     if was_moved(config.run.out):
         config = replace(config, run=replace(config.run, redo_from=None))
+    config, budgets = fitted(config, machine_of(config.run))
     state = state_of(config)
     state.refuse(config.run.out)
     check_inputs(config, state)
@@ -36,12 +38,22 @@ def run_chain(config: Any) -> dict[StageName, Any]:
         say(f"moved aside what {config.run.redo_from} and the stages after it had made: {aside}")
         config = replace(config, run=replace(config.run, redo_from=None))
     _announce(config, state)
+    for line in budgets if not state.is_done else ():
+        say(f"budget: {line}")
     with open_session(config) as session:
+        session.needs = _needs(config, state)
         return {
             stage.name: STAGES[stage.name].run(session, config)
             for stage in state.stages
             if not _is_settled(config, stage)
         }
+
+
+def _needs(config: Any, state: ChainState) -> tuple[int, ...]:
+    """How many actors and workers the stages that are to do ask for."""
+    run, todo = config.run, {stage.name for stage in state.stages if stage.state != "done"}
+    actors = [run.num_actors] if todo & {"extract_activations", "evaluate", "collect_contexts"} else []
+    return (*actors, *([run.num_workers] if todo & {"train_sae", "train_sarm"} else []))
 
 
 def _announce(config: Any, state: ChainState) -> None:

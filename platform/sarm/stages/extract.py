@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from sarm.data.sources.pair_notes import truncation_note
 from sarm.data.store.blocks import plan_blocks
 from sarm.data.store.pairs import PAIR_COLUMNS, of_split, pair_numbers
 from sarm.data.tokens.chat import ChatTokenizer
+from sarm.data.tokens.sentences import SPLITTERS
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
@@ -182,32 +183,44 @@ class _Extraction:
         }
 
     def _limit(self, files: Sequence[Path]) -> int | None:
-        limits = [self.extraction.limit_rows]
-        if self.extraction.limit_tokens is not None:
-            limits.append(rows_within(files, self.chat, self.extraction.limit_tokens))
+        extraction = self.extraction
+        limits = [extraction.limit_rows]
+        if extraction.limit_tokens is not None:
+            limits.append(rows_within(files, extraction.limit_tokens, "tokens", self._tokens))
+        if extraction.limit_sentences is not None:
+            limits.append(rows_within(files, extraction.limit_sentences, "sentences", self._sentences))
         return min((limit for limit in limits if limit is not None), default=None)
 
+    def _tokens(self, texts: Sequence[str]) -> Iterable[int]:
+        from sarm.data.tokens.windows import num_tokens
 
-def rows_within(files: Sequence[Path], chat: ChatTokenizer, limit_tokens: int) -> int:
-    """How many of the first texts have at most `limit_tokens` tokens together.
+        return num_tokens(texts, self.chat)
+
+    def _sentences(self, texts: Sequence[str]) -> Iterable[int]:
+        split = SPLITTERS[self.extraction.sentence_ends]
+        return (len(split(text)) for text in texts)
+
+
+def rows_within(
+    files: Sequence[Path], limit: int, what: str, counts_of: Callable[[Sequence[str]], Iterable[int]]
+) -> int:
+    """How many of the first texts have at most `limit` tokens or sentences (`what`) together, counted by `counts_of`.
 
     Raises UserError if the first text alone has more.
     """
-    from sarm.data.tokens.windows import num_tokens
-
-    rows = tokens = 0
+    rows = total = 0
     for path in files:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                for count in num_tokens(batch.column("text").to_pylist(), chat):
-                    if tokens + count > limit_tokens:
+                for count in counts_of(batch.column("text").to_pylist()):
+                    if total + count > limit:
                         if rows == 0:
                             raise UserError(
-                                f"the first text has {count:,} tokens, more than --limit-tokens {limit_tokens:,}. Pass more."
+                                f"the first text has {count:,} {what}, more than --limit-{what} {limit:,}. Pass more."
                             )
-                        say(f"{rows:,} texts of {tokens:,} tokens are within --limit-tokens {limit_tokens:,}")
+                        say(f"{rows:,} texts of {total:,} {what} are within --limit-{what} {limit:,}")
                         return rows
-                    rows, tokens = rows + 1, tokens + count
+                    rows, total = rows + 1, total + count
     return rows
 
 

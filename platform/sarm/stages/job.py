@@ -22,7 +22,7 @@ from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS, RESPONSE_
 from sarm.engine.results import kept
 from sarm.engine.stopping import Listener, command_line
 from sarm.engine.supervisor import is_supervised, supervise_this
-from sarm.settings.checks import StoppedError, UserError
+from sarm.settings.checks import StalledError, StoppedError, UserError
 from sarm.settings.jobs import Pipeline
 from sarm.settings.presets import PRESETS
 from sarm.settings.registered import REGISTRIES
@@ -136,8 +136,10 @@ def _guarded(
         if debug or (status := status_of(error)) is None:
             raise
         reason = " ".join(str(error).split())[:500] or type(error).__name__
+        # The text of a stall says all, and its class nothing.
+        kind = "" if isinstance(error, StalledError) else f"{type(error).__name__}: "
         print(
-            f"error: {type(error).__name__}: {reason}; the same command goes on with the unfinished stage",
+            f"error: {kind}{reason}; the same command goes on with the unfinished stage",
             file=sys.stderr,
         )
         sys.exit(status)

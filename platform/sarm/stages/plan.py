@@ -35,7 +35,7 @@ from sarm.settings.sae import OF_RECIPE, AlsoSaes, SaeSettings
 from sarm.stages.variants import Variant
 
 _OF_TEXTS = ("texts", "text_field", "max_texts")
-_LIMITS_OF_TEXTS = ("limit_rows", "limit_tokens")
+_LIMITS_OF_TEXTS = ("limit_rows", "limit_tokens", "limit_sentences")
 
 # The turn ends of training responses, each response once.
 RESPONSES = f"chat-{TURN_END}"

@@ -22,6 +22,7 @@ from sarm.contracts.passes import Beat, Cost, Tables
 from sarm.data.store.blocks import Block, read_block
 from sarm.data.store.parts import finished_table, write_part
 from sarm.engine.ray.device import gpu_refusal
+from sarm.engine.ray.loading import loading
 from sarm.passes.usage import Usage
 from sarm.settings.checks import UserError
 
@@ -129,7 +130,8 @@ class BlockActor:
         # One block in the forward pass at a time; beside it another is read and tokenised, or written. Always the same thread: each
         # that computes has workers of its own, and OpenMP lets those sleep between two products once they outnumber the cores.
         self._forward = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (threads,))
-        self._actor = self._forward.submit(actor, **arguments, threads=threads).result()
+        with loading(self._journal_folder / BEGUN):
+            self._actor = self._forward.submit(actor, **arguments, threads=threads).result()
         self._usage = Usage()
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -201,7 +201,7 @@ def check_machine(run: RunSettings) -> None:
     is_joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if address_of(run) == "local" and not is_joined:
         here = Cluster(nodes=(Node(_cores()),), is_local=True)
-        here.cpus_each(run, min(run.num_workers, run.num_actors))
+        here.cpus_each(run, max(1, min(run.num_workers, run.num_actors)))
 
 
 def prepare_worker() -> None:
@@ -222,14 +222,14 @@ def cluster_now(run: RunSettings, *, is_local: bool) -> Cluster:
     return Cluster(nodes=nodes, is_local=is_local, gpus_wanted=run.use_gpu)
 
 
-def room_for(cluster: Cluster, run: RunSettings, count: int) -> Cluster:
-    """The cluster as it is once `count` workers fit it (`with_room`). Raises UserError if they do not in time."""
+def room_for(cluster: Cluster, run: RunSettings, asked: int) -> Cluster:
+    """The cluster as it is once the workers `asked` for fit it (`with_room`). Raises UserError if they do not in time."""
     from ray.autoscaler.sdk import request_resources
 
     return with_room(
         cluster,
         run,
-        count,
+        asked,
         look=lambda: cluster_now(run, is_local=False),
         ask=lambda bundles: request_resources(bundles=bundles),
     )

@@ -6,6 +6,8 @@ import subprocess
 import ray
 import torch
 
+from sarm.engine.ray.card import Card
+from sarm.nn.device_facts import device_facts
 from sarm.settings.checks import UserError
 
 
@@ -35,12 +37,40 @@ def why_unusable(build: str, cuda: str | None, driver: str, gpu: str) -> str:
     return f"{found}: it is built for CUDA {cuda}, and the driver is {driver}. Install a newer driver, or pass --use-gpu no."
 
 
+def card_here(node: str) -> Card:
+    """What this worker, which has a GPU or a share of one, sees of its node's cards."""
+    driver, names = _driver(), _asked("name")
+    cuda = f" (CUDA {torch.version.cuda})" if torch.version.cuda and "+cu" not in torch.__version__ else ""
+    build, has_nccl = f"{torch.__version__}{cuda}", torch.distributed.is_nccl_available()
+    if refusal := gpu_refusal():
+        return Card(node, tuple(names), 0.0, driver, build, has_nccl, "none", "none", refusal=refusal)
+    facts = device_facts(torch.device("cuda"))
+    sizes = [float(size) * 2**20 / 1e9 for size in _asked("memory.total") if size.replace(".", "").isdigit()]
+    return Card(
+        node=node,
+        names=tuple(names) or (facts.name,),
+        memory_gb=min([facts.memory_gb, *sizes]),
+        driver=driver,
+        build=build,
+        has_nccl=has_nccl,
+        attention=facts.attention,
+        sae_backend=facts.sae_backend,
+        notes=facts.notes,
+        refusal=facts.refusal,
+    )
+
+
 def _driver() -> str:
+    return next(iter(_asked("driver_version")), "")
+
+
+def _asked(what: str) -> list[str]:
+    """What the driver says of each card of this machine, in megabytes where it is memory; nothing where none answers."""
     if shutil.which("nvidia-smi") is None:
-        return ""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return []
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return said.splitlines()[0].strip() if said.strip() else ""
+        return []
+    return [line.strip() for line in said.splitlines() if line.strip()]

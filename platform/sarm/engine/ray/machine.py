@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from sarm.settings.budget import Device
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
 
@@ -24,6 +25,31 @@ PEAKS = {
     "V100": (125e12, 15.7e12),
     "T4": (65e12, 8.1e12),
 }
+# Bytes a second of their memory, by the makers too.
+BANDWIDTHS = {
+    "B200": 8.0e12,
+    "H200": 4.8e12,
+    "H100": 3.35e12,
+    "A100": 2.04e12,
+    "L40S": 0.864e12,
+    "A10G": 0.6e12,
+    "L4": 0.3e12,
+    "V100": 0.9e12,
+    "T4": 0.32e12,
+}
+# Of their smallest variant, in GB of 1e9 bytes, as the driver counts them.
+MEMORIES = {
+    "B200": 191.0,
+    "H200": 150.0,
+    "H100": 85.0,
+    "A100": 42.0,
+    "L40S": 48.0,
+    "A10G": 24.0,
+    "L4": 24.0,
+    "V100": 17.0,
+    "T4": 16.0,
+}
+_WITHOUT_BFLOAT16 = ("V100", "T4")
 REFERENCE_GPU = "H100"
 # Measured with SmolLM2 at 15 blocks on an AMD EPYC: what a core reaches in forward passes, and in training.
 CORE_FORWARD, CORE_TRAINING = 60e9, 45e9
@@ -43,11 +69,21 @@ class Machine(NamedTuple):
     measured_forward: float | None = None
     """FLOP/s of one actor in forward passes, if that was measured."""
     note: str = ""
+    num_nodes: int = 1
+    gpu_memory_gb: float = 0.0
+    """Of the smallest GPU, if it is known."""
 
     @property
     def planned_gpu(self) -> str:
         """The GPU that GPU-hours are of."""
         return self.gpu or REFERENCE_GPU
+
+    def device(self, gpus_wanted: str) -> Device:
+        """What budgets are worked out for: one GPU, or cores. `gpus_wanted` is `--use-gpu`; a GPU that has yet to come is taken for a small one."""
+        if gpus_wanted == "no" or not (self.num_gpus or gpus_wanted == "yes"):
+            return Device()
+        known = self.gpu_memory_gb or MEMORIES.get(self.gpu, MEMORIES["L4"])
+        return Device(known, has_bfloat16=self.gpu not in _WITHOUT_BFLOAT16)
 
     def gpu_rate(self, dtype: str) -> float:
         """FLOP/s that one GPU is assumed to reach in `bfloat16` or `float32`."""
@@ -57,8 +93,13 @@ class Machine(NamedTuple):
         """FLOP/s that one core is assumed to reach."""
         return CORE_TRAINING if training else CORE_FORWARD
 
+    def workers(self, asked: int) -> int:
+        """How many workers or actors a run has that asks for so many; 0: one for each GPU, or for each node without GPUs (`Cluster.workers`)."""
+        return asked or self.num_gpus or self.num_nodes
+
     def rate(self, run: RunSettings, count: int, dtype: str, *, training: bool) -> float:
         """FLOP/s of `count` workers or actors of a run together, as many as there is room for."""
+        count = self.workers(count)
         if self.num_gpus:
             count = min(count, self.num_gpus)
             one = self.gpu_rate(dtype)
@@ -117,27 +158,40 @@ def cluster_machine(resources: Mapping[str, float], where: str) -> Machine:
     known = [kind for kind in kinds if kind in PEAKS]
     # Of several kinds of GPUs the slowest counts, because the others would wait for it.
     gpu = min(known, key=lambda kind: PEAKS[kind][0], default="")
-    return Machine(int(resources.get("CPU", 1)), int(resources.get("GPU", 0)), gpu, where, is_joined=True)
+    is_large = any(name.startswith("accelerator_type:A100-80G") for name in resources)
+    nodes = sum(name.startswith("node:") and name != "node:__internal_head__" for name in resources)
+    return Machine(
+        int(resources.get("CPU", 1)),
+        int(resources.get("GPU", 0)),
+        gpu,
+        where,
+        is_joined=True,
+        num_nodes=max(1, nodes),
+        gpu_memory_gb=85.0 if gpu == "A100" and is_large else MEMORIES.get(gpu, 0.0),
+    )
 
 
 def this_machine() -> Machine:
     """Cores that this process may use, and the GPUs that the driver shows."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    names = _gpus()
-    kinds = [kind for kind in PEAKS if any(kind in name for name in names)]
+    cards = _gpus()
+    kinds = [kind for kind in PEAKS if any(kind in name for name, _ in cards)]
+    memory_gb = min((memory_gb for _, memory_gb in cards), default=0.0)
     # The longest name that fits is taken, since `L4` is also in `L40S`.
-    return Machine(cores, len(names), max(kinds, key=len, default=""))
+    return Machine(cores, len(cards), max(kinds, key=len, default=""), gpu_memory_gb=memory_gb)
 
 
-def _gpus() -> list[str]:
+def _gpus() -> list[tuple[str, float]]:
+    """Name and memory (GB) of each GPU that the driver shows; 0 where it does not say."""
     if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return []
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in told.stdout.splitlines() if line.strip()]
+    rows = [line.rpartition(",") for line in told.stdout.splitlines() if line.strip()]
+    return [(name.strip(), float(size) * 2**20 / 1e9 if size.strip().isdigit() else 0.0) for name, _, size in rows]
 
 
 def _answers(address: str) -> bool:

@@ -4,13 +4,10 @@ Ray Data streams block numbers, not rows: an actor reads its block and writes it
 does not grow with the corpus, and what is done is what has a part file. A pass that is started again does the blocks that have none.
 """
 
-import json
 import logging
-import queue
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +23,11 @@ from sarm.engine.ray.block_actor import BEGUN, BlockActor, Inputs, Output
 from sarm.engine.ray.cluster import room_for
 from sarm.engine.ray.pass_progress import PassProgress
 from sarm.engine.ray.room import Cluster
+from sarm.engine.ray.watching import Limits, Watched, watched
 from sarm.engine.terminal import say
-from sarm.settings.checks import NO_PROGRESS_SECONDS, StalledError, UserError
+from sarm.settings.checks import NO_PROGRESS_SECONDS, NO_START_SECONDS, UserError
 from sarm.settings.run import RunSettings
 
-_POLL_SECONDS = 5.0
 _KEYS = ("side", "position")
 
 
@@ -67,33 +64,38 @@ def run_over(
     cluster: Cluster,
     log: Callable[[Mapping[str, float], int], None] | None = None,
     stall_seconds: float = NO_PROGRESS_SECONDS,
+    start_seconds: float = NO_START_SECONDS,
 ) -> Counts:
-    """Do the blocks that are not done yet through `run.num_actors` actors; returns the counts of each target's folder.
+    """Do the blocks that are not done yet through the run's actors; returns the counts of each target's folder.
 
     Blocks that failed with an actor, a node or the pass itself are done again, as long as any of them gets done. Raises UserError if the
-    actors do not fit the cluster, nothing happens for `stall_seconds`, or no row comes out; AuditError if rows are missing or there twice.
+    actors do not fit the cluster or no row comes out, StalledError if nothing happens for `stall_seconds`, or for `start_seconds` before the first
+    block; AuditError if rows are missing or there twice.
     """
     folders = [output.folder for output in work.outputs.values()]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     cluster = room_for(cluster, run, run.num_actors)
-    threads = cluster.cpus_each(run, run.num_actors)
+    num_actors = cluster.workers(run, run.num_actors)
+    threads = cluster.cpus_each(run, num_actors)
     missing = _missing(work)
     if len(missing) < len(work.blocks):
         say(f"{work.name}: {len(work.blocks) - len(missing):,} of {len(work.blocks):,} blocks are done already")
     num_rows = sum(block.num_rows for block in missing)
-    actors = min(run.num_actors, len(missing))
+    actors = min(num_actors, len(missing))
     progress = PassProgress(work.name, num_rows, log, num_actors=actors, threads=threads, use_gpu=cluster.use_gpu)
+    seen = Watched(
+        name=work.name,
+        blocks=work.blocks,
+        signs=folders[0] / BEGUN,
+        num_actors=num_actors,
+        threads=threads,
+        use_gpu=cluster.use_gpu,
+    )
     while missing:
         try:
-            for done in _watched(
-                work=work,
-                missing=missing,
-                threads=threads,
-                num_actors=run.num_actors,
-                use_gpu=cluster.use_gpu,
-                stall_seconds=stall_seconds,
-            ):
+            data = _results(work, missing, threads=threads, num_actors=num_actors, use_gpu=cluster.use_gpu)
+            for done in watched(data.iter_rows, seen, Limits(stall_seconds, start_seconds)):
                 progress.add(done)
         except RayError as error:
             # A block is done when its part is there, whatever became of the message that said so.
@@ -111,50 +113,7 @@ def run_over(
     return {target: checked(work, output) | progress.figures() for target, output in work.outputs.items()}
 
 
-def _watched(
-    work: Pass, missing: Sequence[Block], threads: int, num_actors: int, use_gpu: bool, stall_seconds: float
-) -> Iterator[dict[str, Any]]:
-    """What the actors say of each block that they have done. Raises StalledError if neither they nor their journals say anything."""
-    said: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
-    data = _results(work=work, missing=missing, threads=threads, num_actors=num_actors, use_gpu=use_gpu)
-
-    def listen() -> None:
-        try:
-            for row in data.iter_rows():
-                said.put(row)
-            said.put(None)
-        except BaseException as error:
-            said.put(error)
-
-    threading.Thread(target=listen, daemon=True).start()
-    journals, last = _journals(work), time.monotonic()
-    while True:
-        try:
-            found = said.get(timeout=min(_POLL_SECONDS, stall_seconds / 4))
-        except queue.Empty:
-            if (now := _journals(work)) != journals:
-                journals, last = now, time.monotonic()
-            elif time.monotonic() - last > stall_seconds:
-                raise StalledError(
-                    _stall(
-                        work=work,
-                        threads=threads,
-                        num_actors=num_actors,
-                        use_gpu=use_gpu,
-                        seconds=stall_seconds,
-                        journals=now,
-                    )
-                ) from None
-            continue
-        last = time.monotonic()
-        if found is None:
-            return
-        if isinstance(found, BaseException):
-            raise found
-        yield found
-
-
-def _results(work: Pass, missing: Sequence[Block], threads: int, num_actors: int, use_gpu: bool) -> ray.data.Dataset:
+def _results(work: Pass, missing: Sequence[Block], *, threads: int, num_actors: int, use_gpu: bool) -> ray.data.Dataset:
     _set_context()
     numbers = ray.data.from_arrow([pa.table({"number": [block.number]}) for block in missing])
     return numbers.map_batches(
@@ -199,40 +158,6 @@ def _set_context() -> None:
 def _missing(work: Pass) -> list[Block]:
     folders = [output.folder for output in work.outputs.values()]
     return [block for block in work.blocks if not all(has_part(folder, block.number) for folder in folders)]
-
-
-def _journals(work: Pass) -> dict[str, str]:
-    found = {}
-    for path in (next(iter(work.outputs.values())).folder / BEGUN).glob("*.json"):
-        try:
-            found[path.stem] = path.read_text()
-        except FileNotFoundError:
-            continue  # its block has just been done
-    return found
-
-
-def _stall(
-    work: Pass, threads: int, num_actors: int, use_gpu: bool, seconds: float, journals: Mapping[str, str]
-) -> str:
-    """Why nothing happens, as far as the cluster and the journals show it."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(
-        min(int(node.get("CPU", 0)) // threads, int(node.get("GPU", 0)) if use_gpu else num_actors) for node in nodes
-    )
-    head = f"{work.name}: nothing has happened for {seconds:.0f} s"
-    again = "The same command goes on with the blocks that are not done."
-    if places < num_actors:
-        each = f"{threads} CPUs{' and a GPU' if use_gpu else ''}"
-        return (
-            f"{head}: {num_actors} actors of {each} were asked for and the {len(nodes)} nodes that are left have room for {places}. "
-            f"Add nodes, or pass --num-actors {max(1, places)}. {again}"
-        )
-    if journals:
-        number, state = sorted(journals.items())[0]
-        where = json.loads(state)
-        block = next((b for b in work.blocks if b.number == int(number)), number)
-        return f"{head}: {block} was begun by process {where['pid']} on {where['host']}, which says nothing any more. Look at that process. {again}"
-    return f"{head}: {num_actors} actors were asked for and none has begun a block: they are still starting or loading the model. {again}"
 
 
 _ADVICE = {

@@ -1,7 +1,7 @@
 """What fits on the nodes of a cluster, and waiting for nodes that an autoscaler brings."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -46,6 +46,18 @@ class Cluster:
         """Whether workers and actors take a GPU each."""
         return self.gpus_wanted == "yes" or (self.gpus_wanted == "auto" and self.num_gpus > 0)
 
+    def workers(self, run: RunSettings, asked: int) -> int:
+        """How many workers or actors a run has: those asked for, else (0) one for each GPU that has cores beside it, or for each node without GPUs.
+
+        A node of under half the cores of the largest has none: it would slow the others down.
+        """
+        if asked:
+            return asked
+        if self.use_gpu:
+            return max(1, self.places(run.cpus_per_worker or 1))
+        most = max((node.cpus for node in self.nodes), default=0)
+        return max(1, sum(node.cpus > 0 and 2 * node.cpus >= most for node in self.nodes))
+
     def cpus_each(self, run: RunSettings, count: int) -> int:
         """Cores of each of `count` workers or actors, each of which is on one node: the most that all of them can have.
 
@@ -69,6 +81,12 @@ class Cluster:
             for node, fit in zip(self.nodes, fits, strict=True)
             if node.cpus > 0
         )
+
+    def check_room(self, run: RunSettings, asked: Iterable[int]) -> None:
+        """Raise UserError if any of these numbers of workers does not fit, unless the run waits for nodes that are yet to come."""
+        reasons = (self.why_no_room(run, self.workers(run, count)) for count in asked)
+        if not run.wait_for_nodes and (reason := next(filter(None, reasons), "")):
+            raise UserError(reason)
 
     def why_no_room(self, run: RunSettings, count: int) -> str:
         """Why `count` workers do not fit, with what would; '' if they do."""
@@ -98,15 +116,16 @@ class Cluster:
 def with_room(
     cluster: Cluster,
     run: RunSettings,
-    count: int,
+    asked: int,
     look: Callable[[], Cluster],
     ask: Callable[[list[dict[str, float]]], None],
 ) -> Cluster:
-    """The cluster once `count` workers fit it: its autoscaler is asked for what they need, and waited for, `run.wait_for_nodes` at most.
+    """The cluster once the workers `asked` for fit it (0: as many as it has room for, and one at least).
 
-    A cluster that is the job's own, or that is not waited for, is returned as it is. `look` and `ask` see the cluster and talk to its
+    Its autoscaler is asked for what they need, and waited for, `run.wait_for_nodes` at most. A cluster that is the job's own, or that is not waited for, is returned as it is. `look` and `ask` see the cluster and talk to its
     autoscaler. Raises UserError if the time is over.
     """
+    count = max(1, asked)
     if cluster.is_local or not run.wait_for_nodes or not cluster.why_no_room(run, count):
         return cluster
     one = {"CPU": float(run.cpus_per_worker or 1), **({"GPU": 1.0} if cluster.use_gpu else {})}

@@ -85,7 +85,7 @@ class Task(Protocol):
 
 
 def run_workers(worker: Callable[[Any], Any], task: Task, cluster: Cluster, callbacks: Sequence[Any] = ()) -> Any:
-    """Run `worker(task)` on the task's number of Ray Train workers in one process group and return what rank 0 returned.
+    """Run `worker(task)` on the run's number of Ray Train workers in one process group and return what rank 0 returned.
 
     With states, the worker goes on from the newest of them: when a worker's process or machine dies, all are started again, up
     to `run.max_restarts` times without a newer state; and on SIGTERM or Ctrl-C they save and stop. Raises UserError if they do not fit
@@ -94,25 +94,33 @@ def run_workers(worker: Callable[[Any], Any], task: Task, cluster: Cluster, call
     """
     run, name, states = task.run, task.name, task.states
     cluster = room_for(cluster, run, run.num_workers)
-    threads = cluster.cpus_each(run, run.num_workers)
+    num_workers = cluster.workers(run, run.num_workers)
+    threads = cluster.cpus_each(run, num_workers)
     # Ray Train would log every printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # A process of its own watches for the notice that a node will be taken away. A single machine does not need it.
     os.environ.setdefault(_WATCHER, str(int(cluster.num_nodes > 1)))
-    if run.num_workers <= _FEW_WORKERS:
+    if num_workers <= _FEW_WORKERS:
         # How often the controller checks its workers. Few workers can be checked often, so that a death or an end is seen sooner.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     restarts, newest = 0, -1
     while True:
         try:
             with _saving_when_asked(states):
-                result = _fit(worker=worker, task=task, cluster=cluster, threads=threads, callbacks=callbacks)
+                result = _fit(
+                    worker=worker,
+                    task=task,
+                    cluster=cluster,
+                    num_workers=num_workers,
+                    threads=threads,
+                    callbacks=callbacks,
+                )
         except _WorkersFailed as failed:
             # A job that was asked to stop does not start workers again.
             leave_if_asked()
             has_died = _has_died(failed.cause)
             is_stalled = has_died and bool(failed.stood_still)
-            cause = StalledError(f"{name}: {failed.stood_still}.") if is_stalled else failed.cause
+            cause = StalledError(f"{name}: {failed.stood_still}") if is_stalled else failed.cause
             if states is None or not has_died:
                 raise cause from failed.__cause__
             restarts = restarts + 1 if states.newest_step() <= newest else 1
@@ -127,7 +135,9 @@ def run_workers(worker: Callable[[Any], Any], task: Task, cluster: Cluster, call
         return result
 
 
-def _fit(worker: Callable[[Any], Any], task: Task, cluster: Cluster, threads: int, callbacks: Sequence[Any]) -> Any:
+def _fit(
+    worker: Callable[[Any], Any], task: Task, cluster: Cluster, num_workers: int, threads: int, callbacks: Sequence[Any]
+) -> Any:
     storage = task.folder / ".ray_train"
     call = {
         "worker": worker,
@@ -141,7 +151,7 @@ def _fit(worker: Callable[[Any], Any], task: Task, cluster: Cluster, threads: in
         train_loop_config={"call": ray.cloudpickle.dumps(call)},
         torch_config=TorchOverNodeAddresses(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=task.run.num_workers,
+            num_workers=num_workers,
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": threads, **({"GPU": 1} if cluster.use_gpu else {})},
         ),
@@ -159,7 +169,7 @@ def _fit(worker: Callable[[Any], Any], task: Task, cluster: Cluster, threads: in
         return result.return_value
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-            raise TimeoutError(_no_room(task.name, task.run.num_workers, threads, cluster)) from error
+            raise TimeoutError(_no_room(task.name, num_workers, threads, cluster)) from error
         if (mistake := mistake_in(error.controller_failure)) is not None:
             raise mistake from error
         raise

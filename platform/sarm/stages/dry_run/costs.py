@@ -3,15 +3,15 @@
 The formulas are in `formulas`; what is added here are the seconds that processes take to start.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from sarm.data.formats.model_shapes import Shape, shape_of
-from sarm.engine.ray.machine import Machine
+from sarm.data.formats.model_shapes import shape_of
+from sarm.engine.ray.machine import BANDWIDTHS, PEAK_SHARE, PEAKS, Machine
 from sarm.settings.contexts import ContextsSettings
 from sarm.settings.extraction import TURN_END, ExtractionSettings
 from sarm.settings.model import ModelSettings
-from sarm.settings.run import RunSettings
+from sarm.settings.sae import SaeSettings
 from sarm.stages.dry_run.formulas import (
     extracted,
     forward_gb,
@@ -21,9 +21,19 @@ from sarm.stages.dry_run.formulas import (
     sae_flops,
     sae_rows,
     text_rows,
+    trains_weights,
 )
 from sarm.stages.dry_run.rounding import count
-from sarm.stages.dry_run.source_sizes import Sizes, sizes_of
+from sarm.stages.dry_run.scaling import (
+    all_reduce_seconds,
+    busy_share,
+    reward_gradient_bytes,
+    sae_gradient_bytes,
+    sae_step_seconds,
+)
+from sarm.stages.dry_run.source_sizes import sizes_of
+from sarm.stages.dry_run.stage_cost import Known, StageCost
+from sarm.stages.fitting import fitted
 
 _GB = 1e9
 # A process with torch and Ray, before it holds anything.
@@ -36,63 +46,20 @@ _PREPARED_BYTES_A_SECOND, _SEEN_BYTES = 10e6, 200
 _STATE_BYTES = 2 * 12
 
 
-class StageCost(NamedTuple):
-    """What one stage takes; None where it is not known."""
-
-    stage: str
-    seconds: float | None
-    """On the machine that is planned for."""
-    gpu_hours: float | None
-    host_gb: float | None
-    """Of one process, or of the largest."""
-    gpu_gb: float | None
-    """Of one GPU, where the stage would use one."""
-    disk_gb: float | None
-    work: str
-    """What it goes through, in words."""
-
-
-class _Known(NamedTuple):
-    """What every formula needs of a config that may lack concerns."""
-
-    config: Any
-    run: RunSettings
-    machine: Machine
-    sizes: Sizes
-    shape: Shape | None
-
-    @property
-    def model(self) -> ModelSettings:
-        model: ModelSettings = self.config.model
-        return model
-
-    @property
-    def reward_dtype(self) -> str:
-        precision: str = self.config.reward.precision
-        return precision
-
-    def time(self, flops: float, count: int, dtype: str, *, training: bool = False) -> tuple[float, float]:
-        """(seconds, GPU-hours) of so many FLOPs."""
-        return flops / self.machine.rate(self.run, count, dtype, training=training), flops / self.machine.gpu_rate(
-            dtype
-        ) / 3600
-
-
 def stage_costs(config: Any, machine: Machine) -> list[StageCost]:
     """The cost of every stage that the config has settings of, in the order in which they run.
 
     Raises UserError for a source that cannot be opened.
     """
+    config = fitted(config, machine).config
     parts = {name: getattr(config, name, None) for name in ("model", "data", "extraction")}
     model = parts["model"] if isinstance(parts["model"], ModelSettings) else None
     sizes = sizes_of(config.run.out, parts["data"], parts["extraction"] or ExtractionSettings())
-    known = _Known(
-        config=config, run=config.run, machine=machine, sizes=sizes, shape=shape_of(model) if model else None
-    )
+    known = Known(config=config, run=config.run, machine=machine, sizes=sizes, shape=shape_of(model) if model else None)
     return list(_costs(known))
 
 
-def _costs(known: _Known) -> Iterator[StageCost]:
+def _costs(known: Known) -> Iterator[StageCost]:
     config = known.config
 
     def has(*names: str) -> bool:
@@ -129,7 +96,7 @@ def _unknown(stage: str, work: str = "the size of its input is not known") -> St
     return StageCost(stage=stage, seconds=None, gpu_hours=None, host_gb=None, gpu_gb=None, disk_gb=None, work=work)
 
 
-def _prepare(known: _Known) -> StageCost:
+def _prepare(known: Known) -> StageCost:
     texts, pairs = known.sizes.corpus, known.sizes.pairs
     if pairs is None or known.sizes.unknown:
         return _unknown("prepare_data", f"{', '.join(known.sizes.unknown)}: size not known")
@@ -146,10 +113,11 @@ def _prepare(known: _Known) -> StageCost:
         gpu_gb=None,
         disk_gb=0.6 * read / _GB,
         work=work,
+        rows=rows,
     )
 
 
-def _extract(known: _Known) -> StageCost:
+def _extract(known: Known) -> StageCost:
     extraction, run, model, shape = known.config.extraction, known.run, known.model, known.shape
     texts, pairs = known.sizes.texts, known.sizes.pairs
     if shape is None:
@@ -186,10 +154,11 @@ def _extract(known: _Known) -> StageCost:
         gpu_gb=memory,
         disk_gb=work.disk_bytes / _GB,
         work=said,
+        rows=sum(work.rows.values()),
     )
 
 
-def _train_sae(known: _Known) -> StageCost:
+def _train_sae(known: Known) -> StageCost:
     sae, run, shape, texts, pairs = known.config.sae, known.run, known.shape, known.sizes.texts, known.sizes.pairs
     if shape is None or (texts is None and known.sizes.unknown) or (texts is None and pairs is None):
         return _unknown("train_sae")
@@ -201,9 +170,9 @@ def _train_sae(known: _Known) -> StageCost:
     chat_rows = 2 * pairs.train if pairs is not None else 0.0
     rows = sae_rows(sae, of_texts, chat_rows)
     flops = sum(sae_flops(shape.d_in, one, rows) for one in saes)
-    seconds, gpu_hours = known.time(flops, run.num_workers, "bfloat16", training=True)
+    seconds, gpu_hours = _sae_time(known, saes, rows, flops)
     weights = sum(2 * shape.d_in * one.d_sae for one in saes)
-    shared = run.num_workers if sae.split == "latents" else 1
+    shared = known.num_workers if sae.split == "latents" else 1
     memory = (16 * weights / shared + sae.batch_size * (shape.d_in * 16 + 4 * 16384)) / _GB
     read = (of_texts + chat_rows) * 2 * shape.d_in / _GB
     return StageCost(
@@ -215,10 +184,29 @@ def _train_sae(known: _Known) -> StageCost:
         disk_gb=weights * (4 + _STATE_BYTES) / _GB,
         work=f"{count(rows)} rows, {flops:.2e} FLOPs; {sae.d_sae:,} latents, {sae.k} active"
         + (f"; {len(saes)} SAEs" if len(saes) > 1 else ""),
+        rows=rows,
     )
 
 
-def _train_sarm(known: _Known) -> StageCost:
+def _sae_time(known: Known, saes: Sequence[SaeSettings], rows: float, flops: float) -> tuple[float, float]:
+    """(seconds, GPU-hours) of SAEs that learn from so many rows each: on GPUs, most of a step is reading memory."""
+    shape, sae, workers = known.shape, known.config.sae, known.num_workers
+    assert shape is not None
+    gpu, steps = known.machine.planned_gpu, rows / sae.batch_size
+
+    def of_a_step(rows: float) -> float:
+        peak, bandwidth = PEAKS[gpu][0], BANDWIDTHS[gpu]
+        return sum(sae_step_seconds(shape.d_in, one, rows, peak, PEAK_SHARE, bandwidth) for one in saes)
+
+    gpu_hours = steps * of_a_step(sae.batch_size) / 3600
+    if not known.machine.num_gpus:
+        return known.time(flops, known.run.num_workers, "bfloat16", training=True)[0], gpu_hours
+    reduced = sum(all_reduce_seconds(sae_gradient_bytes(shape.d_in, one.d_sae), workers) for one in saes)
+    # Dictionaries that are split by latents send codes instead, which are small.
+    return steps * (of_a_step(sae.batch_size / workers) + (reduced if sae.split == "rows" else 0.0)), gpu_hours
+
+
+def _train_sarm(known: Known) -> StageCost:
     model, reward, run, shape, pairs = known.model, known.config.reward, known.run, known.shape, known.sizes.pairs
     if shape is None or pairs is None:
         return _unknown("train_sarm")
@@ -226,9 +214,14 @@ def _train_sarm(known: _Known) -> StageCost:
     depths = reward_depths(model, reward, shape)
     flops = sum(reward_flops(shape, depth, reward, tokens) for depth in depths)
     seconds, gpu_hours = known.time(flops, run.num_workers, known.reward_dtype, training=True)
+    seconds /= busy_share(reward.batch_pairs, known.num_workers)
+    if known.machine.num_gpus and trains_weights(reward):
+        steps = pairs.train * reward.epochs / reward.batch_pairs
+        gradients = sum(reward_gradient_bytes(shape.weights_a_block * depth, reward.precision) for depth in depths)
+        seconds += steps * all_reduce_seconds(gradients, known.num_workers)
     sae = getattr(known.config, "sae", None)
     dictionary = 2 * shape.d_in * sae.d_sae if sae else 0
-    memory = reward_gb(shape, max(depths), reward, run.num_workers) + 4 * dictionary / _GB
+    memory = reward_gb(shape, max(depths), reward, known.num_workers) + 4 * dictionary / _GB
     weights = sum(shape.backbone(depth) for depth in depths) + dictionary
     states = _STATE_BYTES * shape.backbone(max(depths))
     loaded = 4 * shape.backbone(max(depths)) / _GB
@@ -243,10 +236,11 @@ def _train_sarm(known: _Known) -> StageCost:
         gpu_gb=memory,
         disk_gb=(4 * copies * weights + states) / _GB,
         work=f"SARM{others}: {reward.epochs} epoch{'s' * (reward.epochs > 1)} of {count(pairs.train)} pairs, {flops:.2e} FLOPs, ZeRO {reward.zero_stage}",
+        rows=pairs.train * reward.epochs,
     )
 
 
-def _evaluate(known: _Known) -> StageCost:
+def _evaluate(known: Known) -> StageCost:
     model, reward, run, shape, pairs = known.model, known.config.reward, known.run, known.shape, known.sizes.pairs
     if shape is None or pairs is None:
         return _unknown("evaluate")
@@ -255,7 +249,7 @@ def _evaluate(known: _Known) -> StageCost:
     flops = sum(2.0 * shape.weights_a_block * depth * tokens for depth in depths)
     seconds, gpu_hours = known.time(flops, run.num_actors, model.dtype)
     batch = known.config.extraction.batch_tokens if getattr(known.config, "extraction", None) else 2048
-    memory = forward_gb(shape, max(depths), "float32", batch)
+    memory = forward_gb(shape, max(depths), model.dtype, batch)
     return StageCost(
         stage="evaluate",
         seconds=5 * len(depths) + seconds,
@@ -264,10 +258,11 @@ def _evaluate(known: _Known) -> StageCost:
         gpu_gb=memory,
         disk_gb=2 * pairs.heldout * 100 / _GB,
         work=f"{count(pairs.heldout)} held-out pairs with {len(depths)} model{'s' * (len(depths) > 1)}",
+        rows=pairs.heldout,
     )
 
 
-def _contexts(known: _Known) -> StageCost:
+def _contexts(known: Known) -> StageCost:
     contexts: ContextsSettings = known.config.contexts
     run, model, shape, texts, pairs = known.run, known.model, known.shape, known.sizes.texts, known.sizes.pairs
     if shape is None or pairs is None or (contexts.corpus and texts is None):
@@ -283,7 +278,7 @@ def _contexts(known: _Known) -> StageCost:
     tokens += answers * contexts.span_pieces * pairs.tokens_a_pair
     flops = 2.0 * shape.weights_a_block * model.layer * tokens
     seconds, gpu_hours = known.time(flops, run.num_actors, model.dtype)
-    memory = forward_gb(shape, model.layer, "float32", contexts.batch_tokens)
+    memory = forward_gb(shape, model.layer, model.dtype, contexts.batch_tokens)
     sae = getattr(known.config, "sae", None)
     kept = (sae.d_sae if sae else 0) * (contexts.top + 10 * contexts.per_decile) * 400 / _GB
     return StageCost(

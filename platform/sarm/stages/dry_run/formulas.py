@@ -1,7 +1,8 @@
 """FLOPs, bytes of memory and bytes on disk of the stages, from the sizes of the sources and the model's dimensions.
 
 FLOPs are those of matrix products. B weights of the blocks that are kept, T tokens, N rows, D d_in, S d_sae: a forward pass 2 B T,
-reward training 6 B T an epoch (8 with gradient checkpointing), an SAE at most 6 N D S an epoch (2 of it for the encoder, which matching pursuit runs K times), and 6 N D A more with A latents of AuxK.
+reward training 6 B T an epoch (8 with gradient checkpointing), an SAE at most 6 N D S an epoch (2 of it for the encoder, which matching pursuit runs K times), and 6 N D A more with A latents of AuxK:
+that is what cores take, and `scaling` has what GPUs do.
 Attention scores come on top and are left out: 2 % at 1,000 tokens. A trained weight takes 16 bytes: itself, its gradient, two moments.
 """
 
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 from sarm.data.formats.model_shapes import Shape
 from sarm.data.sources.built_in import TOKENS_A_SENTENCE
+from sarm.settings.budget import Size, pass_gb, training_gb
 from sarm.settings.extraction import TURN_END
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
@@ -72,10 +74,14 @@ def extracted(
     return Extracted(rows, len(layers), flops, disk)
 
 
+def size_of(shape: Shape, depth: int, d_sae: int = 0) -> Size:
+    """The first blocks of a model and its embedding, beside an SAE of so many latents."""
+    return Size(shape.backbone(depth), shape.d_in, shape.d_ff, depth, beside=2 * shape.d_in * d_sae)
+
+
 def forward_gb(shape: Shape, depth: int, dtype: str, batch_tokens: int) -> float:
     """Weights of the blocks and the embedding, and what one batch holds inside a block."""
-    wide = 4 if dtype == "float32" else 2
-    return (shape.backbone(depth) + batch_tokens * (8 * shape.d_in + 3 * shape.d_ff)) * wide / _GB
+    return pass_gb(size_of(shape, depth), dtype, batch_tokens)
 
 
 def sae_rows(sae: SaeSettings, text_rows: float, chat_rows: float) -> float:
@@ -105,19 +111,18 @@ def reward_flops(shape: Shape, depth: int, reward: RewardSettings, tokens: float
 
 
 def reward_gb(shape: Shape, depth: int, reward: RewardSettings, workers: int) -> float:
-    """Weights, gradients, AdamW's moments and activations of one worker; ZeRO shares out what its stage says."""
-    weights = shape.backbone(depth)
-    trained = weights if reward.train_backbone and reward.lr > 0 and not reward.lora_rank else 0
-    # Stages 1 and 2 keep another copy of their share of the weights, which AdamW works on.
-    bytes_a_weight = {
-        0: 16.0,
-        1: 8 + 12 / workers,
-        2: 4 + 16 / workers,
-        3: 16 / workers,
-    }[reward.zero_stage]
-    held = trained * bytes_a_weight if trained else 4.0 * weights
-    wide = 4 if reward.precision == "float32" else 2
-    inside_a_block = reward.batch_tokens * (14 * shape.d_in + 4 * shape.d_ff) * wide
-    blocks = depth * reward.batch_tokens * shape.d_in * wide + inside_a_block
-    activations = blocks if reward.gradient_checkpointing or not trained else depth * inside_a_block
-    return (held + activations) / _GB
+    """Weights, gradients, AdamW's moments and activations of one worker."""
+    return training_gb(
+        size_of(shape, depth),
+        reward.precision,
+        reward.batch_tokens,
+        workers,
+        reward.zero_stage,
+        checkpointing=reward.gradient_checkpointing,
+        trains=trains_weights(reward),
+    )
+
+
+def trains_weights(reward: RewardSettings) -> bool:
+    """Whether the blocks' own weights are trained, and not adapters of them or nothing."""
+    return reward.train_backbone and reward.lr > 0 and not reward.lora_rank

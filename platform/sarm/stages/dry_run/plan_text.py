@@ -11,14 +11,20 @@ from sarm.data.formats.model_shapes import shape_of
 from sarm.engine.ray.machine import PEAK_SHARE, Machine, machine_of
 from sarm.settings.model import ModelSettings
 from sarm.settings.run import STAGES
-from sarm.stages.dry_run.costs import StageCost, stage_costs
+from sarm.stages.dry_run.costs import stage_costs
 from sarm.stages.dry_run.rounding import count, duration, rounded, size
+from sarm.stages.dry_run.scales import on_reference_gpus
+from sarm.stages.dry_run.scaling import busy_share
 from sarm.stages.dry_run.source_sizes import sizes_of
+from sarm.stages.dry_run.stage_cost import StageCost
+from sarm.stages.fitting import fitted
 
 WIDTH = 80
 _HEADS = ("stage", "state", "time", "GPU-h", "memory", "GPU mem", "disk")
 _WIDTHS = (20, 8, 9, 8, 9, 9, 9)
 DONE = "done"
+# Reward training that keeps its workers less busy than this is worth a note.
+_BUSY = 0.9
 
 
 def plan_text(
@@ -43,7 +49,14 @@ def plan_text(
     by_stage = {cost.stage: cost for cost in costs}
     planned = [(by_stage.get(name) or _nothing(name), state) for name, state in states]
     todo = [cost for cost, state in planned if state != DONE]
-    lines = [*_about(config, machine), "", *_table(planned), ""]
+    config, chosen = fitted(config, machine)
+    lines = [
+        *_about(config, machine),
+        *(line for one in chosen for line in entry("budget", one)),
+        "",
+        *_table(planned),
+        "",
+    ]
     lines += _wrapped(
         f"GPU-h: hours of one {machine.planned_gpu} at {PEAK_SHARE:.0%} of its peak (assumed). Memory: of one process and of one GPU. "
         "Times and sizes are estimates, to a factor of 2."
@@ -52,6 +65,8 @@ def plan_text(
         lines += ["", "what there is to do:"]
         for cost in todo:
             lines += textwrap.wrap(cost.work, WIDTH, initial_indent=f"  {cost.stage:<20}", subsequent_indent=" " * 22)
+    if is_dry and (table := on_reference_gpus(config, {cost.stage for cost in todo})):
+        lines += ["", *table]
     if notes := list(_notes(config, machine, todo)):
         lines += ["", *(line for note in notes for line in _wrapped(note))]
     return "\n".join([*lines, "", *_wrapped("All settings, for --config: add --json." if is_dry else "")])
@@ -65,6 +80,8 @@ def planned_machine(config: Any) -> Machine:
         return machine
     from sarm.stages.extract_calibration import tokens_per_second
 
+    config = fitted(config, machine).config
+    model, extraction = config.model, config.extraction
     tokens = tokens_per_second(model, extraction)
     # Asked this late because the model's config is in the cache by now.
     if (shape := shape_of(model)) is None:
@@ -200,14 +217,12 @@ def _notes(config: Any, machine: Machine, todo: Sequence[StageCost]) -> Iterator
     sizes = sizes_of(run.out, getattr(config, "data", None))
     for spec in sizes.unknown:
         yield f"The size of {spec} is not known before it is read: pass --data.max-texts or --data.max-pairs to bound it."
-    reward = getattr(config, "reward", None)
-    if reward is not None and sizes.pairs is not None and run.num_workers > 1:
-        step = reward.batch_pairs * sizes.pairs.tokens_a_pair
-        if step < run.num_workers * reward.batch_tokens:
-            yield (
-                f"A step of {reward.batch_pairs} pairs is about {count(step)} tokens, less than {run.num_workers} workers of {count(reward.batch_tokens)} tokens take: "
-                "some will wait, and reward training will take longer than this."
-            )
+    reward, num_workers = getattr(config, "reward", None), machine.workers(run.num_workers)
+    if reward is not None and num_workers > 1 and (busy := busy_share(reward.batch_pairs, num_workers)) < _BUSY:
+        yield (
+            f"A step of {reward.batch_pairs} pairs keeps {num_workers} workers of reward training busy for {busy:.0%} of the time, which is counted above. "
+            "Larger steps (--reward.batch-pairs) fill them, and are another training."
+        )
     if not machine.is_joined:
         yield from _room(run.out, machine, todo)
 

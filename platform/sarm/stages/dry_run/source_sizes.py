@@ -69,11 +69,16 @@ def sizes_of(out: Path, data: DataSettings | None, extraction: ExtractionSetting
 
 
 def _by_limit(extraction: ExtractionSettings) -> Texts | None:
-    """An upper bound, where the source is not known and extraction stops at a number of tokens."""
-    if extraction.limit_tokens is None:
+    """An upper bound, where the source is not known and extraction stops at a number of tokens or of sentences."""
+    limits = {
+        "--limit-tokens": extraction.limit_tokens,
+        "--limit-sentences": extraction.limit_sentences and extraction.limit_sentences * TOKENS_A_SENTENCE,
+    }
+    known = {flag: float(tokens) for flag, tokens in limits.items() if tokens is not None}
+    if not known:
         return None
-    tokens = float(extraction.limit_tokens)
-    return Texts(tokens / 1000, tokens, tokens / TOKENS_A_SENTENCE, "at most, by --limit-tokens")
+    flag = min(known, key=known.__getitem__)
+    return Texts(known[flag] / 1000, known[flag], known[flag] / TOKENS_A_SENTENCE, f"at most, by {flag}")
 
 
 def _limited(texts: Texts, extraction: ExtractionSettings) -> Texts:
@@ -82,6 +87,8 @@ def _limited(texts: Texts, extraction: ExtractionSettings) -> Texts:
         shares.append(extraction.limit_rows / max(1.0, texts.rows))
     if extraction.limit_tokens is not None:
         shares.append(extraction.limit_tokens / max(1.0, texts.tokens))
+    if extraction.limit_sentences is not None:
+        shares.append(extraction.limit_sentences / max(1.0, texts.sentences))
     return texts.limited(min(shares))
 
 

@@ -17,6 +17,7 @@ from sarm.stages.dry_run.formulas import extracted, reward_flops, sae_flops, sae
 from sarm.stages.dry_run.plan_text import WIDTH, entry, planned_machine
 from sarm.stages.dry_run.rounding import about, count, duration, rounded, size
 from sarm.stages.dry_run.source_sizes import Pairs, Texts, sizes_of
+from sarm.stages.fitting import fitted
 from sarm.stages.inputs import check_layers, check_sources
 from sarm.stages.sweep.cells import check_sweep, sweep_plan
 from sarm.stages.sweep.plan import SweepPlan
@@ -29,7 +30,8 @@ _SECONDS_A_CELL, _SECONDS_BEFORE, _SECONDS_A_LAYER = 40, 34, 15
 
 def describe_sweep(config: Ablation) -> str:
     """`sweep_text`, and where the settings are."""
-    return f"{sweep_text(config, planned_machine(config))}\n\nAll settings, for --config: add --json."
+    machine = planned_machine(config)
+    return f"{sweep_text(fitted(config, machine).config, machine)}\n\nAll settings, for --config: add --json."
 
 
 def sweep_text(config: Ablation, machine: Machine) -> str:
@@ -149,7 +151,7 @@ def _layers_of_passes(plan: SweepPlan) -> list[int]:
 def _time(plan: SweepPlan, work: _Work, machine: Machine) -> str:
     """Of all stages, with as many trials side by side as there is room for."""
     run, sweep = plan.config.run, plan.config.sweep
-    each = max(run.num_workers, run.num_actors)
+    each = max(1, run.num_workers, run.num_actors)
     if machine.num_gpus:
         at_once = max(1, machine.num_gpus // each)
         seconds = sum(work.by_stage(lambda stage, dtype: machine.gpu_rate(dtype)).values()) / machine.num_gpus

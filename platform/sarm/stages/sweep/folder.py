@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sarm.contracts.folders import SWEEP_FILE
 from sarm.contracts.manifest import MANIFEST, first_difference, write_atomically
 from sarm.engine.session import RUN_FILE
 from sarm.settings.checks import UserError
@@ -14,7 +15,6 @@ from sarm.stages.chain_state import move, was_moved
 from sarm.stages.sweep.plan import SweepPlan
 from sarm.stages.sweep.readings import SweepFolders
 
-SWEEP_FILE = "sweep.json"
 # Which stage of a sweep each part of what its cells have in common decides, in the order of the stages.
 _DECIDES: dict[str, StageName] = {
     "data": "prepare_data",

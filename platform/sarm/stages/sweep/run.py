@@ -4,13 +4,14 @@ import time
 from dataclasses import replace
 
 from sarm.data.formats.models import check_model, model_folder
-from sarm.engine.ray.machine import this_machine
+from sarm.engine.ray.machine import machine_of, this_machine
 from sarm.engine.session import Session, open_session
 from sarm.engine.terminal import say
 from sarm.nn.pretrained import read_config
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.settings.sweep import Ablation
+from sarm.stages.fitting import fitted
 from sarm.stages.inputs import check_sources
 from sarm.stages.sweep.cells import check_sweep, sweep_plan
 from sarm.stages.sweep.cost import sweep_text
@@ -28,7 +29,10 @@ def run_sweep(config: Ablation) -> Report:
 
     Raises UserError before anything starts for what cannot work: cells, sources, layers, the folder, the size of the cluster.
     """
+    config, budgets = fitted(config, machine_of(config.run))
     plan = check_plan(config)
+    for line in budgets:
+        say(f"budget: {line}")
     if config.run.only:
         refuse_unshared(plan)
     # Only now: who is refused keeps what is there.

@@ -34,8 +34,13 @@ _STATUS = "status.json"
 
 
 def run_of_trials(sweep: SweepSettings, run: RunSettings) -> RunSettings:
-    """The run settings with a trial's cores."""
-    return replace(run, cpus_per_worker=sweep.cpus_per_trial or run.cpus_per_worker)
+    """The run settings with a trial's cores, and one worker where no number is asked for: trials run side by side."""
+    return replace(
+        run,
+        cpus_per_worker=sweep.cpus_per_trial or run.cpus_per_worker,
+        num_workers=max(1, run.num_workers),
+        num_actors=max(1, run.num_actors),
+    )
 
 
 def trials_at_once(sweep: SweepSettings, run: RunSettings, cluster: Cluster) -> int:
@@ -43,8 +48,9 @@ def trials_at_once(sweep: SweepSettings, run: RunSettings, cluster: Cluster) -> 
 
     Raises UserError if it has room for none, with what would fit.
     """
-    each = max(run.num_workers, run.num_actors)
-    threads = cluster.cpus_each(run_of_trials(sweep, run), each)
+    of_trials = run_of_trials(sweep, run)
+    each = max(of_trials.num_workers, of_trials.num_actors)
+    threads = cluster.cpus_each(of_trials, each)
     room = max(1, cluster.places(threads) // each)
     return min(room, sweep.trials_at_once or room)
 
@@ -62,7 +68,8 @@ def run_trials(plan: SweepPlan, cells: Sequence[Cell], cluster: Cluster, num_sam
     sweep, run = plan.config.sweep, plan.config.run
     at_once = trials_at_once(sweep, run, cluster)
     say(f"{len(cells)} cells to do, {at_once} at a time")
-    threads = cluster.cpus_each(run_of_trials(sweep, run), max(run.num_workers, run.num_actors))
+    of_trials = run_of_trials(sweep, run)
+    threads = cluster.cpus_each(of_trials, max(of_trials.num_workers, of_trials.num_actors))
     watch = Watch(plan)
     try:
         trials.run_trials(
@@ -103,9 +110,8 @@ def run_trial(config: Mapping[str, Any], plan: SweepPlan, threads: int) -> dict[
     """One trial. A mistake that no second try would mend is said in its result, not raised."""
     torch.set_num_threads(threads)
     cell = cell_of(plan, config)
-    plan = plan._replace(
-        config=replace(plan.config, run=replace(plan.config.run, cpus_per_worker=threads, ray_address=""))
-    )
+    run = replace(run_of_trials(plan.config.sweep, plan.config.run), cpus_per_worker=threads, ray_address="")
+    plan = plan._replace(config=replace(plan.config, run=run))
     reports = Reports(plan.config.sweep.report_steps, trials.training_reports())
     try:
         found = do_cell(plan, cell, reports)
