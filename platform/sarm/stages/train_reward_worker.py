@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sarm.data.formats.sarm_folder import save_sarm
 from sarm.data.store.checkpoints import Checkpoint, Checkpoints
+from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.tokens.groups import PromptGroup
 from sarm.data.tokens.packing import token_batches
@@ -32,9 +33,10 @@ from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
 from sarm.settings.run import RunSettings
 from sarm.stages.reward_models import build_model, merge_adapters_
-from sarm.stages.reward_pairs import RewardPairs, read_reward_pairs, spelled_contents
+from sarm.stages.reward_pairs import RewardPairs, shared_reward_pairs, split_off_validation
 from sarm.train.head_start import start_head_
 from sarm.train.reward import RewardTraining, parameter_groups
+from sarm.train.reward_batches import who_waits
 
 # Prompts, and responses of each, that the reward's moments are taken over.
 _MOMENT_PROMPTS, _MOMENT_RESPONSES = 16, 4
@@ -94,7 +96,9 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     )
     checkpoint = states.latest()
     chat = load_chat_tokenizer(task.model, task.model_folder)
-    pairs = read_reward_pairs(task.pairs, chat, task.reward.validation_share, task.model.name)
+    pairs = shared_reward_pairs(
+        task.pairs, chat, task.reward.validation_share, model=task.model.name, states=task.states
+    )
     model = _build(task, chat)
     to_train = parameter_groups(model, task.reward)
     if rank == 0:
@@ -117,6 +121,8 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         on_best=lambda: best.update(weights(engine)),
         d_sae=model.config.d_sae,
     )
+    if rank == 0 and (said := who_waits(pairs.groups, task.reward, task.run.seed, loop.world, task.model.max_length)):
+        print(f"{task.name}: {said}", flush=True)
     shown = ("loss", "accuracy", "margin", "validation_loss", "tokens_per_second")
     training = _Training(pairs, loop, engine, best, Progress(task.name, task.tracking, shown))
     if checkpoint is not None:
@@ -141,7 +147,7 @@ def _start_(
         start_head_(
             model=model,
             activations=task.head_start,
-            pairs=pairs.table,
+            pairs=split_off_validation(load_pairs(task.pairs, "train"), task.reward.validation_share)[0],
             seed=task.run.seed,
             groups=pairs.groups,
             encoder=task.reward.encoder,
@@ -214,14 +220,13 @@ def _figures(pairs: RewardPairs, training: RewardTraining, history: list[dict[st
     figures = {
         "train_accuracy_last_epoch": last_epoch_accuracy(history),
         "epochs_trained": history[-1]["epoch"] if history else 0.0,
-        "truncated_responses": sum(tokens.num_truncated > 0 for group in pairs.groups for tokens in group.tokens),
-        "num_pairs": sum(len(group.pairs) for group in pairs.groups),
+        **pairs.counts,
+        "num_pairs": sum(pairs.groups.num_pairs),
         "num_prompts": len(pairs.groups),
         "num_steps": len(history),
         "protocol_version": PROTOCOL_VERSION,
         "rejected_pairs": len(pairs.refused),
         **{f"rejected_{reason}": count for reason, count in sorted(Counter(pairs.refused.values()).items())},
-        **spelled_contents(pairs.groups + pairs.validation),
     }
     if pairs.validation:
         figures |= {
@@ -240,7 +245,7 @@ def _build(task: RewardTask, chat: ChatTokenizer) -> SarmForSequenceClassificati
 
 def reward_moments(
     model: SarmForSequenceClassification,
-    groups: list[PromptGroup],
+    groups: Sequence[PromptGroup],
     batch_tokens: int,
     row_tokens: int,
     pad_id: int,
