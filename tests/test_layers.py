@@ -33,7 +33,7 @@ ROOMS = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ALONE = {"nn"}
 EDGE_ONLY = {"ray", "deepspeed", "mlflow", "openai"}
 NN_LIBRARIES = {"torch", "transformers", "jaxtyping"}
-TRANSFORMERS_IN_NN = {"sarm.nn.backbone", "sarm.nn.pretrained", "sarm.nn.modeling_sarm"}
+TRANSFORMERS_IN_NN = {"sarm.nn.attention", "sarm.nn.backbone", "sarm.nn.pretrained", "sarm.nn.modeling_sarm"}
 TRITON_IN_NN = {"sarm.nn.triton_backend"}
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "mlflow", "pyarrow"}
 
