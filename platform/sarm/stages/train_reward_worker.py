@@ -28,6 +28,7 @@ from sarm.engine.ray.trainer import (
 from sarm.engine.ray.training_progress import Progress, report_progress
 from sarm.engine.ray.training_states import WorkerStates
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.nn.precision import allow_tf32_
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
@@ -85,6 +86,7 @@ class _Training(NamedTuple):
 def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     """One Ray Train worker: build, train, gather, and on rank 0 write the folder and return the figures."""
     device, rank = worker_device(), dist.get_rank()
+    allow_tf32_()
     guard = StallGuard(worker_storage(), rank)
     states = WorkerStates(
         checkpoints=task.states,
