@@ -58,7 +58,7 @@ def rows(activations: dict[str, Path], **changes: object) -> SaeRows:
 
 def walked(found: SaeRows) -> Tensor:
     (phase,) = found.phases
-    return torch.cat([phase.prepare(x) for x, _ in batches(phase.rows, Cursor(0), 1, SAE.batch_size)])
+    return torch.cat([phase.prepare(x) for x, _, _ in batches(phase.rows, Cursor(0), 1, SAE.batch_size)])
 
 
 def test_every_kind_of_every_stream_lies_about_the_true_ends(activations: dict[str, Path]) -> None:

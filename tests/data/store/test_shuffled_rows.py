@@ -13,7 +13,7 @@ from tests.data.store.activation_stores import D_IN, numbered, table_of, write_s
 
 from sarm.contracts.ids import hash_share
 from sarm.data.store.activations import ActivationStore, unusable_rows
-from sarm.data.store.shuffled_rows import Cursor, ShuffledRows, batches, free_memory, memory_for_rows
+from sarm.data.store.shuffled_rows import Cursor, RowsOfGroups, ShuffledRows, batches, free_memory, memory_for_rows
 from sarm.settings.checks import UserError
 
 SHARE = 0.3
@@ -36,7 +36,7 @@ def row_numbers(x: torch.Tensor) -> list[int]:
 
 
 def walk(rows: ShuffledRows, start: Cursor, epochs: int = 2, batch_size: int = 7) -> list[tuple[list[int], Cursor]]:
-    return [(row_numbers(x), place) for x, place in batches(rows, start, epochs, batch_size)]
+    return [(row_numbers(x), place) for x, _, place in batches(rows, start, epochs, batch_size)]
 
 
 @pytest.mark.parametrize("memory", [IN_MEMORY, FROM_DISK])
@@ -167,7 +167,7 @@ def test_rows_that_cannot_be_standardised_are_left_out_and_named(tmp_path, memor
     rows = ShuffledRows(with_bad_rows(tmp_path / "a", dtype), SHARE, memory_bytes=memory)
     assert rows.rejected == {"not finite": [2, 7, 11], "constant": [13, 20, 21]}
     assert rows.num_rejected == 6
-    x = torch.cat([x for x, _ in batches(rows, Cursor(0), 1, 4)])
+    x = torch.cat([x for x, _, _ in batches(rows, Cursor(0), 1, 4)])
     assert len(x) == rows.num_rows == 24 - len(rows.heldout)
     assert bool(torch.cat([x, rows.heldout]).isfinite().all())
 
@@ -221,3 +221,19 @@ def test_a_container_s_limit_counts(tmp_path, monkeypatch):
     (tmp_path / "memory.current").write_text("400\n")
     monkeypatch.setattr("sarm.data.store.shuffled_rows._CGROUP", tmp_path)
     assert free_memory() == 600
+
+
+@pytest.mark.parametrize("memory", [IN_MEMORY, FROM_DISK])
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_shares_of_all_workers_make_up_each_batch_and_nobody_reads_more(memory, world, store, monkeypatch):
+    rows = ShuffledRows(store, SHARE, window_rows=40, memory_bytes=memory)
+    whole = list(batches(rows, Cursor(1), 1, 20))
+    read: list[int] = []
+    stored = RowsOfGroups.stored
+    monkeypatch.setattr(RowsOfGroups, "stored", lambda self, places: read.append(len(places)) or stored(self, places))
+    for rank in range(world):
+        share = slice(rank, None, world)
+        for own, (x, size, after) in zip(batches(rows, Cursor(1), 1, 20, share), whole, strict=True):
+            assert torch.equal(own.rows, x[share])
+            assert (own.num_all_rows, own.after) == (size, after)
+    assert sum(read) == sum(len(x) for x, _, _ in whole)

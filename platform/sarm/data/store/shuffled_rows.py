@@ -55,10 +55,26 @@ class Rows(Protocol):
     def windows(self, seed: int, epoch: int, first: int = 0) -> Iterator[Window]: ...
 
 
+class Batch(NamedTuple):
+    """The rows of a step that a worker asked for, how many there are for all workers, and the place behind them."""
+
+    rows: Float[Tensor, "batch d_in"]
+    num_all_rows: int
+    after: Cursor
+
+
 def batches(
-    rows: Rows, start: Cursor, epochs: int, batch_size: int
-) -> Iterator[tuple[Float[Tensor, "batch d_in"], Cursor]]:
-    """The batches from `start` to the end of the last epoch, each with the place behind it; no batch reaches across windows."""
+    rows: Rows,
+    start: Cursor,
+    epochs: int,
+    batch_size: int,
+    share: slice = slice(None),
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """The batches from `start` to the end of the last epoch; no batch reaches across windows.
+
+    Of each, the rows in `share` are read and no others, on `device`.
+    """
     place = start
     while place.epoch < epochs:
         for window in rows.windows(place.seed, place.epoch, place.window):
@@ -68,9 +84,19 @@ def batches(
             while place.offset < len(order):
                 chosen = order[place.offset : place.offset + batch_size]
                 place = place._replace(offset=place.offset + len(chosen))
-                yield window[chosen], place
+                yield Batch(_on_device(window, chosen[share], torch.device(device)), len(chosen), place)
             place = place._replace(window=place.window + 1, offset=0)
         place = Cursor(place.seed, place.epoch + 1)
+
+
+def _on_device(window: Window, places: Int[Tensor, " batch"], device: torch.device) -> Float[Tensor, "batch d_in"]:
+    if not isinstance(window, RowsOfGroups):
+        return window[places].to(device)
+    rows = window.stored(places)
+    if device.type == "cuda" and rows.device.type == "cpu":
+        # Half the bytes of float32, from memory that the card copies by itself.
+        rows = rows.pin_memory()
+    return rows.to(device, non_blocking=True).float()
 
 
 class _Group(NamedTuple):
@@ -95,7 +121,11 @@ class RowsOfGroups:
         return len(self.places)
 
     def __getitem__(self, places: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_in"]:
-        return self.rows.index_select(0, self.places[places].to(self.rows.device)).float()
+        return self.stored(places).float()
+
+    def stored(self, places: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_in"]:
+        """The rows in 16 bits."""
+        return self.rows.index_select(0, self.places[places].to(self.rows.device))
 
     def kinds_at(self, places: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """Which of `KINDS` each row is, by number; 0 where the store does not say."""
