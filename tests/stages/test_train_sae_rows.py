@@ -8,7 +8,8 @@ import torch
 from tests.data.store.activation_stores import table_of, write_store
 from torch import Tensor
 
-from sarm.data.store.shuffled_rows import Cursor, batches, is_heldout
+from sarm.data.store.looked_groups import is_heldout
+from sarm.data.store.shuffled_rows import Cursor, batches
 from sarm.nn.architectures import build_sae
 from sarm.nn.sae import dense, standardise
 from sarm.settings.checks import UserError
