@@ -132,6 +132,8 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     _run(training, task.report_steps, states, guard)
     states.finish()
     whole = engine.whole_state()
+    # The model that is written takes the device's memory in turn.
+    engine.free_()
     if rank != 0:
         return None
     moments = _write_model(task=task, chat=chat, pairs=pairs, whole=whole, device=device)
