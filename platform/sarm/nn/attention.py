@@ -53,11 +53,11 @@ def block_mask(positions: Tensor, segments: Tensor, window: int | None) -> Block
     order = torch.argsort(is_seen, dim=-1, descending=True, stable=True).int()
 
     # Without names and annotations: they are compiled into the kernel, and run by tracers that take no checks of shapes.
-    rule = lambda b, _head, q, k: (  # noqa: E731
+    rule: Any = lambda b, _head, q, k: (  # noqa: E731
         (q >= k) & ((own[b, k] == own[b, q]) | (own[b, k] == answer[b, q]) | (own[b, k] == prompt[b, q]))
     )
     if window is not None:
-        windowless = rule
+        windowless: Any = rule
         rule = lambda b, head, q, k: windowless(b, head, q, k) & (positions[b, q] - positions[b, k] < window)  # noqa: E731
     blocks: Any = BlockMask
     mask: BlockMask = blocks.from_kv_blocks(
@@ -103,11 +103,13 @@ def takes_every_mask_(model: "PreTrainedModel") -> None:
         model.config._attn_implementation = f"{_PREFIX}{name}"
 
 
-def flex_works(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> bool:
+def flex_works(model: "PreTrainedModel", device: torch.device) -> bool:
     """Whether `flex_attention` runs here, forward and backward, with heads of the model's shape; warns with the reason if it should and does not."""
     config = model.config
     if device.type != "cuda" or not model._supports_flex_attn or hasattr(config, "v_head_dim"):
         return False
+    is_cast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if is_cast else next(model.parameters()).dtype
     heads = config.num_attention_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
     return _tried(heads, getattr(config, "num_key_value_heads", None) or heads, d_head, device, dtype)

@@ -164,12 +164,11 @@ def _arranged(model: "PreTrainedModel", input_ids: Tensor, positions: Tensor, se
         return _Arranged({"input_ids": apart.input_ids}, apart.rows, apart.columns)
     if (moved := aligned(input_ids, positions, segments)) is not None:
         return _Arranged(_of_one_sequence(model, moved.input_ids), moved.rows, moved.columns)
-    dtype = next(model.parameters()).dtype
-    if flex_works(model, input_ids.device, dtype):
+    if flex_works(model, input_ids.device):
         takes_every_mask_(model)
         make: Callable[[int | None], Any] = functools.partial(block_mask, positions, segments)
     elif segments.shape[1] <= DENSE_TOKENS:
-        make = functools.partial(whole_mask, positions, segments, dtype=dtype)
+        make = functools.partial(whole_mask, positions, segments, dtype=next(model.parameters()).dtype)
     else:
         apart = in_shorter_rows(input_ids, positions, segments)
         inner = _arranged(model, apart.input_ids, apart.positions, apart.segments)
@@ -188,7 +187,7 @@ def _of_one_sequence(model: "PreTrainedModel", input_ids: Tensor) -> dict[str, A
         return {"input_ids": input_ids}
     takes_every_mask_(model)
     make: Callable[[int | None], Any] = functools.partial(part_mask, device=input_ids.device)
-    if flex_works(model, input_ids.device, next(model.parameters()).dtype):
+    if flex_works(model, input_ids.device):
         order = torch.arange(length, device=input_ids.device)[None]
         make = functools.partial(block_mask, order, torch.zeros_like(order))
     return {"input_ids": input_ids, "attention_mask": _by_kind(config, make)}

@@ -105,7 +105,7 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     to_train = parameter_groups(model, task.reward)
     if rank == 0:
         # DeepSpeed hands these weights to the other ranks.
-        _start_(model, task, pairs, checkpoint)
+        _start_(model, task, pairs, checkpoint, device)
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -142,7 +142,11 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
 
 
 def _start_(
-    model: SarmForSequenceClassification, task: RewardTask, pairs: RewardPairs, checkpoint: Checkpoint | None
+    model: SarmForSequenceClassification,
+    task: RewardTask,
+    pairs: RewardPairs,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
 ) -> None:
     """Give a model the weights that training starts from: a checkpoint's, or a head that is a probe."""
     if checkpoint is not None:
@@ -155,6 +159,7 @@ def _start_(
             seed=task.run.seed,
             groups=pairs.groups,
             encoder=task.reward.encoder,
+            device=device,
         )
 
 
