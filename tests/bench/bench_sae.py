@@ -135,7 +135,7 @@ def read_seconds() -> float:
         stage.finish({"rows": per_file * num_files, "activations": kind, "statistics": statistics_of(moments)})
         rows = ShuffledRows(ActivationStore(Path(folder)), 0.01, window_rows=4 * per_file, memory_bytes=0)
         times.append(time.perf_counter())
-        for x_BD, _ in batches(rows, Cursor(0), 2, BATCH):
+        for x_BD, _, _ in batches(rows, Cursor(0), 2, BATCH):
             x_BD.float()
             times.append(time.perf_counter())
     # A window is read while the one before it is used: what counts is the mean, not the median.

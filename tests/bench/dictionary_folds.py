@@ -22,8 +22,8 @@ from sarm.contracts.ids import hash_share
 from sarm.contracts.manifest import StageFolder
 from sarm.contracts.tables import TRUE_END
 from sarm.data.store.activations import ActivationStore, write_activation_file
+from sarm.data.store.looked_groups import is_heldout
 from sarm.data.store.pairs import load_pairs
-from sarm.data.store.shuffled_rows import is_heldout
 from sarm.evaluate.intervals import difference_interval
 from sarm.evaluate.probe import choose_penalty, fit_head, fit_probe
 from sarm.evaluate.readability import ALWAYS_ON, DENSE, Answered, firing_share, latents_carrying, named_latents

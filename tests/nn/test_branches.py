@@ -8,8 +8,9 @@ from tests.nn.test_backbone import kinds, random_ids, residual_alone
 from torch import Tensor
 
 from sarm.data.tokens.packing import TokenBatch, answer_rows, collate
-from sarm.nn.backbone import ANSWERS_PER_BLOCK, SEGMENTS_PER_BLOCK, _visible, residual_stream
+from sarm.nn.backbone import residual_stream
 from sarm.nn.pretrained import load_backbone
+from sarm.nn.segments import ANSWERS_PER_BLOCK, SEGMENTS_PER_BLOCK, visible
 
 CLOSING = [5, 2]
 ROW_TOKENS = 200
@@ -110,7 +111,7 @@ def test_what_a_token_sees_is_as_defined(window):
     for _ in range(20):
         segments = torch.tensor([-1, *named])[torch.randint(0, len(named) + 1, (2, 40), generator=generator)]
         positions = torch.randint(0, 9, (2, 40), generator=generator)
-        found = _visible(positions, segments, window)
+        found = visible(positions, segments, window)
         for line, i, j in product(range(2), range(40), range(40)):
             near = window is None or int(positions[line, i] - positions[line, j]) < window
             assert bool(found[line, i, j]) == (near and seen_by_definition(segments[line].tolist(), i, j))
@@ -125,4 +126,4 @@ def test_without_branches_the_mask_is_what_it_was():
     shared_prompt = segments - segments % SEGMENTS_PER_BLOCK
     own = segments[:, :, None] == segments[:, None, :]
     wanted = (order[:, None] >= order) & (own | (shared_prompt[:, :, None] == segments[:, None, :]))
-    assert torch.equal(_visible(order.expand(4, -1), segments, None), wanted)
+    assert torch.equal(visible(order.expand(4, -1), segments, None), wanted)

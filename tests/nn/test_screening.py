@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sarm.nn import screening, sparse
 from sarm.nn.screening import Screen
@@ -122,3 +124,73 @@ def test_the_screen_is_used_where_it_pays(monkeypatch):
     assert not screening.is_worth_it(torch.zeros(9000 + 1, 576), 27)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert not screening.is_worth_it(torch.zeros(9216, 576), 27)
+
+
+@pytest.mark.parametrize(("capability", "answer"), [((9, 0), True), ((8, 0), True), ((7, 5), False)])
+def test_the_screen_is_used_on_cards_that_multiply_bfloat16(capability, answer, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with FakeTensorMode():
+        assert screening.is_worth_it(torch.empty(9216, 576, device="cuda"), 27) == answer
+
+
+@pytest.mark.parametrize("rows", [64, 700, 4096])
+def test_the_screen_gives_the_same_for_any_number_of_rows_at_once(rows, monkeypatch):
+    x, W, b = rows_and_encoder("plain")
+    wanted = Screen().largest(x, W, b, K)
+    monkeypatch.setattr(screening, "_ROWS", {"cpu": rows})
+    found = Screen().largest(x, W, b, K)
+    assert wanted is not None
+    assert found is not None
+    assert torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-6, atol=1e-6)
+
+
+class Products(TorchDispatchMode):
+    """Notes how exact each product that gives pre-activations would be on a GPU, and that others are left as they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.deciding: list[tuple[bool, bool]] = []
+        self.others: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm):
+            products = torch.backends.cuda.matmul
+            if result.shape[-1] == D:
+                self.others.append(products.allow_tf32)
+            else:
+                self.deciding.append((products.allow_tf32, products.allow_bf16_reduced_precision_reduction))
+        return result
+
+
+@pytest.fixture
+def less_exact():
+    products = torch.backends.cuda.matmul
+    before = products.allow_tf32, products.allow_bf16_reduced_precision_reduction
+    products.allow_tf32 = products.allow_bf16_reduced_precision_reduction = True
+    yield
+    assert products.allow_tf32, "others are as they were"
+    products.allow_tf32, products.allow_bf16_reduced_precision_reduction = before
+
+
+@pytest.mark.parametrize("is_screened", [True, False])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jumprelu", "matching_pursuit"])
+def test_products_that_decide_which_latents_are_active_are_not_rounded(
+    architecture, is_screened, less_exact, monkeypatch
+):
+    from sarm.nn.architectures import build_sae
+
+    monkeypatch.setattr(sparse, "is_worth_it", lambda *_: is_screened)
+    x = torch.randn(300, D, generator=torch.Generator().manual_seed(1))
+    sae = build_sae(architecture, D, S, 2)
+    sae.initialise_(x, torch.Generator().manual_seed(0))
+    learner = Learner(sae, SaeSettings(d_sae=S, k=2, aux_k=16, dead_after_rows=300, batch_size=300, architecture=architecture))  # fmt: skip
+    with Products() as products:
+        for _ in range(2):
+            learner.step(x, 1e-3)
+        with torch.no_grad():
+            sae.encode(x)
+    assert products.deciding
+    assert set(products.deciding) == {(False, False)}
+    assert all(products.others)

@@ -1,5 +1,6 @@
 """What pairs weigh in sharded training, against a loop over single pairs; and the accuracy that training reports of itself."""
 
+import gc
 import math
 import os
 import socket
@@ -97,6 +98,13 @@ def one_pair_at_a_time(folder: Path, config: RewardSettings) -> tuple[list[float
     return norms, {name: p.detach().clone() for name, p in model.named_parameters()}, sizes
 
 
+def live_bytes() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
 def sharded(rank: int, port: int, folder: str, out: str) -> None:
     """One of the workers: every stage and both ways to weigh, one after the other; rank 0 leaves what came out."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
@@ -105,12 +113,17 @@ def sharded(rank: int, port: int, folder: str, out: str) -> None:
     dist.init_process_group("gloo")
     found = {}
     for stage, weights in TRAININGS:
+        before = live_bytes()
         config = settings(weights, stage)
         model, norms = untrained(Path(folder)), []
         engine = ZeroEngine(model, parameter_groups(model, config), config, torch.device("cpu"))
         training = RewardTraining(engine, prompts(), config, 0, ROW_TOKENS, END, d_sae=96)
         training.run(lambda _, metrics, norms=norms: norms.append(metrics["grad_norm"]))
-        found[stage, weights] = norms, engine.whole_state()
+        whole = engine.whole_state()
+        size, held = sum(weight.nbytes for weight in whole.values()), live_bytes()
+        engine.free_()
+        found[stage, weights] = norms, whole, size, held - before, live_bytes() - before
+        del model, engine, training
     if rank == 0:
         torch.save(found, out)
     dist.barrier()
@@ -133,7 +146,7 @@ def test_sharded_training_weighs_pairs_as_a_loop_over_single_pairs_does(on_two_w
     assert max(sizes) >= 3 * min(sizes)
     assert min(norms) < CONFIG["max_grad_norm"] < max(norms), "some steps are clipped and some are not"
     for stage in (stage for stage, rule in TRAININGS if rule == weights):
-        found_norms, found = on_two_workers[stage, weights]
+        found_norms, found, *_ = on_two_workers[stage, weights]
         assert found_norms == pytest.approx(norms, rel=2e-3), f"stage {stage}"
         for name, weight in wanted.items():
             # Adam turns the rounding of a gradient near zero into a step of either sign.
@@ -151,7 +164,7 @@ def test_penalties_are_the_same_on_shards_as_in_one_process(on_two_workers, tiny
     wanted = model.score.weight.detach()
     assert 0 < int((wanted == 0).sum()) < wanted.numel()
     for stage in range(4):
-        _, found = on_two_workers[stage, "penalised"]
+        _, found, *_ = on_two_workers[stage, "penalised"]
         for name, weight in model.named_parameters():
             torch.testing.assert_close(
                 found[name], weight.detach(), rtol=0, atol=2e-4, msg=lambda m, n=name, s=stage: f"{s} {n}: {m}"
@@ -183,3 +196,11 @@ def test_after_early_stopping_the_training_accuracy_is_of_what_was_trained():
     assert last_epoch_accuracy(stopped[:2]) == pytest.approx((0.9 + 0.95) / 2)
     assert last_epoch_accuracy([]) is None
     assert math.isclose(last_epoch_accuracy(steps((0.1, 1, 1.0))), 1.0)
+
+
+@pytest.mark.parametrize(("stage", "weights"), TRAININGS)
+def test_an_engine_that_is_freed_holds_nothing_beside_the_model_that_is_written(on_two_workers, stage, weights):
+    """What is left is the whole state, which is in host memory, and crumbs."""
+    _, _, size, held, left = on_two_workers[stage, weights]
+    assert held > 2 * size, "it held weights and moments"
+    assert left < 1.1 * size

@@ -8,7 +8,8 @@ import torch
 from tests.data.store.activation_stores import table_of, write_store
 from torch import Tensor
 
-from sarm.data.store.shuffled_rows import Cursor, batches, is_heldout
+from sarm.data.store.looked_groups import is_heldout
+from sarm.data.store.shuffled_rows import Cursor, batches
 from sarm.nn.architectures import build_sae
 from sarm.nn.sae import dense, standardise
 from sarm.settings.checks import UserError
@@ -58,7 +59,7 @@ def rows(activations: dict[str, Path], **changes: object) -> SaeRows:
 
 def walked(found: SaeRows) -> Tensor:
     (phase,) = found.phases
-    return torch.cat([phase.prepare(x) for x, _ in batches(phase.rows, Cursor(0), 1, SAE.batch_size)])
+    return torch.cat([phase.prepare(x) for x, _, _ in batches(phase.rows, Cursor(0), 1, SAE.batch_size)])
 
 
 def test_every_kind_of_every_stream_lies_about_the_true_ends(activations: dict[str, Path]) -> None:

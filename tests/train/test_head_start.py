@@ -10,12 +10,15 @@ from sarm.contracts.ids import stable_int
 from sarm.data.store.activations import ActivationStore
 from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import ChatTokenizer
+from sarm.data.tokens.groups import prompt_groups
 from sarm.evaluate.probe import fit_probe
+from sarm.nn.backbone import residual_stream
 from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.pretrained import load_backbone
 from sarm.nn.sae import standardise
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
+from sarm.train import head_start
 from sarm.train.head_start import start_head_
 
 
@@ -65,3 +68,20 @@ def test_activations_of_other_pairs_are_refused(extracted: Path, tiny_folder: Pa
     model = untrained(tiny_folder, tiny_chat, None)
     with pytest.raises(UserError, match="head-init zero"):
         start_head_(model, extracted / "activations" / "chat", held_out, seed=0)
+
+
+def test_a_model_without_stored_activations_is_read_on_the_device_that_others_wait_for(
+    extracted: Path, tiny_folder: Path, tiny_chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = load_pairs(extracted / "pairs", "train")
+    model = untrained(tiny_folder, tiny_chat, None)
+    model.config.layer = 2
+    order: list[object] = []
+    monkeypatch.setattr(model.model, "to", order.append)
+    monkeypatch.setattr(head_start, "residual_stream", lambda *inputs: order.append("pass") or residual_stream(*inputs))
+    start_head_(
+        model, extracted / "activations" / "chat", pairs, 0, list(prompt_groups(pairs, tiny_chat)), device="cpu"
+    )
+    assert order[0] == "cpu"
+    assert set(order[1:]) == {"pass"}
+    assert model.score.weight.abs().sum() > 0

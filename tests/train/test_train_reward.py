@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from itertools import permutations
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -25,7 +26,7 @@ from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.reward import RewardSettings
 from sarm.train.objective import Objective
 from sarm.train.reward import RewardTraining, _backward, parameter_groups, train_reward
-from sarm.train.reward_batches import cut_into_steps, deal
+from sarm.train.reward_batches import busy_share, cut_into_steps, deal, who_waits
 from sarm.train.reward_checks import LossGuard
 from sarm.train.reward_engine import LocalEngine
 
@@ -408,3 +409,48 @@ def test_steps_depend_on_seed_and_epoch_alone(groups):
 
     assert order(0, 0) == order(0, 0)
     assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) > 5
+
+
+def with_lengths_of_skywork(num_prompts: int) -> list[PromptGroup]:
+    """One pair a prompt; lengths are lognormal, their quantiles near those of Skywork-Reward-Preference-80K."""
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(num_prompts):
+        prompt = [7] * int(np.clip(rng.lognormal(5.0, 1.0), 8, 2500))
+        answers = [[10 + i] * int(np.clip(rng.lognormal(5.7, 0.8), 4, 1500)) for i in range(2)]
+        tokens = [Tokens([*prompt, *answer], 0) for answer in answers]
+        found.append(PromptGroup(f"p{number}", ["a", "b"], tokens, [PairOfGroup(f"{number}", 0, 1, None, None)]))
+    return found
+
+
+@pytest.mark.parametrize("batch_pairs", [8, 64, 128])
+@pytest.mark.parametrize("world", [8, 32])
+def test_a_step_takes_no_more_than_1_3_times_its_ideal_and_64_pairs_keep_8_ranks_busy(world, batch_pairs):
+    """The ideal: what one rank runs shared out evenly, or the largest pair alone where that is longer."""
+    busy = []
+    for step in cut_into_steps(with_lengths_of_skywork(400), batch_pairs, 0, 0)[:-1]:
+        dealt = deal(step, world, 2048, 8192)
+        alone = sum(padded_tokens(micro.rows) for micro in deal(step, 1, 2048, 8192)[0])
+        length = sum(max(padded_tokens(micro.rows) for micro in each) for each in zip(*dealt, strict=True))
+        assert length <= 1.3 * max(alone / world, *(padded_tokens(group.rows(2048)) for group in step))
+        assert all(micro.tokens == padded_tokens(micro.rows) for share in dealt for micro in share)
+        busy.append(busy_share(dealt))
+    if batch_pairs >= 8 * world:
+        assert np.mean(busy) >= 0.9
+
+
+def test_a_prompt_of_many_pairs_is_cut_where_other_ranks_would_wait_for_it():
+    tokens = [Tokens([*[7] * 20, *[10 + i] * 100], 0) for i in range(8)]
+    pairs = [PairOfGroup(f"{i}", 2 * i, 2 * i + 1, None, None) for i in range(4)]
+    step = [PromptGroup("p", [f"r{i}" for i in range(8)], tokens, pairs)]
+    dealt = deal(step, 4, 2048, 8192)
+    assert all(any(group.pairs for group in share[0].groups) for share in dealt)
+    assert busy_share(dealt) > 0.95
+    assert len(deal(step, 1, 2048, 8192)[0]) == 1, "alone it repeats nothing"
+
+
+@pytest.mark.parametrize(("batch_pairs", "world", "said"), [(8, 8, "--num-workers 1,"), (64, 8, ""), (64, 1, "")])
+def test_a_start_says_when_a_step_has_too_few_pairs_for_its_workers(batch_pairs, world, said):
+    config = dataclasses.replace(CONFIG, batch_pairs=batch_pairs, batch_tokens=8192)
+    found = who_waits(with_lengths_of_skywork(400), config, 0, world, 2048)
+    assert (said in found and "busy for" in found) if said else found == ""

@@ -96,9 +96,10 @@ def test_each_row_is_seen_once_an_epoch_and_progress_ends_at_1(monkeypatch):
     logged = []
     step = Learner.step
 
-    def watch(self, x, lr):
+    def watch(self, x, lr, num_all_rows):
+        assert num_all_rows == len(x), "there is one worker"
         seen.append(x.clone())
-        return step(self, x, lr)
+        return step(self, x, lr, num_all_rows)
 
     monkeypatch.setattr(Learner, "step", watch)
     rows = phase(epochs=3)

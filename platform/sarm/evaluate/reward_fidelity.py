@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 
 from sarm.data.store.activations import ActivationStore
-from sarm.data.store.shuffled_rows import is_heldout
+from sarm.data.store.looked_groups import is_heldout
 from sarm.evaluate.probe import fit_probe
 from sarm.nn.losses import reward_fidelity
 from sarm.nn.sae import Sae, standardise

@@ -10,15 +10,27 @@ of segment s is segment s + m * ANSWERS_PER_BLOCK, and its positions go on from 
 beginnings of an answer, each as if the answer stopped there.
 
 A family whose blocks keep a state along a row, as recurrent ones do, knows no segments: its rows are taken apart, and every answer is read
-behind its prompt as a sequence of its own (`_taken_apart`).
+behind its prompt as a sequence of its own (`sarm.nn.rows_apart`).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from .attention import (
+    DENSE_TOKENS,
+    block_mask,
+    flex_works,
+    makes_mask,
+    part_mask,
+    takes_every_mask_,
+    whole_mask,
+)
+from .rows_apart import aligned, as_sequences, in_shorter_rows
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -59,9 +71,6 @@ REFUSED = {
     "gemma3n_text": "whose blocks carry several copies of the residual stream, of which none is it",
     "internlm2": "whose blocks and tokenizer are code of its own in the checkpoint, which is not run",
 }
-# More answers to one prompt, or more branches of one of them, do not fit a row.
-ANSWERS_PER_BLOCK = 1 << 16
-SEGMENTS_PER_BLOCK = ANSWERS_PER_BLOCK << 16
 
 
 def family_of(config: "PretrainedConfig") -> Family:
@@ -104,15 +113,9 @@ def residual_stream(
     segments: Int[Tensor, "rows columns"],
 ) -> Float[Tensor, "rows columns d_in"]:
     """Residual stream after the last kept block at every token."""
-    if family_of(model.config).alone:
-        apart = _taken_apart(input_ids, positions, segments)
-        hidden: Tensor = model(input_ids=apart.input_ids, use_cache=False).last_hidden_state
-        return hidden[apart.sequences, apart.columns]
-    masks = _masks(model.config, positions, segments, next(model.parameters()).dtype)
-    residual_BLD: Tensor = model(
-        input_ids=input_ids, attention_mask=masks, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    return residual_BLD
+    arranged = _arranged(model, input_ids, positions, segments)
+    hidden: Tensor = model(**arranged.inputs, use_cache=False).last_hidden_state
+    return hidden if arranged.rows is None else hidden[arranged.rows, arranged.columns]
 
 
 def residuals_at(
@@ -130,11 +133,13 @@ def residuals_at(
     made and attention takes its causal kernel.
     """
     taken: dict[int, Tensor] = {}
-    if segments is not None and family_of(model.config).alone:
+    if segments is None:
+        arranged = _Arranged(_of_one_sequence(model, input_ids))
+    else:
         assert positions is not None
-        apart = _taken_apart(input_ids, positions, segments)
-        rows, columns = apart.sequences[rows, columns], apart.columns[rows, columns]
-        input_ids, segments = apart.input_ids, None
+        arranged = _arranged(model, input_ids, positions, segments)
+    if arranged.rows is not None and arranged.columns is not None:
+        rows, columns = arranged.rows[rows, columns], arranged.columns[rows, columns]
 
     def keep(layer: int, hidden_BLD: Tensor) -> None:
         taken[layer] = hidden_BLD[rows, columns]
@@ -148,76 +153,68 @@ def residuals_at(
         for layer in set(layers)
     ]
     try:
-        if segments is None:
-            model(input_ids=input_ids, use_cache=False)
-        else:
-            assert positions is not None
-            residual_stream(model, input_ids, positions, segments)
+        model(**arranged.inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     return [taken[layer] for layer in layers]
 
 
-class _Apart(NamedTuple):
-    """Rows as sequences, one for each answer with its prompt before it; padded on the right, which no causal model sees."""
+class _Arranged(NamedTuple):
+    """What a model is given for rows, and where each of their tokens is then; without `rows`, where it was."""
 
-    input_ids: Int[Tensor, "sequences tokens"]
-    sequences: Int[Tensor, "rows columns"]
-    columns: Int[Tensor, "rows columns"]
-    """Where the token of each place is; padding is anywhere."""
-
-
-def _taken_apart(
-    input_ids: Int[Tensor, "rows columns"],
-    positions: Int[Tensor, "rows columns"],
-    segments: Int[Tensor, "rows columns"],
-) -> _Apart:
-    """Every token with all that it sees, and as few sequences as hold all tokens: those of each answer's and branch's last token."""
-    visible_BLL = _visible(positions, segments, None).cpu()
-    is_token_BL = segments.cpu() >= 0
-    sequences = torch.zeros(segments.shape, dtype=torch.long)
-    columns = torch.zeros_like(sequences)
-    found: list[Tensor] = []
-    for row, open_L in enumerate(is_token_BL.clone()):
-        for last in reversed(range(len(open_L))):
-            if not open_L[last]:
-                continue
-            seen = (visible_BLL[row, last] & is_token_BL[row]).nonzero().flatten()
-            is_new = open_L[seen]
-            sequences[row, seen[is_new]] = len(found)
-            columns[row, seen[is_new]] = is_new.nonzero().flatten()
-            open_L[seen] = False
-            found.append(input_ids[row, seen.to(input_ids.device)])
-    padded = nn.utils.rnn.pad_sequence(found, batch_first=True) if found else input_ids[:, :1]
-    return _Apart(padded, sequences.to(input_ids.device), columns.to(input_ids.device))
+    inputs: dict[str, Any]
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
 
-def _masks(config: "PretrainedConfig", positions: Tensor, segments: Tensor, dtype: torch.dtype) -> Any:
-    full = _additive(_visible(positions, segments, None), dtype)
-    window = getattr(config, "sliding_window", None)
-    if family_of(config).mask_per_layer_kind:
-        kinds = set(config.layer_types)
-        sliding = _additive(_visible(positions, segments, window), dtype) if "sliding_attention" in kinds else full
-        return {"full_attention": full, "sliding_attention": sliding}
-    return _additive(_visible(positions, segments, window), dtype) if window else full
+def _arranged(model: "PreTrainedModel", input_ids: Tensor, positions: Tensor, segments: Tensor) -> _Arranged:
+    if family_of(model.config).alone:
+        apart = as_sequences(input_ids, positions, segments)
+        return _Arranged({"input_ids": apart.input_ids}, apart.rows, apart.columns)
+    if (moved := aligned(input_ids, positions, segments)) is not None:
+        return _Arranged(_of_one_sequence(model, moved.input_ids), moved.rows, moved.columns)
+    if flex_works(model, input_ids.device):
+        takes_every_mask_(model)
+        make: Callable[[int | None], Any] = functools.partial(block_mask, positions, segments)
+    elif segments.shape[1] <= DENSE_TOKENS:
+        make = functools.partial(whole_mask, positions, segments, dtype=next(model.parameters()).dtype)
+    else:
+        apart = in_shorter_rows(input_ids, positions, segments)
+        inner = _arranged(model, apart.input_ids, apart.positions, apart.segments)
+        if inner.rows is None or inner.columns is None:
+            return _Arranged(inner.inputs, apart.rows, apart.columns)
+        return _Arranged(inner.inputs, *(x[apart.rows, apart.columns] for x in (inner.rows, inner.columns)))
+    return _Arranged(
+        {"input_ids": input_ids, "attention_mask": _by_kind(model.config, make), "position_ids": positions}
+    )
 
 
-def _visible(positions: Tensor, segments: Tensor, window: int | None) -> Tensor:
-    """[B, L, L] of whether row i may look at column j."""
-    length = segments.shape[1]
-    order = torch.arange(length, device=segments.device)
-    segments = segments.long()
-    in_block = segments % SEGMENTS_PER_BLOCK
-    shared_prompt, answer = segments - in_block, segments - in_block + in_block % ANSWERS_PER_BLOCK
-    own, of_answer, of_prompt = (x[:, :, None] == segments[:, None, :] for x in (segments, answer, shared_prompt))
-    # No answer's number and no prompt's is that of a branch: nobody but itself sees one.
-    visible = (order[:, None] >= order[None, :]) & (own | of_answer | of_prompt)
-    if window is not None:
-        visible = visible & (positions[:, :, None] - positions[:, None, :] < window)
-    return visible
+def _of_one_sequence(model: "PreTrainedModel", input_ids: Tensor) -> dict[str, Any]:
+    """The inputs for rows of one sequence each, padded on the right: no token that is wanted can see the padding, so causal attention will do."""
+    config, length = model.config, input_ids.shape[1]
+    if length <= DENSE_TOKENS or family_of(config).alone or not makes_mask(config, length, _window(config)):
+        return {"input_ids": input_ids}
+    takes_every_mask_(model)
+    make: Callable[[int | None], Any] = functools.partial(part_mask, device=input_ids.device)
+    if flex_works(model, input_ids.device):
+        order = torch.arange(length, device=input_ids.device)[None]
+        make = functools.partial(block_mask, order, torch.zeros_like(order))
+    return {"input_ids": input_ids, "attention_mask": _by_kind(config, make)}
 
 
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+def _window(config: "PretrainedConfig") -> int | None:
+    """How many tokens the blocks with a window see; None without such blocks."""
+    window: int | None = getattr(config, "sliding_window", None)
+    if family_of(config).mask_per_layer_kind and "sliding_attention" not in config.layer_types:
+        return None
+    return window
+
+
+def _by_kind(config: "PretrainedConfig", make: Callable[[int | None], Any]) -> Any:
+    """The mask for each kind of layer, or the one for all, made for its window."""
+    window = _window(config)
+    if not family_of(config).mask_per_layer_kind:
+        return make(window or None)
+    full = make(None)
+    return {"full_attention": full, "sliding_attention": full if window is None else make(window)}

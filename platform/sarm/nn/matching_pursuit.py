@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .precision import deciding
 from .sae import Codes, Sae
 from .selection import Entries, Reconstruction, Share
 
@@ -119,7 +120,8 @@ class _Pursue(torch.autograd.Function):
 
 def _nearest(rest_BD: Tensor, W_SD: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row the largest projection, 0 if none is positive, and its latent."""
-    parts = [(rows @ W_SD.T).max(1) for rows in rest_BD.split(max(1, _PROJECTIONS_AT_ONCE // len(W_SD)))]
+    with deciding():
+        parts = [(rows @ W_SD.T).max(1) for rows in rest_BD.split(max(1, _PROJECTIONS_AT_ONCE // len(W_SD)))]
     return torch.cat([part.values for part in parts]).clamp_min(0.0), torch.cat([part.indices for part in parts])
 
 

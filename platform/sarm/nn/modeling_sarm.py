@@ -34,7 +34,7 @@ from .protocol import PROTOCOL_VERSION
 from .sae import Sae
 
 # All of them are imported here or by each other: what is not, `trust_remote_code` does not fetch.
-_SHARED_FILES = ("modeling_sarm.py", "answer_places.py", "backbone.py", "heads.py", "loading_report.py", "losses.py", "protocol.py", "architectures.py", "selection.py")  # fmt: skip
+_SHARED_FILES = ("modeling_sarm.py", "answer_places.py", "attention.py", "backbone.py", "rows_apart.py", "segments.py", "heads.py", "loading_report.py", "losses.py", "protocol.py", "architectures.py", "precision.py", "selection.py")  # fmt: skip
 CODE_FILES = (*_SHARED_FILES, *ARCHITECTURE_FILES)
 ON_CUT_OFF = ("close", "refuse", "penalise")
 # A penalised answer gets what one in a few hundred gets, unless the config says what.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .precision import deciding
 from .selection import Reconstruction, Rule, Share, TopKRule
 
 STANDARDISE_EPS = 1e-6
@@ -42,7 +43,9 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BD: Tensor, W_SD: Tensor, b_S: Tensor, activate: Activation) -> tuple[Tensor, Tensor]:
-        values_BK, indices_BK, is_on_BK = activate(torch.addmm(b_S, x_BD, W_SD.T))
+        with deciding():
+            pre_BS = torch.addmm(b_S, x_BD, W_SD.T)
+        values_BK, indices_BK, is_on_BK = activate(pre_BS)
         ctx.save_for_backward(x_BD, W_SD, indices_BK, is_on_BK)
         ctx.mark_non_differentiable(indices_BK)
         return values_BK, indices_BK

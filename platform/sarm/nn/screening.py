@@ -10,10 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .precision import deciding
 from .selection import BLOCK, largest, largest_by_blocks
 
-# Rows at once: their 16-bit pre-activations stay near the cores.
-_ROWS = 512
+# Rows at once: their 16-bit pre-activations stay near the cores. On a GPU, enough to fill it: each chunk waits for one look at what was proved.
+_ROWS = {"cpu": 512, "cuda": 4096}
+# NVIDIA's cards multiply bfloat16 since this compute capability.
+_LEAST_CAPABILITY = (8, 0)
 # Candidates for each wanted latent: at 9,216 latents, 27 of them wanted, 1.5 leave a quarter of the rows unproved, 2 under a hundredth.
 _CANDIDATES = 2
 # Below, the smaller product is not worth the second look.
@@ -37,19 +40,24 @@ class Screen:
     ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]] | None:  # fmt: skip
         """Values (float32 dot products) and latents of the k largest of each row, by descending value.
 
-        None if the rows are such that the screen proves too little; call it only where `is_worth_it`.
+        None if the rows are such that the screen proves too little; call it only where `is_worth_it`. The bound holds for 16-bit products that
+        are summed in float32 and candidates that are computed in it, which GPUs have to be told (`deciding`).
         """
+        with deciding():
+            return self._largest(rows_BD, W_SD, b_S, k)
+
+    def _largest(self, rows_BD: Tensor, W_SD: Tensor, b_S: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         num_latents, d_in = W_SD.shape
         if self._W16_SD.shape != W_SD.shape:
             self._W16_SD = W_SD.new_empty(W_SD.shape, dtype=torch.bfloat16)
-            self._pre16_CS = W_SD.new_empty((_ROWS, num_latents), dtype=torch.bfloat16)
+            self._pre16_CS = W_SD.new_empty((_ROWS[W_SD.device.type], num_latents), dtype=torch.bfloat16)
         self._W16_SD.copy_(W_SD)
         b16_S = b_S.bfloat16()
         largest_norm, largest_loss = _norms(W_SD, self._W16_SD)
         # What adding the bias may round away, and what summing d_in products in float32 may, here and in the candidates.
         bias_error = _EPS_16 * b_S.abs().max()
         found = []
-        for number, rows in enumerate(rows_BD.split(_ROWS)):
+        for number, rows in enumerate(rows_BD.split(len(self._pre16_CS))):
             rows16 = rows.bfloat16()
             pre16 = torch.addmm(b16_S, rows16, self._W16_SD.T, out=self._pre16_CS[: len(rows)])
             values, latents = largest_by_blocks(pre16, _CANDIDATES * k)
@@ -81,13 +89,19 @@ def is_worth_it(W_SD: Tensor, k: int) -> bool:
     """Whether this machine multiplies bfloat16 faster than float32 and the k largest are few among the latents."""
     num_latents, d_in = W_SD.shape
     return (
-        W_SD.device.type == "cpu"
-        and W_SD.dtype == torch.float32
-        and torch.cpu._is_avx512_bf16_supported()
+        W_SD.dtype == torch.float32
+        and _multiplies_bfloat16(W_SD.device)
         and num_latents % BLOCK == 0
         and num_latents >= _LEAST_WIDTH * k
         and d_in >= _LEAST_D_IN
     )
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Natively: where it is emulated, the smaller product is the slower."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def _norms(W_SD: Tensor, W16_SD: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backends import Backend
 from .bags import Bags
+from .precision import deciding
 from .sae import Sae
 from .screening import Screen, is_worth_it
 from .selection import Entries, LargestRule, PreActs, Reconstruction, Rule, Share
@@ -155,7 +156,8 @@ def _select(centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, plan: Plan) -> tuple[
     """The rule's entries and AuxK's, of dead latents alone."""
 
     def again(rows: Tensor) -> Tensor:
-        return torch.addmm(b_S, centred_BD[rows], W_SD.T)
+        with deciding():
+            return torch.addmm(b_S, centred_BD[rows], W_SD.T)
 
     aux = None
     if plan.aux_rule is not None and plan.dead is not None:
@@ -190,7 +192,9 @@ def _see(rule: Rule, centred_BD: Tensor, W_SD: Tensor, b_S: Tensor, workspace: W
     """Show the rule every pre-activation, a chunk of rows at a time."""
     num_latents = len(W_SD)
     for rows in centred_BD.split(workspace.rows(len(centred_BD), max(1, num_latents))):
-        rule.see(torch.addmm(b_S, rows, W_SD.T, out=workspace.chunk(len(rows), rows, num_latents)))
+        with deciding():
+            pre_activations = torch.addmm(b_S, rows, W_SD.T, out=workspace.chunk(len(rows), rows, num_latents))
+        rule.see(pre_activations)
 
 
 def _bags(active: Entries, aux: Entries | None, num_rows: int, plan: Plan) -> tuple[Entries, Bags, int]:

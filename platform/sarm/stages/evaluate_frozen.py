@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sarm.contracts.ids import hash_share, stable_int
 from sarm.data.store.activations import ActivationStore
+from sarm.data.store.looked_groups import is_heldout
 from sarm.data.store.pairs import load_pairs
-from sarm.data.store.shuffled_rows import is_heldout
 from sarm.engine.session import Session
 from sarm.evaluate.probe import Probe, fit_probe
 from sarm.evaluate.sae_quality import measure, pca_fvu

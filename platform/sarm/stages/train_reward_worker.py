@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sarm.data.formats.sarm_folder import save_sarm
 from sarm.data.store.checkpoints import Checkpoint, Checkpoints
+from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.tokens.groups import PromptGroup
 from sarm.data.tokens.packing import token_batches
@@ -27,14 +28,16 @@ from sarm.engine.ray.trainer import (
 from sarm.engine.ray.training_progress import Progress, report_progress
 from sarm.engine.ray.training_states import WorkerStates
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.nn.precision import allow_tf32_
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
 from sarm.settings.run import RunSettings
 from sarm.stages.reward_models import build_model, merge_adapters_
-from sarm.stages.reward_pairs import RewardPairs, read_reward_pairs, spelled_contents
+from sarm.stages.reward_pairs import RewardPairs, shared_reward_pairs, split_off_validation
 from sarm.train.head_start import start_head_
 from sarm.train.reward import RewardTraining, parameter_groups
+from sarm.train.reward_batches import who_waits
 
 # Prompts, and responses of each, that the reward's moments are taken over.
 _MOMENT_PROMPTS, _MOMENT_RESPONSES = 16, 4
@@ -83,6 +86,7 @@ class _Training(NamedTuple):
 def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     """One Ray Train worker: build, train, gather, and on rank 0 write the folder and return the figures."""
     device, rank = worker_device(), dist.get_rank()
+    allow_tf32_()
     guard = StallGuard(worker_storage(), rank)
     states = WorkerStates(
         checkpoints=task.states,
@@ -94,12 +98,14 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     )
     checkpoint = states.latest()
     chat = load_chat_tokenizer(task.model, task.model_folder)
-    pairs = read_reward_pairs(task.pairs, chat, task.reward.validation_share, task.model.name)
+    pairs = shared_reward_pairs(
+        task.pairs, chat, task.reward.validation_share, model=task.model.name, states=task.states
+    )
     model = _build(task, chat)
     to_train = parameter_groups(model, task.reward)
     if rank == 0:
         # DeepSpeed hands these weights to the other ranks.
-        _start_(model, task, pairs, checkpoint)
+        _start_(model, task, pairs, checkpoint, device)
     if task.reward.gradient_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -117,6 +123,8 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
         on_best=lambda: best.update(weights(engine)),
         d_sae=model.config.d_sae,
     )
+    if rank == 0 and (said := who_waits(pairs.groups, task.reward, task.run.seed, loop.world, task.model.max_length)):
+        print(f"{task.name}: {said}", flush=True)
     shown = ("loss", "accuracy", "margin", "validation_loss", "tokens_per_second")
     training = _Training(pairs, loop, engine, best, Progress(task.name, task.tracking, shown))
     if checkpoint is not None:
@@ -124,6 +132,8 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
     _run(training, task.report_steps, states, guard)
     states.finish()
     whole = engine.whole_state()
+    # The model that is written takes the device's memory in turn.
+    engine.free_()
     if rank != 0:
         return None
     moments = _write_model(task=task, chat=chat, pairs=pairs, whole=whole, device=device)
@@ -132,7 +142,11 @@ def reward_worker(task: RewardTask) -> dict[str, Any] | None:
 
 
 def _start_(
-    model: SarmForSequenceClassification, task: RewardTask, pairs: RewardPairs, checkpoint: Checkpoint | None
+    model: SarmForSequenceClassification,
+    task: RewardTask,
+    pairs: RewardPairs,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
 ) -> None:
     """Give a model the weights that training starts from: a checkpoint's, or a head that is a probe."""
     if checkpoint is not None:
@@ -141,10 +155,11 @@ def _start_(
         start_head_(
             model=model,
             activations=task.head_start,
-            pairs=pairs.table,
+            pairs=split_off_validation(load_pairs(task.pairs, "train"), task.reward.validation_share)[0],
             seed=task.run.seed,
             groups=pairs.groups,
             encoder=task.reward.encoder,
+            device=device,
         )
 
 
@@ -214,14 +229,13 @@ def _figures(pairs: RewardPairs, training: RewardTraining, history: list[dict[st
     figures = {
         "train_accuracy_last_epoch": last_epoch_accuracy(history),
         "epochs_trained": history[-1]["epoch"] if history else 0.0,
-        "truncated_responses": sum(tokens.num_truncated > 0 for group in pairs.groups for tokens in group.tokens),
-        "num_pairs": sum(len(group.pairs) for group in pairs.groups),
+        **pairs.counts,
+        "num_pairs": sum(pairs.groups.num_pairs),
         "num_prompts": len(pairs.groups),
         "num_steps": len(history),
         "protocol_version": PROTOCOL_VERSION,
         "rejected_pairs": len(pairs.refused),
         **{f"rejected_{reason}": count for reason, count in sorted(Counter(pairs.refused.values()).items())},
-        **spelled_contents(pairs.groups + pairs.validation),
     }
     if pairs.validation:
         figures |= {
@@ -240,7 +254,7 @@ def _build(task: RewardTask, chat: ChatTokenizer) -> SarmForSequenceClassificati
 
 def reward_moments(
     model: SarmForSequenceClassification,
-    groups: list[PromptGroup],
+    groups: Sequence[PromptGroup],
     batch_tokens: int,
     row_tokens: int,
     pad_id: int,

@@ -9,7 +9,7 @@ import pyarrow.dataset as ds
 import torch
 
 from sarm.data.formats.models import model_folder
-from sarm.data.store.shuffled_rows import is_heldout
+from sarm.data.store.looked_groups import is_heldout
 from sarm.data.tokens.chat import load_tokenizer
 from sarm.evaluate.cross_entropy import cross_entropies
 from sarm.nn.pretrained import load_language_model

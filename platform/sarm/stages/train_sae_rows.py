@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sarm.contracts.tables import KINDS, TRUE_END
 from sarm.data.store.activations import ActivationStore
+from sarm.data.store.looked_groups import Workers
 from sarm.data.store.mixed_rows import MixedRows, Stream
 from sarm.data.store.shuffled_rows import ShuffledRows, memory_for_rows
 from sarm.evaluate.reward_fidelity import chat_probe
@@ -164,12 +165,31 @@ def _reward_map(
 
 
 def _training_rows(store: ActivationStore, sae: SaeSettings, device: torch.device, num_sharing: int) -> ShuffledRows:
-    rows = ShuffledRows(store, sae.heldout_share, memory_bytes=memory_for_rows(device, num_sharing), device=device)
+    rows = ShuffledRows(
+        store,
+        sae.heldout_share,
+        memory_bytes=memory_for_rows(device, num_sharing),
+        device=device,
+        workers=_workers(),
+    )
     if rows.num_rows < sae.batch_size:
         raise UserError(
             f"{store.folder} has {rows.num_rows} rows to train on ({rows.num_rejected} are constant, NaN or infinite), fewer than a batch of {sae.batch_size}. Add sources, or pass a smaller --sae.batch-size."
         )
     return rows
+
+
+def _workers() -> Workers:
+    """All that train together."""
+    if not dist.is_initialized():
+        return Workers()
+
+    def everyone(value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    return Workers(dist.get_rank(), dist.get_world_size(), everyone)
 
 
 def _standardised(store: ActivationStore) -> Parts:

@@ -23,6 +23,7 @@ from sarm.engine.ray.training_progress import Progress
 from sarm.engine.ray.training_states import WorkerStates
 from sarm.evaluate.sae_quality import measure
 from sarm.nn.architectures import OPTIONS, build_sae
+from sarm.nn.precision import allow_tf32_
 from sarm.nn.sae import Sae
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
@@ -108,6 +109,7 @@ class _Worker:
 def sae_worker(task: SaeTask) -> dict[str, Any] | None:
     """One Ray Train worker: every phase, then the latents' statistics; rank 0 writes the folders and returns the figures."""
     device = worker_device()
+    allow_tf32_()
     guard = StallGuard(worker_storage(), dist.get_rank() if dist.is_initialized() else 0)
     states = WorkerStates(
         task.states,

@@ -46,15 +46,25 @@ def train_reward_model(session: Session, variant: Variant) -> Path:
 
 
 def _train(session: Session, variant: Variant, target: Path, states: Checkpoints, child: StageRun) -> Mapping[str, Any]:
+    from sarm.data.tokens.chat import load_chat_tokenizer
     from sarm.engine.ray.trainer import run_workers
     from sarm.report.figures import reward_curves
     from sarm.stages import train_reward_worker as reward_training
+    from sarm.stages.reward_pairs import read_reward_pairs
 
-    chat_ends = session.folders.chat_activations
+    chat_ends, place = session.folders.chat_activations, model_folder(variant.model)
+    # Before there are workers that wait for it.
+    read_reward_pairs(
+        session.folders.pairs,
+        load_chat_tokenizer(variant.model, place),
+        variant.reward.validation_share,
+        model=variant.model.name,
+        states=states,
+    )
     task = reward_training.RewardTask(
         run=session.run,
         model=variant.model,
-        model_folder=model_folder(variant.model),
+        model_folder=place,
         reward=variant.reward,
         pairs=session.folders.pairs,
         sae=variant.sae,

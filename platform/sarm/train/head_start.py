@@ -37,10 +37,12 @@ def start_head_(
     seed: int,
     groups: Sequence[PromptGroup] = (),
     encoder: Encoder = "pretrained",
+    device: torch.device | str = "cpu",
 ) -> None:
     """Set the head to the logistic probe w_D on the stored activations of these pairs.
 
-    A model of another layer than was stored (the baseline of full depth) is run over `groups`, these pairs' tokens, instead. The probe
+    A model of another layer than was stored (the baseline of full depth) is run over `groups`, these pairs' tokens, instead; on `device`,
+    where its blocks then stay: other workers wait for this, and a GPU's collectives do not wait for as long as a CPU takes. The probe
     reads what the SAE takes of activations. The papers' random linear map keeps its own start.
 
     A latent starts at W_dec w_D, what its direction adds to the probe's reward, so that the first reward is the probe's reading of
@@ -55,7 +57,11 @@ def start_head_(
         return
     store = ActivationStore(activations)
     is_stored = store.metadata["layer"] == model.config.layer
-    place, h_ND = store.read_sides() if is_stored else frozen_sides(model, groups, {row["pair_id"] for row in rows})
+    if is_stored:
+        place, h_ND = store.read_sides()
+    else:
+        model.model.to(device)
+        place, h_ND = frozen_sides(model, groups, {row["pair_id"] for row in rows})
     sides = [
         tuple(place.get((stable_int(row["pair_id"]), side), -1) for side in ("chosen", "rejected")) for row in rows
     ]
@@ -90,7 +96,7 @@ def frozen_sides(
     found: dict[Hashable, int] = {}
     parts: list[Tensor] = []
     for batch in token_batches(rows, max(_BATCH_TOKENS, row_tokens), 0):
-        inputs = batch.model_inputs(next(model.parameters()).device)
+        inputs = batch.model_inputs(next(model.model.parameters()).device)
         hidden = residual_stream(model.model, inputs["input_ids"], inputs["position_ids"], inputs["segment_ids"])
         found |= {key: len(found) + i for i, key in enumerate(batch.keys)}
         parts.append(hidden[inputs["rewarded_rows"], inputs["rewarded_columns"]].float().cpu())

@@ -9,25 +9,34 @@ full; all ranks plan the same step and take their share, so a step's gradient do
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from sarm.data.ahead import ahead
 from sarm.data.tokens.groups import PromptGroup
 from sarm.data.tokens.packing import collate
+from sarm.data.tokens.stored_groups import pair_counts
 from sarm.settings.reward import RewardSettings
 from sarm.train.dense_latents import RecentFiring
 from sarm.train.objective import Objective, objective_of
-from sarm.train.reward_batches import MicroBatch, cut_into_steps, deal
+from sarm.train.reward_batches import MicroBatch, cut_into_steps, deal, step_places
 from sarm.train.reward_checks import LossGuard, Outcome, Sums, Validation
 from sarm.train.reward_engine import Engine
 from sarm.train.schedule import warmup_cosine
 
 Log = Callable[[int, dict[str, float]], None]
+
+
+class PlannedStep(NamedTuple):
+    """This rank's share of a step, and how many pairs the step has over all ranks."""
+
+    share: list[MicroBatch]
+    num_pairs: int
 
 
 class RewardTraining:
@@ -58,7 +67,8 @@ class RewardTraining:
         self._firing = RecentFiring(d_sae) if d_sae and config.dense_weight else None
         self.validation = Validation(config.patience)
         self._validation_batches = cut_into_steps(validation, config.batch_pairs, seed, 0) if validation else []
-        self._num_pairs = sum(len(group.pairs) for group in groups)
+        self._pair_counts = pair_counts(groups)
+        self._num_pairs = sum(self._pair_counts)
         self._data_seconds = self._validation_seconds = 0.0
 
     def run(self, log: Log, after_step: Callable[[], None] = lambda: None) -> None:
@@ -68,9 +78,10 @@ class RewardTraining:
         finite, or a loss far above those before, on all ranks and before the weights take a step with it.
         """
         while self.epoch < self._config.epochs and not self.validation.is_over:
-            steps = cut_into_steps(self._groups, self._config.batch_pairs, self._seed, self.epoch)
-            for groups in steps[self.step_of_epoch :]:
-                metrics = self._step(groups)
+            steps = step_places(self._pair_counts, self._config.batch_pairs, self._seed, self.epoch)
+            planned = ahead(map(self._planned, steps[self.step_of_epoch :]))
+            for step in self._waited_for(planned):
+                metrics = self._step(step)
                 self.step_of_epoch += 1
                 is_last = self.num_seen == self._num_pairs * self._config.epochs
                 if self._validation_batches and (is_last or self.num_steps % self._config.validate_every == 0):
@@ -107,13 +118,26 @@ class RewardTraining:
         if self._firing is not None:
             self._firing.load(state["firing"])
 
-    def _step(self, groups: list[PromptGroup]) -> dict[str, float]:
+    def _dealt(self, groups: Sequence[PromptGroup]) -> list[list[MicroBatch]]:
+        return deal(groups, self.world, self._row_tokens, self._config.batch_tokens)
+
+    def _planned(self, places: Sequence[int]) -> PlannedStep:
+        groups = [self._groups[place] for place in places]
+        return PlannedStep(self._dealt(groups)[self.rank], sum(len(group.pairs) for group in groups))
+
+    def _waited_for(self, planned: Iterator[PlannedStep]) -> Iterator[PlannedStep]:
+        """The steps, of which the next is planned while this one runs; what is waited for it counts as time for data."""
+        started = time.monotonic()
+        for step in planned:
+            self._data_seconds += time.monotonic() - started
+            yield step
+            started = time.monotonic()
+
+    def _step(self, step: PlannedStep) -> dict[str, float]:
         started, config = time.monotonic(), self._config
-        size = sum(len(group.pairs) for group in groups)
+        share, size = step
         # The limit of the norm grows with a step as its gradient does: clipping would else take from its pairs what they weigh.
         norm_factor = size / config.batch_pairs if config.pair_weights == "equal" else 1.0
-        share = deal(groups, self.world, self._row_tokens, config.batch_tokens)[self.rank]
-        self._data_seconds += time.monotonic() - started
         # Engines average over ranks.
         weight = self.world * norm_factor / size
         outcomes = [
@@ -159,7 +183,7 @@ class RewardTraining:
         self._engine.train(False)
         with torch.no_grad():
             for groups in self._validation_batches:
-                share = deal(groups, self.world, self._row_tokens, self._config.batch_tokens)[self.rank]
+                share = self._dealt(groups)[self.rank]
                 outcomes += [_forward(self._engine, micro, self._pad_id, self._objective)[0] for micro in share]
         self._engine.train(True)
         sums = Sums.of(outcomes).over_ranks(self._engine.device)

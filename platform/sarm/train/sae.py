@@ -1,7 +1,7 @@
 """Training loop of SAEs over phases of activations; plain torch, any number of workers.
 
-N rows, B rows of a step over all workers, D d_in. All workers draw the same order, so what a step sees does not depend on how
-many there are. Several SAEs (widths, k, seeds) can learn from one read of the rows.
+N rows, B rows of a step over all workers, D d_in. All workers draw the same order and read their own rows of each batch, one batch ahead,
+so what a step sees does not depend on how many there are. Several SAEs (widths, k, seeds) can learn from one read of the rows.
 """
 
 import time
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sarm.data.ahead import ahead
 from sarm.data.store.shuffled_rows import Cursor, Rows, batches
 from sarm.evaluate.sae_quality import Prepare, measure, quality_metrics
 from sarm.nn.sae import Sae, standardise
@@ -75,16 +76,22 @@ class SaeTraining:
         """
         last_log, total = 0.0, self._phase.epochs * self._phase.rows.num_rows
         last_step = None if max_steps is None else self.num_steps + max_steps
-        rows = batches(self._phase.rows, self.place, self._phase.epochs, self._configs[0].batch_size)
-        for x_BD, after in rows:
+        rows = batches(
+            rows=self._phase.rows,
+            start=self.place,
+            epochs=self._phase.epochs,
+            batch_size=self._configs[0].batch_size,
+            share=self.learners[0].rows_of_a_batch,
+            device=self._device,
+        )
+        for x_BD, size, after in ahead(rows):
             if self.num_steps == last_step:
                 return
-            size = len(x_BD)
-            x_BD = self._phase.prepare(x_BD.to(self._device))
+            x_BD = self._phase.prepare(x_BD)
             # The rate is that of the step's middle, so that neither the first nor the last step is wasted at 0.
             share = (self.num_seen + size / 2) / total
             rates = [self._phase.lr * trapezoid(share, c.warmup_share, c.decay_share) for c in self._configs]
-            losses = [learner.step(x_BD, lr) for learner, lr in zip(self.learners, rates, strict=True)]
+            losses = [learner.step(x_BD, lr, size) for learner, lr in zip(self.learners, rates, strict=True)]
             self.place, self.num_steps, self.num_seen = after, self.num_steps + 1, self.num_seen + size
             is_last = self.num_seen == total or self.num_steps == last_step
             if self.learners[0].rank == 0 and (is_last or time.monotonic() - last_log > _LOG_EVERY_SECONDS):

@@ -50,11 +50,20 @@ class Learner:
         self._workspace = Workspace(backend_for(device), _CHUNK_VALUES[device.type == "cuda"])
         self.rows_since_fired = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
 
-    def step(self, x_BD: Float[Tensor, "batch d_in"], lr: float) -> Float[Tensor, ""]:
-        """Learn from the rows of a step, standardised, the same on all workers; returns the loss over all of them."""
-        size = len(x_BD)
-        if not self._splits_latents:
-            x_BD = x_BD[self.rank :: self.world]
+    @property
+    def rows_of_a_batch(self) -> slice:
+        """Which rows of a batch this worker learns from."""
+        return slice(None) if self._splits_latents else slice(self.rank, None, self.world)
+
+    def step(self, x_BD: Float[Tensor, "batch d_in"], lr: float, num_all_rows: int | None = None) -> Float[Tensor, ""]:
+        """Learn from the rows of a step, standardised; returns the loss over all of them.
+
+        They are the whole batch, the same on all workers, or this worker's `rows_of_a_batch` of `num_all_rows`.
+        """
+        if num_all_rows is None:
+            size, x_BD = len(x_BD), x_BD[self.rows_of_a_batch]
+        else:
+            size = num_all_rows
         share = Share(len(x_BD), size, self._group, self._splits_latents)
         rule = self.sae.rule(share)
         loss = self._loss(x_BD, rule, share)

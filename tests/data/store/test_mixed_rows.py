@@ -45,7 +45,7 @@ def test_quotas_are_whole_add_up_and_are_less_than_one_off(weights, num_rows):
 
 
 def test_a_mixture_has_its_shares_and_goes_through_each_stream_before_it_begins_again():
-    walked = torch.cat([x for x, _ in batches(mixture(), Cursor(3), 1, BATCH)])
+    walked = torch.cat([x for x, _, _ in batches(mixture(), Cursor(3), 1, BATCH)])
     assert len(walked) == 700 * BATCH
     assert float((walked[:, 0] == 0).double().mean()) == pytest.approx(0.65, abs=1e-3)
     for stream, passes in enumerate(mixture().passes()):
@@ -57,7 +57,7 @@ def test_a_mixture_has_its_shares_and_goes_through_each_stream_before_it_begins_
 
 
 def test_batches_are_mixed_and_an_order_follows_from_the_seed():
-    one, again, other = ([x for x, _ in batches(mixture(), Cursor(seed), 1, BATCH)] for seed in (3, 3, 4))
+    one, again, other = ([x for x, _, _ in batches(mixture(), Cursor(seed), 1, BATCH)] for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not torch.equal(one[0], other[0])
     shares = [float((x[:, 0] == 0).double().mean()) for x in one]
@@ -67,8 +67,8 @@ def test_batches_are_mixed_and_an_order_follows_from_the_seed():
 @pytest.mark.parametrize("steps", [1, 255, 256, 257, 600])
 def test_a_mixture_is_taken_up_again_at_any_place(steps):
     whole = list(batches(mixture(), Cursor(3), 1, BATCH))
-    again = batches(mixture(), whole[steps - 1][1], 1, BATCH)
-    for (x, place), (wanted, at) in itertools.zip_longest(again, whole[steps:]):
+    again = batches(mixture(), whole[steps - 1].after, 1, BATCH)
+    for (x, _, place), (wanted, _, at) in itertools.zip_longest(again, whole[steps:]):
         assert torch.equal(x, wanted)
         assert place == at
 

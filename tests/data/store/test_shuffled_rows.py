@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,8 +16,10 @@ from hypothesis import strategies as st
 from tests.data.store.activation_stores import D_IN, numbered, table_of, write_store
 
 from sarm.contracts.ids import hash_share
+from sarm.data.store import looked_groups
 from sarm.data.store.activations import ActivationStore, unusable_rows
-from sarm.data.store.shuffled_rows import Cursor, ShuffledRows, batches, free_memory, memory_for_rows
+from sarm.data.store.looked_groups import Workers
+from sarm.data.store.shuffled_rows import Cursor, RowsOfGroups, ShuffledRows, batches, free_memory, memory_for_rows
 from sarm.settings.checks import UserError
 
 SHARE = 0.3
@@ -36,7 +42,7 @@ def row_numbers(x: torch.Tensor) -> list[int]:
 
 
 def walk(rows: ShuffledRows, start: Cursor, epochs: int = 2, batch_size: int = 7) -> list[tuple[list[int], Cursor]]:
-    return [(row_numbers(x), place) for x, place in batches(rows, start, epochs, batch_size)]
+    return [(row_numbers(x), place) for x, _, place in batches(rows, start, epochs, batch_size)]
 
 
 @pytest.mark.parametrize("memory", [IN_MEMORY, FROM_DISK])
@@ -167,7 +173,7 @@ def test_rows_that_cannot_be_standardised_are_left_out_and_named(tmp_path, memor
     rows = ShuffledRows(with_bad_rows(tmp_path / "a", dtype), SHARE, memory_bytes=memory)
     assert rows.rejected == {"not finite": [2, 7, 11], "constant": [13, 20, 21]}
     assert rows.num_rejected == 6
-    x = torch.cat([x for x, _ in batches(rows, Cursor(0), 1, 4)])
+    x = torch.cat([x for x, _, _ in batches(rows, Cursor(0), 1, 4)])
     assert len(x) == rows.num_rows == 24 - len(rows.heldout)
     assert bool(torch.cat([x, rows.heldout]).isfinite().all())
 
@@ -221,3 +227,71 @@ def test_a_container_s_limit_counts(tmp_path, monkeypatch):
     (tmp_path / "memory.current").write_text("400\n")
     monkeypatch.setattr("sarm.data.store.shuffled_rows._CGROUP", tmp_path)
     assert free_memory() == 600
+
+
+@pytest.mark.parametrize("memory", [IN_MEMORY, FROM_DISK])
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_shares_of_all_workers_make_up_each_batch_and_nobody_reads_more(memory, world, store, monkeypatch):
+    rows = ShuffledRows(store, SHARE, window_rows=40, memory_bytes=memory)
+    whole = list(batches(rows, Cursor(1), 1, 20))
+    read: list[int] = []
+    stored = RowsOfGroups.stored
+    monkeypatch.setattr(RowsOfGroups, "stored", lambda self, places: read.append(len(places)) or stored(self, places))
+    for rank in range(world):
+        share = slice(rank, None, world)
+        for own, (x, size, after) in zip(batches(rows, Cursor(1), 1, 20, share), whole, strict=True):
+            assert torch.equal(own.rows, x[share])
+            assert (own.num_all_rows, own.after) == (size, after)
+    assert sum(read) == sum(len(x) for x, _, _ in whole)
+
+
+class Together:
+    """Workers in threads of one process, each told what all said."""
+
+    def __init__(self, world: int):
+        self.world, self._barrier = world, threading.Barrier(world, timeout=60)
+        self._said: list[object] = [None] * world
+
+    def run(self, work):
+        with ThreadPoolExecutor(self.world) as threads:
+            running = [threads.submit(work, Workers(rank, self.world, partial(self._tell, rank))) for rank in range(self.world)]  # fmt: skip
+            return [each.exception() or each.result() for each in running]
+
+    def _tell(self, rank: int, value: object) -> list[object]:
+        self._said[rank] = pickle.dumps(value)
+        self._barrier.wait()
+        everyone = [pickle.loads(said) for said in self._said]
+        self._barrier.wait()
+        return everyone
+
+
+@pytest.mark.parametrize("memory", [IN_MEMORY, FROM_DISK])
+@pytest.mark.parametrize("world", [2, 5, 13])
+@pytest.mark.parametrize("max_heldout", [0, 4, 1000])
+def test_each_row_group_is_verified_by_one_worker_and_all_know_the_same(
+    memory, world, max_heldout, tmp_path, monkeypatch
+):
+    alone = ShuffledRows(with_bad_rows(tmp_path / "a", "float16"), SHARE, window_rows=8, max_heldout=max_heldout, memory_bytes=memory)  # fmt: skip
+    looked: list[int] = []
+    plain = looked_groups.unusable_rows
+    monkeypatch.setattr(looked_groups, "unusable_rows", lambda rows: looked.append(len(rows)) or plain(rows))
+    store = ActivationStore(tmp_path / "a")
+    shared = Together(world).run(lambda workers: ShuffledRows(store, SHARE, 8, max_heldout, memory, workers=workers))
+    assert sum(looked) == store.num_rows
+    for rows in shared:
+        assert (rows.num_rows, rows.rejected) == (alone.num_rows, alone.rejected)
+        assert torch.equal(rows.heldout, alone.heldout)
+        assert torch.equal(rows.heldout_kinds, alone.heldout_kinds)
+        for found, wanted in itertools.zip_longest(batches(rows, Cursor(3), 2, 5), batches(alone, Cursor(3), 2, 5)):
+            assert torch.equal(found.rows, wanted.rows)
+            assert found.after == wanted.after
+
+
+def test_a_damaged_page_that_one_worker_meets_is_the_error_of_all(tmp_path):
+    store = ActivationStore(write_store(tmp_path / "a", [table_of(numbered(i, 10), i) for i in range(0, 60, 10)]))
+    content = bytearray(store.files[3].read_bytes())
+    content[len(content) // 3] ^= 1
+    store.files[3].write_bytes(content)
+    errors = Together(3).run(lambda workers: ShuffledRows(store, SHARE, workers=workers))
+    assert len(errors) == 3
+    assert all(isinstance(error, UserError) and store.files[3].name in str(error) for error in errors)

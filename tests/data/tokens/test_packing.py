@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sarm.data.tokens.packing import Row, answer_rows, collate, padded_tokens, text_row, token_batches
-from sarm.nn.backbone import ANSWERS_PER_BLOCK, SEGMENTS_PER_BLOCK
+from sarm.nn.segments import ANSWERS_PER_BLOCK, SEGMENTS_PER_BLOCK
 
 # Few tokens, so that answers often begin alike.
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)

@@ -158,6 +158,16 @@ class ActivationStore:
             except (OSError, pa.ArrowException) as error:
                 raise self._damaged(path, error) from error
 
+    def group_places(self) -> list[tuple[Path, int]]:
+        """File, and number in the file, of each row group in file order; no row is read."""
+        places: list[tuple[Path, int]] = []
+        for path in self.files:
+            try:
+                places += [(path, number) for number in range(pq.read_metadata(path).num_row_groups)]
+            except (OSError, pa.ArrowException) as error:
+                raise self._damaged(path, error) from error
+        return places
+
     def row_group(self, path: Path, number: int, columns: Sequence[str]) -> pa.Table:
         """One row group of a file, checksums verified."""
         try:

@@ -95,7 +95,7 @@ class _Walk:
 
     def take(self, num_rows: int) -> Float[Tensor, "rows d_in"]:
         while sum(map(len, self._left)) < num_rows or not self._left:
-            self._left.append(next(self._chunks)[0])
+            self._left.append(next(self._chunks).rows)
         rows_ND = torch.cat(self._left)
         self._left = [rows_ND[num_rows:]]
         return rows_ND[:num_rows]

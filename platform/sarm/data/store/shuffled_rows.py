@@ -13,13 +13,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from sarm.contracts.ids import hash_share
-from sarm.data.store.activations import ActivationStore, kinds_of, unusable_rows, vectors
+from sarm.data.store.activations import ActivationStore, kinds_of, vectors
+from sarm.data.store.looked_groups import Workers, look
 from sarm.settings.checks import UserError
 
 # Of the memory that is free, as rows are not all that a worker holds.
@@ -55,10 +54,26 @@ class Rows(Protocol):
     def windows(self, seed: int, epoch: int, first: int = 0) -> Iterator[Window]: ...
 
 
+class Batch(NamedTuple):
+    """The rows of a step that a worker asked for, how many there are for all workers, and the place behind them."""
+
+    rows: Float[Tensor, "batch d_in"]
+    num_all_rows: int
+    after: Cursor
+
+
 def batches(
-    rows: Rows, start: Cursor, epochs: int, batch_size: int
-) -> Iterator[tuple[Float[Tensor, "batch d_in"], Cursor]]:
-    """The batches from `start` to the end of the last epoch, each with the place behind it; no batch reaches across windows."""
+    rows: Rows,
+    start: Cursor,
+    epochs: int,
+    batch_size: int,
+    share: slice = slice(None),
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """The batches from `start` to the end of the last epoch; no batch reaches across windows.
+
+    Of each, the rows in `share` are read and no others, on `device`.
+    """
     place = start
     while place.epoch < epochs:
         for window in rows.windows(place.seed, place.epoch, place.window):
@@ -68,9 +83,19 @@ def batches(
             while place.offset < len(order):
                 chosen = order[place.offset : place.offset + batch_size]
                 place = place._replace(offset=place.offset + len(chosen))
-                yield window[chosen], place
+                yield Batch(_on_device(window, chosen[share], torch.device(device)), len(chosen), place)
             place = place._replace(window=place.window + 1, offset=0)
         place = Cursor(place.seed, place.epoch + 1)
+
+
+def _on_device(window: Window, places: Int[Tensor, " batch"], device: torch.device) -> Float[Tensor, "batch d_in"]:
+    if not isinstance(window, RowsOfGroups):
+        return window[places].to(device)
+    rows = window.stored(places)
+    if device.type == "cuda" and rows.device.type == "cpu":
+        # Half the bytes of float32, from memory that the card copies by itself.
+        rows = rows.pin_memory()
+    return rows.to(device, non_blocking=True).float()
 
 
 class _Group(NamedTuple):
@@ -95,7 +120,11 @@ class RowsOfGroups:
         return len(self.places)
 
     def __getitem__(self, places: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_in"]:
-        return self.rows.index_select(0, self.places[places].to(self.rows.device)).float()
+        return self.stored(places).float()
+
+    def stored(self, places: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_in"]:
+        """The rows in 16 bits."""
+        return self.rows.index_select(0, self.places[places].to(self.rows.device))
 
     def kinds_at(self, places: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """Which of `KINDS` each row is, by number; 0 where the store does not say."""
@@ -107,7 +136,8 @@ class ShuffledRows:
 
     Rows whose document hashes below `heldout_share` are left out; at most `max_heldout` of them are in `heldout`. Rows that
     cannot be standardised (NaN, infinite, constant) are left out of both; their ids are in `rejected`, by reason. The store is
-    read once to verify it, and kept in 16 bits on `device` where it fits into `memory_bytes`, else read again window by window.
+    verified once, each of the `workers` reading its share, and kept in 16 bits on `device` where it fits into `memory_bytes`, else read
+    again window by window.
 
     Raises UserError if a page is damaged or no row is left.
     """
@@ -120,6 +150,7 @@ class ShuffledRows:
         max_heldout: int = 16_384,
         memory_bytes: int | None = None,
         device: torch.device | str = "cpu",
+        workers: Workers = Workers(),
     ):
         self._store, self._share, self._window_rows = store, heldout_share, window_rows
         budget = memory_for_rows(device) if memory_bytes is None else memory_bytes
@@ -128,37 +159,27 @@ class ShuffledRows:
         self._kinds = torch.zeros(store.num_rows if self.is_in_memory else 0, dtype=torch.uint8)
         if self.is_in_memory:
             self._rows = torch.empty(store.num_rows, store.d_in, dtype=store.torch_dtype, device=device)
-        self.num_rows = 0
+        self.num_rows = self._num_held = 0
         self.rejected: dict[str, list[int]] = {}
         self._groups: list[_Group] = []
-        heldout, heldout_kinds = [torch.empty(0, store.d_in)], [torch.empty(0, dtype=torch.uint8)]
         self._columns = ["activation", *(["kind"] if store.has_kinds else [])]
-        for file, number, table in store.row_groups(["row_id", "doc_id", *self._columns]):
-            rows = vectors(table, store.metadata["dtype"])
-            is_heldout = self._is_heldout(table)
-            kept = ~is_heldout
-            for reason, is_bad in unusable_rows(rows).items():
-                if bool(is_bad.any()):
-                    ids = table.filter(pa.array(is_bad.numpy())).column("row_id").to_pylist()
-                    self.rejected.setdefault(reason, []).extend(ids)
-                    kept, is_heldout = kept & ~is_bad, is_heldout & ~is_bad
-            kinds = kinds_of(table)
-            if missing := max_heldout - sum(map(len, heldout)):
-                heldout.append(rows[is_heldout][:missing].float())
-                heldout_kinds.append(kinds[is_heldout][:missing])
+        looked = look(store, self._columns, heldout_share, max_heldout, workers, self._hold)
+        for file, number, kept, rejected, _ in looked.groups:
+            for reason, ids in rejected.items():
+                self.rejected.setdefault(reason, []).extend(ids)
             if num_kept := int(kept.sum()):
                 self._groups.append(_Group(file=file, number=number, kept=kept, num_kept=num_kept, start=self.num_rows))
-                if self._rows is not None:
-                    self._rows[self.num_rows : self.num_rows + num_kept] = rows[kept].to(device)
-                    self._kinds[self.num_rows : self.num_rows + num_kept] = kinds[kept]
                 self.num_rows += num_kept
         if self.num_rows == 0:
             bad = f", {self.num_rejected} of them because they are constant, NaN or infinite" if self.rejected else ""
             raise UserError(
                 f"all activations of {store.folder} are held out{bad}: they come from too few documents. Add sources."
             )
-        self.heldout = torch.cat(heldout)
-        self.heldout_kinds = torch.cat(heldout_kinds)
+        if workers.world > 1 and self._rows is not None:
+            for group in self._groups:
+                table = store.row_group(group.file, group.number, self._columns)
+                self._hold(vectors(table, store.metadata["dtype"])[group.kept], kinds_of(table)[group.kept])
+        self.heldout, self.heldout_kinds = looked.heldout, looked.heldout_kinds
 
     @property
     def num_rejected(self) -> int:
@@ -215,17 +236,13 @@ class ShuffledRows:
             first += group.num_kept
         return RowsOfGroups(rows, kinds, torch.arange(size))
 
-    def _is_heldout(self, table: pa.Table) -> Bool[Tensor, " rows"]:
-        # Once a document: its rows follow each other.
-        documents = table.column("doc_id").combine_chunks().dictionary_encode()
-        shares = [is_heldout(document, self._share) for document in documents.dictionary.to_pylist()]
-        return torch.tensor(shares, dtype=torch.bool)[torch.from_numpy(documents.indices.to_numpy().astype(np.int64))]
-
-
-def is_heldout(doc_id: str, share: float) -> bool:
-    """Whether a document's rows are kept out of the SAE's training."""
-    # With a salt: training prompts are those that the unsalted hash left over.
-    return hash_share(f"sae:{doc_id}") < share
+    def _hold(self, rows: Tensor, kinds: Tensor) -> None:
+        """Put the next training rows into memory, where the store is held there."""
+        if self._rows is None:
+            return
+        here = slice(self._num_held, self._num_held + len(rows))
+        self._rows[here], self._kinds[here] = rows.to(self._rows.device), kinds
+        self._num_held += len(rows)
 
 
 def memory_for_rows(device: torch.device | str = "cpu", num_sharing: int = 1) -> int:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sarm.nn.backbone import ANSWERS_PER_BLOCK, SEGMENTS_PER_BLOCK
+from sarm.nn.segments import ANSWERS_PER_BLOCK, SEGMENTS_PER_BLOCK
 
 # Attention to all of a line costs as much as the rest of a block where a line has some 6 d_in tokens; of the widths in use, the least.
 _ATTENTION_EQUALS_REST = 3_500

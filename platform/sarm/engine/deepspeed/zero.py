@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO as the training loop's engine: stages 0-3, gloo on CPU, nccl on GPU, fp32 master weights."""
 
+import gc
 import math
 import os
 import sys
@@ -95,6 +96,22 @@ class ZeroEngine:
                 if is_first:
                     state[name] = parameter.detach().float().cpu().clone()
         return state
+
+    def free_(self) -> None:
+        """Give back the memory of weights, gradients and moments, on whichever device they are; nothing can be run afterwards."""
+        optimizer = self.deepspeed.optimizer
+        self.deepspeed.destroy()
+        # DeepSpeed's hooks refer to its optimizer, so that its buffers would outlive all other names.
+        for inner in (getattr(optimizer, "optimizer", None), optimizer):
+            if inner is not None:
+                vars(inner).clear()
+        for parameter in self.model.parameters():
+            parameter.grad, parameter.data = None, torch.empty(0)
+            vars(parameter).clear()
+        self._parameters.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _clip(self) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._norm_limit)

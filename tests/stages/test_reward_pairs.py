@@ -1,0 +1,69 @@
+"""A training's pairs are tokenised once, whoever reads them and however often it is started."""
+
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sarm.contracts.ids import prompt_id_of
+from sarm.contracts.passes import Spelled
+from sarm.contracts.tables import PAIRS_TABLE
+from sarm.data.sources.tiny import tiny_pairs
+from sarm.data.store.checkpoints import Checkpoints
+from sarm.data.tokens.chat import Tokens, load_chat_tokenizer
+from sarm.data.tokens.groups import prompt_groups
+from sarm.settings.model import ModelSettings
+from sarm.stages import reward_pairs
+from sarm.stages.reward_pairs import read_reward_pairs, split_off_validation
+
+SHARE = 0.4
+
+
+@pytest.fixture
+def table(tmp_path):
+    rows = [
+        {**p, "pair_id": f"pair{n}", "prompt_id": prompt_id_of(p["prompt"]), "split": "train"}
+        for n, p in zip(range(60), tiny_pairs(), strict=False)
+    ]
+    table = pa.Table.from_pylist(rows, schema=PAIRS_TABLE)
+    (tmp_path / "pairs").mkdir()
+    pq.write_table(table, tmp_path / "pairs" / "part-000000.parquet")
+    return table
+
+
+def stored(group):
+    """What training needs of it."""
+    return group._replace(tokens=[Tokens(t.ids, t.num_truncated) for t in group.tokens], spelled=Spelled())
+
+
+def test_pairs_are_tokenised_once_and_again_only_for_another_template_or_other_pairs(
+    tmp_path, table, tiny_folder, tiny_chat, monkeypatch
+):
+    tokenised = []
+    monkeypatch.setattr(
+        reward_pairs,
+        "prompt_groups",
+        lambda pairs, chat, **kw: tokenised.append(len(pairs)) or prompt_groups(pairs, chat, **kw),
+    )
+    states = Checkpoints(tmp_path / "states", {})
+
+    def read(chat=tiny_chat, **kwargs):
+        return read_reward_pairs(tmp_path / "pairs", chat, SHARE, model="tiny", states=states, **kwargs)
+
+    first = read()
+    parts = split_off_validation(table, SHARE)
+    assert sum(tokenised) == 60
+    assert len(tokenised) == 2
+    for found, part in zip((first.groups, first.validation), parts, strict=True):
+        assert list(found) == [stored(group) for group in prompt_groups(part, tiny_chat)]
+    again, other_worker = read(), read(may_write=False)
+    assert len(tokenised) == 2
+    assert list(again.groups) == list(other_worker.groups) == list(first.groups)
+    assert again.counts == first.counts
+    shorter = load_chat_tokenizer(replace(ModelSettings(), max_length=20), tiny_folder)
+    assert max(len(tokens.ids) for group in read(shorter).groups for tokens in group.tokens) <= 20
+    assert len(tokenised) == 4
+    pq.write_table(table.slice(0, 40), tmp_path / "pairs" / "part-000000.parquet")
+    read()
+    assert len(tokenised) == 6
