@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests.audit.drift_streams import payer, pool, steps, watched  # noqa: E402
 
-from sarm.audit.codes import read_codes  # noqa: E402
 from sarm.audit.drift_stream import suspects  # noqa: E402
+from sarm.stages.audit_folder import read_audit  # noqa: E402
 
 OUT = Path("outputs/bench/drift.json")
 STEPS, START, HORIZON, RATES = 2000, 300, 200, {"often": 0.6, "seldom": 0.04}
@@ -34,7 +34,7 @@ STEPS, START, HORIZON, RATES = 2000, 300, 200, {"often": 0.6, "seldom": 0.04}
 
 def real_pool(audit: Path) -> np.ndarray:
     """Contributions [answers, latents that fire] of an audit's codes."""
-    codes = read_codes(audit / "codes")
+    codes = read_audit(audit).codes
     dense = codes.z.toarray() * codes.weight
     return np.ascontiguousarray(dense[:, (dense != 0).any(0)], dtype=np.float64)
 

@@ -55,12 +55,12 @@ def replicas_of(process: subprocess.Popen) -> list[psutil.Process]:
     return [child for child in children if any("ServeReplica" in part for part in child.cmdline())]
 
 
-def settled(check, seconds: float = 30.0) -> bool:
+def settled(check, seconds: float = 30.0, pause: float = 0.2) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if check():
             return True
-        time.sleep(0.2)
+        time.sleep(pause)
     return False
 
 
@@ -74,17 +74,24 @@ def test_a_killed_replica_loses_nothing_and_edits_reach_all(served, tmp_path):
         before = replicas_of(process)
         assert len(before) == 2
         found: list[float] = []
+        answered: list[float] = []
 
         async def all_of_them() -> list[float]:
             own = RewardClient(url, timeout=120)
-            each = await asyncio.gather(*(own.ascore([one]) for one in conversations))
+
+            async def one(messages):
+                (value,) = await own.ascore([messages])
+                answered.append(value)
+                return value
+
+            each = await asyncio.gather(*map(one, conversations))
             await own.aclose()
-            return [one[0] for one in each]
+            return list(each)
 
         thread = threading.Thread(target=lambda: found.extend(asyncio.run(all_of_them())))
         thread.start()
-        time.sleep(0.3)
-        assert thread.is_alive(), "requests are under way"
+        assert settled(lambda: len(answered) >= 20, pause=0.005)
+        assert len(answered) < NUM / 2, "requests are under way"
         before[0].send_signal(signal.SIGKILL)
         thread.join(180)
         assert found == pytest.approx(expected, abs=1e-4)

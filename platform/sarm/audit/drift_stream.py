@@ -67,7 +67,8 @@ class DriftStream:
 
     def reset(self) -> None:
         """Begin anew: the next steps are the baseline."""
-        self.num_steps, self.num_answers, self.last_step = 0, 0, -1
+        self.num_steps: int = 0
+        self.num_answers, self.last_step = 0, -1
         self.alarms: list[Alarm] = []
         self.history: list[dict[str, float]] = []
         """The figures of every step."""

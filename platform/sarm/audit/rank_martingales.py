@@ -64,7 +64,7 @@ class RankMartingales:
         higher_H, equal_H = self._above_H.copy(), zeros_H.copy()
         for stream, value in zip(streams.tolist(), values.tolist(), strict=True):
             if value:
-                kept = self._kept.get(stream, ())
+                kept = self._kept.get(stream, array("d"))
                 first, last = bisect_left(kept, value), bisect_right(kept, value)
                 higher_H[stream] = len(kept) - last + (zeros_H[stream] if value < 0 else 0)
                 equal_H[stream] = last - first

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sarm.serve.service import Service
 
 
-def serve(settings: Serving, loaded: "Callable[[Service], None] | None" = None) -> None:
+def serve(settings: Serving, loaded: "Callable[[Service], object] | None" = None) -> None:
     """Serve until the process is asked to end. `loaded` is called with the service before it is asked anything.
 
     Raises UserError as `load_service` does, for a port that is taken and for a token that cannot be read.
@@ -35,7 +35,7 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _serve(settings: Serving, token: str | None, loaded: "Callable[[Service], None] | None") -> None:
+def _serve(settings: Serving, token: str | None, loaded: "Callable[[Service], object] | None") -> None:
     if not settings.model.is_dir():
         raise UserError(f"no model folder {settings.model}. Pass --model with a folder that holds a SARM.")
     with listening(settings) as taken:

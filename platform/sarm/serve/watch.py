@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -128,7 +128,7 @@ class Watch:
             return dict(self._streams)
 
     @contextlib.contextmanager
-    def reading(self) -> Any:
+    def reading(self) -> Iterator[Mapping[Key, Watched]]:
         """Keep the streams as they are while the body reads them."""
         with self._lock:
             yield self._streams

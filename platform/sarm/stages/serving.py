@@ -81,7 +81,7 @@ def application(args: dict[str, Any]) -> Any:
     known = {one.name: one for one in fields(Serving)}
     if wrong := [name for name in args if name not in known]:
         raise UserError(f"{wrong[0]} is no flag of jobs/serve.py. Look at `args` of the application.")
-    given = {name: Path(value) if "Path" in str(known[name].type) else tuple(value) if isinstance(value, list) else value for name, value in args.items()}  # fmt: skip
+    given: dict[str, Any] = {name: Path(value) if "Path" in str(known[name].type) else tuple(value) if isinstance(value, list) else value for name, value in args.items()}  # fmt: skip
     settings = Serving(**given)
     if not settings.token:
         raise UserError("the application is reached from other machines, and there is no token. Name `token: env:NAME` or `file:PATH` among its args.")  # fmt: skip

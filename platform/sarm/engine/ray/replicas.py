@@ -29,8 +29,9 @@ _HEALTH_SECONDS, _GRACE_SECONDS = 5.0, 20.0
 class Replicated(Protocol):
     """What a builder makes in every replica."""
 
-    app: Any
-    """ASGI."""
+    @property
+    def app(self) -> Any:
+        """ASGI."""
 
     def fault(self) -> str:
         """Why this replica cannot go on; empty if it can."""
