@@ -164,7 +164,12 @@ def test_the_client_comes_again_where_a_replica_died_and_not_where_the_model_fai
 def test_settings_that_replicas_cannot_follow_are_refused(served, tmp_path):
     settings = Serving(model=served, replicas=2, max_replicas=4)
     assert settings.max_replicas == 4
-    for wrong in ({"max_replicas": 1}, {"drift_folder": tmp_path}, {"replicas": -1}):
+    for wrong in (
+        {"max_replicas": 1},
+        {"drift_folder": tmp_path},
+        {"mlflow_uri": "http://127.0.0.1:5"},
+        {"replicas": -1},
+    ):
         with pytest.raises(UserError):
             replace(settings, **wrong)
     with pytest.raises(UserError):
