@@ -12,7 +12,7 @@ BESIDE_OTHERS := sae sarm
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-gpu test-kernels bench-gpu test-docs test-chaos test-formats test-official lint types audit bench ui lock clean
+.PHONY: help demo test test-gpu test-kernels bench-gpu test-fuzz test-docs test-chaos test-formats test-official test-clients test-load lint types audit bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -48,6 +48,21 @@ test-docs: $(VENV)/.ready  ## every command of README, docs and help, unchanged,
 
 test-official: $(VENV)/.ready .venv-official/.ready  ## our scores against the published rewardbench 0.1.4, to the last bit
 	$(BIN)/python -m pytest tests/evaluate/test_official.py
+
+# On top of the locked packages, whose folder it adds to its own: only what those lack is installed.
+.venv-clients/.ready: tests/integrations/clients/requirements.txt $(VENV)/.ready
+	$(PYTHON) -m venv .venv-clients
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+	  > $$(.venv-clients/bin/python -c 'import site; print(site.getsitepackages()[0])')/locked.pth
+	.venv-clients/bin/python -m pip install --progress-bar on --no-deps -r tests/integrations/clients/requirements.txt
+	.venv-clients/bin/python -m pip install --progress-bar on --no-deps --target .venv-clients/llamafactory llamafactory==0.9.5
+	@touch $@
+
+test-clients: .venv-clients/.ready  ## reward clients of OpenRLHF, verl, TRL and LLaMA-Factory against our server; SLIME=FOLDER of a checkout for slime's
+	SLIME="$(SLIME)" .venv-clients/bin/python -m pytest tests/integrations/test_their_clients.py -rs
+
+test-load: $(VENV)/.ready  ## the reward server over 100,000 requests: none wrong, memory flat; LOAD=N for another number
+	SARM_LOAD=$(or $(LOAD),100000) $(BIN)/python -m pytest tests/serve/test_load.py -s
 
 lint: $(VENV)/.ready  ## style
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from sarm.stages.job import run_command
 
 
 def main(settings: Serving) -> None:
-    from sarm.serve.server import serve
+    from sarm.stages.serving import serve
 
     serve(settings)
 

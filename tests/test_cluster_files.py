@@ -52,12 +52,18 @@ def test_the_launcher_accepts_its_files(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("kuberay/raycluster.yaml", "RayCluster"), ("kuberay/rayjob.yaml", "RayJob")]
+    ("name", "kind"),
+    [
+        ("kuberay/raycluster.yaml", "RayCluster"),
+        ("kuberay/rayjob.yaml", "RayJob"),
+        ("kuberay/rayservice.yaml", "RayService"),
+    ],
 )
 def test_kuberay_finds_what_it_needs(name, kind):
     found = next(d for d in documents(name) if d["kind"] == kind)
     assert found["apiVersion"] == "ray.io/v1"
-    cluster = found["spec"]["rayClusterSpec"] if kind == "RayJob" else found["spec"]
+    inside = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+    cluster = found["spec"][inside[kind]] if kind in inside else found["spec"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["rayVersion"] == ray.__version__
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
@@ -74,7 +80,7 @@ def test_kuberay_finds_what_it_needs(name, kind):
         }
 
 
-@pytest.mark.parametrize("name", ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml"])
+@pytest.mark.parametrize("name", ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "kuberay/rayservice.yaml"])
 def test_the_operators_own_schema_accepts_them(name):
     folder = os.environ.get("KUBERAY_CRDS")
     if not folder:

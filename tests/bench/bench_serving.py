@@ -3,6 +3,9 @@
 make bench BENCH=serving              MODEL=outputs/demo/sarm for a trained model and real conversations; without it, a tiny random one
 python tests/bench/bench_serving.py --model outputs/demo/sarm --rounds 5
 
+All ways take turns, `--rounds` times. A ratio is that of each round's two rates; given are its mean over rounds with a 95 % interval
+(Student's t). Below 2 rounds there is none. On a machine that does anything beside, ratios say little: the load before and after is written down.
+
 Conversations are 24 prompts with 4 answers each, scored by a server in a process of its own and by the engine in this one, in turn.
 `http_vs_in_process`: one conversation a request, 64 clients at once, against the engine with all conversations in its queue.
 `separate_vs_together`: the answers of a prompt in requests of their own, against one request. `vs_serve_rm`: the server, against padded
@@ -37,6 +40,7 @@ from sarm.data.sources.pairs import open_pairs  # noqa: E402
 from sarm.data.sources.tiny import tiny_model  # noqa: E402
 from sarm.data.tokens.chat import load_chat_tokenizer  # noqa: E402
 from sarm.data.tokens.packing import answer_row  # noqa: E402
+from sarm.evaluate.intervals import student  # noqa: E402
 from sarm.passes.models import sarm_settings  # noqa: E402
 from sarm.passes.reader import Reader  # noqa: E402
 from sarm.serve.engine import Engine, Tokenised  # noqa: E402
@@ -45,6 +49,13 @@ from sarm.settings.model import ModelSettings  # noqa: E402
 OUT = Path("outputs/bench/serving.json")
 NUM_PROMPTS, NUM_ANSWERS, CLIENTS, SERVE_RM_BATCH = 24, 4, 64, 16
 BUDGETS = (512, 1024, 2048, 4096)
+RATIOS = {
+    "http_vs_in_process": ("http_64_clients", "in_process"),
+    "separate_vs_together": ("http_64_clients", "together"),
+    "explained_vs_plain": ("explained", "together"),
+    "three_variants_vs_one": ("three_variants", "together"),
+    "vs_serve_rm": ("http_64_clients", "padded_batches"),
+}
 Message = dict[str, str]
 Asked = list[tuple[list[Message], list[str]]]
 
@@ -185,10 +196,12 @@ def measure(model: Path, asked: Asked, rounds: int, scratch: Path) -> dict[str, 
             "padded_batches": lambda: padded_batches(reader, answers),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}
+        before = os.getloadavg()[0]
         for _ in range(rounds):
             for name, way in ways.items():
                 rates[name].append(way())
         idle = latency(reader, address, answers, one)
+        after = os.getloadavg()[0]
     middle = {name: statistics.median(own) for name, own in rates.items()}
     return {
         "model": model.name,
@@ -199,14 +212,19 @@ def measure(model: Path, asked: Asked, rounds: int, scratch: Path) -> dict[str, 
         "batch_tokens": budget,
         "per_second_by_budget": by_budget,
         "per_second": {name: {"median": middle[name], "all": own} for name, own in rates.items()},
-        "http_vs_in_process": middle["http_64_clients"] / middle["in_process"],
-        "separate_vs_together": middle["http_64_clients"] / middle["together"],
-        "explained_vs_plain": middle["explained"] / middle["together"],
-        "three_variants_vs_one": middle["three_variants"] / middle["together"],
-        "vs_serve_rm": middle["http_64_clients"] / middle["padded_batches"],
+        "load": {"before": before, "after": after},
+        **{name: ratio(rates[own], rates[other]) for name, (own, other) in RATIOS.items()},
         "idle": idle,
         "seconds_until_ready": seconds,
     }
+
+
+def ratio(own: list[float], other: list[float]) -> dict[str, Any]:
+    """The mean over rounds of the ratio of two rates, with its 95 % interval."""
+    each = [a / b for a, b in zip(own, other, strict=True)]
+    mean = statistics.mean(each)
+    half = student(len(each) - 1) * statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
+    return {"mean": mean, "ci95": None if half is None else [mean - half, mean + half], "all": each}
 
 
 def _shared(lists: list[list[int]]) -> int:
@@ -218,7 +236,7 @@ def _shared(lists: list[list[int]]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="the reward server beside its engine")
     parser.add_argument("--model", default=os.environ.get("MODEL", "tiny"), help="a SARM's folder, or tiny")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if settings.model == "tiny":
@@ -230,6 +248,9 @@ def main() -> None:
     for name, value in figures.items():
         if isinstance(value, int | float):
             print(f"{name.replace('_', ' '):28s}{value:12.3f}")
+    for name in RATIOS:
+        ends = figures[name]["ci95"]
+        print(f"{name.replace('_', ' '):28s}{figures[name]['mean']:12.3f}" + (f"  [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""))  # fmt: skip
     for name, value in figures["idle"].items():
         print(f"idle {name.replace('_', ' '):23s}{value:12.3f}")
     OUT.parent.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,16 @@ class TestInferenceServers:
         many = post(client, "/classify", {"model": "sarm", "input": TEXTS, "use_activation": False})["data"]
         assert [(one["index"], one["probs"][0]) for one in many] == [(n, pytest.approx(value, abs=1e-4)) for n, value in enumerate(expected)]  # fmt: skip
 
+    @pytest.mark.parametrize("route", ["/classify", "/v1/embeddings"])
+    def test_a_text_may_lack_the_token_that_begins_it(self, client, expected, tiny_chat, route):
+        """verl takes off the tokenizer's BOS, which is here, as in SmolLM2, the token that opens a turn."""
+        assert tiny_chat.tokenizer.bos_token == "<|im_start|>"
+        body = {"input": [text.removeprefix("<|im_start|>") for text in TEXTS], "use_activation": False}
+        found = post(client, route, body)["data"]
+        values = [one["probs" if route == "/classify" else "embedding"][0] for one in found]
+        assert values == pytest.approx(expected, abs=1e-4)
+        assert client.post(route, json={"input": "start|>" + TEXTS[0]}).status_code == 422
+
     def test_vllms_activation_is_on_unless_it_is_switched_off(self, client, expected):
         for options in ({}, {"use_activation": None}, {"use_activation": True}):
             found = post(client, "/classify", {"model": "sarm", "input": TEXTS[0], **options})

@@ -64,7 +64,7 @@ class RewardClient(Rewards):
             except httpx2.TransportError as error:
                 time.sleep(tries.pause(error))
                 continue
-            if response.status_code not in _AGAIN:
+            if not _may_pass(response):
                 return _content(response)
             time.sleep(tries.pause(response))
         raise tries.last
@@ -77,7 +77,7 @@ class RewardClient(Rewards):
             except httpx2.TransportError as error:
                 await asyncio.sleep(tries.pause(error))
                 continue
-            if response.status_code not in _AGAIN:
+            if not _may_pass(response):
                 return _content(response)
             await asyncio.sleep(tries.pause(response))
         raise tries.last
@@ -120,6 +120,12 @@ class _Tries:
         if time.monotonic() + seconds > self._ends:
             raise self.last
         return seconds
+
+
+def _may_pass(response: httpx2.Response) -> bool:
+    """Whether the same request may be answered later: so says the status, or a 500 that is not the server's own, whose replica has died."""
+    is_json = response.headers.get("content-type", "").startswith("application/json")
+    return response.status_code in _AGAIN or (response.status_code == 500 and not is_json)
 
 
 def _content(response: httpx2.Response) -> Body:

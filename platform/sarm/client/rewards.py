@@ -47,7 +47,7 @@ class Rewards(abc.ABC):
     """What both clients share. Each request says which model it expects, once the first answer has said which it is.
 
     `variants`, `scale` ("standardised" or "raw") and `on_truncated` are sent with every request, and so is `explain`, the number of latents
-    that are named, where it is not 0. With `expect_identity` "", the first answer's identity is expected of all that follow.
+    that are named, where it is not 0; `run` and `split` say to the server's watch whose answers they are. With `expect_identity` "", the first answer's identity is expected of all that follow.
     """
 
     def __init__(
@@ -59,9 +59,12 @@ class Rewards(abc.ABC):
         features: Sequence[int] = (),
         on_truncated: Any = None,
         expect_identity: str | None = "",
+        run: str = "",
+        split: str = "",
     ):
         self._expected = expect_identity
         self._options: Body = {"variants": list(variants), "scale": scale}
+        self._options |= {name: value for name, value in (("run", run), ("split", split)) if value}
         if explain or features:
             self._options["explain"] = {"top": explain, "features": list(features)}
         if on_truncated is not None:
@@ -72,11 +75,14 @@ class Rewards(abc.ABC):
         """Of the model that answered first, or that is expected; None if nothing is expected."""
         return self._expected or None
 
-    def rewards(self, items: Sequence[Item]) -> list[list[Answer]]:
-        """The answers of every item, in the order of the items and of their completions. Raises RewardError."""
+    def rewards(self, items: Sequence[Item], step: int | None = None) -> list[list[Answer]]:
+        """The answers of every item, in the order of the items and of their completions. Raises RewardError.
+
+        `step` is that of the training run, for the server's watch.
+        """
 
         def one(own: dict[str, Body]) -> dict[str, list[Answer]]:
-            return self._read(own, self._send(self._body(own)))
+            return self._read(own, self._send(self._body(own, step)))
 
         parts = list(_parts(items))
         # The first alone: it says which model the others expect.
@@ -84,13 +90,13 @@ class Rewards(abc.ABC):
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return _in_order(items, [*first, *pool.map(one, parts[1:])])
 
-    async def arewards(self, items: Sequence[Item]) -> list[list[Answer]]:
+    async def arewards(self, items: Sequence[Item], step: int | None = None) -> list[list[Answer]]:
         """`rewards`, without holding up the loop."""
         limit = asyncio.Semaphore(_AT_ONCE)
 
         async def one(own: dict[str, Body]) -> dict[str, list[Answer]]:
             async with limit:
-                return self._read(own, await self._asend(self._body(own)))
+                return self._read(own, await self._asend(self._body(own, step)))
 
         parts = list(_parts(items))
         first = [await one(own) for own in parts[:1]]
@@ -113,9 +119,10 @@ class Rewards(abc.ABC):
     async def _asend(self, body: Body) -> Body:
         """The same."""
 
-    def _body(self, items: Mapping[str, Body]) -> Body:
-        expected = {"expect_identity": self._expected} if self._expected else {}
-        return {**self._options, **expected, "items": list(items.values())}
+    def _body(self, items: Mapping[str, Body], step: int | None) -> Body:
+        expected: Body = {"expect_identity": self._expected} if self._expected else {}
+        of_step = {} if step is None else {"step": step}
+        return {**self._options, **expected, **of_step, "items": list(items.values())}
 
     def _read(self, asked: Mapping[str, Body], found: Body) -> dict[str, list[Answer]]:
         if self._expected == "":

@@ -17,7 +17,7 @@ def reward(
 ) -> Callable[..., Awaitable[list[float]]]:
     """A reward function. What `features` add to rewards is logged as metrics, and each answer's flags.
 
-    With `end_ids`, the policy's end-of-turn tokens, completions without one are taken for cut off. Conversational and plain data sets are
+    `options` are those of `sarm.client.Rewards`: with `run="NAME"` the server's watch knows whose steps these are. With `end_ids`, the policy's end-of-turn tokens, completions without one are taken for cut off. Conversational and plain data sets are
     scored alike: a string is what the user says, or the assistant. Raises RewardError where no rewards come, which ends training.
     """
     rewards = open_rewards(source, token=token, features=features, **options)
@@ -36,7 +36,8 @@ def reward(
             item_of(prompt, completion, is_truncated=bool(end_ids) and not set(end_ids) & set(own))
             for prompt, completion, own in zip(prompts, completions, ids, strict=True)
         ]
-        answers = [own[0] for own in await rewards.arewards(items)]
+        step = getattr(trainer_state, "global_step", None)
+        answers = [own[0] for own in await rewards.arewards(items, step)]
         figures = [figures_of(answer, features) for answer in answers]
         if log_metric is not None and figures:
             for name in figures[0]:

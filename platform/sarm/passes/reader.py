@@ -23,6 +23,7 @@ from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.tokens.packing import Row, TokenBatch, collate, row_batches
 from sarm.nn.backbone import residual_stream
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.nn.sae import Codes, standardise
 from sarm.passes.models import sarm_settings
 from sarm.passes.usage import device_of_worker
 from sarm.settings.model import ModelSettings
@@ -38,6 +39,8 @@ class Reading(NamedTuple):
     """[A]"""
     residual: Float[Tensor, " d_in"] | None = None
     """The residual stream that the head reads, in float32 on the CPU, where it was asked for."""
+    unexplained: float | None = None
+    """Share of the squared standardised activation that the dictionary leaves out, for readers that look."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Reader:
     """Tokens of one forward pass, padding included."""
     tokenizer: Path | None = None
     """Folder of the tokenizer and its template; None: the model's own."""
+    looks_unexplained: bool = False
+    """Whether readings say what share of the activation the dictionary leaves out."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Reader, tuple(getattr(self, field.name) for field in fields(self))
@@ -114,10 +119,15 @@ class Reader:
         if output.latent_values is None or output.latent_indices is None:
             none = np.zeros(0, np.int64), np.zeros(0, np.float32)
             return [Reading(reward, *none, h_D) for reward, h_D in zip(rewards, kept, strict=True)]
+        missing: list[float | None] = [None] * len(rewards)
+        if self.looks_unexplained:
+            x_ND = standardise(h_ND) if self.model.config.standardise else h_ND.float()
+            error_ND = x_ND - self.model.sae(Codes(output.latent_values, output.latent_indices))
+            missing = (error_ND.square().sum(-1) / x_ND.square().sum(-1).clamp_min(1e-12)).tolist()
         latents, values = output.latent_indices.cpu().numpy(), output.latent_values.cpu().numpy()
         return [
-            Reading(reward, latent[value != 0], value[value != 0], h_D)
-            for reward, latent, value, h_D in zip(rewards, latents, values, kept, strict=True)
+            Reading(reward, latent[value != 0], value[value != 0], h_D, share)
+            for reward, latent, value, h_D, share in zip(rewards, latents, values, kept, missing, strict=True)
         ]
 
 

@@ -71,6 +71,18 @@ def reward_histograms(chosen_N: Float[np.ndarray, " chosen"], rejected_N: Float[
     return figure
 
 
+def reward_by_step(history: History, alarms: Sequence[int]) -> Figure:
+    """The `reward` of each `{step, reward}`, and lines at the steps of alarms."""
+    figure, (axes,) = _figure(1)
+    axes.plot([one["step"] for one in history], [one["reward"] for one in history], color=BLUE, linewidth=1.2)
+    for place, step in enumerate(alarms):
+        axes.axvline(step, color=ORANGE, linestyle="--", linewidth=1, label=None if place else "alarm")
+    axes.set(xlabel="step", ylabel="mean raw reward")
+    if alarms:
+        _legend(axes)
+    return figure
+
+
 def calibration_plot(
     confidence_B: Float[np.ndarray, " bins"],
     accuracy_B: Float[np.ndarray, " bins"],

@@ -14,15 +14,16 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route as AsgiRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sarm.contracts.untrusted import parse_json
+from sarm.serve import drift_routes
 from sarm.serve.engine import OverloadedError
 from sarm.serve.faults import RequestError, own_error
 from sarm.serve.routes import ROUTES, Route
-from sarm.serve.schemas import Query, Variant
+from sarm.serve.schemas import DriftQuery, DriftReset, Query, Variant
 from sarm.serve.service import Service, overloaded
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -34,6 +35,7 @@ _GONE = 499
 _OPEN = ("/health", "/ready")
 _IN_PATH = "/t/"
 _VARIANTS = "/v1/models/{model}/variants"
+_DRIFT = "/v1/drift"
 
 
 def make_app(service: Service, token: str | None = None, *, body_seconds: float = BODY_SECONDS) -> ASGIApp:
@@ -44,6 +46,9 @@ def make_app(service: Service, token: str | None = None, *, body_seconds: float 
         AsgiRoute("/ready", _ready(service), methods=["GET"]),
         AsgiRoute("/metrics", _metrics(service), methods=["GET"]),
         AsgiRoute("/v1/models", _models(service), methods=["GET"]),
+        AsgiRoute(_DRIFT, _drift(service, body_seconds), methods=["GET"]),
+        AsgiRoute(_DRIFT + "/page", _drift(service, body_seconds), methods=["GET"]),
+        AsgiRoute(_DRIFT + "/reset", _drift(service, body_seconds), methods=["POST"]),
         AsgiRoute(_VARIANTS, _admin(service, body_seconds), methods=["GET", "POST"]),
         AsgiRoute(_VARIANTS + "/{variant}", _admin(service, body_seconds), methods=["DELETE"]),
     ]
@@ -100,7 +105,7 @@ def _endpoint(service: Service, route: Route, body_seconds: float) -> Callable[[
 
 async def _answered(service: Service, route: Route, request: Request, body_seconds: float) -> Response:
     body = _fitting(route.schema, await _body(request, body_seconds), route.invalid)
-    query = _query(request)
+    query = _query(request, Query)
     work = asyncio.ensure_future(route.answer(service, body, query))
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -138,6 +143,28 @@ def _admin(service: Service, body_seconds: float) -> Callable[[Request], Any]:
             return JSONResponse(await answered(request))
         except RequestError as error:
             _tell(_VARIANTS, error)
+            return JSONResponse(own_error(error), error.status)
+
+    return endpoint
+
+
+def _drift(service: Service, body_seconds: float) -> Callable[[Request], Any]:
+    """What the watch says, as JSON and as a page, and its reset."""
+
+    async def answered(request: Request) -> Response:
+        if request.method == "POST":
+            asked = _fitting(DriftReset, await _body(request, body_seconds), 422)
+            return JSONResponse(await asyncio.to_thread(drift_routes.reset, service, asked))
+        query = _query(request, DriftQuery)
+        if request.url.path.endswith("/page"):
+            return HTMLResponse(await asyncio.to_thread(drift_routes.page, service, query))
+        return JSONResponse(await asyncio.to_thread(drift_routes.drift, service, query))
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            return await answered(request)
+        except RequestError as error:
+            _tell(_DRIFT, error)
             return JSONResponse(own_error(error), error.status)
 
     return endpoint
@@ -184,12 +211,12 @@ def _fitting(schema: type[Body], body: bytes, invalid: int) -> Body:
         raise RequestError(400, "malformed", "the body is nested too deeply") from None
 
 
-def _query(request: Request) -> Query:
+def _query(request: Request, schema: type[Body]) -> Body:
     names = [name for name, _ in request.query_params.multi_items()]
     if len(set(names)) < len(names):
         raise RequestError(422, "bad_query", "an option of the address is given twice")
     try:
-        return Query.model_validate(dict(request.query_params))
+        return schema.model_validate(dict(request.query_params))
     except ValidationError as error:
         raise _misfit(error, 422) from None
 

@@ -12,7 +12,7 @@ import torch
 
 from sarm.data.sources.conversations import ConversationError, Message, fault_of_content
 from sarm.data.tokens.chat import ChatTokenizer
-from sarm.data.tokens.written_turns import ForeignTextError
+from sarm.data.tokens.written_turns import ForeignTextError, Read
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 
 Foreign = Literal["refuse", "warn"]
@@ -101,10 +101,10 @@ class Encoder:
         Raises ForeignTextError for a text in an unknown template, ConversationError as `messages` does.
         """
         try:
-            found = self._chat.written.read(text, prompt)
+            found = _read(self._chat, text, prompt)
         except ForeignTextError as error:
             if self._policy is not None:
-                found = self._policy.written.read(text, prompt)
+                found = _read(self._policy, text, prompt)
             elif self._on_foreign == "warn" and prompt and text.startswith(prompt):
                 turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text[len(prompt) :]}]
                 encoded = self.messages(turns)
@@ -172,3 +172,21 @@ class Encoder:
         spelled = self._chat.spelled_in(contents)
         is_templated = any(fault_of_content(content) == TEMPLATED for content in contents)
         return [name for name, is_set in ((SPELLED, spelled.control_tokens), (TEMPLATED, is_templated)) if is_set]
+
+
+def _read(chat: ChatTokenizer, text: str, prompt: str | None) -> Read:
+    """The messages of a rendered text, which may lack its first token: verl takes off what the tokenizer calls the beginning of a text, as which
+    some name the token that opens every turn.
+
+    Raises ForeignTextError, for the text as it came.
+    """
+    try:
+        return chat.written.read(text, prompt)
+    except ForeignTextError as error:
+        first = chat.tokenizer.bos_token
+        if not first or text.startswith(first):
+            raise
+        try:
+            return chat.written.read(first + text, None if prompt is None else first + prompt)
+        except ForeignTextError:
+            raise error from None

@@ -52,11 +52,11 @@ class Heads:
         """The raw reward of a reading under a head."""
         if name == BASE:
             return reading.reward
-        return float(self._terms(name, reading).sum(dtype=np.float32))
+        return float(self.terms(name, reading).sum(dtype=np.float32))
 
     def explanation(self, name: str, reading: Reading, top: int, features: Sequence[int]) -> dict[str, Any]:
         """The `top` latents by the size of their contribution, and those asked for, in raw reward; what others add is `rest`."""
-        terms_A = self._terms(name, reading)
+        terms_A = self.terms(name, reading)
         order = np.argsort(-np.abs(terms_A), kind="stable")[:top].tolist()
         place_of = {int(latent): place for place, latent in enumerate(reading.latents)}
         asked = [latent for latent in dict.fromkeys(features) if latent not in {int(reading.latents[n]) for n in order}]
@@ -79,7 +79,12 @@ class Heads:
         """d_sae."""
         return len(self._weights[BASE])
 
-    def _terms(self, name: str, reading: Reading) -> Float32[NDArray[np.float32], " active"]:
+    def weights(self, name: str) -> Float32[NDArray[np.float32], " d_sae"]:
+        """A head's weights, which are not to be changed."""
+        return self._weights[name]
+
+    def terms(self, name: str, reading: Reading) -> Float32[NDArray[np.float32], " active"]:
+        """What each of a reading's latents adds to the raw reward under a head."""
         return self._weights[name][reading.latents] * reading.values
 
 

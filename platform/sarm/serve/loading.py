@@ -2,11 +2,14 @@
 
 import os
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from sarm.data.tokens.chat import load_chat_tokenizer
+from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
+from sarm.interpret.context_store import beside
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.passes.models import check_tokenizer, sarm_settings, sarm_spec, score_key
 from sarm.passes.reader import Reader
@@ -14,13 +17,19 @@ from sarm.serve.encoding import Encoder
 from sarm.serve.engine import Engine, Tokenised
 from sarm.serve.heads import Heads, read_edit
 from sarm.serve.metrics import Metrics
+from sarm.serve.names import Names, load_names
 from sarm.serve.service import About, Service
 from sarm.serve.variant_routes import Variants
+from sarm.serve.watch import Watch
+from sarm.serve.watch_store import WatchStore
+from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.settings.serving import Serving
 
 _BATCH_TOKENS, _GPU_BATCH_TOKENS = 1024, 16_384
 _PENALTY_STDS = 3.0
+# Of a rollout that drives an alarm, its end.
+_SHOWN_CHARACTERS = 2000
 _WARM_UP = [{"role": "user", "content": "How do I bake bread?"}, {"role": "assistant", "content": "Slowly, and with yeast."}]  # fmt: skip
 
 
@@ -56,18 +65,25 @@ def load_service(settings: Serving) -> Service:
     )
     engine = Engine(
         reader,
-        threads=settings.threads or len(os.sched_getaffinity(0)),
+        threads=settings.threads or _cores(),
         max_wait=settings.max_wait,
         cached=settings.cached,
     )
     encoder = Encoder(chat, model, policy, settings.on_foreign_text)
+    contexts, explanations = (
+        beside(settings.model, getattr(settings, name), name) for name in ("contexts", "explanations")
+    )
+    names = load_names(settings.model, contexts, explanations)
+    watch = _watch(settings, heads, identity, chat, names)
     service = Service(
         engine=engine,
         encoder=encoder,
         heads=heads,
         variants=variants,
         about=about,
-        metrics=_metrics(engine, about),
+        metrics=_metrics(engine, about, watch, settings.watched),
+        names=names,
+        watch=watch,
         on_truncated=settings.on_truncated,
     )
     engine.start()
@@ -83,13 +99,26 @@ def _reader(settings: Serving) -> tuple[Reader, str]:
     check_tokenizer(spec)
     is_gpu = torch.cuda.is_available()
     budget = settings.batch_tokens or (_GPU_BATCH_TOKENS if is_gpu else _BATCH_TOKENS)
-    reader = Reader(folder, own, settings.dtype, budget)
+    reader = Reader(folder, own, settings.dtype, budget, looks_unexplained=True)
     assert reader.chat is not None
     assert reader.model is not None
     return reader, score_key(spec)
 
 
-def _metrics(engine: Engine, about: About) -> Metrics:
+def _watch(settings: Serving, heads: Heads, identity: str, chat: ChatTokenizer, names: Names) -> Watch:
+    if wrong := [latent for latent in settings.watched if not 0 <= latent < heads.num_latents]:
+        raise UserError(f"latent {wrong[0]} is none of this model's {heads.num_latents}. Pass --watched with others.")
+    return Watch(
+        heads,
+        identity,
+        step_answers=settings.step_answers,
+        decode=lambda ids: chat.tokenizer.decode(list(ids), skip_special_tokens=False)[-_SHOWN_CHARACTERS:],
+        silent_S=names.silent(heads.num_latents),
+        store=None if settings.drift_folder is None else WatchStore(settings.drift_folder),
+    )
+
+
+def _metrics(engine: Engine, about: About, watch: Watch, watched: Sequence[int]) -> Metrics:
     metrics = Metrics()
     metrics.describe(name=about.name, identity=about.identity, template=about.template)
     metrics.gauge("sarm_queue_items", "Answers that wait.", lambda: engine.waiting[0])
@@ -98,7 +127,21 @@ def _metrics(engine: Engine, about: About) -> Metrics:
     metrics.gauge("sarm_computed_tokens", "Tokens of forward passes since the start.", lambda: engine.cost.tokens)
     metrics.gauge("sarm_read_tokens", "The same, had each answer been read alone.", lambda: engine.read_tokens)
     metrics.gauge("sarm_forward_seconds", "Seconds of forward passes since the start.", lambda: engine.cost.forward_seconds)  # fmt: skip
+    metrics.gauge("sarm_drift_alarms", "Alarms of the watch since the start.", lambda: watch.num_alarms)
+    metrics.gauge("sarm_drift_unwatched", "Answers that the watch had to pass over.", lambda: watch.num_unwatched)
+    metrics.gauge("sarm_drift_streams", "Runs, splits and variants that are watched.", lambda: len(watch.streams()))
+    for latent in watched:
+        metrics.watched(latent, partial(_contribution, watch, latent))
     return metrics
+
+
+def _contribution(watch: Watch, latent: int) -> float:
+    return watch.last_contributions([latent])[0]
+
+
+def _cores() -> int:
+    """Cores that this process may use; where the system does not say, as on macOS, those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _warm_up(service: Service) -> None:

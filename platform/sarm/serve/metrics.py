@@ -1,4 +1,4 @@
-"""What Prometheus reads of a server. No label holds a text, a name that a request gave, or a latent."""
+"""What Prometheus reads of a server. No label holds a text or a name that a request gave; latents are those of the watch list."""
 
 from collections.abc import Callable, Iterable
 
@@ -20,7 +20,14 @@ class Metrics:
         self._queue_seconds = Histogram("sarm_queue_wait_seconds", "Time that an answer waited.", buckets=_SECONDS, registry=self._registry)  # fmt: skip
         self._rewards = Histogram("sarm_reward", "Standardised rewards of the base head.", buckets=_REWARDS, registry=self._registry)  # fmt: skip
         self._flags = Counter("sarm_flags", "Answers with a flag.", ["flag"], registry=self._registry)
+        self._watched: Gauge | None = None
         self._info = Info("sarm_model", "Identity of the model.", registry=self._registry)
+
+    def watched(self, latent: int, read: Callable[[], float]) -> None:
+        """What a latent of the watch list adds to the mean reward."""
+        if self._watched is None:
+            self._watched = Gauge("sarm_drift_contribution", "What a watched latent added to the mean raw reward of the last step.", ["latent"], registry=self._registry)  # fmt: skip
+        self._watched.labels(str(latent)).set_function(read)
 
     def gauge(self, name: str, about: str, read: Callable[[], float]) -> None:
         """A figure that is asked for when metrics are."""

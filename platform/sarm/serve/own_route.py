@@ -6,8 +6,10 @@ from typing import Any
 
 from sarm.serve.encoding import Encoded, Encoder
 from sarm.serve.faults import RequestError
+from sarm.serve.names import named
 from sarm.serve.schemas import Item, Penalty, Query, RewardsRequest
 from sarm.serve.service import Answer, Service
+from sarm.serve.watch import Origin
 
 
 async def rewards(service: Service, request: RewardsRequest, query: Query) -> dict[str, Any]:
@@ -34,6 +36,8 @@ async def rewards(service: Service, request: RewardsRequest, query: Query) -> di
         refuse_long=request.on_too_long == "refuse",
         partial=request.partial,
         timeout=request.timeout_s,
+        origin=Origin(request.run, request.split, request.step, tuple(request.variants)),
+        ids=[item.id for item in request.items],
     )
     reads = [answer.read for own in found for answer in own if answer.read is not None]
     return {
@@ -86,7 +90,8 @@ def _answer(service: Service, request: RewardsRequest, answer: Answer) -> dict[s
     if answer.penalty is not None:
         return {**shown, "flags": [*encoded.flags, "penalised"]}
     if request.explain is not None and answer.read is not None:
-        shown["explanation"] = service.heads.explanation(
+        found = service.heads.explanation(
             request.variants[0], answer.read.reading, request.explain.top, request.explain.features
         )
+        shown["explanation"] = {**found, "features": named(found["features"], service.names)}
     return shown

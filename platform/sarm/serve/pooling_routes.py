@@ -15,6 +15,7 @@ from sarm.serve.faults import RequestError
 from sarm.serve.rlhf_routes import sigmoid
 from sarm.serve.schemas import PoolingRequest, Query, TeiRequest
 from sarm.serve.service import Answer, Encoding, Service
+from sarm.serve.watch import origin_of
 
 
 async def classify(service: Service, request: PoolingRequest, query: Query) -> Any:
@@ -65,7 +66,9 @@ async def predict(service: Service, request: TeiRequest, query: Query) -> Any:
     each: list[Any] = inputs if isinstance(inputs, list) and is_batch else [inputs]
     service.check_variants([query.variant])
     encodings = [partial(_tei_encoded, one) for one in each]
-    found = await service.answers(encodings, scale=query.scale, refuse_long=not request.truncate)
+    found = await service.answers(
+        encodings, scale=query.scale, origin=origin_of(query), refuse_long=not request.truncate
+    )
     values = [service.value(answer, query.variant, query.scale) for own in found for answer in own]
     labels = [[{"score": value if request.raw_scores else sigmoid(value), "label": "reward"}] for value in values]
     return labels if is_batch else labels[0]
@@ -81,7 +84,11 @@ async def _scored(
     ):
         raise RequestError(400, "bad_request", f"truncate_prompt_tokens cannot be below the model's {limit}; leave it out")  # fmt: skip
     service.check_variants([query.variant])
-    found = [answer for own in await service.answers(_encodings(request), scale=query.scale) for answer in own]
+    found = [
+        answer
+        for own in await service.answers(_encodings(request), scale=query.scale, origin=origin_of(query))
+        for answer in own
+    ]
     values = [service.value(answer, query.variant, query.scale) for answer in found]
     is_activated = not is_raw_default if request.use_activation is None else request.use_activation
     return [sigmoid(value) if is_activated else value for value in values], found

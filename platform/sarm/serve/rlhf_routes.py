@@ -17,6 +17,7 @@ from sarm.serve.encoding import SPELLED, Encoded, Encoder
 from sarm.serve.faults import RequestError
 from sarm.serve.schemas import LlamaFactoryRequest, OpenRlhfRequest, Query, SlimeRequest
 from sarm.serve.service import Answer, Service
+from sarm.serve.watch import origin_of
 
 
 async def openrlhf(service: Service, request: OpenRlhfRequest, query: Query) -> dict[str, Any]:
@@ -58,7 +59,7 @@ async def llama_factory(service: Service, request: LlamaFactoryRequest, query: Q
 async def slime(service: Service, request: SlimeRequest, query: Query) -> float | dict[str, Any]:
     """The whole answer is the reward; with `?form=object`, an object for slime's `--reward-key reward`."""
     service.check_variants([query.variant])
-    ((found,),) = await service.answers([partial(_slime_encoded, request)], scale=query.scale)
+    ((found,),) = await service.answers([partial(_slime_encoded, request)], scale=query.scale, origin=origin_of(query))
     value = service.value(found, query.variant, query.scale)
     if query.form == "number":
         return value
@@ -69,7 +70,7 @@ async def slime(service: Service, request: SlimeRequest, query: Query) -> float 
 async def _texts(service: Service, texts: Sequence[str], prompts: Sequence[str | None], query: Query) -> list[Answer]:
     service.check_variants([query.variant])
     encodings = [partial(_text_encoded, text, prompt) for text, prompt in zip(texts, prompts, strict=False)]
-    found = await service.answers(encodings, scale=query.scale)
+    found = await service.answers(encodings, scale=query.scale, origin=origin_of(query))
     return [answer for own in found for answer in own]
 
 

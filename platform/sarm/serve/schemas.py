@@ -16,6 +16,11 @@ Ids = Annotated[list[int], Field(min_length=1, max_length=1 << 20)]
 Texts = Annotated[list[Text], Field(max_length=MAX_TEXTS)]
 
 
+DEFAULT_RUN, DEFAULT_SPLIT = "default", "train"
+Name = Annotated[str, Field(pattern=VARIANT_NAME)]
+Step = Annotated[int, Field(ge=0, lt=1 << 53)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
@@ -27,11 +32,16 @@ class _Foreign(BaseModel):
 class Query(_Strict):
     """What may stand in the address of every scoring route."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    # An address is made of texts.
+    model_config = ConfigDict(strict=False, extra="forbid", hide_input_in_errors=True)
     scale: Scale = "standardised"
     variant: Annotated[str, Field(max_length=64)] = BASE
     form: Literal["number", "object"] = "number"
     """Of slime's answer."""
+    run: Name = DEFAULT_RUN
+    split: Name = DEFAULT_SPLIT
+    step: Step | None = None
+    """Of the training run that asks, for the watch."""
 
 
 class Penalty(_Strict):
@@ -92,6 +102,10 @@ class RewardsRequest(_Strict):
     on_too_long: Literal["cut_left", "refuse"] = "cut_left"
     expect_identity: str | None = None
     partial: bool = False
+    run: Name = DEFAULT_RUN
+    split: Name = DEFAULT_SPLIT
+    step: Step | None = None
+    """Of the training run that asks, for the watch."""
     timeout_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] | None = None
 
 
@@ -108,6 +122,25 @@ class Variant(_Strict):
 
     name: Annotated[str, Field(pattern=VARIANT_NAME)]
     weights: Annotated[list[EditedWeight], Field(min_length=1, max_length=1 << 16)]
+
+
+class DriftQuery(_Strict):
+    """Which streams of the watch, all if none are named, and how many latents of each."""
+
+    # An address is made of texts.
+    model_config = ConfigDict(strict=False, extra="forbid", hide_input_in_errors=True)
+    run: Name | None = None
+    split: Name | None = None
+    variant: Name | None = None
+    top: Annotated[int, Field(ge=1, le=1024)] = 20
+
+
+class DriftReset(_Strict):
+    """`POST /v1/drift/reset`: the streams of a run, or of its split or variant alone."""
+
+    run: Name
+    split: Name | None = None
+    variant: Name | None = None
 
 
 class OpenRlhfRequest(_Foreign):

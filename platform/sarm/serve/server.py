@@ -4,21 +4,25 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from sarm.settings.checks import UserError
 from sarm.settings.serving import Serving
 
+if TYPE_CHECKING:
+    from sarm.serve.service import Service
 
-def serve(settings: Serving) -> None:
-    """Serve until the process is asked to end.
+
+def serve(settings: Serving, loaded: "Callable[[Service], object] | None" = None) -> None:
+    """Serve until the process is asked to end. `loaded` is called with the service before it is asked anything.
 
     Raises UserError as `load_service` does, for a port that is taken and for a token that cannot be read.
     """
     token = settings.read_token()
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        _serve(settings, token)
+        _serve(settings, token, loaded)
     # While weights are read; later the server answers both signals itself.
     except KeyboardInterrupt:
         pass
@@ -31,7 +35,7 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _serve(settings: Serving, token: str | None) -> None:
+def _serve(settings: Serving, token: str | None, loaded: "Callable[[Service], object] | None") -> None:
     if not settings.model.is_dir():
         raise UserError(f"no model folder {settings.model}. Pass --model with a folder that holds a SARM.")
     with listening(settings) as taken:
@@ -45,6 +49,8 @@ def _serve(settings: Serving, token: str | None) -> None:
 
         _log(is_loud=settings.debug)
         service = load_service(settings)
+        if loaded is not None:
+            loaded(service)
         try:
             what = f"{settings.model}, ready {service.ready_seconds:.1f} s after its weights were read,"
             run(make_app(service, token), taken, what)

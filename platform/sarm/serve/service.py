@@ -14,7 +14,9 @@ from sarm.serve.engine import Engine, EngineError, OverloadedError, Tokenised
 from sarm.serve.faults import RequestError
 from sarm.serve.heads import BASE, Heads
 from sarm.serve.metrics import Metrics
+from sarm.serve.names import Names
 from sarm.serve.variant_routes import Variants
+from sarm.serve.watch import Origin, Seen, Watch
 
 _ENCODING_THREADS = 2
 OnTruncated = Literal["close", "refuse", "penalise"]
@@ -65,10 +67,12 @@ class Service:
         variants: Variants,
         about: About,
         metrics: Metrics,
+        names: Names,
+        watch: Watch,
         on_truncated: OnTruncated = "close",
     ):
         self.engine, self.encoder, self.heads, self.about, self.metrics = engine, encoder, heads, about, metrics
-        self.variants, self.on_truncated = variants, on_truncated
+        self.variants, self.on_truncated, self.names, self.watch = variants, on_truncated, names, watch
         self.ready_seconds = 0.0
         """From the weights being read to the first answer."""
         self._pool = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encoder")
@@ -77,9 +81,11 @@ class Service:
         """End its threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
+        self.watch.close()
 
     def check_variants(self, names: Sequence[str]) -> None:
         """Raise RequestError for a head that is not there."""
+        self.variants.look(names)
         for name in names:
             if name not in self.heads.names:
                 raise RequestError(404, "unknown_variant", f"there is no such variant; known are {', '.join(self.heads.names)}")  # fmt: skip
@@ -93,8 +99,12 @@ class Service:
         refuse_long: bool = False,
         partial: bool = False,
         timeout: float | None = None,
+        origin: Origin | None = None,
+        ids: Sequence[str | int | None] = (),
     ) -> list[list[Answer]]:
         """The answers of each item, in order. `on_truncated` may be a fixed reward, in the request's scale.
+
+        `origin` says where they come from, for the watch, and `ids` name the items, so that what is sent again is counted once.
 
         Raises RequestError for the first item that is refused or fails, unless the request takes partial answers, and OverloadedError.
         """
@@ -129,6 +139,8 @@ class Service:
             elif isinstance(read, BaseException):
                 raise read
         self._note(found)
+        if origin is not None:
+            self._show(found, origin, ids)
         return found
 
     def value(self, answer: Answer, variant: str, scale: str) -> float:
@@ -169,6 +181,17 @@ class Service:
                 message = f"the conversation cannot be encoded ({error.reason})"
                 found.append(RequestError(422, error.reason, message, item=item, detail=str(error)))
         return found
+
+    def _show(self, found: Sequence[Sequence[Answer]], origin: Origin, ids: Sequence[str | int | None]) -> None:
+        """Let the watch see the answers that were read."""
+        seen = []
+        for place, own in enumerate(found):
+            name = ids[place] if place < len(ids) else None
+            for number, answer in enumerate(own):
+                if answer.encoded is not None and answer.read is not None:
+                    of_answer = None if name is None else f"{name}/{number}"
+                    seen.append(Seen(of_answer, answer.encoded, answer.read.reading))
+        self.watch.note(origin, seen)
 
     def _note(self, found: Sequence[Sequence[Answer]]) -> None:
         for own in found:

@@ -1,6 +1,9 @@
 """Edited heads over HTTP: `/v1/models/NAME/variants`. Each is scored from the moment on that it is posted, and kept in a folder over restarts."""
 
 import json
+import threading
+import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from sarm.serve.schemas import Variant
 from sarm.settings.checks import UserError
 
 MAX_VARIANTS = 64
+_CLOCK_STEP = 0.1
 
 
 class Variants:
@@ -20,11 +24,37 @@ class Variants:
     def __init__(self, heads: Heads, folder: Path | None):
         self._heads, self._folder = heads, folder
         self._fixed = set(heads.names)
-        for path in sorted(folder.glob("*.json")) if folder is not None else ():
-            heads.add(path.stem, read_edit(path))
+        self._changed, self._looked = -1, 0.0
+        self._lock = threading.Lock()
+        self.look()
+
+    def look(self, names: Collection[str] | None = None) -> None:
+        """Take over what other servers have posted to the folder, or deleted from it: replicas of a server share one.
+
+        With `names`, only if one of them is no variant that the server was started with. Raises UserError for a file that holds no edit of this head.
+        """
+        if self._folder is None or (names is not None and self._fixed.issuperset(names)):
+            return
+        with self._lock:
+            try:
+                changed = self._folder.stat().st_mtime_ns
+            except FileNotFoundError:
+                return
+            # A folder's clock has steps: two changes within one look alike.
+            if changed == self._changed and self._looked - changed / 1e9 > _CLOCK_STEP:
+                return
+            self._looked = time.time()
+            there = {path.stem: path for path in sorted(self._folder.glob("*.json"))}
+            known = set(self._heads.names) - self._fixed
+            for name in known - there.keys():
+                self._heads.remove(name)
+            for name in sorted(there.keys() - known - self._fixed):
+                self._heads.add(name, read_edit(there[name]))
+            self._changed = changed
 
     def listed(self) -> dict[str, Any]:
         """Every head with the number of latents that it edits, and whether it can be deleted."""
+        self.look()
         return {
             "variants": [
                 {"name": name, "edited": self._heads.num_edited(name), "fixed": name in self._fixed}
@@ -37,6 +67,7 @@ class Variants:
 
         Raises RequestError: 409 for a name that is taken, 422 for an edit of another head, 429 when there are too many.
         """
+        self.look()
         if variant.name in self._heads.names:
             raise RequestError(409, "variant_exists", "there is a variant of this name; delete it first")
         if len(self._heads.names) > MAX_VARIANTS:
@@ -57,6 +88,7 @@ class Variants:
 
     def delete(self, name: str) -> dict[str, Any]:
         """Delete a variant. Raises RequestError: 404 for one that is not there, 409 for one that the server was started with."""
+        self.look()
         if name in self._fixed:
             raise RequestError(409, "fixed_variant", f"{BASE} and the variants that the server was started with stay")
         if name not in self._heads.names:

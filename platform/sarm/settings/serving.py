@@ -46,6 +46,26 @@ class Serving:
     """Seconds of work that may wait; what comes beyond is refused at once, and told when to come again."""
     cached: int = 4096
     """Answers whose readings are kept, for those that come again."""
+    contexts: Path | None = field(default=None, metadata=READ)
+    """contexts/v1 folder whose terms name latents in explanations; unset: `contexts` beside the model if it is there."""
+    explanations: Path | None = field(default=None, metadata=READ)
+    """explanations/v1 folder whose explanations name them; unset: `explanations` beside the model if it is there."""
+    drift_folder: Path | None = field(default=None, metadata=WRITTEN)
+    """Folder in which the watch over reward hacking keeps its steps over restarts; unset: they last as long as the server."""
+    step_answers: int = 256
+    """Answers that make a step of a run that does not say its steps."""
+    watched: tuple[int, ...] = ()
+    """Latents whose contributions Prometheus is shown."""
+    mlflow_uri: str = ""
+    """MLflow (server, or absolute sqlite path) that the watch logs to, one MLflow run for each run; unset: none."""
+    experiment: str = "reward drift"
+    """MLflow experiment of the watch."""
+    replicas: int = 0
+    """Replicas of the server behind one address, by Ray Serve; 0: one server in this process, without Ray."""
+    max_replicas: int | None = None
+    """Up to how many there are while requests come in numbers; unset: as many as --replicas."""
+    ray_address: str = ""
+    """Ray cluster on which the replicas run (`auto`, `HOST:PORT`). Empty: a local one."""
     debug: bool = False
     """Show the tracebacks of errors."""
 
@@ -53,7 +73,12 @@ class Serving:
         place_paths(self)
         check(self, "port", 0 <= self.port < 65536, "between 0 and 65535")
         check(self, "max_wait", 0 < self.max_wait < 86400, "above 0 and below a day")
-        check_least(self, "", batch_tokens=64, threads=1, cached=0)
+        check_least(self, "", batch_tokens=64, threads=1, cached=0, step_answers=1, replicas=0)
+        check(self, "max_replicas", self.max_replicas is None or self.max_replicas >= self.replicas > 0, "at least --replicas, which is named too")  # fmt: skip
+        if self.replicas and (self.drift_folder is not None or self.mlflow_uri):
+            raise UserError("replicas watch the answers that each of them reads, and cannot share a folder of steps. Leave --drift-folder and --mlflow-uri out, or --replicas.")  # fmt: skip
+        if self.mlflow_uri and self.drift_folder is None:
+            raise UserError("MLflow's records wait in a folder while it is away, and none is named. Pass --drift-folder FOLDER with --mlflow-uri.")  # fmt: skip
         if self.token and self.token.partition(":")[0] not in ("env", "file"):
             # Not shown: it may be the token itself.
             raise UserError("a token's place is env:NAME or file:PATH. Pass --token so, never the token itself.")

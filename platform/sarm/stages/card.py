@@ -9,7 +9,7 @@ from sarm.contracts.untrusted import read_json
 from sarm.data.sources.conversations import ConversationError, Message, check_messages
 from sarm.data.sources.tool_turns import more_of
 from sarm.data.tokens.packing import answer_rows
-from sarm.interpret.context_store import load_contexts
+from sarm.interpret.context_store import beside, load_contexts
 from sarm.interpret.feature_data import feature_names
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.passes.models import hash_of_folder
@@ -28,11 +28,11 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     folder = settings.model
     reader = sarm_reader(folder)
     messages = _conversation(settings)
-    contexts = _beside(folder, settings.contexts, "contexts")
+    contexts = beside(folder, settings.contexts, "contexts")
     store = load_contexts(contexts, hash_of_folder(folder)) if contexts else None
     prefixes = read_prefixes(reader, messages)
     active = np.flatnonzero((prefixes.contribution != 0).any(0)).tolist()
-    names = feature_names(store, active, _beside(folder, settings.explanations, "explanations"))
+    names = feature_names(store, active, beside(folder, settings.explanations, "explanations"))
     weight_S, config = reader.model.score.weight.detach().squeeze(0).cpu().numpy(), reader.model.config
     content = card(
         prefixes=prefixes,
@@ -101,11 +101,3 @@ def _conversation(settings: RewardCard) -> list[Message]:
     if not found or found[-1]["role"] != "assistant":
         raise UserError(f"{path} ends with {found[-1]['role'] if found else 'nothing'}, expected the assistant's turn, which is what is rewarded.")  # fmt: skip
     return found
-
-
-def _beside(model: Path, given: Path | None, name: str) -> Path | None:
-    """The folder that was named, else one beside the model if it is finished."""
-    if given is not None:
-        return given
-    known = model.parent / name
-    return known if (known / "manifest.json").exists() else None
