@@ -35,7 +35,13 @@ EDGE_ONLY = {"ray", "deepspeed", "mlflow", "openai"}
 NN_LIBRARIES = {"torch", "transformers", "jaxtyping"}
 # What reads a checkpoint's files beside `transformers`, which reads them by the same library: no exported model needs it.
 SAFETENSORS_IN_NN = {"sarm.nn.layer_embeddings"}
-TRANSFORMERS_IN_NN = {"sarm.nn.attention", "sarm.nn.backbone", "sarm.nn.pretrained", "sarm.nn.modeling_sarm", *SAFETENSORS_IN_NN}
+TRANSFORMERS_IN_NN = {
+    "sarm.nn.attention",
+    "sarm.nn.backbone",
+    "sarm.nn.pretrained",
+    "sarm.nn.modeling_sarm",
+    *SAFETENSORS_IN_NN,
+}
 TRITON_IN_NN = {"sarm.nn.triton_backend"}
 HEAVY = {"torch", "ray", "transformers", "deepspeed", "mlflow", "pyarrow"}
 
