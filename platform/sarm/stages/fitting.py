@@ -13,7 +13,7 @@ from sarm.contracts.manifest import MANIFEST
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.model_shapes import Shape, shape_of
 from sarm.engine.ray.machine import Machine
-from sarm.settings.budget import Device, PassBudget, Size, dtype_of, pass_budget, training_budget
+from sarm.settings.budget import Device, Dtype, PassBudget, Size, dtype_of, pass_budget, training_budget
 from sarm.settings.contexts import ContextsSettings
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
@@ -116,7 +116,7 @@ def _fit_reward(
 def _tokens(device: Device, shape: Shape | None, model: ModelSettings, asked: int, depth: int) -> tuple[int, float]:
     if shape is None:
         return asked or _unknown_tokens(device), 0.0
-    dtype = "bfloat16" if model.dtype == "bfloat16" else "float32"
+    dtype: Dtype = "bfloat16" if model.dtype == "bfloat16" else "float32"
     budget = pass_budget(device, size_of(shape, depth), model.max_length, dtype, asked)
     return budget.batch_tokens, budget.gb
 

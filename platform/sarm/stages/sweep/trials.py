@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,9 +31,10 @@ from sarm.stages.sweep.points import Cell
 from sarm.stages.sweep.stages import do_cell
 
 _STATUS = "status.json"
+Run = TypeVar("Run", bound=RunSettings)
 
 
-def run_of_trials(sweep: SweepSettings, run: RunSettings) -> RunSettings:
+def run_of_trials(sweep: SweepSettings, run: Run) -> Run:
     """The run settings with a trial's cores, and one worker where no number is asked for: trials run side by side."""
     return replace(
         run,
