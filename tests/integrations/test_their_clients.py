@@ -203,7 +203,7 @@ def test_trl_trains_on_a_servers_rewards_and_the_watch_sees_its_steps(served, tm
     import subprocess
 
     out = tmp_path / "grpo"
-    command = [sys.executable, "examples/trl_grpo.py", "--reward", str(served), "--policy", str(tiny_folder), "--steps", "3", "--out", str(out)]  # fmt: skip
+    command = [sys.executable, "docs/examples/trl_grpo.py", "--reward", str(served), "--policy", str(tiny_folder), "--steps", "3", "--out", str(out)]  # fmt: skip
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]

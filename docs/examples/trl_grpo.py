@@ -1,7 +1,7 @@
 """GRPO with TRL against a SARM's rewards, on the cores of this machine: `pip install trl==1.16.0` beside the locked packages.
 
-python examples/trl_grpo.py --reward outputs/demo/sarm --steps 40
-python examples/trl_grpo.py --reward http://127.0.0.1:8000 --policy tiny --steps 40
+python docs/examples/trl_grpo.py --reward outputs/demo/sarm --steps 40
+python docs/examples/trl_grpo.py --reward http://127.0.0.1:8000 --policy tiny --steps 40
 
 `--reward` is the address of a server (`jobs/serve.py`), or a SARM's folder, which is then loaded here. `--policy tiny` is a model of the
 project's own that nobody trained, for a look at the mechanics: its rewards rise by chance at most.
