@@ -38,7 +38,7 @@ class Variants:
         with self._lock:
             try:
                 changed = self._folder.stat().st_mtime_ns
-            except FileNotFoundError:
+            except OSError:
                 return
             # A folder's clock has steps: two changes within one look alike.
             if changed == self._changed and self._looked - changed / 1e9 > _CLOCK_STEP:
