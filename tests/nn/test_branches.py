@@ -58,14 +58,23 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("closing", [CLOSING[1:], CLOSING], ids=["one token", "two tokens"])
 @pytest.mark.parametrize("sides", [(0, 0), (5, 0), (0, 5)], ids=["unpadded", "left", "right"])
 def test_every_branch_equals_the_conversation_that_stops_there(family, closing, sides, family_folder):
+    """In float64 within 1e-6 of the spread; in float32 within 1e-5, beyond what float32 costs the conversation alone."""
     model = load_backbone(str(family_folder(family)), 3)
-    found = read(model, padded(batch_of(closing), *sides))
-    sequences = ANSWERS | OTHERS
+    batch, sequences = padded(batch_of(closing), *sides), ANSWERS | OTHERS
     wanted = {(key, c): [*sequences[key][: c + 1], *closing] for key, stops in STOPS.items() for c in stops} | sequences
+
+    def each_alone() -> dict[object, Tensor]:
+        return {key: residual_alone(model, torch.tensor([ids]))[0, -1] for key, ids in wanted.items()}
+
+    found, alone = read(model, batch), each_alone()
     assert found.keys() == wanted.keys()
-    for key, ids in wanted.items():
-        alone = residual_alone(model, torch.tensor([ids]))[0, -1]
-        assert difference(found[key], alone) < 1e-5, key
+    model.double()
+    exactly_found, exactly = read(model, batch), each_alone()
+    for key in wanted:
+        # Norms and routers of some families compute in float32 whatever they are given.
+        assert difference(exactly_found[key], exactly[key]) < 1e-6, key
+        # A linear attention's state loses some 1e-5 of its own, on some processors.
+        assert difference(found[key].double(), exactly[key]) < 1e-5 + difference(alone[key].double(), exactly[key]), key
 
 
 @kinds
