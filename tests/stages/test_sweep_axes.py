@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from sarm.engine.mlflow.run_card import description, parameters
+from sarm.engine.ray.machine import Machine
 from sarm.settings.axes import Axis, axes_of
 from sarm.settings.checks import UserError
 from sarm.settings.identity import as_json
 from sarm.settings.sweep import Ablation
 from sarm.settings.sweep_presets import ABLATIONS
+from sarm.stages.fitting import fitted
 from sarm.stages.job import parse
 from sarm.stages.sweep.cells import check_sweep, sweep_plan
 from sarm.stages.sweep.cost import describe_sweep
@@ -270,11 +272,12 @@ def test_the_dry_run_and_mlflow_name_the_axes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_grids_of_named_axes_keep_the_folders_that_they_always_had(name):
-    """Recorded before settings could be axes: a folder of another name would be trained again."""
+def test_grids_of_named_axes_keep_the_folders_that_they_always_had(name, tmp_path):
+    """Recorded before settings could be axes, the papers' when they got a limit of sentences: a folder of another name would be trained again."""
     recorded = json.loads((Path(__file__).parent / "sweep_names.json").read_text())[name]
     d_in = {"tiny": 64, "paper-3b": 3072, "paper-8b": 4096}.get(name, 576)
     config = ABLATIONS[name][1]
+    config = fitted(replace(config, run=replace(config.run, out=tmp_path)), Machine(2)).config
     plan = sweep_plan(config, check_sweep(config), lambda model: d_in)
     assert [plan.cell_folder(cell).name for cell in plan.cells] == recorded["cells"]
     assert [plan.sae_folder(key).name for key in plan.saes] == recorded["saes"]
