@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from sarm.data.sources.conversations import ConversationError, Message, fault_of_content
+from sarm.data.sources.tool_turns import ToolFault, more_of, texts_in
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.data.tokens.written_turns import ForeignTextError, Read
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
@@ -71,6 +72,8 @@ class Encoder:
             # A text of such long words that what was dropped would have had room.
             tokens, is_shorter = self._chat.encode_responses(given, list(completions)), False
         of_prompt = self._flags_of([message["content"] or "" for message in given])
+        if self._chat.spelled_in(text for message in given for text in texts_in(more_of(message))).control_tokens:
+            of_prompt = list(dict.fromkeys([*of_prompt, SPELLED]))
         if TEMPLATED in of_prompt and self._on_foreign == "refuse":
             raise ConversationError("a message of the prompt is a conversation in some template already, and would be templated twice. Send its messages.", TEMPLATED)  # fmt: skip
         cut_off = truncated or [False] * len(completions)
@@ -93,6 +96,12 @@ class Encoder:
         content = messages[-1].get("content")
         if not isinstance(content, str):
             raise ConversationError("the message of assistant has no text as its content. Pass a string.", "not_text")
+        try:
+            more = more_of(messages[-1])
+        except ToolFault as fault:
+            raise ConversationError("the answer has calls or tools that cannot be read. Write them as OpenAI's API does.", str(fault)) from fault  # fmt: skip
+        if not more.keys() <= {"name"}:
+            raise ConversationError("the answer calls tools, and what is rewarded is a text. Send the call as its text.", "tool_call")  # fmt: skip
         return self.completions(messages[:-1], [content], [is_truncated])[0]
 
     def text(self, text: str, prompt: str | None = None) -> Encoded:
