@@ -1,12 +1,12 @@
-"""Tools in requests: what cannot be read is refused in one line, a call that is to be rewarded too, and what is spelled in one is flagged."""
+"""Tools in requests: what cannot be read is refused in one line, an answer is read with its calls, and what is spelled in one is flagged."""
 
 import json
 
 import pytest
 from tests.data.tokens.test_tools import OPENAI, USER, chat_of
 
-from sarm.data.sources.conversations import ConversationError
 from sarm.data.sources.tool_turns import ToolFault, more_of
+from sarm.integrations.source import plain
 from sarm.serve.encoding import SPELLED, Encoder
 
 ANSWER = {"role": "assistant", "content": "Here."}
@@ -43,15 +43,31 @@ def test_what_is_nested_too_deeply_is_a_fault_of_the_request(client, depth, fiel
         more_of({field: [{"name": "f", inner: nested(depth)}]})
 
 
-@pytest.mark.parametrize(
-    "more", [{"tool_calls": OPENAI[1]["tool_calls"]}, {"tools": [{"name": "f"}]}, {"tool_calls": [1]}]
-)
+@pytest.mark.parametrize("more", [{"tool_calls": OPENAI[1]["tool_calls"]}, {"tools": [{"name": "f"}]}, {"tool_calls": [1]}])  # fmt: skip
 def test_an_answer_that_calls_tools_is_not_scored_without_its_calls(client, more):
+    """The server's template here has no words for them."""
     found = client.post("/v1/rewards", json={"items": [{"messages": [USER, {**ANSWER, **more}]}]})
     assert found.status_code == 422
-    assert (
-        client.post("/v1/rewards", json={"items": [{"messages": [USER, {**ANSWER, "name": "Ann"}]}]}).status_code == 200
-    )
+    named = client.post("/v1/rewards", json={"items": [{"messages": [USER, {**ANSWER, "name": "Ann"}]}]})
+    assert named.status_code == 200
+
+
+@pytest.mark.parametrize("content", [None, "", "I look."])
+def test_an_answer_that_calls_tools_is_read_with_them_where_the_template_writes_them(content):
+    chat = chat_of("qwen")
+    call = {**OPENAI[1], "content": content}
+    found = Encoder(chat, None).messages([USER, call])
+    assert found.ids == chat.encode([[USER, call]])[0].ids
+    assert found.ids[-1] == chat.end_of_turn_id
+    text = chat.tokenizer.decode(found.ids[found.prompt_tokens :])
+    assert "bread" in text
+    assert "Find" not in text
+
+
+def test_adapters_send_what_a_message_has_and_ask_for_no_content_beside_a_call():
+    call = {name: value for name, value in OPENAI[1].items() if name != "content"}
+    asked = {**USER, "tools": [{"name": "f"}]}
+    assert plain([asked, call]) == [asked, {**call, "content": None}]
 
 
 @pytest.mark.parametrize("place", ["arguments", "name", "field"])
@@ -69,5 +85,4 @@ def test_what_a_call_spells_is_flagged_as_what_a_content_spells_is(place):
     plain = encoder.completions(OPENAI, ["Here."])[0]
     assert SPELLED not in plain.flags
     assert found.ids.count(chat.end_of_turn_id) == plain.ids.count(chat.end_of_turn_id)
-    with pytest.raises(ConversationError):
-        encoder.messages([USER, call])
+    assert SPELLED in encoder.messages([USER, call]).flags
