@@ -101,3 +101,30 @@ def test_variants_are_behind_the_token(service):
     assert client.post(PATH, json={}).status_code == 401
     assert client.get(PATH).status_code == 401
     assert client.delete(f"{PATH}/x").status_code == 401
+
+
+def test_a_broken_file_is_no_variant_and_costs_nobody_else_an_answer(served, tmp_path, caplog):
+    service, client = started(served, tmp_path)
+    assert client.post(PATH, json={"name": "good", "weights": edit_of(served, range(1, 96, 2))}).status_code == 200
+    (tmp_path / "bad.json").write_text('{"weights": [{"latent"')
+    (tmp_path / "no name.json").write_text(json.dumps({"weights": edit_of(served, [3])}))
+    (tmp_path / "other.json").write_text(json.dumps({"weights": [{"latent": 0, "before": 123.0, "after": 0.0}]}))
+    body = {"items": [{"prompt": PROMPT, "completions": ANSWERS}], "variants": ["bad"]}
+    assert client.post("/v1/rewards", json=body).status_code == 404
+    assert rewards(client, "good") != rewards(client, "base")
+    assert [one["name"] for one in client.get(PATH).json()["variants"]] == ["base", "even_off", "good"]
+    assert client.delete(f"{PATH}/bad").status_code == 200
+    assert client.post(PATH, json={"name": "other", "weights": edit_of(served, range(96))}).status_code == 200
+    assert rewards(client, "other") != rewards(client, "base")
+    service.close()
+
+
+def test_a_variant_that_another_server_exchanged_is_read_again(served, tmp_path):
+    (one, first), (other, second) = started(served, tmp_path), started(served, tmp_path)
+    assert first.post(PATH, json={"name": "x", "weights": edit_of(served, range(1, 96, 2))}).status_code == 200
+    assert rewards(first, "x") == rewards(second, "x")
+    assert first.delete(f"{PATH}/x").status_code == 200
+    assert first.post(PATH, json={"name": "x", "weights": edit_of(served, [3])}).status_code == 200
+    assert rewards(first, "x") == rewards(second, "x")
+    one.close()
+    other.close()

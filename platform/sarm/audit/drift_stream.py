@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float64, Int64
 from numpy.typing import NDArray
 
 from sarm.audit.drift import SIGNALS, Shifts, Sums, decomposed, sums_of, together
-from sarm.audit.rank_martingales import FIRST_STEPS, RankMartingales
+from sarm.audit.rank_martingales import FIRST_STEPS, MAX_STEPS, RankMartingales
 
 LEVEL = 0.05
 """Chance that a run in which nothing changes ever alarms, at most."""
@@ -70,8 +70,9 @@ class DriftStream:
         self.num_steps: int = 0
         self.num_answers, self.last_step = 0, -1
         self.alarms: list[Alarm] = []
-        self.history: list[dict[str, float]] = []
-        """The figures of every step."""
+        self.history: deque[dict[str, float]] = deque(maxlen=MAX_STEPS)
+        """The figures of the latest steps."""
+        self._first_figures: list[dict[str, float]] = []
         self._martingales = RankMartingales(self._num + len(SIGNALS), self._seed)
         self._first: list[Sums] = []
         self._baseline = sums_of([])
@@ -92,10 +93,12 @@ class DriftStream:
         missing = [self._num + place for place, name in enumerate(SIGNALS) if name not in signals]
         self._martingales.add(streams_M, values_M, missing)
         self.num_steps, self.num_answers, self.last_step = self.num_steps + 1, self.num_answers + sums.num, step
-        self.history.append({"step": float(step), "answers": float(sums.num), **signals})
+        figures = {"step": float(step), "answers": float(sums.num), **signals}
+        self.history.append(figures)
         self._recent.append(sums)
         if self.num_steps <= FIRST_STEPS:
             self._first.append(sums)
+            self._first_figures.append(figures)
             if self.num_steps == FIRST_STEPS:
                 self._baseline, self._first = together(self._first), []
                 self._is_known_H = self._martingales.has_moved.copy()
@@ -126,9 +129,10 @@ class DriftStream:
         """Each figure over the baseline and over the last steps, with the evidence against there being no change."""
         evidence_H = np.log(self._martingales.evidence)
         found = {}
+        latest = list(self.history)[-RECENT_STEPS:]
         for place, name in enumerate(SIGNALS):
-            before = [one[name] for one in self.history[:FIRST_STEPS] if name in one]
-            now = [one[name] for one in self.history[-RECENT_STEPS:] if name in one]
+            before = [one[name] for one in self._first_figures if name in one]
+            now = [one[name] for one in latest if name in one]
             if before and now:
                 mean, recent = float(np.mean(before)), float(np.mean(now))
                 found[name] = {"baseline": mean, "now": recent, "evidence": float(evidence_H[self._num + place])}

@@ -14,7 +14,7 @@ from sarm.client import Answer, RewardClient, RewardError, Rewards
 
 SOURCE, TOKEN = "SARM_REWARDS", "SARM_REWARDS_TOKEN"
 Message = Mapping[str, Any]
-_SENT = ("role", "content", "name", "tool_calls", "tool_call_id")
+_SENT = ("role", "content", "name", "tool_calls", "tool_call_id", "tools")
 
 
 def open_rewards(source: str | Path | None = None, *, token: str | None = None, **options: Any) -> Rewards:
@@ -43,7 +43,7 @@ def plain(messages: str | Sequence[Message], role: str = "user") -> list[dict[st
     """Messages as the server takes them, with their names and calls of tools; a string is what `role` says."""
     if isinstance(messages, str):
         return [{"role": role, "content": messages}]
-    return [{name: one[name] for name in _SENT if name in ("role", "content") or one.get(name)} for one in messages]
+    return [{name: one.get(name) for name in _SENT if name in ("role", "content") or one.get(name)} for one in messages]
 
 
 def item_of(

@@ -262,7 +262,9 @@ def _ready(service: Service) -> Callable[[Request], Any]:
 
 def _metrics(service: Service) -> Callable[[Request], Any]:
     async def metrics(_: Request) -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        # Gauges of the watch wait for it while it writes a step.
+        text = await asyncio.to_thread(service.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return metrics
 

@@ -65,7 +65,7 @@ def content(service: Service, key: Key, watched: Watched, top: int) -> dict[str,
         "alarms": alarms,
         "suspects": [{"latent": latent, "name": names.of(latent), "contexts": names.contexts(latent, _CONTEXTS)} for latent in first],
         "answer": _answering(service, key, first, weight_S),
-        "history": stream.history,
+        "history": list(stream.history),
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from sarm.data.sources.conversations import ConversationError, Message, fault_of_content
+from sarm.data.sources.tool_turns import ToolFault, more_of, texts_in
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.data.tokens.written_turns import ForeignTextError, Read
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
@@ -70,9 +71,7 @@ class Encoder:
         if is_shorter and any(not one.num_truncated for one in tokens):
             # A text of such long words that what was dropped would have had room.
             tokens, is_shorter = self._chat.encode_responses(given, list(completions)), False
-        of_prompt = self._flags_of([message["content"] or "" for message in given])
-        if TEMPLATED in of_prompt and self._on_foreign == "refuse":
-            raise ConversationError("a message of the prompt is a conversation in some template already, and would be templated twice. Send its messages.", TEMPLATED)  # fmt: skip
+        of_prompt = self._flags_of_prompt(given)
         cut_off = truncated or [False] * len(completions)
         return [
             Encoded(
@@ -91,9 +90,22 @@ class Encoder:
             last = messages[-1].get("role") if messages else "nothing"
             raise ConversationError(f"the conversation ends with {str(last)[:40]}, expected the assistant's turn, which is what is rewarded.", "no_answer")  # fmt: skip
         content = messages[-1].get("content")
+        if content is None and messages[-1].get("tool_calls"):
+            content = ""
         if not isinstance(content, str):
             raise ConversationError("the message of assistant has no text as its content. Pass a string.", "not_text")
-        return self.completions(messages[:-1], [content], [is_truncated])[0]
+        try:
+            more = more_of(messages[-1])
+        except ToolFault as fault:
+            raise ConversationError("the answer has calls or tools that cannot be read. Write them as OpenAI's API does.", str(fault)) from fault  # fmt: skip
+        if more.keys() <= {"name"}:
+            return self.completions(messages[:-1], [content], [is_truncated])[0]
+        # Calls are a part of the answer, which the template alone can write.
+        (tokens,) = self._chat.encode([messages])
+        flags = dict.fromkeys([*self._flags_of_prompt(messages[:-1]), *self._flags_of([content]), *self._flags_beside(messages[-1:])])  # fmt: skip
+        return Encoded(
+            tokens.ids, self._prompt_tokens(tokens.ids), tokens.num_truncated > 0, is_truncated, tuple(flags)
+        )
 
     def text(self, text: str, prompt: str | None = None) -> Encoded:
         """A rendered conversation, whose `prompt` may be known.
@@ -167,6 +179,17 @@ class Encoder:
             if ids[end - 1] == self._opening[-1] and tuple(ids[end - size : end]) == self._opening:
                 return end
         return 0
+
+    def _flags_of_prompt(self, messages: Sequence[Message]) -> list[str]:
+        """Flags of messages that have been checked. Raises ConversationError `already_templated`."""
+        found = self._flags_of([message.get("content") or "" for message in messages])
+        if TEMPLATED in found and self._on_foreign == "refuse":
+            raise ConversationError("a message of the prompt is a conversation in some template already, and would be templated twice. Send its messages.", TEMPLATED)  # fmt: skip
+        return list(dict.fromkeys([*found, *self._flags_beside(messages)]))
+
+    def _flags_beside(self, messages: Sequence[Message]) -> list[str]:
+        beside = [text for message in messages for text in texts_in(more_of(message))]
+        return [SPELLED] if self._chat.spelled_in(beside).control_tokens else []
 
     def _flags_of(self, contents: Sequence[str]) -> list[str]:
         spelled = self._chat.spelled_in(contents)

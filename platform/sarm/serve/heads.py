@@ -38,7 +38,11 @@ class Heads:
             raise UserError(f"{name[:64]!r} cannot name a variant: it is taken, or no letters, digits, dots and dashes. Pass another NAME=FILE.")  # fmt: skip
         if len(edit.latent) and not 0 <= edit.latent.min() <= edit.latent.max() < self.num_latents:
             raise UserError(f"the edit {name} is of latents that this model with {self.num_latents} does not have. Pass the SARM that it names.")  # fmt: skip
-        self._weights[name] = edit.applied(self._weights[BASE]).astype(np.float32)
+        with np.errstate(over="ignore"):
+            weight_S = edit.applied(self._weights[BASE]).astype(np.float32)
+        if not np.isfinite(weight_S).all():
+            raise UserError(f"the edit {name} has weights that float32 cannot hold. Pass smaller ones.")
+        self._weights[name] = weight_S
 
     def remove(self, name: str) -> None:
         """Forget a variant."""

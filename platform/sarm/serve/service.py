@@ -16,7 +16,8 @@ from sarm.serve.heads import BASE, Heads
 from sarm.serve.metrics import Metrics
 from sarm.serve.names import Names
 from sarm.serve.variant_routes import Variants
-from sarm.serve.watch import Origin, Seen, Watch
+from sarm.serve.watch import Origin, Watch
+from sarm.serve.watched_answers import Seen
 
 _ENCODING_THREADS = 2
 OnTruncated = Literal["close", "refuse", "penalise"]

@@ -15,24 +15,26 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int32
 from numpy.typing import NDArray
 
 from sarm.audit.drift import Answer, signals_of, sums_of
 from sarm.audit.drift_stream import RECENT_STEPS, Alarm, DriftStream, suspects
-from sarm.passes.reader import Reading
-from sarm.serve.encoding import SPELLED, Encoded
 from sarm.serve.heads import BASE, Heads
 from sarm.serve.schemas import DEFAULT_RUN, DEFAULT_SPLIT, Query
 from sarm.serve.watch_store import Kept, WatchStore
+from sarm.serve.watched_answers import Seen, answer_of, term_of
 
 log = logging.getLogger("sarm.serve")
 MAX_STREAMS = 64
 _OPEN_STEPS = 2
-# Answers whose texts an alarm can still show, and how many it shows of each latent.
-_SHOWABLE, _SHOWN, _SUSPECTS = 1024, 5, 3
-# What waits for the thread: beyond it, answers go unwatched, and are counted.
-_MAX_WAITING = 10_000
+# A step of more answers is ended: a run that names the same step for ever would fill the memory.
+_STEP_ANSWERS = 16_384
+# Answers whose texts an alarm can still show, how many of their last tokens, and how many answers it shows of each latent.
+_SHOWABLE, _SHOWN_TOKENS, _SHOWN, _SUSPECTS = 1024, 512, 5, 3
+# Answers that wait for the thread: beyond them, others go unwatched, and are counted.
+_MAX_WAITING = 16_384
+_RESTORE_SECONDS = 10.0
 
 
 class Key(NamedTuple):
@@ -55,14 +57,6 @@ class Origin:
     variants: tuple[str, ...] = (BASE,)
 
 
-class Seen(NamedTuple):
-    """An answer that was read. `name` is the same for a request that is sent again; None if nothing says so."""
-
-    name: str | None
-    encoded: Encoded
-    reading: Reading
-
-
 @dataclass
 class Watched:
     """A stream with its open steps."""
@@ -70,8 +64,8 @@ class Watched:
     stream: DriftStream
     steps: "OrderedDict[int, list[Answer]]" = field(default_factory=OrderedDict)
     names: dict[int, set[str]] = field(default_factory=dict)
-    shown: deque[tuple[int, Answer, Sequence[int]]] = field(default_factory=lambda: deque(maxlen=_SHOWABLE))
-    """The latest answers, with their steps and token ids."""
+    shown: deque[tuple[int, Answer, Int32[NDArray[np.int32], " tokens"]]] = field(default_factory=lambda: deque(maxlen=_SHOWABLE))  # fmt: skip
+    """The latest answers, with their steps and last token ids."""
     rollouts: list[dict[str, Any]] = field(default_factory=list)
     """Of each alarm, by its place: what its latents are driven by."""
 
@@ -99,7 +93,9 @@ class Watch:
         self._silent_S, self._store = silent_S, store
         self._streams: OrderedDict[Key, Watched] = OrderedDict()
         self._lock = threading.Lock()
-        self._waiting: queue.Queue[tuple[Origin, Sequence[Seen]] | None] = queue.Queue(_MAX_WAITING)
+        self._waiting: queue.Queue[tuple[Origin, Sequence[Seen]] | None] = queue.Queue()
+        self._num_waiting, self._counting = 0, threading.Lock()
+        self._restored = threading.Event()
         self.publish: Publish | None = None
         self.num_alarms = self.num_unwatched = 0
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -107,19 +103,21 @@ class Watch:
 
     def note(self, origin: Origin, seen: Sequence[Seen]) -> None:
         """Take answers; never waits."""
-        try:
-            self._waiting.put_nowait((origin, seen))
-        except queue.Full:
-            self.num_unwatched += len(seen)
+        with self._counting:
+            if self._num_waiting + len(seen) > _MAX_WAITING:
+                self.num_unwatched += len(seen)
+                return
+            self._num_waiting += len(seen)
+        self._waiting.put((origin, seen))
 
     def close(self) -> None:
         """End the thread, after what waits."""
-        with contextlib.suppress(queue.Full):
-            self._waiting.put(None, timeout=1)
-            self._thread.join(10)
+        self._waiting.put(None)
+        self._thread.join(10)
 
     def settled(self) -> None:
         """Wait until everything that came before is counted."""
+        self._restored.wait()
         self._waiting.join()
 
     def streams(self) -> dict[Key, Watched]:
@@ -129,7 +127,8 @@ class Watch:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Mapping[Key, Watched]]:
-        """Keep the streams as they are while the body reads them."""
+        """Keep the streams as they are while the body reads them; soon after a start, once those of before are there."""
+        self._restored.wait(_RESTORE_SECONDS)
         with self._lock:
             yield self._streams
 
@@ -152,6 +151,7 @@ class Watch:
 
     def _run(self) -> None:
         self._restore()
+        self._restored.set()
         while True:
             entry = self._waiting.get()
             try:
@@ -160,22 +160,27 @@ class Watch:
                 self._take(*entry)
             # Not even a full disk or a mistake of ours may cost anybody a reward.
             except Exception as error:
-                self.num_unwatched += len(entry[1]) if entry else 0
+                self._pass_over(len(entry[1]) if entry else 0)
                 log.error("the watch failed with %s", type(error).__name__)
                 log.debug("traceback", exc_info=error)
             finally:
+                with self._counting:
+                    self._num_waiting -= len(entry[1]) if entry else 0
                 self._waiting.task_done()
+
+    def _pass_over(self, num: int) -> None:
+        with self._counting:
+            self.num_unwatched += num
 
     def _restore(self) -> None:
         try:
-            for key, kept in self._store.load() if self._store is not None else ():
-                if key[2] != self._model:
-                    continue
+            known = [
+                Key(*key) for key in (self._store.keys() if self._store is not None else ()) if key[2] == self._model
+            ]
+            for key in known[-MAX_STREAMS:]:
+                watched = self._read_again(key)
                 with self._lock:
-                    watched = self._streams[Key(*key)] = self._new(Key(*key))
-                    for step in kept:
-                        watched.stream.add(*step)
-                    watched.rollouts = self._store.rollouts(key) if self._store is not None else []
+                    self._streams[key] = watched
         except Exception as error:
             log.error("what the watch has kept cannot be read: %s", type(error).__name__)
             log.debug("traceback", exc_info=error)
@@ -184,6 +189,15 @@ class Watch:
         seed = int.from_bytes(hashlib.sha256("\x1f".join(key).encode()).digest()[:4], "big")
         return Watched(DriftStream(self._heads.num_latents, seed=seed))
 
+    def _read_again(self, key: Key) -> Watched:
+        """A stream as the folder keeps it, from before a restart or since others took its place; a new one where it keeps none."""
+        watched = self._new(key)
+        if self._store is not None:
+            for step in self._store.steps(key):
+                watched.stream.add(*step)
+            watched.rollouts = self._store.rollouts(key)
+        return watched
+
     def _take(self, origin: Origin, seen: Sequence[Seen]) -> None:
         finished: list[tuple[Key, Watched]] = []
         with self._lock:
@@ -191,14 +205,15 @@ class Watch:
                 if variant not in self._heads.names:
                     continue
                 key = Key(origin.run, origin.split, self._model, variant)
-                watched = self._streams.pop(key, None) or self._new(key)
+                watched = self._streams.pop(key, None) or self._read_again(key)
                 self._streams[key] = watched
                 while len(self._streams) > MAX_STREAMS:
                     self._streams.popitem(last=False)
                 step = origin.step if origin.step is not None else watched.stream.last_step + 1
                 self._open(watched, step, variant, seen)
-                is_full = origin.step is None and len(watched.steps.get(step, ())) >= self._step_answers
-                while len(watched.steps) > (0 if is_full else _OPEN_STEPS):
+                most = self._step_answers if origin.step is None else _STEP_ANSWERS
+                full = max((number for number, answers in watched.steps.items() if len(answers) >= most), default=-1)
+                while len(watched.steps) > _OPEN_STEPS or next(iter(watched.steps), full + 1) <= full:
                     self._finish(key, watched)
                     finished.append((key, watched))
         for key, watched in finished:
@@ -217,8 +232,12 @@ class Watch:
                 continue
             names |= {one.name} if one.name is not None else set()
             answer = answer_of(one, self._heads, variant)
+            # An edited weight may be so large that a contribution is infinite, and so would be every figure from then on.
+            if not np.isfinite(answer.reward):
+                self._pass_over(1)
+                continue
             own.append(answer)
-            watched.shown.append((step, answer, one.encoded.ids))
+            watched.shown.append((step, answer, np.asarray(one.encoded.ids[-_SHOWN_TOKENS:], np.int32)))
 
     def _finish(self, key: Key, watched: Watched) -> None:
         step, answers = watched.steps.popitem(last=False)
@@ -243,34 +262,14 @@ class Watch:
         late = [(answer, ids) for step, answer, ids in watched.shown if step > alarm.step - RECENT_STEPS]
         for latent in [one.latent for one in alarm.latents][:_SUSPECTS] or suspects(watched.stream, _SUSPECTS):
             sign = -1 if paid.get(latent, 0.0) < 0 else 1
-            terms = [(sign * _term(answer, latent), place) for place, (answer, _) in enumerate(late)]
+            terms = [(sign * term_of(answer, latent), place) for place, (answer, _) in enumerate(late)]
             for term, place in sorted(terms, key=lambda pair: -pair[0])[:_SHOWN]:
                 if term > 0:
                     answer, ids = late[place]
-                    found.append({"latent": latent, "contribution": sign * term, "reward": answer.reward, "text": self._decode(ids)})  # fmt: skip
+                    found.append({"latent": latent, "contribution": sign * term, "reward": answer.reward, "text": self._decode(ids.tolist())})  # fmt: skip
         return found
 
 
 def origin_of(query: Query) -> Origin:
     """What the address of a request says of it."""
     return Origin(query.run, query.split, query.step, (query.variant,))
-
-
-def answer_of(seen: Seen, heads: Heads, variant: str) -> Answer:
-    """An answer as the watch sees it, under one head."""
-    encoded, reading = seen.encoded, seen.reading
-    prompt = np.asarray(encoded.ids[: encoded.prompt_tokens], np.int64).tobytes()
-    return Answer(
-        latents=reading.latents,
-        contributions=heads.terms(variant, reading),
-        prompt=hashlib.blake2b(prompt, digest_size=12).hexdigest(),
-        tokens=len(encoded.ids) - encoded.prompt_tokens,
-        is_truncated=encoded.is_truncated,
-        is_cut=encoded.is_cut,
-        is_injected=SPELLED in encoded.flags,
-        unexplained=reading.unexplained,
-    )
-
-
-def _term(answer: Answer, latent: int) -> float:
-    return float(answer.contributions[answer.latents == latent].sum())

@@ -62,11 +62,15 @@ class WatchStore:
         found: list[dict[str, Any]] = read_json(path) if path.exists() else []
         return found
 
-    def load(self) -> Iterator[tuple[Names, Iterator[Kept]]]:
-        """Every stream with its steps in order; a step that is torn is the last that is read of its stream."""
-        for path in sorted(self._folder.glob(f"*/{_ABOUT}")):
-            about = read_json(path)
-            yield (about["run"], about["split"], about["model"], about["variant"]), _steps(path.parent)
+    def keys(self) -> list[Names]:
+        """Every stream, the latest to have been written last."""
+        found = sorted(self._folder.glob(f"*/{_ABOUT}"), key=lambda path: (path.parent.stat().st_mtime_ns, path))
+        read = [read_json(path) for path in found]
+        return [(about["run"], about["split"], about["model"], about["variant"]) for about in read]
+
+    def steps(self, key: Sequence[str]) -> Iterator[Kept]:
+        """The steps of a stream in order. One that is torn, or behind the one before, ends them: it is left of an earlier run."""
+        return _steps(self._of(key))
 
     def forget(self, key: Sequence[str]) -> None:
         """Delete a stream."""
@@ -79,6 +83,7 @@ class WatchStore:
 
 
 def _steps(folder: Path) -> Iterator[Kept]:
+    last = -1
     for path in sorted(folder.glob("*.npz")):
         try:
             with np.load(path, allow_pickle=False) as found:
@@ -88,4 +93,7 @@ def _steps(folder: Path) -> Iterator[Kept]:
                 kept = Kept(int(found["step"]), sums, signals)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return
+        if kept.step <= last:
+            return
+        last = kept.step
         yield kept

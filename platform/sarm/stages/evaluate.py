@@ -32,6 +32,7 @@ from sarm.interpret.attribution import check_completeness, feature_table
 from sarm.interpret.contexts import strongest_texts
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.nn.sae import Sae
+from sarm.passes.models import sarm_settings
 from sarm.passes.pair_scores import PairScores
 from sarm.passes.reader import Reader
 from sarm.settings.checks import UserError
@@ -161,9 +162,6 @@ def score_heldout(session: Session, extraction: ExtractionSettings, name: str, f
     """PAIR_SCORES of the held-out pairs by the reward model `name` of the session, kept in `folder`."""
     say(f"evaluate: scoring held-out pairs with {name}")
     reward_model = session.folders.out / name
-    config = read_manifest(reward_model, SARM_FOLDER).config
-    fields = ("name", "revision", "gguf_file", "layer", "dtype", "max_length", "system_prompt", "chat_template")
-    model = ModelSettings(**{key: config[key] for key in fields if key in config})
     target = folder / f"{name}_scores"
     files = sorted(session.folders.pairs.glob("*.parquet"))
     work = Pass(
@@ -173,13 +171,7 @@ def score_heldout(session: Session, extraction: ExtractionSettings, name: str, f
         keep=functools.partial(of_split, split="heldout"),
         actor=PairScores,
         arguments={
-            "reader": Reader(
-                folder=reward_model,
-                settings=model,
-                dtype=model.dtype,
-                batch_tokens=extraction.batch_tokens,
-                tokenizer=Path(model_folder(model)),
-            )
+            "reader": reader_of(reward_model, extraction),
         },
         outputs={"scores": Output(target, PAIR_SCORES_TABLE)},
         id_columns=("pair_id", "split"),
@@ -187,6 +179,25 @@ def score_heldout(session: Session, extraction: ExtractionSettings, name: str, f
     )
     session.run_pass(work)
     return read_parts(target)
+
+
+def reader_of(folder: Path, extraction: ExtractionSettings) -> Reader:
+    """The reader of a reward model's folder, as its manifest says that it was trained; one that was imported brings its own tokenizer.
+
+    Raises UserError for a folder that is unfinished or of another kind.
+    """
+    config = read_manifest(folder, SARM_FOLDER).config
+    if "name" not in config:
+        return Reader(folder=folder, settings=sarm_settings(folder), batch_tokens=extraction.batch_tokens)
+    fields = ("name", "revision", "gguf_file", "layer", "dtype", "max_length", "system_prompt", "chat_template")
+    model = ModelSettings(**{key: config[key] for key in fields if key in config})
+    return Reader(
+        folder=folder,
+        settings=model,
+        dtype=model.dtype,
+        batch_tokens=extraction.batch_tokens,
+        tokenizer=Path(model_folder(model)),
+    )
 
 
 def _contents(scores: Path) -> dict[str, Any]:

@@ -193,19 +193,21 @@ def _readable(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _facts(manifests: dict[str, Manifest], metrics: dict[str, Any]) -> dict[str, Any]:
     sarm, sae, pairs = manifests["sarm"], manifests["sae"], manifests["pairs"]
+    # A SARM that was imported says neither its model nor how it was trained.
+    trained_on = sarm.counts.get("figures", {})
     return {
-        "model": sarm.config["name"],
+        "model": sarm.config.get("name", sarm.config.get("imported")),
         "layer": sarm.config["layer"],
         "d_sae": sae.config["d_sae"],
         "k": sae.config["k"],
-        "training pairs": sarm.counts["figures"]["num_pairs"],
-        "training prompts": sarm.counts["figures"]["num_prompts"],
+        "training pairs": trained_on.get("num_pairs"),
+        "training prompts": trained_on.get("num_prompts"),
         "held-out pairs": metrics["sarm"].get("num_pairs"),
         "held-out prompts": metrics["sarm"].get("num_prompts"),
         "split": f"prompts whose hash falls in the first {pairs.config['heldout_share']:.0%}",
         # An evaluation that says none is older than the second.
         "protocol version": metrics.get("protocol_version", 1),
-        "ZeRO stage": sarm.config["zero_stage"],
+        "ZeRO stage": sarm.config.get("zero_stage"),
         "code": sarm.git_commit[:12],
     }
 

@@ -197,7 +197,8 @@ class MlflowDrift:
         if name not in self._trackers:
             from sarm.engine.mlflow.tracker import Tracker
 
-            run = _run(self._settings)
+            # A folder of its own: a tracker ends what is left running of its folder.
+            run = _run(self._settings, name)
             path = run.out.parent / _RUNS
             ids: dict[str, str] = read_json(path) if path.exists() else {}
             tracker = Tracker(run, name, ids.get(name))
@@ -206,7 +207,7 @@ class MlflowDrift:
         return self._trackers[name]
 
 
-def _run(settings: Serving) -> RunSettings:
+def _run(settings: Serving, name: str = "") -> RunSettings:
     folder: Path | None = settings.drift_folder
     assert folder is not None
-    return RunSettings(out=folder / "mlflow", mlflow_uri=settings.mlflow_uri, experiment=settings.experiment)
+    return RunSettings(out=folder / "mlflow" / name, mlflow_uri=settings.mlflow_uri, experiment=settings.experiment)

@@ -11,6 +11,8 @@ from typing import Any
 
 MORE = "more"
 _FIELDS = ("name", "tool_calls", "tool_call_id", "tools")
+# Of lists and objects within each other: deeper ones take a template, and what reads them, to the end of its stack.
+_MAX_DEPTH = 64
 
 
 class ToolFault(ValueError):  # noqa: N818 - a reason word on its way to a Reject
@@ -84,14 +86,15 @@ def _normal(given: Mapping[str, Any]) -> dict[str, Any]:
 def _calls(given: Any) -> list[dict[str, Any]]:
     calls = []
     for one in given if isinstance(given, list) else [given]:
-        one = _without_nulls(one)
+        one = _without_nulls(one, "bad_tool_call")
         said = one.get("function", one) if isinstance(one, dict) else None
         if not isinstance(said, dict) or not isinstance(said.get("name"), str) or not said["name"].strip():
             raise ToolFault("bad_tool_call")
         arguments = said.get("arguments", said.get("parameters", {}))
         if isinstance(arguments, str):
+            # What is no JSON, or too deep, stays the text that it is.
             with contextlib.suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments)
+                arguments = _shallow(json.loads(arguments), "bad_tool_call")
         call_id = {"id": one["id"]} if isinstance(one.get("id"), str) else {}
         calls.append({**call_id, "type": "function", "function": {"name": said["name"], "arguments": arguments}})
     if not calls:
@@ -100,7 +103,7 @@ def _calls(given: Any) -> list[dict[str, Any]]:
 
 
 def _tools(given: Any) -> list[dict[str, Any]]:
-    tools = _without_nulls(_decoded(given, "bad_tools")) or []
+    tools = _without_nulls(_decoded(given, "bad_tools"), "bad_tools") or []
     found = []
     for one in tools if isinstance(tools, list) else [tools]:
         said = one.get("function", one) if isinstance(one, dict) else None
@@ -119,8 +122,22 @@ def _decoded(value: Any, reason: str) -> Any:
         raise ToolFault(reason) from error
 
 
-def _without_nulls(value: Any) -> Any:
-    """Without fields that are null: tables with columns give every tool the parameters of all."""
+def _without_nulls(value: Any, reason: str) -> Any:
+    """Without fields that are null: tables with columns give every tool the parameters of all. Raises ToolFault `reason` for what is too deep."""
+    return _cleaned(_shallow(value, reason))
+
+
+def _cleaned(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(name): _without_nulls(one) for name, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {str(name): _cleaned(one) for name, one in value.items() if one is not None}
+    return [_cleaned(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _shallow(value: Any, reason: str) -> Any:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = [one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, (Mapping, list, tuple))]  # fmt: skip
+        level = [one for own in inner for one in own]
+        if not level:
+            return value
+    raise ToolFault(reason)
