@@ -215,3 +215,26 @@ def test_taking_every_mask_twice_is_taking_it_once(family_folder):
     for _ in range(2):
         takes_every_mask_(model)
     assert model.config._attn_implementation == "sarm_sdpa"
+
+
+@pytest.mark.parametrize("around", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_flex_attention_is_tried_forward_and_backward_whatever_pass_comes_first(around, monkeypatch):
+    backward: list[str] = []
+
+    def masked(module, q, k, v, mask, *, scaling):
+        q.register_hook(lambda _: backward.append("q"))
+        rows = torch.arange(q.shape[2])
+        seen = mask.mask_mod(torch.zeros(1, 1, dtype=torch.long), 0, rows[:, None], rows[None, :])
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling)
+        return found.transpose(1, 2), None
+
+    monkeypatch.setattr(attention, "flex_attention_forward", masked)
+    attention._tried.cache_clear()
+    with around():
+        works = attention._tried(4, 2, 16, torch.device("cpu"), torch.float32)
+        assert torch.is_grad_enabled() == (around is torch.enable_grad)
+    attention._tried.cache_clear()
+    assert works
+    assert backward == ["q"]

@@ -115,7 +115,10 @@ def flex_works(model: "PreTrainedModel", device: torch.device) -> bool:
     return _tried(heads, getattr(config, "num_key_value_heads", None) or heads, d_head, device, dtype)
 
 
+# The first pass of a process is often one without gradients, in which no backward pass can be tried.
 @functools.cache
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _tried(heads: int, key_heads: int, d_head: int, device: torch.device, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     length = 2 * _BLOCK + 1
