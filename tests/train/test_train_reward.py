@@ -24,10 +24,11 @@ from sarm.nn.pretrained import load_backbone
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.reward import RewardSettings
-from sarm.train.objective import Objective
-from sarm.train.reward import RewardTraining, _backward, parameter_groups, train_reward
+from sarm.train.dense_latents import RecentFiring
+from sarm.train.objective import Objective, objective_of
+from sarm.train.reward import RewardTraining, _backward, _forward, parameter_groups, train_reward
 from sarm.train.reward_batches import busy_share, cut_into_steps, deal, who_waits
-from sarm.train.reward_checks import LossGuard
+from sarm.train.reward_checks import LossGuard, Sums
 from sarm.train.reward_engine import LocalEngine
 
 ROW_TOKENS, END = 256, 1
@@ -462,3 +463,16 @@ def test_a_start_says_when_a_step_has_too_few_pairs_for_its_workers(batch_pairs,
         said,
     ]
     assert all(word in found for word in words) if said else found == ""
+
+
+def test_what_a_rank_without_work_repeats_is_counted_nowhere(untrained, groups):
+    model, firing = copy.deepcopy(untrained), RecentFiring(untrained.config.d_sae)
+    engine = LocalEngine(model, parameter_groups(model, CONFIG), CONFIG.max_grad_norm)
+    one = groups[0]._replace(pairs=groups[0].pairs[:1])
+    (idle,) = next(share for share in deal([one], 2, ROW_TOKENS, 4096) if not share[0].groups)
+    outcome, loss = _forward(engine, idle, 0, objective_of(CONFIG), firing)
+    firing.end_step(torch.device("cpu"))
+    assert firing.state()["num_seen"] == 0
+    assert (outcome.pair_ids, Sums.of([outcome]).tokens) == ([], 0)
+    loss.backward()
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
