@@ -60,9 +60,9 @@ def test_blocks_give_what_a_whole_mask_gives(
 
         own = [x.detach().requires_grad_(not ON_CORES) for x in inputs]
         with torch.compiler.set_stance("force_eager" if ON_CORES else "default"):
-            output, _ = flex_attention_forward(
-                torch.nn.Identity(), *own, block_mask(positions, segments, window), scaling=width**-0.5
-            )
+            q, k, v = own
+            mask = block_mask(positions, segments, window)
+            output, _ = flex_attention_forward(torch.nn.Identity(), q, k, v, mask, scaling=width**-0.5)
         found = with_gradients(output.transpose(1, 2), own, weights, segments >= 0)
         for ours, whole, exact in zip(found, plain(dtype), plain(torch.float64), strict=True):
             # No further from float64 than three times what the same dtype gives with a whole mask.

@@ -55,7 +55,14 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_with(tmp_path):
     )
 
 
-@pytest.mark.parametrize("place", ["sarm", "training/sarm/step-000000042"], ids=["finished", "begun"])
+PLACES = {
+    "sarm/manifest.json": ("config",),
+    "training/sarm/step-000000042/manifest.json": ("identity", "config"),
+    "sweep.json": ("reward",),
+}
+
+
+@pytest.mark.parametrize("place", PLACES, ids=["finished", "begun", "swept"])
 @pytest.mark.parametrize(("began_on", "goes_on_on"), [(8, 1), (1, 8), (8, 0)])
 def test_a_training_keeps_dtype_and_stage_on_another_number_of_gpus(place, began_on, goes_on_on, tmp_path):
     def of(gpus):
@@ -65,9 +72,11 @@ def test_a_training_keeps_dtype_and_stage_on_another_number_of_gpus(place, began
 
     began = of(began_on)
     about = {"precision": began.precision, "zero_stage": began.zero_stage}
-    (tmp_path / place).mkdir(parents=True)
-    said = {"config": about} if place == "sarm" else {"identity": {"config": about}}
-    (tmp_path / place / "manifest.json").write_text(json.dumps(said))
+    said = about
+    for key in reversed(PLACES[place]):
+        said = {key: said}
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text(json.dumps(said))
     found = of(goes_on_on)
     assert {"precision": found.precision, "zero_stage": found.zero_stage} == about
 

@@ -86,6 +86,7 @@ def _fit_reward(
     workers = machine.workers(config.run.num_workers)
     # It was raised to where the model fitted then: another one would be another training, whose states and folder are refused.
     made = _trained_with(folders, "zero_stage")
+    made = _swept_in(config.run.out, "reward", "zero_stage") if made is None else made
     is_made = isinstance(made, int) and made >= reward.zero_stage
     budget = training_budget(
         device,
