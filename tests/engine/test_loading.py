@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sarm.engine.ray import loading as module
@@ -34,6 +35,30 @@ def test_signs_come_while_a_load_gets_anywhere(
             seen |= {path.read_text() for path in (tmp_path / "signs").glob(f"{LOADING}*.json")}
     assert (len(seen) > 3) == lives, seen
     assert not list((tmp_path / "signs").iterdir()), "what is loaded leaves no sign"
+
+
+@pytest.mark.parametrize("error", [psutil.AccessDenied, AttributeError])
+def test_a_system_that_does_not_tell_what_is_read_shows_what_computes(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(_: psutil.Process) -> None:
+        raise error
+
+    monkeypatch.setattr(psutil.Process, "io_counters", refuses)
+    monkeypatch.setattr(module, "_BEAT_SECONDS", 0.1)
+    (sign,) = _signs_of(tmp_path)
+    assert int(sign) > 0
+
+
+def _signs_of(folder: Path) -> set[str]:
+    """The last sign of a second's computing."""
+    last = set()
+    with loading(folder):
+        ended = time.monotonic() + 1
+        while time.monotonic() < ended:
+            computes(folder)
+            last = {path.read_text() for path in folder.glob(f"{LOADING}*.json")} or last
+    return last
 
 
 def test_before_the_first_block_the_longer_limit_holds_whatever_an_earlier_run_left(

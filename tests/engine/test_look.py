@@ -8,10 +8,11 @@ import torch
 from sarm.engine.ray import device
 from sarm.engine.ray.card import Card
 from sarm.engine.ray.device import card_here
-from sarm.engine.ray.look import on_cards, on_cpu, why_refused
+from sarm.engine.ray.look import look_at_devices, on_cards, on_cpu, why_refused
 from sarm.engine.ray.room import Cluster, Node
 from sarm.nn import device_facts as facts_module
 from sarm.nn.device_facts import compiler, device_facts, why_no_kernels
+from sarm.settings.run import RunSettings
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -42,6 +43,14 @@ def test_a_run_without_gpus_says_so_too() -> None:
     assert look.line == f"runs on 2 CPU cores, torch {version('torch')}"
     assert set(look.tags) == {"device", "torch", "attention", "sae_backend"}
     assert "4 CPU cores on 2 nodes" in on_cpu(Cluster(nodes=(Node(2), Node(2)), is_local=False)).line
+
+
+def test_gpus_that_are_yet_to_come_are_not_called_cores() -> None:
+    run, nodes = RunSettings(use_gpu="yes", wait_for_nodes=60), (Node(4),)
+    look = look_at_devices(Cluster(nodes=nodes, is_local=False, gpus_wanted="yes"), run)
+    assert "GPUs that the cluster has yet to bring" in look.line
+    assert look.tags == {"device": "GPU"}
+    assert "4 CPU cores" in look_at_devices(Cluster(nodes=nodes, is_local=False, gpus_wanted="auto"), run).line
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Reward training on the card: every ZeRO stage in both dtypes, with and without checkpointing, beside the plain loop; its peak memory."""
 
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from sarm.nn.topk import TopKSae
 from sarm.settings.budget import USABLE_SHARE, Device, Size, pass_gb, training_budget, training_gb
 from sarm.settings.data import DataSettings
 from sarm.settings.reward import RewardSettings
+from sarm.stages.train_reward_worker import reward_moments
 from sarm.train.reward import parameter_groups, train_reward
 from sarm.train.reward_engine import LocalEngine
 
@@ -114,7 +116,7 @@ def test_every_way_to_train_is_the_plain_loop(
 
 
 @pytest.mark.usefixtures("one_process")
-def test_training_an_8b_shaped_model_takes_the_memory_that_a_dry_run_says(
+def test_an_8b_shaped_model_takes_the_memory_that_a_dry_run_says_and_gives_it_back_before_it_is_written(
     tiny_folder: Path, tiny_chat: ChatTokenizer, groups: list[PromptGroup], card: torch.device
 ) -> None:
     from transformers import AutoModel
@@ -151,6 +153,20 @@ def test_training_an_8b_shaped_model_takes_the_memory_that_a_dry_run_says(
     if not ON_CORES:
         peak = torch.cuda.max_memory_allocated(card) / 1e9
         assert peak == pytest.approx(budget.gb, rel=0.1)
+    whole = engine.whole_state()
+    engine.free_()
+    if not ON_CORES:
+        assert torch.cuda.memory_allocated(card) / 1e9 < 0.02 * budget.gb, "what training held is given back"
+        torch.cuda.reset_peak_memory_stats(card)
+    # As the stage writes it: a model of its own in float32, whose rewards' moments are measured.
+    with torch.device(card):
+        written = SarmForSequenceClassification(config, AutoModel.from_config(backbone_config, attn_implementation="sdpa"), None)  # fmt: skip
+    written.load_state_dict({**written.state_dict(), **whole})
+    moments = reward_moments(written.eval(), groups, 4096, 128, tiny_chat.pad_id, card)
+    assert all(math.isfinite(value) for value in moments)
+    if not ON_CORES:
+        held = 4 * sum(parameter.numel() for parameter in written.parameters()) / 1e9
+        assert torch.cuda.max_memory_allocated(card) / 1e9 < min(budget.gb, held + pass_gb(size(depth)._replace(weights=0), "float32", 4096) + 1)  # fmt: skip
 
 
 @pytest.mark.skipif(ON_CORES, reason="memory of a machine is not counted by tensors")

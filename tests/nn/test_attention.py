@@ -1,6 +1,7 @@
 """Attention without masks, with blocks of one and in parts, against passes over each answer alone and against whole masks."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -215,3 +216,48 @@ def test_taking_every_mask_twice_is_taking_it_once(family_folder):
     for _ in range(2):
         takes_every_mask_(model)
     assert model.config._attn_implementation == "sarm_sdpa"
+
+
+@pytest.mark.parametrize("around", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_flex_attention_is_tried_forward_and_backward_whatever_pass_comes_first(around, monkeypatch):
+    backward: list[str] = []
+
+    def masked(module, q, k, v, mask, *, scaling):
+        q.register_hook(lambda _: backward.append("q"))
+        rows = torch.arange(q.shape[2])
+        seen = mask.mask_mod(torch.arange(len(q))[:, None, None, None], 0, rows[:, None], rows[None, :])
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling)
+        return found.transpose(1, 2), None
+
+    monkeypatch.setattr(attention, "flex_attention_forward", masked)
+    attention._tried.cache_clear()
+    with around():
+        works = attention._tried(4, 2, 16, torch.device("cpu"), torch.float32)
+        assert torch.is_grad_enabled() == (around is torch.enable_grad)
+    attention._tried.cache_clear()
+    assert works
+    assert backward == ["q", "q"], "for one row, and for several of another length"
+
+
+def test_rows_of_any_shape_have_a_compiled_kernel(monkeypatch):
+    """Traced as on CUDA, and the graphs run as they are: what torch's limit of kernels leaves out would make whole scores."""
+    from transformers.integrations import flex_attention as theirs
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(flex_attention, backend=lambda graph, _: graph.forward)
+    monkeypatch.setattr(theirs, "WrappedFlexAttention", lambda _training: lambda: compiled)
+    attention.keep_every_kernel_()
+    for window, around in itertools.product((None, 50), (torch.inference_mode, torch.no_grad)):
+        for rows, length in [(1, 257), (2, 300), (1, 700), (3, 511), (5, 64), (7, 200), (1, 90), (1, 128)]:
+            segments = (torch.arange(length) // 40).repeat(rows, 1)
+            q, k, v = (torch.zeros(rows, heads, length, 16) for heads in (4, 2, 2))
+            with around():
+                mask = block_mask(torch.arange(length).expand(rows, length), segments, window)
+                theirs.flex_attention_forward(torch.nn.Identity().eval(), q, k, v, mask, scaling=0.25)
+    frames = torch._dynamo.utils.counters["frames"]
+    torch._dynamo.reset()
+    assert frames["total"] == frames["ok"] > 8

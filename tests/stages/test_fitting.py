@@ -55,6 +55,32 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_with(tmp_path):
     )
 
 
+PLACES = {
+    "sarm/manifest.json": ("config",),
+    "training/sarm/step-000000042/manifest.json": ("identity", "config"),
+    "sweep.json": ("reward",),
+}
+
+
+@pytest.mark.parametrize("place", PLACES, ids=["finished", "begun", "swept"])
+@pytest.mark.parametrize(("began_on", "goes_on_on"), [(8, 1), (1, 8), (8, 0)])
+def test_a_training_keeps_dtype_and_stage_on_another_number_of_gpus(place, began_on, goes_on_on, tmp_path):
+    def of(gpus):
+        machine = H100._replace(num_gpus=gpus) if gpus else Machine(2)
+        asked = config("sarm-4b", tmp_path)
+        return fitted(replace(asked, reward=replace(asked.reward, precision="auto")), machine).config.reward
+
+    began = of(began_on)
+    about = {"precision": began.precision, "zero_stage": began.zero_stage}
+    said = about
+    for key in reversed(PLACES[place]):
+        said = {key: said}
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text(json.dumps(said))
+    found = of(goes_on_on)
+    assert {"precision": found.precision, "zero_stage": found.zero_stage} == about
+
+
 @pytest.mark.parametrize(("gpus", "stage", "memory"), [(1, 3, "69 GB"), (8, 2, "29 GB")])
 def test_the_papers_largest_model_takes_the_stage_that_fits(gpus, stage, memory, tmp_path):
     found, lines = fitted(config("sarm-4b", tmp_path), Machine(64, gpus, "H100", gpu_memory_gb=85.0))

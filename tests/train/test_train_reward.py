@@ -24,10 +24,11 @@ from sarm.nn.pretrained import load_backbone
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.reward import RewardSettings
-from sarm.train.objective import Objective
-from sarm.train.reward import RewardTraining, _backward, parameter_groups, train_reward
+from sarm.train.dense_latents import RecentFiring
+from sarm.train.objective import Objective, objective_of
+from sarm.train.reward import RewardTraining, _backward, _forward, parameter_groups, train_reward
 from sarm.train.reward_batches import busy_share, cut_into_steps, deal, who_waits
-from sarm.train.reward_checks import LossGuard
+from sarm.train.reward_checks import LossGuard, Sums
 from sarm.train.reward_engine import LocalEngine
 
 ROW_TOKENS, END = 256, 1
@@ -411,8 +412,8 @@ def test_steps_depend_on_seed_and_epoch_alone(groups):
     assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) > 5
 
 
-def with_lengths_of_skywork(num_prompts: int) -> list[PromptGroup]:
-    """One pair a prompt; lengths are lognormal, their quantiles near those of Skywork-Reward-Preference-80K."""
+def with_drawn_lengths(num_prompts: int) -> list[PromptGroup]:
+    """One pair a prompt; the lengths of prompts and answers are drawn from lognormals, and fitted to no data set."""
     rng = np.random.default_rng(0)
     found = []
     for number in range(num_prompts):
@@ -428,7 +429,7 @@ def with_lengths_of_skywork(num_prompts: int) -> list[PromptGroup]:
 def test_a_step_takes_no_more_than_1_3_times_its_ideal_and_64_pairs_keep_8_ranks_busy(world, batch_pairs):
     """The ideal: what one rank runs shared out evenly, or the largest pair alone where that is longer."""
     busy = []
-    for step in cut_into_steps(with_lengths_of_skywork(400), batch_pairs, 0, 0)[:-1]:
+    for step in cut_into_steps(with_drawn_lengths(400), batch_pairs, 0, 0)[:-1]:
         dealt = deal(step, world, 2048, 8192)
         alone = sum(padded_tokens(micro.rows) for micro in deal(step, 1, 2048, 8192)[0])
         length = sum(max(padded_tokens(micro.rows) for micro in each) for each in zip(*dealt, strict=True))
@@ -449,8 +450,29 @@ def test_a_prompt_of_many_pairs_is_cut_where_other_ranks_would_wait_for_it():
     assert len(deal(step, 1, 2048, 8192)[0]) == 1, "alone it repeats nothing"
 
 
-@pytest.mark.parametrize(("batch_pairs", "world", "said"), [(8, 8, "--num-workers 1,"), (64, 8, ""), (64, 1, "")])
+@pytest.mark.parametrize(
+    ("batch_pairs", "world", "said"), [(8, 8, "--num-workers 1,"), (63, 8, "--num-workers 7,"), (64, 8, ""), (8, 1, "")]
+)
 def test_a_start_says_when_a_step_has_too_few_pairs_for_its_workers(batch_pairs, world, said):
     config = dataclasses.replace(CONFIG, batch_pairs=batch_pairs, batch_tokens=8192)
-    found = who_waits(with_lengths_of_skywork(400), config, 0, world, 2048)
-    assert (said in found and "busy for" in found) if said else found == ""
+    found = who_waits(with_drawn_lengths(400), config, 0, world, 2048)
+    words = [
+        f"A step of {batch_pairs} pairs for 8 workers is fewer than about 8 pairs a worker",
+        "busy for",
+        "padding",
+        said,
+    ]
+    assert all(word in found for word in words) if said else found == ""
+
+
+def test_what_a_rank_without_work_repeats_is_counted_nowhere(untrained, groups):
+    model, firing = copy.deepcopy(untrained), RecentFiring(untrained.config.d_sae)
+    engine = LocalEngine(model, parameter_groups(model, CONFIG), CONFIG.max_grad_norm)
+    one = groups[0]._replace(pairs=groups[0].pairs[:1])
+    (idle,) = next(share for share in deal([one], 2, ROW_TOKENS, 4096) if not share[0].groups)
+    outcome, loss = _forward(engine, idle, 0, objective_of(CONFIG), firing)
+    firing.end_step(torch.device("cpu"))
+    assert firing.state()["num_seen"] == 0
+    assert (outcome.pair_ids, Sums.of([outcome]).tokens) == ([], 0)
+    loss.backward()
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())

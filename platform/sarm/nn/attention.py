@@ -29,6 +29,9 @@ DENSE_TOKENS = 2048
 """A whole mask of a longer row would take more memory than its activations."""
 _BLOCK = 128
 _QUERIES_A_PART = 512
+# torch compiles a kernel of `flex_attention` for one row and several, one block and several, each window, each dtype, with gradients and without: 23 were
+# counted. Beyond its limit, 8 by default, it falls back without an error to scores of [L, L] in float32.
+_MOST_KERNELS = 64
 
 
 def whole_mask(positions: Tensor, segments: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -115,29 +118,42 @@ def flex_works(model: "PreTrainedModel", device: torch.device) -> bool:
     return _tried(heads, getattr(config, "num_key_value_heads", None) or heads, d_head, device, dtype)
 
 
+# The first pass of a process is often one without gradients, in which no backward pass can be tried.
 @functools.cache
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _tried(heads: int, key_heads: int, d_head: int, device: torch.device, dtype: torch.dtype) -> bool:
+    keep_every_kernel_()
     generator = torch.Generator().manual_seed(0)
-    length = 2 * _BLOCK + 1
-    segments = torch.tensor([0] * 100 + [1] * 80 + [2] * (length - 180), device=device)[None]
-    positions = torch.tensor([*range(180), *range(100, 100 + length - 180)], device=device)[None]
-    q, k, v = (
-        torch.randn(1, number, length, d_head, generator=generator).to(device, dtype).requires_grad_()
-        for number in (heads, key_heads, key_heads)
-    )
-    groups = heads // key_heads
-    wanted = F.scaled_dot_product_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), visible(positions, segments, None)[:, None])  # fmt: skip
-    try:
-        found, _ = flex_attention_forward(
-            torch.nn.Identity(), q, k, v, block_mask(positions, segments, None), scaling=d_head**-0.5
+    groups, reason = heads // key_heads, ""
+    # The second kernel takes every length, as the first does not.
+    for num_rows, length in ((1, 2 * _BLOCK + 1), (2, 3 * _BLOCK)):
+        segments = torch.tensor([0] * 100 + [1] * 80 + [2] * (length - 180), device=device).repeat(num_rows, 1)
+        positions = torch.tensor([*range(180), *range(100, length - 80)], device=device).repeat(num_rows, 1)
+        q, k, v = (
+            torch.randn(num_rows, number, length, d_head, generator=generator).to(device, dtype).requires_grad_()
+            for number in (heads, key_heads, key_heads)
         )
-        found.sum().backward()
-        reason = "" if torch.allclose(found.transpose(1, 2), wanted, atol=2e-2) else "a first product came out wrong"
-    except Exception as error:  # whatever a compiler or driver raises
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-    if reason:
-        warnings.warn(f"attention to shared prompts makes whole masks, since flex_attention does not run here: {reason.rstrip('.')}.", stacklevel=2)  # fmt: skip
-    return not reason
+        wanted = F.scaled_dot_product_attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), visible(positions, segments, None)[:, None])  # fmt: skip
+        try:
+            found, _ = flex_attention_forward(
+                torch.nn.Identity(), q, k, v, block_mask(positions, segments, None), scaling=d_head**-0.5
+            )
+            found.sum().backward()
+            if not torch.allclose(found.transpose(1, 2), wanted, atol=2e-2):
+                reason = "a first product came out wrong"
+        except Exception as error:  # whatever a compiler or driver raises
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if reason:
+            warnings.warn(f"attention to shared prompts makes whole masks, since flex_attention does not run here: {reason.rstrip('.')}.", stacklevel=2)  # fmt: skip
+            return False
+    return True
+
+
+def keep_every_kernel_() -> None:
+    """Let this process compile as many kernels of `flex_attention` as rows of all shapes want."""
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _MOST_KERNELS)
 
 
 def makes_mask(config: "PretrainedConfig", length: int, window: int | None) -> bool:

@@ -125,12 +125,14 @@ def training_budget(
     precision: Dtype | None = None,
     batch_tokens: int = 0,
     least_stage: ZeroStage = 0,
+    is_stage_given: bool = False,
     checkpointing: bool = False,
     trains: bool = True,
 ) -> TrainingBudget:
     """The fastest way to train that fits: first without recomputing the blocks, then with, then with a higher ZeRO stage, then with fewer tokens.
 
-    What is given is kept: the dtype, the tokens of a pass, checkpointing where it is asked for, and a ZeRO stage that is only ever raised.
+    What is given is kept: the dtype, the tokens of a pass, checkpointing where it is asked for, and a ZeRO stage that is only ever raised, or
+    not even that with `is_stage_given`.
     One worker has nothing to share out, but stage 3 keeps no second copy of its weights. If nothing fits, the smallest is returned with `fits` false.
     """
     precision = precision or dtype_of(device)
@@ -139,7 +141,9 @@ def training_budget(
         gb = _training_gb(size, precision, batch_tokens, workers, least_stage, checkpointing, trains)
         return TrainingBudget(precision, batch_tokens, checkpointing, least_stage, gb)
     tried = []
-    for tokens, recomputes, stage in _ways(workers, max_length, batch_tokens, least_stage, checkpointing):
+    for tokens, recomputes, stage in _ways(
+        workers, max_length, batch_tokens, least_stage, checkpointing, is_stage_given=is_stage_given
+    ):
         gb = _training_gb(size, precision, tokens, workers, stage, recomputes, trains)
         if gb <= device.usable_gb:
             return TrainingBudget(precision, tokens, recomputes, stage, gb)
@@ -154,7 +158,13 @@ def _training_gb(
 
 
 def _ways(
-    workers: int, max_length: int, batch_tokens: int, least_stage: ZeroStage, checkpointing: bool
+    workers: int,
+    max_length: int,
+    batch_tokens: int,
+    least_stage: ZeroStage,
+    checkpointing: bool,
+    *,
+    is_stage_given: bool,
 ) -> Iterator[tuple[int, bool, ZeroStage]]:
     """(tokens, checkpointing, ZeRO stage), the fastest first: recomputing costs a third, gathering weights for every pass about as much
     between nodes, and short passes more than both."""
@@ -162,10 +172,10 @@ def _ways(
     enough = [batch_tokens] if batch_tokens else list(_halves(_MOST_TRAINED_TOKENS, whole))
     fewer = [] if batch_tokens else list(_halves(whole // 2, max_length))
     # Stages 1 and 2 hold no less than stage 0 for one worker.
-    higher: tuple[ZeroStage, ...] = (2, 3) if workers > 1 else (3,)
+    higher: tuple[ZeroStage, ...] = () if is_stage_given else (2, 3) if workers > 1 else (3,)
     stages: tuple[ZeroStage, ...] = (least_stage, *(stage for stage in higher if stage > least_stage))
     pairs = [(recomputes, stage) for recomputes in (False, True) for stage in stages if stage < 3]
-    pairs += [(recomputes, 3) for recomputes in (False, True)]
+    pairs += [(recomputes, 3) for recomputes in (False, True) if 3 in stages]
     for tokens_of in (enough, fewer):
         for recomputes, stage in pairs:
             if recomputes or not checkpointing:

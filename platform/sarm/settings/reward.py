@@ -7,6 +7,8 @@ from typing import Literal
 from sarm.settings.checks import OPERATIONAL, check, check_least, check_rate, check_tokens
 from sarm.settings.results_root import READ, place_paths
 
+PAIRS_A_WORKER = 8
+"""A step with fewer pairs for each worker lets workers wait for the one with the longest."""
 Baseline = Literal["scalar", "scalar_full", "random_encoder", "random_directions", "random_linear", "token_sae"]
 Encoder = Literal["pretrained", "random_matched", "random", "random_linear"]
 # What encodes in the baselines that have a random encoder.
@@ -133,3 +135,10 @@ class RewardSettings:
         check(
             self, "reward.offload", self.zero_stage >= least_stage, f"none unless --reward.zero-stage >= {least_stage}"
         )
+
+
+def too_few_pairs(batch_pairs: int, workers: int) -> str:
+    """How what is said of a step begins that has fewer than about PAIRS_A_WORKER pairs a worker; '' if it has them."""
+    if workers == 1 or batch_pairs >= PAIRS_A_WORKER * workers:
+        return ""
+    return f"A step of {batch_pairs} pairs for {workers} workers is fewer than about {PAIRS_A_WORKER} pairs a worker"

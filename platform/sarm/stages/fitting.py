@@ -1,6 +1,6 @@
 """Settings that are left to the device: dtype, tokens a pass, checkpointing and ZeRO stage, filled in from what the run's GPUs or cores have.
 
-What is finished keeps the dtype that it was made in, so that a run can go on on another device.
+What is finished or begun keeps the dtype and the ZeRO stage that it has, so that a run can go on on another device.
 """
 
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ def _fit_reward(
 ) -> tuple[RewardSettings, str]:
     precision = reward.precision
     if precision == "auto":
-        known = made_in(folders.sarm, "precision") or _swept_in(config.run.out, "reward", "precision")
+        known = _trained_with(folders, "precision") or _swept_in(config.run.out, "reward", "precision")
         precision = "bfloat16" if (known or dtype_of(device)) == "bfloat16" else "float32"
     if shape is None:
         tokens = reward.batch_tokens or min(_UNKNOWN_TOKENS, _unknown_tokens(device))
@@ -84,8 +84,10 @@ def _fit_reward(
     sae = getattr(config, "sae", None)
     depth = max(reward_depths(config.model, reward, shape))
     workers = machine.workers(config.run.num_workers)
-    # A finished model's stage was raised to where it fitted then.
-    made = made_in(folders.sarm, "zero_stage")
+    # It was raised to where the model fitted then: another one would be another training, whose states and folder are refused.
+    made = _trained_with(folders, "zero_stage")
+    made = _swept_in(config.run.out, "reward", "zero_stage") if made is None else made
+    is_made = isinstance(made, int) and made >= reward.zero_stage
     budget = training_budget(
         device,
         size_of(shape, depth, sae.d_sae if sae else 0),
@@ -93,7 +95,8 @@ def _fit_reward(
         config.model.max_length,
         precision=precision,
         batch_tokens=reward.batch_tokens,
-        least_stage=max(reward.zero_stage, made) if isinstance(made, int) else reward.zero_stage,  # type: ignore[arg-type]
+        least_stage=made if is_made else reward.zero_stage,
+        is_stage_given=is_made,
         checkpointing=reward.gradient_checkpointing,
         trains=trains_weights(reward),
     )
@@ -135,6 +138,20 @@ def made_in(folder: Path, name: str) -> Any:
         return read_json(folder / MANIFEST)["config"].get(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _trained_with(folders: Folders, name: str) -> Any:
+    """A setting of the finished reward model, else of the newest state of a training that has begun; None if there is neither."""
+    known = made_in(folders.sarm, name)
+    if known is not None:
+        return known
+    states = sorted(folders.states(folders.sarm.name).glob(f"step-*/{MANIFEST}"), reverse=True)
+    for path in states:
+        try:
+            return read_json(path)["identity"]["config"].get(name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None
 
 
 def _swept_in(out: Path, section: str, name: str) -> Any:

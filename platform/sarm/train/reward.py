@@ -269,7 +269,8 @@ def _forward(
     data_seconds = time.monotonic() - started
     output = engine(**inputs, **objective.model_options())
     losses_P = objective(output, chosen, rejected, [pair.margin for _, pair in pairs], firing)
-    if firing is not None and output.latent_values is not None:
+    # A row that a rank without work repeats is seen, and counted, where its pairs are.
+    if firing is not None and pairs and output.latent_values is not None:
         firing.see(output.latent_values, output.latent_indices)
     seen = output.logits.detach().squeeze(-1)
     outcome = Outcome(
@@ -277,8 +278,8 @@ def _forward(
         losses_P.detach().double().cpu(),
         seen[chosen].double().cpu(),
         seen[rejected].double().cpu(),
-        int((batch.segment_ids >= 0).sum()),
-        batch.segment_ids.numel(),
+        int((batch.segment_ids >= 0).sum()) if pairs else 0,
+        batch.segment_ids.numel() if pairs else 0,
         data_seconds,
     )
     # A micro-batch without pairs still has to meet the other ranks' backward passes.

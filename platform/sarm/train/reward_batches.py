@@ -14,12 +14,12 @@ import numpy as np
 from sarm.data.tokens.groups import PromptGroup, split_group
 from sarm.data.tokens.packing import Row, padded_tokens
 from sarm.data.tokens.stored_groups import pair_counts
-from sarm.settings.reward import RewardSettings
+from sarm.settings.reward import PAIRS_A_WORKER, RewardSettings, too_few_pairs
 
 # Of the emptiest micro-batches, those that a prompt is tried in.
 _TRIED = 4
-# Of a step's time at least; 8 pairs a worker reach 94 to 98 % with the lengths of Skywork's and HH-RLHF's pairs.
-_BUSY, _PAIRS_A_WORKER, _LOOKED_AT = 0.8, 8, 8
+# Steps that are dealt to see how long ranks wait.
+_LOOKED_AT = 8
 
 
 class MicroBatch(NamedTuple):
@@ -77,15 +77,14 @@ def busy_share(dealt: Sequence[Sequence[MicroBatch]]) -> float:
 
 
 def who_waits(groups: Sequence[PromptGroup], config: RewardSettings, seed: int, world: int, row_tokens: int) -> str:
-    """What to say before the first step where a step's pairs cannot keep all ranks busy; '' where they can."""
+    """What to say before the first step where a step has too few pairs for its ranks; '' where it has enough."""
+    if not (begin := too_few_pairs(config.batch_pairs, world)):
+        return ""
     steps = step_places(pair_counts(groups), config.batch_pairs, seed, 0)[:_LOOKED_AT]
     shares = [busy_share(deal([groups[i] for i in step], world, row_tokens, config.batch_tokens)) for step in steps]
-    share = sum(shares) / len(shares)
-    if share >= _BUSY:
-        return ""
     return (
-        f"steps of {config.batch_pairs} pairs keep {world} workers busy for {share:.0%} of the time. Pass --num-workers "
-        f"{max(1, config.batch_pairs // _PAIRS_A_WORKER)}, or a larger --reward.batch-pairs, which trains with fewer steps."
+        f"{begin}: the first {len(steps)} steps keep them busy for {sum(shares) / len(shares):.0%} of the time, padding counted as work. Pass --num-workers "
+        f"{max(1, config.batch_pairs // PAIRS_A_WORKER)}, or a larger --reward.batch-pairs, which trains with fewer steps."
     )
 
 

@@ -127,8 +127,9 @@ def test_the_cluster_at_an_address_is_planned_for():
 def test_few_pairs_a_step_for_many_workers_are_said(demo):
     config = replace(demo, run=replace(demo.run, num_workers=1))
     said = " ".join(plan_text(demo, machine=Machine(64, 8, "H100")).split())
-    assert re.search(r"A step of 16 pairs keeps 8 workers of reward training busy for \d\d% of the time", said)
-    assert "of the time" not in plan_text(config, machine=Machine(64, 8, "H100"))
+    assert re.search(r"A step of 16 pairs for 8 workers is fewer than about 8 pairs a worker: .* busy for \d\d% of the time", said)  # fmt: skip
+    enough = replace(demo, reward=replace(demo.reward, batch_pairs=64))
+    assert all("pairs a worker" not in plan_text(other, machine=Machine(64, 8, "H100")) for other in (config, enough))
 
 
 def test_the_settings_of_the_plan_are_read_again(run_job, tmp_path):

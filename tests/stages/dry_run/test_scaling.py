@@ -27,7 +27,7 @@ def preset(name, tmp_path):
 @pytest.mark.parametrize(
     ("pairs", "workers", "share"), [(8, 1, 1.0), (8, 8, 0.59), (64, 8, 0.98), (128, 8, 0.99), (8, 32, 0.59 / 4)]
 )
-def test_balanced_steps_keep_as_many_workers_busy_as_was_simulated_with_real_lengths(pairs, workers, share):
+def test_balanced_steps_with_drawn_lengths_keep_this_share_of_workers_busy(pairs, workers, share):
     assert busy_share(pairs, workers) == pytest.approx(share, abs=0.02)
 
 

@@ -65,8 +65,10 @@ def loading(folder: Path) -> Iterator[None]:
 def _done() -> _Done:
     process = psutil.Process()
     times = process.cpu_times()
-    # Not every system counts them.
-    moved = process.io_counters() if hasattr(process, "io_counters") else None
+    moved = None
+    # Not every system counts them, or tells.
+    with contextlib.suppress(AttributeError, psutil.Error):
+        moved = process.io_counters()
     return _Done(
         cpu_seconds=times.user + times.system,
         memory=process.memory_info().rss,

@@ -29,8 +29,10 @@ def look_at_devices(cluster: Cluster, run: RunSettings) -> Look:
 
     Raises UserError for GPUs that cannot be used: torch without CUDA or without kernels for the card, a driver too old, no NCCL for several workers.
     """
-    if not cluster.use_gpu or not cluster.num_gpus:
+    if not cluster.use_gpu:
         return on_cpu(cluster)
+    if not cluster.num_gpus:
+        return Look("runs on GPUs that the cluster has yet to bring: not looked at", (), {"device": "GPU"})
     cards = _cards()
     if not cards:
         return Look(f"runs on {cluster.num_gpus} GPUs, which other work holds: not looked at", (), {"device": "GPU"})

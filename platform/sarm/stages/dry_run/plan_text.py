@@ -10,6 +10,7 @@ from typing import Any
 from sarm.data.formats.model_shapes import shape_of
 from sarm.engine.ray.machine import PEAK_SHARE, Machine, machine_of
 from sarm.settings.model import ModelSettings
+from sarm.settings.reward import too_few_pairs
 from sarm.settings.run import STAGES
 from sarm.stages.dry_run.costs import stage_costs
 from sarm.stages.dry_run.rounding import count, duration, rounded, size
@@ -23,8 +24,6 @@ WIDTH = 80
 _HEADS = ("stage", "state", "time", "GPU-h", "memory", "GPU mem", "disk")
 _WIDTHS = (20, 8, 9, 8, 9, 9, 9)
 DONE = "done"
-# Reward training that keeps its workers less busy than this is worth a note.
-_BUSY = 0.9
 
 
 def plan_text(
@@ -218,9 +217,9 @@ def _notes(config: Any, machine: Machine, todo: Sequence[StageCost]) -> Iterator
     for spec in sizes.unknown:
         yield f"The size of {spec} is not known before it is read: pass --data.max-texts or --data.max-pairs to bound it."
     reward, num_workers = getattr(config, "reward", None), machine.workers(run.num_workers)
-    if reward is not None and num_workers > 1 and (busy := busy_share(reward.batch_pairs, num_workers)) < _BUSY:
+    if reward is not None and (begin := too_few_pairs(reward.batch_pairs, num_workers)):
         yield (
-            f"A step of {reward.batch_pairs} pairs keeps {num_workers} workers of reward training busy for {busy:.0%} of the time, which is counted above. "
+            f"{begin}: with lengths as they are assumed, these are busy for {busy_share(reward.batch_pairs, num_workers):.0%} of the time, which is counted above. "
             "Larger steps (--reward.batch-pairs) fill them, and are another training."
         )
     if not machine.is_joined:

@@ -15,8 +15,8 @@ GPUS_A_NODE = 8
 NVLINK, NETWORK = 300e9, 50e9
 # Of the memory's bandwidth, what gathers of rows of 16 KB reach.
 BANDWIDTH_SHARE = 0.8
-# Standard deviation of the logarithm of a pair's tokens. With it, eight pairs on eight GPUs keep 59 % of them busy, which is what was
-# simulated with the lengths of Skywork-like preferences.
+# Standard deviation of the logarithm of a pair's tokens. An assumption, fitted to no data set: eight pairs on eight GPUs then keep 59 % of them
+# busy, as in a finer simulation of steps whose lengths were drawn too.
 SPREAD_OF_LENGTHS = 0.42
 _STEPS_SIMULATED = 400
 
@@ -25,7 +25,7 @@ _STEPS_SIMULATED = 400
 def busy_share(batch_pairs: int, workers: int) -> float:
     """The share of the workers that is at work in a step of reward training, whose pairs are dealt out by tokens, the longest first.
 
-    All wait for the worker with the most tokens. A pair is not divided, so more workers than pairs have nothing to do.
+    All wait for the worker with the most tokens. A pair is not divided, so more workers than pairs have nothing to do. Padding is not counted.
     """
     if workers == 1:
         return 1.0
