@@ -271,7 +271,7 @@ def test_pairs_that_the_template_refuses_are_left_out_of_every_stage_by_the_same
         for name in ("pairs", "activations/chat", "activations/heldout", "sarm", "evaluation", "contexts")
     }
     assert counts["pairs"]["rejected"] == {"already_templated": 1}
-    refused = {split: sum(pair["prompt"][0] == system for pair in pq.read_table(out / "pairs" / "part-00000.parquet").to_pylist() if pair["split"] == split) for split in ("train", "heldout")}  # fmt: skip
+    refused = {split: sum(pair["prompt"][0]["role"] == "system" for pair in pq.read_table(out / "pairs" / "part-00000.parquet").to_pylist() if pair["split"] == split) for split in ("train", "heldout")}  # fmt: skip
     assert sum(refused.values()) == 30
     assert counts["activations/chat"]["rejected"] == {"template_refuses": 2 * refused["train"]}
     assert counts["activations/heldout"]["rejected"] == {"template_refuses": 2 * refused["heldout"]}

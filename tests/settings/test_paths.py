@@ -38,7 +38,7 @@ NO_PATH = {
     "Relabel": {"write"},
     "Axis": {"name"},
     "SweepSettings": {"axes"},
-    "Serving": {"name", "host", "mlflow_uri", "experiment"},
+    "Serving": {"name", "host", "mlflow_uri", "experiment", "ray_address"},
 }
 
 
