@@ -59,7 +59,8 @@ class Server:
                 status, content, headers = found
                 sent = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(sent))}.items():
+                kind = "text/plain" if isinstance(content, bytes) else "application/json"
+                for name, value in {"Content-Type": kind, **headers, "Content-Length": str(len(sent))}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(sent)
@@ -133,6 +134,14 @@ def test_lost_connections_are_tried_again_and_nothing_is_lost(server):
     assert RewardClient(server.url).score([[*TALK[:1], {"role": "assistant", "content": "7"}]]) == [7.0]
     server.replies = [lambda _: None] * 3
     assert asyncio.run(RewardClient(server.url).arewards([{"text": "7"}]))[0][0].reward == 7.0
+
+
+def test_a_500_that_is_not_the_server_s_own_is_tried_again(server):
+    """Ray Serve's proxy answers so, in plain text, for a replica that died."""
+    server.replies = [says(500, b"Internal Server Error")] * 2
+    assert RewardClient(server.url).rewards([{"text": "4"}])[0][0].reward == 4.0
+    server.replies = [says(500, b"Internal Server Error")] * 2
+    assert asyncio.run(RewardClient(server.url).arewards([{"text": "4"}]))[0][0].reward == 4.0
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 409, 413, 422, 500])

@@ -187,7 +187,7 @@ def _(world: World, trap: Trap) -> None:
             member = tarfile.TarInfo(name)
             member.type, member.linkname, member.size = kind, target, 3 if kind == tarfile.REGTYPE else 0
             archive.addfile(member, io.BytesIO(b"{}\n"))
-    world.refuses("no usable text", of=("prepare_data", "tiny", "--data.texts", path), keeps=True)
+    world.refuses("holds ../trace", of=("prepare_data", "tiny", "--data.texts", path), keeps=True)
     assert not (world.tmp.parent / "trace").exists()
 
 
