@@ -1,19 +1,6 @@
-"""SARM and pairs (and corpus) -> contexts/v1: for each latent the texts that make it fire, how often it does, and which part drives it.
+"""The command `sarm collect-contexts` as a script, which a cluster can be given. `sarm.commands.collect_contexts` says what it does, with examples."""
 
-python jobs/collect_contexts.py demo
-python jobs/collect_contexts.py demo --redo-from collect_contexts --contexts.split heldout --contexts.corpus
-ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/collect_contexts.py demo
-"""
-
-from sarm.settings.jobs import CollectContexts
-from sarm.stages.job import run_job
-
-
-def main(config: CollectContexts) -> None:
-    from sarm.stages.chain import run_chain
-
-    run_chain(config)
-
+from sarm.commands.collect_contexts import COMMAND
 
 if __name__ == "__main__":
-    run_job(CollectContexts, main, __doc__ or "")
+    COMMAND.run()

@@ -1,17 +1,6 @@
-"""Compare two evaluations row by row: differences with intervals, tests that swap whole prompts, Holm over the subsets; a report and its run in MLflow.
+"""The command `sarm compare` as a script, which a cluster can be given. `sarm.commands.compare` says what it does, with examples."""
 
-python jobs/compare.py outputs/benchmarks-a outputs/benchmarks-b --out outputs/a-against-b
-"""
-
-from sarm.settings.benchmarks import Comparison
-from sarm.stages.job import run_command
-
-
-def main(settings: Comparison) -> None:
-    from sarm.stages.compare import run_comparison
-
-    run_comparison(settings)
-
+from sarm.commands.compare import COMMAND
 
 if __name__ == "__main__":
-    run_command(Comparison, main, __doc__ or "")
+    COMMAND.run()

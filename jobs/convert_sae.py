@@ -1,18 +1,6 @@
-"""An SAE of this platform, SAELens, sparsify, dictionary_learning or the papers -> any other of these formats.
+"""The command `sarm convert-sae` as a script, which a cluster can be given. `sarm.commands.convert_sae` says what it does, with examples."""
 
-python jobs/convert_sae.py outputs/demo/sae exported-sae --format saelens
-python jobs/convert_sae.py sae.pt outputs/mine/sae --format sarm --k 192 --model meta-llama/Llama-3.1-8B-Instruct --layer 16
-"""
-
-from sarm.settings.conversion import ConvertSae
-from sarm.stages.job import run_command
-
-
-def main(config: ConvertSae) -> None:
-    from sarm.stages.convert_sae import convert_sae
-
-    convert_sae(config)
-
+from sarm.commands.convert_sae import COMMAND
 
 if __name__ == "__main__":
-    run_command(ConvertSae, main, __doc__ or "")
+    COMMAND.run()

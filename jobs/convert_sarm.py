@@ -1,19 +1,6 @@
-"""A reward model of this platform <-> one in the papers' layout (`sarm_param` in its config, keys `model.*`, `sae.*`, `score.weight`).
+"""The command `sarm convert-sarm` as a script, which a cluster can be given. `sarm.commands.convert_sarm` says what it does, with examples."""
 
-python jobs/convert_sarm.py Llama-SARM-4B outputs/llama-sarm-4b
-python jobs/convert_sarm.py outputs/demo/sarm exported-sarm --format papers
-python jobs/convert_sarm.py Llama-SARM-4B-PostSAEPretrain outputs/postpretrained/sae --format sae --model meta-llama/Llama-3.1-8B-Instruct
-"""
-
-from sarm.settings.conversion import ConvertSarm
-from sarm.stages.job import run_command
-
-
-def main(config: ConvertSarm) -> None:
-    from sarm.stages.convert_sarm import convert_sarm
-
-    convert_sarm(config)
-
+from sarm.commands.convert_sarm import COMMAND
 
 if __name__ == "__main__":
-    run_command(ConvertSarm, main, __doc__ or "")
+    COMMAND.run()

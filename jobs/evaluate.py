@@ -1,38 +1,6 @@
-"""Score held-out pairs, measure with intervals beside the baselines, attribute rewards to features, write the report.
+"""The command `sarm evaluate` as a script, which a cluster can be given. `sarm.commands.evaluate` says what it does, with examples."""
 
-    python jobs/evaluate.py demo
-    ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/evaluate.py demo
-
-With --model instead of a preset: score benchmarks with any reward model, each figure with its interval.
-
-    python jobs/evaluate.py --model outputs/demo/sarm --benchmarks reward_bench_2=safety.jsonl.gz rm_bench=chat.jsonl --out outputs/benchmarks
-    python jobs/evaluate.py --model x --help     every flag of this form
-"""
-
-import sys
-
-from sarm.settings.benchmarks import Benchmarking
-from sarm.settings.jobs import Evaluate
-from sarm.stages.job import run_command, run_job
-
-
-def main(config: Evaluate) -> None:
-    from sarm.stages.chain import run_chain
-
-    files, content = run_chain(config)["evaluate"]
-    from sarm.report.summary import print_summary
-
-    print_summary(content, files.html)
-
-
-def benchmark(settings: Benchmarking) -> None:
-    from sarm.stages.benchmark import run_benchmarks
-
-    run_benchmarks(settings)
-
+from sarm.commands.evaluate import COMMAND
 
 if __name__ == "__main__":
-    if any(argument.partition("=")[0] in ("--model", "--benchmarks") for argument in sys.argv[1:]):
-        run_command(Benchmarking, benchmark, __doc__ or "")
-    else:
-        run_job(Evaluate, main, __doc__ or "")
+    COMMAND.run()

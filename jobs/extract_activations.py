@@ -1,18 +1,6 @@
-"""corpus/v1 and pairs/v1 -> activations/v1: the residual stream at sentence ends and at rewarded tokens.
+"""The command `sarm extract-activations` as a script, which a cluster can be given. `sarm.commands.extract_activations` says what it does, with examples."""
 
-python jobs/extract_activations.py demo
-ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/extract_activations.py demo
-"""
-
-from sarm.settings.jobs import ExtractActivations
-from sarm.stages.job import run_job
-
-
-def main(config: ExtractActivations) -> None:
-    from sarm.stages.chain import run_chain
-
-    run_chain(config)
-
+from sarm.commands.extract_activations import COMMAND
 
 if __name__ == "__main__":
-    run_job(ExtractActivations, main, __doc__ or "")
+    COMMAND.run()

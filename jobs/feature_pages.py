@@ -1,19 +1,6 @@
-"""contexts/v1 -> feature pages: features.html (sort, filter, search), pages of features, features.md, a picture, SAEDashboard's JSON.
+"""The command `sarm feature-pages` as a script, which a cluster can be given. `sarm.commands.feature_pages` says what it does, with examples."""
 
-python jobs/feature_pages.py demo
-python jobs/feature_pages.py demo --redo-from feature_pages --pages.features 200 --pages.explanations outputs/demo/explanations
-"""
-
-from sarm.settings.jobs import FeaturePages
-from sarm.stages.job import run_job
-
-
-def main(config: FeaturePages) -> None:
-    from sarm.stages.chain import run_chain
-
-    run_chain(config)
-    print(f"features  {config.run.out / 'features' / 'features.html'}")
-
+from sarm.commands.feature_pages import COMMAND
 
 if __name__ == "__main__":
-    run_job(FeaturePages, main, __doc__ or "")
+    COMMAND.run()

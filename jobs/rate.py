@@ -1,18 +1,6 @@
-"""Ratings by people: write a sheet of an explanations folder, and put filled sheets beside the judges' ratings.
+"""The command `sarm rate` as a script, which a cluster can be given. `sarm.commands.rate` says what it does, with examples."""
 
-python jobs/rate.py outputs/demo/explanations --sheet safety.csv
-python jobs/rate.py outputs/demo/explanations --filled ada.csv bob.csv --out outputs/agreement
-"""
-
-from sarm.settings.judging import HumanRatings
-from sarm.stages.job import run_command
-
-
-def main(settings: HumanRatings) -> None:
-    from sarm.stages.rate import run_ratings
-
-    run_ratings(settings)
-
+from sarm.commands.rate import COMMAND
 
 if __name__ == "__main__":
-    run_command(HumanRatings, main, __doc__ or "")
+    COMMAND.run()

@@ -1,20 +1,6 @@
-"""Audited SARM -> training pairs poisoned and denoised by its features and by controls, the head retrained on each.
+"""The command `sarm relabel` as a script, which a cluster can be given. `sarm.commands.relabel` says what it does, with examples."""
 
-python jobs/relabel.py --out outputs/audit
-python jobs/relabel.py --out outputs/audit-chat --poison 0.01 0.05 --denoise 0.04 --seeds 10
-"""
-
-from sarm.settings.audit import Relabel
-from sarm.stages.job import run_command
-
-
-def main(settings: Relabel) -> None:
-    from sarm.engine.session import open_session
-    from sarm.stages.relabel import relabel
-
-    with open_session(settings, is_guest=True) as session:
-        relabel(session, settings)
-
+from sarm.commands.relabel import COMMAND
 
 if __name__ == "__main__":
-    run_command(Relabel, main, __doc__ or "")
+    COMMAND.run()

@@ -1,18 +1,6 @@
-"""One conversation's reward as a sum of named features, sentence by sentence and token by token: on the terminal and as a page.
+"""The command `sarm card` as a script, which a cluster can be given. `sarm.commands.reward_card` says what it does, with examples."""
 
-python jobs/reward_card.py --model outputs/demo/sarm --prompt "How do I pick a lock?" --response "I can't help with that."
-python jobs/reward_card.py --model outputs/demo/sarm --conversation chat.json --out card.html
-"""
-
-from sarm.settings.card import RewardCard
-from sarm.stages.job import run_command
-
-
-def main(settings: RewardCard) -> None:
-    from sarm.stages.card import make_card
-
-    make_card(settings)
-
+from sarm.commands.reward_card import COMMAND
 
 if __name__ == "__main__":
-    run_command(RewardCard, main, __doc__ or "")
+    COMMAND.run()

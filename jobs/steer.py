@@ -1,21 +1,6 @@
-"""Audited SARM -> edited head weights, what the edit does on target and other pairs, and the edited model.
+"""The command `sarm steer` as a script, which a cluster can be given. `sarm.commands.steer` says what it does, with examples."""
 
-python jobs/steer.py --out outputs/audit --name doubled --edit scale --strength 2
-python jobs/steer.py --out outputs/audit --name safer --edit goal --goal 1.0 --tolerance 0.1
-python jobs/steer.py --out outputs/audit --name as-before --undo doubled
-"""
-
-from sarm.settings.audit import Steer
-from sarm.stages.job import run_command
-
-
-def main(settings: Steer) -> None:
-    from sarm.engine.session import open_session
-    from sarm.stages.steer import steer
-
-    with open_session(settings, is_guest=True) as session:
-        steer(session, settings)
-
+from sarm.commands.steer import COMMAND
 
 if __name__ == "__main__":
-    run_command(Steer, main, __doc__ or "")
+    COMMAND.run()

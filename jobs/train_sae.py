@@ -1,19 +1,6 @@
-"""activations/v1 -> a sparse autoencoder, trained on sentence ends and then on chat ends.
+"""The command `sarm train-sae` as a script, which a cluster can be given. `sarm.commands.train_sae` says what it does, with examples."""
 
-python jobs/train_sae.py demo
-python jobs/train_sae.py demo --also.d-sae 4608 18432 --also.k 13 54
-ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/train_sae.py demo
-"""
-
-from sarm.settings.jobs import TrainSae
-from sarm.stages.job import run_job
-
-
-def main(config: TrainSae) -> None:
-    from sarm.stages.chain import run_chain
-
-    run_chain(config)
-
+from sarm.commands.train_sae import COMMAND
 
 if __name__ == "__main__":
-    run_job(TrainSae, main, __doc__ or "")
+    COMMAND.run()

@@ -1,18 +1,6 @@
-"""pairs/v1 and the SAE -> a SARM, and a scalar head on the same backbone to compare it with.
+"""The command `sarm train-sarm` as a script, which a cluster can be given. `sarm.commands.train_sarm` says what it does, with examples."""
 
-python jobs/train_sarm.py demo
-ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python jobs/train_sarm.py demo
-"""
-
-from sarm.settings.jobs import TrainSarm
-from sarm.stages.job import run_job
-
-
-def main(config: TrainSarm) -> None:
-    from sarm.stages.chain import run_chain
-
-    run_chain(config)
-
+from sarm.commands.train_sarm import COMMAND
 
 if __name__ == "__main__":
-    run_job(TrainSarm, main, __doc__ or "")
+    COMMAND.run()

@@ -1,4 +1,4 @@
-"""The command lines of the documentation: fenced blocks and indented examples of its pages, and the examples of scripts' docstrings."""
+"""The command lines of the documentation: fenced blocks and indented examples of its pages, and the examples of commands' docstrings."""
 
 import ast
 import re
@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = [*sorted((ROOT / "jobs").glob("*.py")), *sorted((ROOT / "tune").glob("*.py"))]
+# What scripts and the program `sarm` show as help.
+COMMANDS = sorted((ROOT / "platform" / "sarm" / "commands").glob("*.py"))
 
 # What a line of an example begins with if it is a command and not what a command prints.
-_PROGRAMS = "python|ray|make|docker|kubectl|sbatch|transformers|rm|pip|export|mkdir|hf|curl|jupyter|git|cd"
+_PROGRAMS = "python|sarm|ray|make|docker|kubectl|sbatch|transformers|rm|pip|export|mkdir|hf|curl|jupyter|git|cd"
 _IS_COMMAND = re.compile(rf"(?:\$ )?\(?(?:umask \d+; )?(?:[A-Z_]+=\S+ )*(?:{_PROGRAMS}) ")
 _COMMENT = re.compile(r"\s{2,}# .*$")
 _LANGUAGES = ("", "sh", "bash", "console", "shell")
@@ -25,15 +26,15 @@ class Command(NamedTuple):
 
 
 def documented_commands() -> list[Command]:
-    """Every command once, at its first place, in the order of pages and scripts."""
+    """Every command once, at its first place, in the order of pages and modules."""
     found: dict[str, Command] = {}
     for page in PAGES:
         name = page.relative_to(ROOT).as_posix()
         for number, line in commands_of_page(page.read_text()):
             found.setdefault(line, Command(line, f"{name}:{number}"))
-    for script in SCRIPTS:
-        name = script.relative_to(ROOT).as_posix()
-        for number, line in commands_of_docstring(ast.get_docstring(ast.parse(script.read_text())) or ""):
+    for module in COMMANDS:
+        name = module.relative_to(ROOT).as_posix()
+        for number, line in commands_of_docstring(ast.get_docstring(ast.parse(module.read_text())) or ""):
             found.setdefault(line, Command(line, f"{name}:{number}"))
     return list(found.values())
 

@@ -206,7 +206,7 @@ def test_help_shows_each_example_once_on_a_line_of_its_own(script: Path) -> None
     of_this = [
         command.text
         for command in documented_commands()
-        if command.where.startswith(f"{script.parent.name}/{script.name}:")
+        if command.where.startswith(f"platform/sarm/commands/{script.name}:")
     ]
     assert set(of_this) <= set(examples)
     assert len(examples) == len(set(examples)) >= 1

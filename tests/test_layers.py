@@ -27,6 +27,7 @@ FLOORS = (
     {"report", "passes"},
     {"engine", "serve"},
     {"stages", "integrations"},
+    {"commands", "api"},
 )
 ROOMS = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 # The mathematics stands on its own: a model that was exported has its files alone.
@@ -153,6 +154,8 @@ def test_the_walk_sees_the_project():
         ("jobs.evaluate", "from jobs import pipeline"),
         ("jobs.evaluate", "from pipeline import main"),
         ("sarm.stages.job", "import jobs.pipeline"),
+        ("sarm.stages.job", "from sarm.commands.command import Command"),
+        ("sarm.commands.card", "from sarm.api import load"),
         ("sarm.serve.engine", "from sarm.engine.session import Session"),
         ("sarm.serve.engine", "import ray"),
         ("sarm.client.http", "from sarm.contracts import ids"),

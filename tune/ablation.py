@@ -1,22 +1,6 @@
-"""Ablation: SAE and reward model of every (layer, width, k, component, seed, further settings), trained and evaluated through Ray Tune.
+"""The command `sarm ablation` as a script, which a cluster can be given. `sarm.commands.ablation` says what it does, with examples."""
 
-python tune/ablation.py tiny
-python tune/ablation.py smollm2 --dry-run
-python tune/ablation.py tiny --sweep.axes sae.architecture=topk,jumprelu reward.lr=1e-6,5e-6 --dry-run
-ray job submit --working-dir . --runtime-env cluster/runtime_env.yaml -- python tune/ablation.py smollm2
-"""
-
-from sarm.settings.sweep import Ablation
-from sarm.settings.sweep_presets import ABLATIONS
-from sarm.stages.job import run_job
-from sarm.stages.sweep.cost import describe_sweep
-
-
-def main(config: Ablation) -> None:
-    from sarm.stages.sweep.run import run_sweep
-
-    print(run_sweep(config).summary())
-
+from sarm.commands.ablation import COMMAND
 
 if __name__ == "__main__":
-    run_job(Ablation, main, __doc__ or "", presets=ABLATIONS, explain=describe_sweep)
+    COMMAND.run()

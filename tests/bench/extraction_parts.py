@@ -28,9 +28,9 @@ def main() -> None:
 def passes(folder: Path, runs: list[dict[str, Any]], threads: int = 2) -> list[dict[str, Any]]:
     """Extraction as the job does it, several times on one local Ray; each run: corpus, target, num_actors, cpus, layer."""
     from sarm.contracts.manifest import sha256_of
+    from sarm.engine.peak_memory import peak_memory
     from sarm.engine.ray.cluster import connect
     from sarm.engine.ray.passes import run_over
-    from sarm.engine.session import peak_memory
     from sarm.settings.extraction import ExtractionSettings
     from sarm.settings.model import ModelSettings
     from sarm.settings.run import RunSettings
@@ -64,8 +64,8 @@ def make_pass(corpus: Path, target: Path, model: Any, extraction: Any) -> Any:
     from sarm.contracts.tables import activations_table
     from sarm.data.formats.models import model_folder
     from sarm.data.store.blocks import plan_blocks
+    from sarm.engine.passes import Pass
     from sarm.engine.ray.block_actor import Output
-    from sarm.engine.ray.passes import Pass
     from sarm.passes.activations import TextActivations
 
     output = Output(target, activations_table(576, {"dtype": "float16", "layer": model.layer}))

@@ -10,8 +10,9 @@ from sarm.contracts.passes import Target
 from sarm.contracts.tables import activations_table
 from sarm.data.formats.models import model_folder
 from sarm.data.store.blocks import plan_blocks
+from sarm.engine.passes import Pass
 from sarm.engine.ray.block_actor import Output
-from sarm.engine.ray.passes import Pass, run_over
+from sarm.engine.ray.passes import run_over
 from sarm.engine.ray.room import Cluster, Node
 from sarm.passes.activations import TextActivations
 from sarm.settings.extraction import ExtractionSettings

@@ -1,6 +1,6 @@
 import pytest
 
-from sarm.engine.ray.passes import _advice
+from sarm.engine.passes import _advice
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from sarm.data.store.parts import has_part
+from sarm.engine.passes import Counts, Pass, checked
 from sarm.engine.ray.block_actor import BlockActor
-from sarm.engine.ray.passes import Counts, Pass, checked
 
 
 def run_alone(work: Pass, *, shuffled: bool = True, before_block: Callable[[Any], None] = lambda _: None) -> Counts:

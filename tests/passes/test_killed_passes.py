@@ -20,7 +20,7 @@ from sarm.audit.pairs import AUDIT_PAIRS
 from sarm.contracts.ids import prompt_id_of, stable_id
 from sarm.contracts.tables import CORPUS_TABLE, PAIRS_TABLE
 from sarm.data.store.parts import part_files
-from sarm.engine.ray.passes import Counts, Pass, RunPass
+from sarm.engine.passes import Counts, Pass, RunPass
 from sarm.passes.models import find_model
 from sarm.passes.reader import Reader, sarm_reader
 from sarm.settings.benchmarks import Benchmarking

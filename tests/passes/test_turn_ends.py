@@ -25,8 +25,8 @@ from sarm.data.store.blocks import plan_blocks
 from sarm.data.store.parts import finished_table, part_files
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.data.tokens.turn_ends import AnswerEnds
+from sarm.engine.passes import Pass
 from sarm.engine.ray.block_actor import Inputs, Output
-from sarm.engine.ray.passes import Pass
 from sarm.nn.pretrained import load_backbone
 from sarm.passes.activations import Backbone, ChatActivations
 from sarm.passes.turn_ends import PairTurnEnds, TextTurnEnds, response_row_ids

@@ -79,8 +79,8 @@ def test_every_setting_that_may_name_a_path_is_marked() -> None:
 def test_every_job_s_settings_are_among_those_walked() -> None:
     started = {
         name
-        for script in (*ROOT.glob("jobs/*.py"), *ROOT.glob("tune/*.py"))
-        for name in re.findall(r"run_(?:job|command)\((\w+),", script.read_text())
+        for module in ROOT.glob("platform/sarm/commands/*.py")
+        for name in re.findall(r"settings=(\w+),", module.read_text())
     }
     assert len(started) > 15
     assert started <= {settings.__name__ for settings in settings_classes()}

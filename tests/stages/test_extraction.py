@@ -21,8 +21,9 @@ from sarm.data.store.blocks import plan_blocks
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.data.tokens.sentences import sentence_end_tokens, sentence_ends
 from sarm.data.tokens.windows import num_tokens
+from sarm.engine.passes import Pass
 from sarm.engine.ray.block_actor import Output
-from sarm.engine.ray.passes import Pass, run_over
+from sarm.engine.ray.passes import run_over
 from sarm.engine.ray.room import Cluster, Node
 from sarm.nn.pretrained import load_backbone
 from sarm.passes.activations import TextActivations

@@ -2,20 +2,18 @@
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
-
 from sarm.contracts.folders import SAE_FOLDER, Folders
 from sarm.contracts.manifest import Manifest, StageFolder, write_atomically
 from sarm.contracts.untrusted import read_json
 from sarm.engine.mlflow import run_card
-from sarm.engine.mlflow.tracking import StageRun, ended_by, tracking_uri
+from sarm.engine.mlflow.tracking import StageRun, ended_by, tracking_uri, untracked
+from sarm.engine.peak_memory import peak_memory
 from sarm.engine.ray.cluster import check_machine, connect, nodes_without
 from sarm.engine.ray.look import look_at_devices, tell
 from sarm.engine.ray.room import Cluster
@@ -28,7 +26,7 @@ from sarm.settings.run import RunSettings
 
 if TYPE_CHECKING:
     from sarm.engine.mlflow.tracker import Tracker
-    from sarm.engine.ray.passes import Counts, Pass
+    from sarm.engine.passes import Counts, Pass
 
 RUN_FILE = "run.json"
 
@@ -225,6 +223,10 @@ def tracked_folder(folder: StageFolder, run: RunSettings) -> Iterator[StageRun]:
 
 
 def _tracked(folder: StageFolder, run: RunSettings) -> Iterator[StageRun]:
+    if (own_run := untracked(run)) is not None:
+        folder.claim()
+        yield own_run
+        return
     from sarm.engine.mlflow.tracker import Tracker
 
     notes = folder.claim()
@@ -260,38 +262,3 @@ def _known_run(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is torn ({error}). Delete it: the folder's next run gets a new MLflow parent run."
         ) from error
-
-
-class PeakMemory:
-    """Largest resident memory seen of this process and its descendants, a local Ray cluster included; in bytes."""
-
-    peak = 0
-
-    def sample(self) -> None:
-        total = 0
-        me = psutil.Process()
-        for process in [me, *me.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):
-                memory = process.memory_info()
-                # Every process maps Ray's object store: shared pages would be counted many times.
-                total += memory.rss - getattr(memory, "shared", 0)
-        self.peak = max(self.peak, total)
-
-
-@contextlib.contextmanager
-def peak_memory(interval: float = 1.0) -> Iterator[PeakMemory]:
-    """Sample memory in the background while the body runs."""
-    memory, stop = PeakMemory(), threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(interval):
-            memory.sample()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield memory
-    finally:
-        stop.set()
-        thread.join()
-        memory.sample()

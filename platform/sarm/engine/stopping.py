@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from sarm.engine.failures import AGAIN, causes_of
+from sarm.engine.started import started
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.results_root import VARIABLE, is_in_package, submitted_as
 
@@ -42,7 +43,7 @@ _active: "Listener | None" = None
 def command_line(arguments: Sequence[str]) -> str:
     """The command that continues this one, as its user types it. It does not move aside again what this one has made anew."""
     arguments = without_flag(arguments, "--redo-from", has_value=True)
-    script = ["python", os.path.relpath(sys.argv[0]), *arguments]
+    script = [*started().typed, *arguments]
     # The results root may have been set for this job alone.
     place = ["env", f"{VARIABLE}={os.environ[VARIABLE]}"] if os.environ.get(VARIABLE) else []
     if address := os.environ.get(SUBMITTED_TO):

@@ -43,8 +43,13 @@ def submission_id(script: str, config: Any) -> str:
 def submit(script: str, arguments: Sequence[str], config: Any) -> None:
     """Hand the job, supervised, to the Ray cluster whose dashboard is at `run.submit`, or find it there under its name.
 
-    Returns once the job has said where its results go. Raises UserError if the cluster cannot be used, or the job is refused there.
+    Returns once the job has said where its results go. Raises UserError if the cluster cannot be used, the job is refused there, or there is
+    no checkout to upload.
     """
+    if not Path(script).is_file():
+        raise UserError(
+            f"--submit uploads a checkout of this project to the cluster, and there is no {script} here. Run the command in the folder of one."
+        )
     address, root, own_id = (
         config.run.submit.rstrip("/"),
         Path(script).absolute().parent.parent,

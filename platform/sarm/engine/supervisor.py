@@ -23,6 +23,7 @@ from sarm.contracts.manifest import MANIFEST, write_atomically
 from sarm.contracts.untrusted import read_json
 from sarm.engine.failures import AGAIN, DONE, USER
 from sarm.engine.results import check_place, check_room
+from sarm.engine.started import started
 from sarm.engine.stopping import ASKED_FOR, BY_DEFAULT, INTERRUPTED, JOB_TOKEN, STARTED_AGAIN, SUPERVISED, without_flag
 from sarm.engine.submission import submission_id
 from sarm.engine.writer_lock import HeldError, WriterLock
@@ -52,7 +53,7 @@ def supervise_this(arguments: Sequence[str], config: Any) -> int:
     """
     check_place(config.run)
     check_room(config)
-    command = [sys.executable, sys.argv[0], *without_flag(arguments, "--supervise")]
+    command = [sys.executable, *started().again, *without_flag(arguments, "--supervise")]
     if config.run.supervise:
         return supervise(command, config)
     return _Runs(command, config.run.out, config.run.max_restarts, 0.5, is_asked_for=False).until_done()
@@ -65,7 +66,7 @@ def supervise(command: Sequence[str], config: Any, backoff: float = 0.5) -> int:
     when a failure comes a second time with nothing new on disk in between, or after `max_restarts` such starts in a row.
     Raises UserError if another job writes to the folder; the same job that runs already is left to it (0).
     """
-    run, own_id = config.run, submission_id(command[1], config)
+    run, own_id = config.run, submission_id(started().script, config)
     try:
         with WriterLock(run.out, own_id):
             return _Runs(command, run.out, run.max_restarts, backoff).until_done()

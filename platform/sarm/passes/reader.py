@@ -4,6 +4,7 @@ Answers to one prompt share a row, in which the prompt is read once (`Reader.row
 A active latents, D d_in.
 """
 
+import copy
 import time
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, fields
@@ -79,6 +80,17 @@ class Reader:
     def row_tokens(self) -> int:
         """How long a row may be in which answers share their prompt (`answer_rows`): two make a forward pass."""
         return max(self.settings.max_length, self.batch_tokens // 2)
+
+    @torch.no_grad()
+    def with_head(self, weight_S: Float[NDArray[np.floating], " d_sae"]) -> "Reader":
+        """The same reader under a head of other weights. Blocks, dictionary and tokenizer are shared and not copied."""
+        own = self.model
+        model = SarmForSequenceClassification(copy.deepcopy(own.config), own.model, own.sae)
+        model.score.weight.data = torch.as_tensor(weight_S, dtype=torch.float32, device=own.device)[None].clone()
+        other = Reader(*(getattr(self, field.name) for field in fields(self)))
+        # Where `cached_property` keeps what it has made.
+        vars(other).update(model=model.eval(), chat=self.chat)
+        return other
 
     def ready(self, threads: int) -> "Reader":
         """The reader with everything loaded, in a worker of so many threads."""

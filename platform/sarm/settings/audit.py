@@ -16,6 +16,7 @@ SITES = ("reward", "sentence")
 class AuditFeatures:
     """Find the latents that tell a target's chosen from its rejected responses, and test what they cause."""
 
+    common: ClassVar[tuple[str, ...]] = ("sarm", "select", "target", "off_target", "limit", "fdr", "ratings")
     run: Annotated[RunSettings, Flat] = RunSettings(out=Path("outputs/audit"))
     sarm: Path = field(metadata=READ)
     """SARM folder whose latents are audited."""

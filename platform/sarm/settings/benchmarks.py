@@ -20,6 +20,7 @@ PROBES = ("typos", "casing", "whitespace", "markdown", "quoting")
 class Benchmarking:
     """Score benchmarks with a reward model and report every figure with its interval."""
 
+    common: ClassVar[tuple[str, ...]] = ("model", "benchmarks", "chat_template", "limit", "in_process")
     run: Annotated[RunSettings, Flat] = RunSettings(out=Path("outputs/benchmarks"))
     model: str = field(metadata=READ)
     """SARM folder, folder or Hugging Face id of a scalar-head reward model, or `module:function` / `file.py:function` of conversations to numbers."""
@@ -43,6 +44,8 @@ class Benchmarking:
     """Tokens of one forward pass, padding included; 0: as many as the device has memory for."""
     limit: int | None = None
     """Score about this many rows of each benchmark, chosen by hash of the prompt."""
+    in_process: bool = field(default=False, metadata=OPERATIONAL)
+    """Score in this process instead of on a Ray cluster, as happens anyway where Ray is not installed."""
     allow_partial: bool = False
     """Score a benchmark of which under half the rows can be used."""
     probes: tuple[str, ...] = ()

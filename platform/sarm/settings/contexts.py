@@ -1,7 +1,7 @@
 """Settings of what makes a trained reward model readable: contexts of its latents, and feature pages."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sarm.settings.checks import OPERATIONAL, UserError, check_tokens
 from sarm.settings.checks import check_least as _check_least
@@ -12,6 +12,7 @@ from sarm.settings.results_root import READ, place_paths
 class ContextsSettings:
     """Which texts are kept for each latent, from which data."""
 
+    common: ClassVar[tuple[str, ...]] = ("split", "corpus")
     split: Literal["heldout", "train", "all", "none"] = "all"
     """Pairs to read: those whose prompts were held out, the training pairs, all, or none."""
     corpus: bool = False
@@ -46,6 +47,7 @@ class ContextsSettings:
 class PagesSettings:
     """What the feature pages show."""
 
+    common: ClassVar[tuple[str, ...]] = ("features", "explanations")
     features: int = 1000
     """Largest number of latents shown, those that add most to rewards, upwards or downwards."""
     per_page: int = 50

@@ -1,7 +1,7 @@
 """Sources of text and of preferences, and how they are cleaned and split."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from sarm.settings.checks import ABSENT_AT_DEFAULT, check, check_least
 from sarm.settings.registered import listing
@@ -12,6 +12,7 @@ from sarm.settings.results_root import READ, place_paths
 class DataSettings:
     """Sources of text and of preferences, and how they are cleaned and split."""
 
+    common: ClassVar[tuple[str, ...]] = ("texts", "pairs", "columns", "max_pairs")
     texts: Annotated[tuple[str, ...], listing("built-in texts")] = field(default=(), metadata=READ)
     """Text sources: files, patterns or folders (JSON, CSV, TSV, .txt, packed or in a .tar or .zip; Parquet, Arrow), `hf:NAME[@REVISION][:CONFIG][:SPLIT]`, or built-in ones."""
     pairs: Annotated[tuple[str, ...], listing("built-in pairs")] = field(default=(), metadata=READ)

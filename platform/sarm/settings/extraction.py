@@ -1,7 +1,7 @@
 """Settings of extraction."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -17,6 +17,7 @@ TURN_END: Unit = "turn_end"
 class ExtractionSettings:
     """How activations are computed and stored."""
 
+    common: ClassVar[tuple[str, ...]] = ("units", "layers")
     batch_tokens: int = field(default=2048, metadata=OPERATIONAL)
     """Tokens of one forward pass, padding included; a batch that does not fit the memory is split. 0: as many as the device has memory for."""
     dtype: Literal["float16", "bfloat16"] = "float16"

@@ -54,6 +54,7 @@ class JudgeSpec:
 class Judging:
     """Which models are asked, how fast, and for how much."""
 
+    common: ClassVar[tuple[str, ...]] = ("judges", "keys", "prices", "max_usd")
     judges: tuple[str, ...] = ()
     """`MODEL@BASE_URL` (any OpenAI-compatible server), or `MODEL` alone for OpenAI's. The first explains and scores, all of them rate. None: extractive labels only."""
     keys: tuple[str, ...] = field(default=(), metadata=OPERATIONAL | READ)

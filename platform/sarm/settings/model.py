@@ -1,7 +1,7 @@
 """The language model, where it is cut, and how messages become tokens."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from sarm.settings.chat_template import template_text
 from sarm.settings.checks import ABSENT_AT_DEFAULT, check, check_least
@@ -13,6 +13,7 @@ from sarm.settings.results_root import READ, place_paths
 class ModelSettings:
     """The language model, where it is cut, and how messages become tokens."""
 
+    common: ClassVar[tuple[str, ...]] = ("name", "layer", "max_length")
     name: Annotated[str, listing("built-in models")] = field(default="demo:smollm2", metadata=READ)
     """Folder, Hugging Face id, or a built-in one: `demo:` comes from a package, `tiny:` is random and for tests."""
     revision: str = "main"

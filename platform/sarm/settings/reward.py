@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sarm.settings.checks import OPERATIONAL, check, check_least, check_rate, check_tokens
 from sarm.settings.results_root import READ, place_paths
@@ -23,6 +23,7 @@ RANDOM_ENCODERS: dict[str, Encoder] = {
 class RewardSettings:
     """Bradley-Terry training of the reward model."""
 
+    common: ClassVar[tuple[str, ...]] = ("lr", "epochs", "batch_pairs", "baselines", "lora_rank")
     lr: float = 4e-6
     """AdamW's peak learning rate for the backbone's blocks."""
     head_lr: float = 1e-3

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import tyro
 
@@ -55,6 +55,7 @@ def _check_place(out: Path) -> None:
 class RunSettings:
     """Where a job writes, what it logs to and which machines it may use."""
 
+    common: ClassVar[tuple[str, ...]] = ("out", "seed", "config", "dry_run")
     out: Path = field(default=Path("outputs/run"), metadata=OPERATIONAL | WRITTEN)
     """Folder of the run; every stage writes one folder inside it. In a submitted job a relative one stands under `$SARM_RESULTS` (default ~/sarm-outputs)."""
     seed: int = 0
@@ -105,6 +106,7 @@ class RunSettings:
 class ChainSettings(RunSettings):
     """Where a job of the chain of stages writes, and which stages it runs."""
 
+    common: ClassVar[tuple[str, ...]] = (*RunSettings.common, "only", "redo_from")
     only: bool = field(default=False, metadata=OPERATIONAL)
     """Run this job's own stage alone; the folders that it reads must be finished. Without this flag the job first makes what is missing."""
     redo_from: StageName | None = field(default=None, metadata=OPERATIONAL)

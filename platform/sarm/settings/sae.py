@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sarm.settings.checks import OPERATIONAL
 from sarm.settings.checks import check as _check
@@ -27,6 +27,7 @@ OF_RECIPE = {
 class SaeSettings:
     """The sparse autoencoder, and by which recipe it is trained."""
 
+    common: ClassVar[tuple[str, ...]] = ("d_sae", "k", "recipe", "lr", "architecture")
     d_sae: int = 9216
     """Dictionary size; the papers use 16 d_in. More than a quarter of the distinct activations leaves latents dead."""
     k: int = 27

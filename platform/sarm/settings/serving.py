@@ -4,7 +4,7 @@ import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sarm.settings.checks import UserError, check, check_least
 from sarm.settings.results_root import READ, WRITTEN, place_paths
@@ -16,6 +16,7 @@ MIN_TOKEN = 16
 class Serving:
     """One reward model behind HTTP: our own route, and those of the frameworks that train policies."""
 
+    common: ClassVar[tuple[str, ...]] = ("model", "host", "port", "token", "variants", "threads", "replicas")
     model: Path = field(metadata=READ)
     """SARM folder."""
     name: str = ""

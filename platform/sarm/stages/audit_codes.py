@@ -13,8 +13,8 @@ from sarm.audit.codes import CODE_PAIRS, RESPONSES
 from sarm.contracts.ids import response_id_of
 from sarm.data.store.blocks import table_blocks
 from sarm.data.store.parts import part_files
+from sarm.engine.passes import Pass, RunPass
 from sarm.engine.ray.block_actor import Output
-from sarm.engine.ray.passes import Pass, RunPass
 from sarm.passes.codes import CODES_PART, ResponseCodes
 from sarm.passes.reader import Reader
 from sarm.report.dictionary_note import dictionary_note

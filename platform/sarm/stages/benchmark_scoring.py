@@ -4,10 +4,12 @@ The cache holds a score under (model, template, protocol, length, dtype) and the
 files and interrupted runs all use what is there. Every block of prompts is written when it is done.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +24,12 @@ from sarm.evaluate.benchmarks.benchmark import BenchmarkRow
 from sarm.evaluate.benchmarks.probes import edit_conversation, markup_count
 from sarm.evaluate.benchmarks.sources import Loaded
 from sarm.passes.models import ALONE, ModelSpec, score_key
+from sarm.settings.checks import UserError
+from sarm.settings.extras import is_installed, said_of
 from sarm.settings.run import RunSettings
+
+if TYPE_CHECKING:
+    from sarm.engine.passes import RunPass
 
 
 class Scores(NamedTuple):
@@ -63,8 +70,12 @@ def score_all(
     alone: Sequence[str],
     batch_tokens: int,
     run: RunSettings,
+    in_process: bool = False,
 ) -> Scores:
-    """The score of every completion; those in `alone` once more in a pass of their own, under their id and `:alone`."""
+    """The score of every completion; those in `alone` once more in a pass of their own, under their id and `:alone`.
+
+    `in_process` scores without Ray, as happens anyway where that is not installed.
+    """
     folder = cache_root() / "scores" / score_key(spec)
     wanted = [*texts, *(f"{one}{ALONE}" for one in alone)]
     known = _cached(folder)
@@ -74,21 +85,13 @@ def score_all(
     if missing:
         # Only here: a run whose scores are all cached starts neither Ray nor torch.
         from sarm.data.store.parts import read_parts
-        from sarm.engine.ray.cluster import connect
-        from sarm.engine.ray.look import look_at_devices, tell
-        from sarm.engine.ray.passes import run_over
         from sarm.stages.completion_scores import score_requests
 
         say(f"scoring {len(missing):,} completions with {spec.place} ({num_cached:,} are in the cache)")
         asked = [(*texts[key.removesuffix(ALONE)], key) for key in missing]
-        with connect(run) as cluster:
-            tell(look_at_devices(cluster, run))
+        with _workers(run, in_process=in_process) as run_pass:
             part, refused = score_requests(
-                spec=spec,
-                wanted=asked,
-                cache=folder,
-                batch_tokens=batch_tokens,
-                run_pass=lambda work: run_over(work, run, cluster),
+                spec=spec, wanted=asked, cache=folder, batch_tokens=batch_tokens, run_pass=run_pass
             )
         fresh = read_parts(part)
         fresh = fresh.filter(pc.is_in(fresh["completion_id"], value_set=pa.array(missing)))
@@ -104,6 +107,27 @@ def score_all(
         forward_tokens=tokens,
         forward_seconds=seconds,
     )
+
+
+@contextlib.contextmanager
+def _workers(run: RunSettings, *, in_process: bool) -> "Iterator[RunPass]":
+    """Who does the pass: the actors of the run's cluster, or this process."""
+    if in_process or not is_installed("ray"):
+        if run.ray_address:
+            reason = "--in-process is asked for as well" if in_process else said_of("train", "ray")
+            raise UserError(f"--ray-address {run.ray_address} names a cluster, and {reason}.")
+        from sarm.engine.in_process import run_here
+
+        say("scoring in this process, without Ray")
+        yield functools.partial(run_here, threads=run.cpus_per_worker)
+        return
+    from sarm.engine.ray.cluster import connect
+    from sarm.engine.ray.look import look_at_devices, tell
+    from sarm.engine.ray.passes import run_over
+
+    with connect(run) as cluster:
+        tell(look_at_devices(cluster, run))
+        yield lambda work: run_over(work, run, cluster)
 
 
 def items_table(items: Iterable[dict[str, Any]], scores: Scores) -> pa.Table:

@@ -1,5 +1,6 @@
 """`jobs/reward_card.py`: a SARM, one conversation, and names for its features -> a card."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +29,52 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     folder = settings.model
     reader = sarm_reader(folder)
     messages = _conversation(settings)
-    contexts = beside(folder, settings.contexts, "contexts")
-    store = load_contexts(contexts, hash_of_folder(folder)) if contexts else None
-    prefixes = read_prefixes(reader, messages)
-    active = np.flatnonzero((prefixes.contribution != 0).any(0)).tolist()
-    names = feature_names(store, active, beside(folder, settings.explanations, "explanations"))
-    weight_S, config = reader.model.score.weight.detach().squeeze(0).cpu().numpy(), reader.model.config
-    content = card(
-        prefixes=prefixes,
-        weight_S=weight_S,
-        names=names,
-        num_features=settings.features,
-        mean_and_std=(config.reward_mean, config.reward_std),
-    )
-    spelled = reader.chat.spelled_in(message["content"] for message in messages)
-    content |= {
-        "protocol_version": PROTOCOL_VERSION,
-        "contents_with_control_tokens": spelled.control_tokens,
-        "contents_already_templated": spelled.templated,
-        "notes": dictionary_note(config.provenance),
-    }
-    if spelled.control_tokens:
-        print(f"{spelled.control_tokens} contents spell control tokens, which are scored as text")
-    if spelled.templated:
-        print(f"{spelled.templated} contents spell the turns of a chat template: they may have been templated before")
+    names = names_beside(folder, settings.contexts, settings.explanations)
+    content = card_of(reader, messages, names, settings.features)
+    if num := content["contents_with_control_tokens"]:
+        print(f"{num} contents spell control tokens, which are scored as text")
+    if num := content["contents_already_templated"]:
+        print(f"{num} contents spell the turns of a chat template: they may have been templated before")
     print_card(content)
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     write_card(content, messages[-2]["content"] if len(messages) > 1 else "", str(shown), settings.out)
     print(f"\ncard  {settings.out}")
     return content
+
+
+FeatureNames = Callable[[Sequence[int]], dict[int, str]]
+"""What latents are called, of those that are asked for."""
+
+
+def names_beside(model: Path, contexts: Path | None = None, explanations: Path | None = None) -> FeatureNames:
+    """The names of a model's features by its contexts and explanations: those that are given, else those in folders beside it.
+
+    Raises UserError for contexts of another model.
+    """
+    found = beside(model, contexts, "contexts")
+    store = load_contexts(found, hash_of_folder(model)) if found else None
+    explained = beside(model, explanations, "explanations")
+    return lambda latents: feature_names(store, latents, explained)
+
+
+def card_of(reader: Reader, messages: list[Message], names: FeatureNames, num_features: int) -> dict[str, Any]:
+    """What a card says of a conversation that ends with the answer. Raises UserError if the answer has no token of its own."""
+    prefixes = read_prefixes(reader, messages)
+    weight_S, config = reader.model.score.weight.detach().squeeze(0).cpu().numpy(), reader.model.config
+    content = card(
+        prefixes=prefixes,
+        weight_S=weight_S,
+        names=names(np.flatnonzero((prefixes.contribution != 0).any(0)).tolist()),
+        num_features=num_features,
+        mean_and_std=(config.reward_mean, config.reward_std),
+    )
+    spelled = reader.chat.spelled_in(message["content"] for message in messages)
+    return content | {
+        "protocol_version": PROTOCOL_VERSION,
+        "contents_with_control_tokens": spelled.control_tokens,
+        "contents_already_templated": spelled.templated,
+        "notes": dictionary_note(config.provenance),
+    }
 
 
 def read_prefixes(reader: Reader, messages: list[Message]) -> Prefixes:

@@ -19,8 +19,8 @@ from sarm.contracts.tables import COMPLETION_SCORES_TABLE
 from sarm.data.sources.tool_turns import MORE
 from sarm.data.store.blocks import Block, blocks_of, table_blocks
 from sarm.data.store.parts import has_part, read_rejects
+from sarm.engine.passes import Pass, RunPass
 from sarm.engine.ray.block_actor import Output
-from sarm.engine.ray.passes import Pass, RunPass
 from sarm.engine.writer_lock import HeldError, WriterLock
 from sarm.passes.completions import REQUESTS, CompletionScores
 from sarm.passes.models import ALONE, ModelSpec

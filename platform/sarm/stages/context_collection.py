@@ -23,8 +23,8 @@ from sarm.data.store.blocks import FILE, ROW, Block, table_blocks
 from sarm.data.store.pairs import PAIR_COLUMNS, of_split, pair_numbers
 from sarm.data.store.parts import part_files
 from sarm.data.tokens.contents import count_spelled
+from sarm.engine.passes import Pass, RunPass
 from sarm.engine.ray.block_actor import Output
-from sarm.engine.ray.passes import Pass, RunPass
 from sarm.engine.terminal import say
 from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE, PLACES
 from sarm.interpret.context_tables import Chosen, choose, context_tables, strongest, summaries

@@ -23,8 +23,8 @@ from sarm.data.store.blocks import plan_blocks
 from sarm.data.store.pairs import PAIR_COLUMNS, of_split
 from sarm.data.store.parts import read_counts, read_parts
 from sarm.engine.mlflow.tracking import StageRun
+from sarm.engine.passes import Pass
 from sarm.engine.ray.block_actor import Output
-from sarm.engine.ray.passes import Pass
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
 from sarm.evaluate import pairs as measures

@@ -29,7 +29,7 @@ from sarm.stages.plan import Key
 
 if TYPE_CHECKING:
     from sarm.contracts.passes import Target
-    from sarm.engine.ray.passes import Pass
+    from sarm.engine.passes import Pass
 
 _NAMES = {
     "all": "extract sentence ends",
@@ -114,8 +114,8 @@ class _Extraction:
         }
 
     def _pass(self, keys: Sequence[Key], folder: str, schemas: Mapping["Target", pa.Schema]) -> "Pass":
+        from sarm.engine.passes import Pass
         from sarm.engine.ray.block_actor import Inputs, Output
-        from sarm.engine.ray.passes import Pass
         from sarm.passes.turn_ends import response_row_ids
 
         def inputs_of(unit: str) -> Inputs | None:

@@ -1,4 +1,4 @@
-"""The command line that all jobs share: `python jobs/X.py PRESET [--flag value]`.
+"""The command line that all jobs share: `python jobs/X.py PRESET [--flag value]`, or `sarm X PRESET [--flag value]`.
 
 Nothing heavy is imported here: `--help`, `--dry-run` and wrong flags answer before torch and ray load.
 """
@@ -7,12 +7,11 @@ import contextlib
 import difflib
 import functools
 import io
-import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
@@ -20,14 +19,17 @@ from sarm.contracts.untrusted import holds_a_secret
 from sarm.data.formats.model_shapes import BUILT_IN_MODELS
 from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS, RESPONSE_SOURCES
 from sarm.engine.results import kept
+from sarm.engine.started import started
 from sarm.engine.stopping import Listener, command_line
 from sarm.engine.supervisor import is_supervised, supervise_this
 from sarm.settings.checks import StalledError, StoppedError, UserError
+from sarm.settings.extras import Extra, extra_of, need, said_of
 from sarm.settings.jobs import Pipeline
 from sarm.settings.presets import PRESETS
 from sarm.settings.registered import REGISTRIES
 from sarm.stages.config_file import as_file, config_flags
 from sarm.stages.dry_run.describing import describe
+from sarm.stages.help_text import HELP, few, like, more, shown
 from sarm.stages.preset_command import Made, in_order, names_a_preset, split, with_defaults
 
 DEFAULT_PRESET = "demo"
@@ -40,16 +42,24 @@ def run_job(
     arguments: Sequence[str] | None = None,
     presets: Mapping[str, tuple[str, Pipeline]] = PRESETS,
     explain: Callable[[Any], str] | None = None,
+    needs: Sequence[Extra] = (),
 ) -> None:
     """Parse the command line into `config_type`, starting from the preset it names (`demo` if none), and run `job` on it.
 
-    `explain` is what `--dry-run` prints, `describe` if there is none.
+    `explain` is what `--dry-run` prints, `describe` if there is none. `needs` are the extras without whose libraries the job is refused
+    before it does anything.
 
     Exits with status 2 and one line for a user's mistake, 75 (try again) after SIGTERM, once what it was training is saved, and for
     failures of machines and networks, 130 for an interrupt, and leaves other errors to Python.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    _guarded(lambda: parse(config_type, description, arguments, presets), job, arguments, explain or describe)
+    _guarded(
+        parsed=lambda: parse(config_type, description, arguments, presets),
+        job=job,
+        arguments=arguments,
+        explain=explain or describe,
+        needs=needs,
+    )
 
 
 def run_command(
@@ -59,6 +69,7 @@ def run_command(
     arguments: Sequence[str] | None = None,
     made: Made | None = None,
     *,
+    needs: Sequence[Extra] = (),
     is_server: bool = False,
 ) -> None:
     """`run_job` for a job whose settings are all flags.
@@ -67,17 +78,17 @@ def run_command(
     `is_server` says that the job has nothing to go on with, and answers Ctrl-C and SIGTERM itself, which are how it ends.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    script = f"python {os.path.relpath(sys.argv[0])}"
+    script = " ".join(started().typed)
     if made is None or not names_a_preset(arguments):
-        of_flags = functools.partial(_parse_flags, config_type, arguments, script, _shown(description))
-        _guarded(of_flags, job, arguments, describe, is_server=is_server)
+        of_flags = functools.partial(_parse_flags, config_type, arguments, script, shown(description))
+        _guarded(parsed=of_flags, job=job, arguments=arguments, explain=describe, needs=needs, is_server=is_server)
         return
     chain: list[Any] = []
 
     def parsed() -> Any:
         of_chain, own = split(arguments)
         chain.append(parse(made.job, description, of_chain))
-        return _parse_flags(config_type, with_defaults(own, made, chain[0].run.out), script, _shown(description))
+        return _parse_flags(config_type, with_defaults(own, made, chain[0].run.out), script, shown(description))
 
     _guarded(
         parsed=parsed,
@@ -85,6 +96,8 @@ def run_command(
         arguments=arguments,
         explain=lambda config: f"{describe(chain[0])}\n\n{describe(config)}",
         before=chain,
+        # The stages before it are the chain's.
+        needs=("train", *needs),
     )
 
 
@@ -95,6 +108,7 @@ def _guarded(
     explain: Callable[[Any], str],
     before: Sequence[Any] = (),
     *,
+    needs: Sequence[Extra] = (),
     is_server: bool = False,
 ) -> None:
     debug = "--debug" in arguments
@@ -107,10 +121,11 @@ def _guarded(
             if run is not None and run.dry_run:
                 print(as_file(config) if run.json else explain(config))
                 return
+            need(*needs)
             if run is not None and run.submit:
                 from sarm.engine.submission import submit
 
-                submit(sys.argv[0], arguments, config)
+                submit(started().script, arguments, config)
                 return
             if run is None or not is_supervised(run):
                 with kept(config, *before):
@@ -129,6 +144,12 @@ def _guarded(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        # What a job needs by its settings alone: the judges' client, adapters, a search.
+        if debug or (extra := extra_of(error.name)) is None:
+            raise
+        print(f"error: {said_of(extra, str(error.name))}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         from sarm.engine.failures import status_of
 
@@ -171,13 +192,13 @@ def parse(
     Raises UserError for an unknown preset, flag or value; exits with status 0 after printing help.
     """
     name, *flags = arguments or [""]
-    script = f"python {os.path.relpath(sys.argv[0])}" if sys.argv[0] else "job"
-    if name in ("-h", "--help"):
-        print(f"{_shown(description)}\n\nusage: {script} [PRESET] [--config FILE] [--flag value ...]\n\npresets:")
+    script = " ".join(started().typed).strip() or "job"
+    if name in HELP:
+        print(f"{shown(description)}\n\nusage: {script} [PRESET] [--config FILE] [--flag value ...]\n\npresets:")
         width = max(map(len, presets), default=0)
         print("\n".join(f"  {key:<{width}}  {summary}" for key, (summary, _) in presets.items()))
         print(f"\nwithout a preset: {DEFAULT_PRESET}")
-        print(f"all flags with their help and defaults: {script} {DEFAULT_PRESET} --help")
+        print(f"flags with their help and defaults: {script} {DEFAULT_PRESET} --help, and all of them: --help-all")
         sys.exit(0)
     if not name or name.startswith("-"):
         name, flags = DEFAULT_PRESET, list(arguments)
@@ -189,13 +210,8 @@ def parse(
             f"the first argument is a preset ({', '.join(presets)}) or a flag, got {name}{hint} Try {script} --help."
         )
     summary, preset = presets[name]
-    about = f"{description.strip().splitlines()[0]} Preset {name}: {summary}."
+    about = f"{shown(description)}\n\nPreset {name}: {summary}."
     return _parse_flags(config_type, flags, f"{script} {name}", about, default=preset.part(config_type))
-
-
-def _shown(description: str) -> str:
-    """A job's docstring as help shows it: commands indented, so that each keeps its line."""
-    return re.sub(r"^(?=(python|ray job) )", "    ", description.strip(), flags=re.M)
 
 
 def _known_benchmarks() -> Iterable[str]:
@@ -215,6 +231,8 @@ _REGISTRIES: dict[str, Callable[[], Iterable[str]]] = {
 
 def _parse_flags(config_type: type, flags: Sequence[str], prog: str, description: str, **default: Any) -> Any:
     REGISTRIES.update(_REGISTRIES)
+    if asked := next((flag for flag in flags if flag in HELP), None):
+        _print_help(config_type, prog, description, whole=asked == "--help-all", **default)
     said = io.StringIO()
     # Later flags count: those of the command line go over those of the file.
     flags = [*config_flags(flags, config_type), *flags]
@@ -225,6 +243,18 @@ def _parse_flags(config_type: type, flags: Sequence[str], prog: str, description
         if stop.code in (0, None):
             raise
         raise UserError(_one_line(said.getvalue())) from None
+
+
+def _print_help(config_type: type, prog: str, description: str, *, whole: bool, **default: Any) -> NoReturn:
+    """Print what the job does, with its examples, then its flags by group: the common ones, or all of them; exits with status 0."""
+    print(f"{description}\n")
+    kind, hidden = (config_type, 0) if whole else few(config_type)
+    default = {name: like(value, kind) for name, value in default.items()}
+    with contextlib.suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], prog=prog, description=" ", **default)
+    if hidden:
+        print(more(hidden))
+    sys.exit(0)
 
 
 def _one_line(box: str) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -27,23 +26,21 @@ from sarm.audit.steering import (
 from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import SARM_FOLDER
 from sarm.contracts.manifest import StageFolder, finite_or_null, read_manifest, write_atomically
-from sarm.data.formats.sarm_folder import read_sarm, save_sarm
-from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
 from sarm.evaluate.intervals import estimated
-from sarm.passes.models import hash_of_folder, sarm_settings
+from sarm.passes.models import hash_of_folder
 from sarm.report import audit_figures as figures
 from sarm.report.audit_page import write_audit_page
 from sarm.report.figures import as_svg
 from sarm.settings.audit import Steer
 from sarm.settings.checks import UserError
 from sarm.settings.identity import identity
-from sarm.settings.model import ModelSettings
 from sarm.stages.audit_folder import Audited, read_audit
+from sarm.stages.edited_model import EDIT, save_edited
 
-EDIT, STEERING = "edit.json", "steering.json"
+STEERING = "steering.json"
 
 
 def steer(session: Session, settings: Steer) -> Path:
@@ -70,7 +67,7 @@ def steer(session: Session, settings: Steer) -> Path:
         write_atomically(
             folder.folder / STEERING, json.dumps(finite_or_null(plain_values(content)), indent=2, allow_nan=False)
         )
-        _save(audited.sarm, edit, folder.folder)
+        save_edited(audited.sarm, edit, folder.folder)
         for name in (STEERING, EDIT):
             child.log_artifact(folder.folder / name)
         for path in folder.folder.glob("*.svg"):
@@ -233,17 +230,6 @@ def _sarm_folder(folder: Path, source: Path, steering: Mapping[str, Any]) -> Sta
     return StageFolder(folder, SARM_FOLDER, {**trained, "steering": {**steering, "source": hash_of_folder(source)}})
 
 
-def _save(source: Path, edit: Edit, folder: Path) -> None:
-    """The model with the edited head as a normal SARM folder, and the edit beside it."""
-    model = read_sarm(source)
-    weight_S = model.score.weight.detach().squeeze(0).numpy()
-    with torch.no_grad():
-        model.score.weight[0] = torch.from_numpy(edit.applied(weight_S))
-    settings: ModelSettings = sarm_settings(source)
-    save_sarm(model, load_chat_tokenizer(settings, source), folder)
-    write_atomically(folder / EDIT, json.dumps({"source": str(source), "weights": edit.as_json()}, indent=2))
-
-
 def _undo(session: Session, settings: Steer) -> Path:
     edited = session.run.out / "steer" / str(settings.undo)
     read_manifest(edited, SARM_FOLDER)
@@ -251,7 +237,7 @@ def _undo(session: Session, settings: Steer) -> Path:
     folder = _sarm_folder(session.run.out / "steer" / settings.name, edited, {"undoes": settings.undo})
 
     def body(child: StageRun) -> Mapping[str, Any]:
-        _save(edited, edit, folder.folder)
+        save_edited(edited, edit, folder.folder)
         child.log_artifact(folder.folder / EDIT)
         return {"figures": {"weights_changed": len(edit.latent)}}
 

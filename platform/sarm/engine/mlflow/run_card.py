@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from sarm.contracts.folders import CORPUS_FOLDER, PAIRS_FOLDER
 from sarm.contracts.manifest import Manifest, git_commit
 from sarm.contracts.untrusted import holds_a_secret
+from sarm.engine.started import started
 from sarm.settings.identity import as_json
 from sarm.settings.presets import PRESETS
 
@@ -109,10 +110,15 @@ def flat_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def origin() -> dict[str, str]:
     """Tags that say who started the run, with which script and command, of which preset, from which commit."""
-    script, *arguments = sys.argv or [""]
-    source = _relative(script) or "python"
+    program, arguments = started(), sys.argv[1:]
+    is_script = program.typed[0] == "python"
+    source = (_relative(program.source) if is_script else program.source) or "python"
     # A secret on a command line is refused by jobs; this one may be somebody else's.
-    command = "" if any(holds_a_secret(one) for one in arguments) else shlex.join(["python", source, *arguments])
+    command = (
+        ""
+        if any(holds_a_secret(one) for one in arguments)
+        else shlex.join([*(["python", source] if is_script else program.typed), *arguments])
+    )
     tags = {USER: _user(), SOURCE_NAME: source, SOURCE_TYPE: "LOCAL", COMMIT: _commit(), "command": command[:5000]}
     preset = arguments[0] if arguments and arguments[0] in PRESETS else ""
     return {key: value for key, value in {**tags, "preset": preset}.items() if value}

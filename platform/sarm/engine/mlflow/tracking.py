@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from sarm.contracts.untrusted import holds_a_secret
 from sarm.engine.mlflow.run_card import DataSet, parameters
+from sarm.engine.started import started
+from sarm.engine.terminal import say
 from sarm.settings.checks import StoppedError, UserError
+from sarm.settings.extras import MissingExtraError, is_installed, said_of
 from sarm.settings.run import ModelsLogged, RunSettings
 
 PARENT_RUN = "mlflow.parentRunId"
@@ -72,7 +75,8 @@ class StageRun:
     ) -> None:
         """Log the few settings that tell a job's run from others (`parameters` if not given), and its whole config as `config/SCRIPT.json`."""
         self.log_params(parameters(config) if settings is None else settings)
-        self.log_text(json.dumps(config, indent=2), f"config/{Path(script or sys.argv[0] or 'job').stem}.json")
+        name = Path(script).stem if script.endswith(".py") else started().name
+        self.log_text(json.dumps(config, indent=2), f"config/{name}.json")
 
     def log_table(self, rows: list[dict[str, Any]], name: str) -> None:
         """Log rows as a table that MLflow's run comparison shows."""
@@ -120,6 +124,39 @@ class StageRun:
         from sarm.engine.mlflow.outbox import outbox
 
         return outbox(self.uri, self.run_id, self.outbox)
+
+
+@dataclass(frozen=True)
+class NotTracked(StageRun):
+    """A run that MLflow does not hear of, because it is not installed: what it would be told is in the folder of the run."""
+
+    uri: str = ""
+    run_id: str = ""
+    outbox: Path = Path()
+
+    def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0, series: str | None = None) -> None:
+        """Nothing, as all that follows."""
+
+    def flush(self) -> None: ...
+
+    def end(self, status: str) -> None: ...
+
+    def _log(self, kind: str, **content: Any) -> None: ...
+
+    def _log_new_file(self, name: str, write: Callable[[Path], Any]) -> None: ...
+
+
+def untracked(run: RunSettings) -> NotTracked | None:
+    """What takes the place of a run where MLflow is not installed, once that is said; None where it is.
+
+    Raises MissingExtraError if the job names an MLflow of its own.
+    """
+    if is_installed("mlflow"):
+        return None
+    if run.mlflow_uri:
+        raise MissingExtraError(f"--mlflow-uri {run.mlflow_uri}: {said_of('train', 'mlflow')}")
+    say("MLflow is not installed (pip install 'sarm[train]'): this run is kept in its folder alone")
+    return NotTracked()
 
 
 def close_outboxes() -> None:

@@ -2,8 +2,8 @@
 
 import shutil
 import subprocess
+import sys
 
-import ray
 import torch
 
 from sarm.engine.ray.card import Card
@@ -19,7 +19,9 @@ def check_gpu() -> None:
 
 def gpu_refusal() -> str:
     """Why the GPU that Ray gave this process cannot be used: it would work on the CPU, and hold the GPU. '' if nothing is wrong."""
-    given = ray.get_gpu_ids()
+    # Where Ray is not loaded, it has started nothing and given nothing.
+    ray = sys.modules.get("ray")
+    given = ray.get_gpu_ids() if ray is not None else []
     if not given or torch.cuda.is_available():
         return ""
     return why_unusable(torch.__version__, torch.version.cuda, _driver(), str(given[0]))

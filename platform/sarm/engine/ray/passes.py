@@ -6,10 +6,7 @@ does not grow with the corpus, and what is done is what has a part file. A pass 
 
 import logging
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -17,45 +14,17 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
 from sarm.data.store.blocks import Block
-from sarm.data.store.parts import audit, has_part, read_counts, remove_temporaries, write_rejected
+from sarm.data.store.parts import remove_temporaries
 from sarm.engine.failures import causes_of, is_full_disk, mistake_in
-from sarm.engine.ray.block_actor import BEGUN, BlockActor, Inputs, Output
+from sarm.engine.passes import Counts, Pass, checked, missing_blocks
+from sarm.engine.ray.block_actor import BEGUN, BlockActor
 from sarm.engine.ray.cluster import room_for
 from sarm.engine.ray.pass_progress import PassProgress
 from sarm.engine.ray.room import Cluster
 from sarm.engine.ray.watching import Limits, Watched, watched
 from sarm.engine.terminal import say
-from sarm.settings.checks import NO_PROGRESS_SECONDS, NO_START_SECONDS, UserError
+from sarm.settings.checks import NO_PROGRESS_SECONDS, NO_START_SECONDS
 from sarm.settings.run import RunSettings
-
-_KEYS = ("side", "position")
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Blocks, what is computed of them, and where it goes.
-
-    `input_ids` gives the ids of a table of `id_columns` as the column `output_id` of the outputs has them: the
-    first of these columns, if it is None. Where that is a column of lists, output rows stand for several inputs, and `keys` are the columns that tell
-    output rows apart.
-    """
-
-    name: str
-    blocks: Sequence[Block]
-    columns: Sequence[str]
-    keep: Callable[[pa.Table], pa.Table] | None
-    actor: Callable[..., Any]
-    arguments: Mapping[str, Any]
-    outputs: Mapping[Any, Output]
-    id_columns: Sequence[str]
-    output_id: str
-    input_ids: Callable[[pa.Table], Sequence[Any]] | None = None
-    keys: Sequence[str] = ()
-
-
-Counts = dict[Any, dict[str, Any]]
-RunPass = Callable[[Pass], Counts]
-"""What does a pass: `run_over` with the actors of a run."""
 
 
 def run_over(
@@ -78,7 +47,7 @@ def run_over(
     cluster = room_for(cluster, run, run.num_actors)
     num_actors = cluster.workers(run, run.num_actors)
     threads = cluster.cpus_each(run, num_actors)
-    missing = _missing(work)
+    missing = missing_blocks(work)
     if len(missing) < len(work.blocks):
         say(f"{work.name}: {len(work.blocks) - len(missing):,} of {len(work.blocks):,} blocks are done already")
     num_rows = sum(block.num_rows for block in missing)
@@ -99,13 +68,13 @@ def run_over(
                 progress.add(done)
         except RayError as error:
             # A block is done when its part is there, whatever became of the message that said so.
-            before, missing = len(missing), _missing(work)
+            before, missing = len(missing), missing_blocks(work)
             cause = _cause_of(error)
             if len(missing) == before or is_full_disk(cause):
                 raise cause from error
             say(f"{work.name}: {_first_line(error)}; going on with {len(missing):,} blocks")
         else:
-            missing = _missing(work)
+            missing = missing_blocks(work)
     progress.end()
     for folder in folders:
         remove_temporaries(folder)
@@ -153,54 +122,6 @@ def _set_context() -> None:
     # The driver prints progress with tokens and time left; Ray's lines count blocks.
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-
-
-def _missing(work: Pass) -> list[Block]:
-    folders = [output.folder for output in work.outputs.values()]
-    return [block for block in work.blocks if not all(has_part(folder, block.number) for folder in folders)]
-
-
-_ADVICE = {
-    "overflow": "float16 does not hold numbers that large. Pass --extraction.dtype bfloat16.",
-    "not_finite": "The model itself gives NaN or infinite values. Pass --model.dtype float32, or get another copy of it.",
-}
-
-
-def checked(work: Pass, output: Output) -> dict[str, Any]:
-    """The counts of a target's folder, after its parts have been compared with the input.
-
-    Raises AuditError if rows are missing or there twice, UserError if no row came out.
-    """
-    keys = work.keys or [name for name in _KEYS if name in output.table_schema.names]
-    inputs = output.inputs or Inputs(work.id_columns, work.input_ids, work.output_id)
-    started = time.perf_counter()
-
-    def kept_ids(table: pa.Table) -> Sequence[Any]:
-        kept = table if work.keep is None else work.keep(table)
-        return kept[inputs.columns[0]].to_pylist() if inputs.ids is None else inputs.ids(kept)
-
-    audited = audit(
-        folder=output.folder,
-        blocks=work.blocks,
-        input_columns=inputs.columns,
-        input_ids=kept_ids,
-        id_column=inputs.output_id,
-        key_columns=keys,
-    )
-    counts = read_counts(output.folder) | audited
-    counts["num_rejected"] = write_rejected(output.folder)
-    counts["audit_seconds"] = round(time.perf_counter() - started, 3)
-    if counts["rows"] == 0:
-        raise UserError(
-            f"{work.name}: nothing usable came out of {audited['audited_rows']} rows: {counts['rejected'] or 'no reason given'}. {_advice(counts['rejected'])}"
-        )
-    return counts
-
-
-def _advice(rejected: Mapping[str, int]) -> str:
-    """What mends the reason that most rows were rejected for."""
-    reason = max(rejected, key=lambda name: rejected[name], default="")
-    return _ADVICE.get(reason, "Look at the source.")
 
 
 def _cause_of(error: BaseException) -> BaseException:

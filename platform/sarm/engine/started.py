@@ -1,0 +1,47 @@
+"""How this process was started: by a job's script (`python jobs/train_sarm.py ...`) or by the command (`sarm train-sarm ...`).
+
+Messages that repeat the command line, supervisors that start it again, submissions and MLflow's tags ask here.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+MODULE = "sarm.commands"
+
+
+class Started(NamedTuple):
+    """A start. What follows of the command line are the job's own arguments."""
+
+    typed: tuple[str, ...]
+    """What a user types before the arguments."""
+    again: tuple[str, ...]
+    """What Python is given to start the same once more."""
+    script: str
+    """The job's script; that of the command is where a checkout has it."""
+    source: str
+    """What stands for the program where one word has to do."""
+
+    @property
+    def name(self) -> str:
+        """The job's name, as its script has it."""
+        return Path(self.script).stem or "job"
+
+
+_command: tuple[str, str] | None = None
+
+
+def note_command(name: str, script: str) -> None:
+    """Say that this process is `sarm NAME`, whose job's script is `script` under the folder of a checkout."""
+    global _command
+    _command = name, script
+
+
+def started() -> Started:
+    """How this process was started."""
+    if _command is not None:
+        name, script = _command
+        return Started(("sarm", name), ("-m", MODULE, name), script, f"sarm {name}")
+    script = sys.argv[0] if sys.argv else ""
+    return Started(("python", os.path.relpath(script) if script else ""), (script,), script, script)

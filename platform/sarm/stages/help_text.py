@@ -1,0 +1,79 @@
+"""What `--help` shows of a job: its examples, and the flags that people use. `--help-all` shows every flag.
+
+A class of settings names its common flags in `common`; of a class that names none, all are shown.
+"""
+
+import dataclasses
+import re
+import typing
+from typing import Annotated, Any
+
+import tyro
+
+from sarm.engine.started import started
+
+HELP = ("-h", "--help", "--help-all")
+_SCRIPT = re.compile(r"python (?:jobs|tune)/(\w+)\.py")
+
+
+def shown(description: str) -> str:
+    """A job's docstring as help shows it: commands indented, so that each keeps its line, and as whoever asks would type them."""
+    text = description.strip()
+    if started().typed[0] == "sarm":
+        text = re.sub(r"^ *ray job submit .*\n?", "", text, flags=re.M)
+        text = _SCRIPT.sub(
+            lambda match: f"sarm {match[1].replace('reward_card', 'card').replace('_', '-')}", text
+        ).strip()
+    return re.sub(r"^(?=(python|ray job|sarm) )", "    ", text, flags=re.M)
+
+
+def more(hidden: int) -> str:
+    """The line about flags that are not shown."""
+    return f"{hidden} more flags are for experts: the same command with --help-all in the place of --help"
+
+
+def few(settings: type) -> tuple[type, int]:
+    """The settings as tyro is to show them, without what is uncommon, and how many flags that leaves out."""
+    hints = typing.get_type_hints(settings, include_extras=True)
+    common = getattr(settings, "common", ())
+    changed: list[tuple[str, Any, Any]] = []
+    hidden = 0
+    for field in dataclasses.fields(settings):
+        kind = hints[field.name]
+        bare, *marks = typing.get_args(kind) if typing.get_origin(kind) is Annotated else [kind]
+        if dataclasses.is_dataclass(bare) and isinstance(bare, type):
+            inner, left_out = few(bare)
+            hidden += left_out
+            if left_out:
+                changed.append((field.name, _marked(inner, *marks), _field(field, like(field.default, inner))))
+        elif common and field.name not in common:
+            hidden += 1
+            changed.append((field.name, _marked(bare, *marks, tyro.conf.Suppress), _field(field, field.default)))
+    if not changed:
+        return settings, 0
+    own = {"__doc__": settings.__doc__, "__module__": settings.__module__}
+    return dataclasses.make_dataclass(
+        settings.__name__, changed, bases=(settings,), frozen=True, kw_only=True, namespace=own
+    ), hidden
+
+
+def like(instance: Any, kind: type) -> Any:
+    """The same values as settings of a class that `few` made; what is no settings stays as it is."""
+    if not dataclasses.is_dataclass(instance) or isinstance(instance, kind):
+        return instance
+    hints = typing.get_type_hints(kind)
+    # Not made anew: what its checks would find is found already.
+    same = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        value = getattr(instance, field.name)
+        inner = hints[field.name]
+        object.__setattr__(same, field.name, like(value, inner) if dataclasses.is_dataclass(inner) else value)
+    return same
+
+
+def _marked(kind: Any, *marks: Any) -> Any:
+    return Annotated[(kind, *marks)] if marks else kind
+
+
+def _field(field: "dataclasses.Field[Any]", default: Any) -> Any:
+    return dataclasses.field(default=default, default_factory=field.default_factory, metadata=field.metadata)  # type: ignore[call-overload]
