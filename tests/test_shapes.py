@@ -14,7 +14,7 @@ from sarm.interpret.tallies import place_in_run
 from sarm.nn.architectures import build_sae
 from sarm.nn.losses import bradley_terry
 from sarm.report.reward_card import Prefixes
-from sarm.train.phase_shift import absorb_phase_shift_
+from sarm.training.phase_shift import absorb_phase_shift_
 
 
 @pytest.mark.parametrize(

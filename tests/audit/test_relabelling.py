@@ -19,7 +19,7 @@ from sarm.audit.relabelling import (
 from sarm.audit.selection import Selection
 from sarm.contracts.tables import PAIRS_TABLE
 from sarm.settings.checks import UserError
-from sarm.train.objective import Objective
+from sarm.training.objective import Objective
 
 SELECTION = Selection(np.array([1, 2]), np.array([1, -1]))
 

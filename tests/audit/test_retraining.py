@@ -10,7 +10,7 @@ from scipy import sparse
 from sarm.audit.codes import AuditCodes
 from sarm.audit.relabelling import flipped
 from sarm.audit.retraining import CachedHead, cross_fitted, root_mean_square
-from sarm.train.objective import Objective
+from sarm.training.objective import Objective
 
 
 @pytest.fixture

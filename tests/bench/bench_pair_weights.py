@@ -36,11 +36,11 @@ from sarm.settings.presets import PRESETS
 from sarm.settings.reward import RewardSettings
 from sarm.stages.fitting import fitted
 from sarm.stages.reward_models import build_model
-from sarm.train.head_start import start_head_
-from sarm.train.reward import parameter_groups, train_reward
-from sarm.train.reward_batches import cut_into_steps
-from sarm.train.reward_engine import LocalEngine
-from sarm.train.schedule import warmup_cosine
+from sarm.training.head_start import start_head_
+from sarm.training.reward import parameter_groups, train_reward
+from sarm.training.reward_batches import cut_into_steps
+from sarm.training.reward_engine import LocalEngine
+from sarm.training.schedule import warmup_cosine
 
 OUT = Path("outputs/bench")
 RULES = ("equal", "step")

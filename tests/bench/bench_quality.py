@@ -38,9 +38,9 @@ from sarm.settings.reward import RewardSettings
 from sarm.settings.run import RunSettings
 from sarm.stages.evaluate_frozen import probe_scores, read_frozen
 from sarm.stages.reward_models import build_model
-from sarm.train.head_start import start_head_
-from sarm.train.reward import parameter_groups, train_reward
-from sarm.train.reward_engine import LocalEngine
+from sarm.training.head_start import start_head_
+from sarm.training.reward import parameter_groups, train_reward
+from sarm.training.reward_engine import LocalEngine
 
 ROOT = Path(__file__).parents[2]
 SHARED_PAIRS = ROOT.parent / "shared" / "data" / "hh_rlhf_harmless" / "pairs.jsonl.gz"

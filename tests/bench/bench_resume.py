@@ -26,7 +26,7 @@ from sarm.engine.ray.trainer import run_workers
 from sarm.settings.presets import PRESETS
 from sarm.settings.run import RunSettings
 from sarm.stages.train_reward_worker import RewardTask, reward_worker
-from sarm.train.reward import RewardTraining
+from sarm.training.reward import RewardTraining
 
 DEMO = Path(os.environ.get("DEMO", "outputs/demo")).absolute()
 OUT = Path("outputs/bench/resume.json")

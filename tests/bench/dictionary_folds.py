@@ -40,8 +40,8 @@ from sarm.settings.presets import PRESETS
 from sarm.settings.sae import SaeSettings
 from sarm.stages.plan import MORE_RESPONSES, RESPONSES
 from sarm.stages.train_sae_rows import rows_of
-from sarm.train.phase_shift import absorb_phase_shift_
-from sarm.train.sae import SaeTraining
+from sarm.training.phase_shift import absorb_phase_shift_
+from sarm.training.sae import SaeTraining
 
 FOLDS = 3
 # No tuning has used folds of this salt.

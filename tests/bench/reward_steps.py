@@ -31,8 +31,8 @@ def sarm(folder: Path, batch: int, shared: bool) -> dict[str, Any]:
     from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
     from sarm.nn.pretrained import load_backbone
     from sarm.settings.reward import RewardSettings
-    from sarm.train.reward import parameter_groups, train_reward
-    from sarm.train.reward_engine import LocalEngine
+    from sarm.training.reward import parameter_groups, train_reward
+    from sarm.training.reward_engine import LocalEngine
 
     pairs = json.loads((folder / "pairs.json").read_text())
     groups = [

@@ -37,7 +37,7 @@ def sarm(d: int, m: int, k: int, batch: int) -> Step:
     """This project's `Learner`."""
     from sarm.nn.topk import TopKSae
     from sarm.settings.sae import SaeSettings
-    from sarm.train.sae_learner import Learner
+    from sarm.training.sae_learner import Learner
 
     sae = TopKSae(d, m, k)
     sae.initialise_(torch.randn(1024, d), torch.Generator().manual_seed(0))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sarm.nn.architectures import build_sae
 from sarm.settings.sae import SaeSettings
-from sarm.train.sae_learner import Learner
-from sarm.train.schedule import trapezoid
+from sarm.training.sae_learner import Learner
+from sarm.training.schedule import trapezoid
 
 
 class Features(NamedTuple):

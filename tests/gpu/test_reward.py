@@ -24,8 +24,8 @@ from sarm.settings.budget import USABLE_SHARE, Device, Size, pass_gb, training_b
 from sarm.settings.data import DataSettings
 from sarm.settings.reward import RewardSettings
 from sarm.stages.train_reward_worker import reward_moments
-from sarm.train.reward import parameter_groups, train_reward
-from sarm.train.reward_engine import LocalEngine
+from sarm.training.reward import parameter_groups, train_reward
+from sarm.training.reward_engine import LocalEngine
 
 pytestmark = pytest.mark.gpu
 REWARD = RewardSettings(lr=3e-4, head_lr=5e-3, epochs=2, batch_pairs=16, batch_tokens=512)

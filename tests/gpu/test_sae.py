@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sarm.nn.topk import TopKSae
 from sarm.settings.sae import SaeSettings
-from sarm.train.sae_learner import Learner
+from sarm.training.sae_learner import Learner
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sarm.nn import screening, sparse
 from sarm.nn.screening import Screen
 from sarm.settings.sae import SaeSettings
-from sarm.train.sae_learner import Learner
+from sarm.training.sae_learner import Learner
 
 D, S, K = 160, 1024, 8
 

@@ -41,7 +41,7 @@ from sarm.stages.relabel import relabel
 from sarm.stages.reward_models import build_model
 from sarm.stages.safety_ratings import SafetyRatings
 from sarm.stages.steer import steer
-from sarm.train.head_start import start_head_
+from sarm.training.head_start import start_head_
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from sarm.nn.pretrained import load_backbone
 from sarm.nn.topk import TopKSae
 from sarm.settings.reward import RewardSettings
 from sarm.stages.train_reward_worker import last_epoch_accuracy
-from sarm.train.reward import RewardTraining, parameter_groups
-from sarm.train.reward_batches import cut_into_steps
-from sarm.train.reward_engine import LocalEngine
-from sarm.train.schedule import warmup_cosine
+from sarm.training.reward import RewardTraining, parameter_groups
+from sarm.training.reward_batches import cut_into_steps
+from sarm.training.reward_engine import LocalEngine
+from sarm.training.schedule import warmup_cosine
 
 ROW_TOKENS, END, WORLD = 64, 1, 2
 CONFIG = {"lr": 1e-3, "head_lr": 1e-2, "epochs": 2, "batch_pairs": 6, "batch_tokens": 64, "max_grad_norm": 15.0}

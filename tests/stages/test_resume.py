@@ -33,7 +33,7 @@ from sarm.settings.jobs import Pipeline
 from sarm.settings.reward import RewardSettings
 from sarm.settings.run import RunSettings
 from sarm.stages.train_reward_worker import RewardTask, reward_worker
-from sarm.train.reward import RewardTraining
+from sarm.training.reward import RewardTraining
 
 CLUSTER = Cluster(nodes=(Node(6),), is_local=False)
 REWARD = RewardSettings(

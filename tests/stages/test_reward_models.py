@@ -22,9 +22,9 @@ from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
 from sarm.stages.reward_models import build_model, check_sae, check_width, encoder_of, merge_adapters_
 from sarm.stages.variants import variants
-from sarm.train.head_start import frozen_sides
-from sarm.train.reward import parameter_groups, train_reward
-from sarm.train.reward_engine import LocalEngine
+from sarm.training.head_start import frozen_sides
+from sarm.training.reward import parameter_groups, train_reward
+from sarm.training.reward_engine import LocalEngine
 
 MODEL = ModelSettings(name="tiny:llama", layer=1, max_length=128)
 IDS = torch.tensor([[5, 9, 300, 2, 1], [7, 7, 12, 40, 1]])

@@ -15,7 +15,7 @@ from sarm.nn.sae import dense, standardise
 from sarm.settings.checks import UserError
 from sarm.settings.sae import SaeSettings
 from sarm.stages.train_sae_rows import SaeRows, rows_of
-from sarm.train.sae import SaeTraining
+from sarm.training.sae import SaeTraining
 
 D_IN, PROMPTS = 16, 60
 CPU = torch.device("cpu")

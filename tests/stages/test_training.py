@@ -34,9 +34,9 @@ from sarm.settings.sae import SaeSettings
 from sarm.stages.reward_models import build_model, merge_adapters_
 from sarm.stages.train_reward_worker import RewardTask, reward_worker
 from sarm.stages.train_sae_worker import SaeMember, SaeTask, sae_worker
-from sarm.train.reward import parameter_groups, train_reward
-from sarm.train.reward_engine import LocalEngine
-from sarm.train.sae import SaeTraining
+from sarm.training.reward import parameter_groups, train_reward
+from sarm.training.reward_engine import LocalEngine
+from sarm.training.sae import SaeTraining
 
 CLUSTER = Cluster(nodes=(Node(6),), is_local=False)
 

@@ -12,7 +12,7 @@ from typing import Any
 from sarm.contracts.folders import SARM_FOLDER
 from sarm.contracts.manifest import MANIFEST, read_manifest, sha256_of, verify_files
 from sarm.contracts.untrusted import read_json
-from sarm.data.formats.model_files import check_model_files
+from sarm.data.formats.model_files import MODEL_FILES, check_model_files, folder_of
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer, load_tokenizer
 from sarm.data.tokens.templates import check_renders, chosen_template
 from sarm.nn.protocol import PROTOCOL_VERSION
@@ -21,7 +21,6 @@ from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 
 DEFAULT_LENGTH = 2048
-_WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def find_model(settings: Benchmarking) -> ModelSpec:
             settings=settings,
             max_length=DEFAULT_LENGTH,
         )
-    folder = _folder(name, settings.revision)
+    folder = folder_of(name, settings.revision)
     config = _config(folder, name)
     if config.get("model_type") == "sarm":
         _refuse_flags(settings, "a SARM, which has a head and a template of its own")
@@ -147,7 +146,7 @@ def score_key(spec: ModelSpec) -> str:
 def hash_of_folder(folder: Path) -> str:
     """A hash of every file that decides what a model computes."""
     found = hashlib.sha256()
-    for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
         # What a run wrote beside the weights says nothing about them.
         if path.name not in ("manifest.json", "stage.json", "history.json"):
             found.update(f"{path.name}\x1f{sha256_of(path)}\x1e".encode())
@@ -266,22 +265,6 @@ def _spec(kind: str, place: str, identity: str, template: str, settings: Benchma
 def _length(protocol: str, asked: int | None, own: int) -> int:
     # The official code always cuts at 2,048.
     return asked or (DEFAULT_LENGTH if protocol == "official" else own)
-
-
-def _folder(name: str, revision: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.absolute()
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise UserError(f"no model folder {name}. Pass --model with a folder, owner/name on Hugging Face, or module:function.")  # fmt: skip
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WEIGHTS)))
-    # The library and the network beneath it raise dozens of kinds; all mean the same to the user.
-    except Exception as error:
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise UserError(f"{name} is no folder and cannot be fetched ({type(error).__name__}: {reason}). Pass another --model.") from error  # fmt: skip
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:

@@ -57,14 +57,7 @@ def run_benchmarks(settings: Benchmarking) -> Path:
         check_tokenizer(spec)
     with tracked_folder(folder, settings.run) as own_run:
         own_run.log_config(json.loads(as_json(settings)))
-        scores = score_all(
-            spec=spec,
-            texts=texts,
-            alone=alone,
-            batch_tokens=settings.batch_tokens,
-            run=settings.run,
-            in_process=settings.in_process,
-        )
+        scores = score_all(spec, texts, alone, settings)
         table = items_table(items, scores)
         pq.write_table(table, folder.folder / "items.parquet", write_page_checksum=True)
         say(f"measuring {table.num_rows:,} scores")

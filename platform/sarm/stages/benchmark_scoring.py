@@ -24,6 +24,7 @@ from sarm.evaluate.benchmarks.benchmark import BenchmarkRow
 from sarm.evaluate.benchmarks.probes import edit_conversation, markup_count
 from sarm.evaluate.benchmarks.sources import Loaded
 from sarm.passes.models import ALONE, ModelSpec, score_key
+from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.checks import UserError
 from sarm.settings.extras import is_installed, said_of
 from sarm.settings.run import RunSettings
@@ -68,14 +69,9 @@ def score_all(
     spec: ModelSpec,
     texts: dict[str, tuple[str, str]],
     alone: Sequence[str],
-    batch_tokens: int,
-    run: RunSettings,
-    in_process: bool = False,
+    settings: Benchmarking,
 ) -> Scores:
-    """The score of every completion; those in `alone` once more in a pass of their own, under their id and `:alone`.
-
-    `in_process` scores without Ray, as happens anyway where that is not installed.
-    """
+    """The score of every completion; those in `alone` once more in a pass of their own, under their id and `:alone`."""
     folder = cache_root() / "scores" / score_key(spec)
     wanted = [*texts, *(f"{one}{ALONE}" for one in alone)]
     known = _cached(folder)
@@ -89,9 +85,9 @@ def score_all(
 
         say(f"scoring {len(missing):,} completions with {spec.place} ({num_cached:,} are in the cache)")
         asked = [(*texts[key.removesuffix(ALONE)], key) for key in missing]
-        with _workers(run, in_process=in_process) as run_pass:
+        with _workers(settings.run, in_process=settings.in_process) as run_pass:
             part, refused = score_requests(
-                spec=spec, wanted=asked, cache=folder, batch_tokens=batch_tokens, run_pass=run_pass
+                spec=spec, wanted=asked, cache=folder, batch_tokens=settings.batch_tokens, run_pass=run_pass
             )
         fresh = read_parts(part)
         fresh = fresh.filter(pc.is_in(fresh["completion_id"], value_set=pa.array(missing)))

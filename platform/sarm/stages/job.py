@@ -144,26 +144,28 @@ def _guarded(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the unfinished stage", file=sys.stderr)
         sys.exit(130)
-    except ModuleNotFoundError as error:
-        # What a job needs by its settings alone: the judges' client, adapters, a search.
-        if debug or (extra := extra_of(error.name)) is None:
-            raise
-        print(f"error: {said_of(extra, str(error.name))}", file=sys.stderr)
-        sys.exit(2)
     except Exception as error:
-        from sarm.engine.failures import status_of
-
         # What nobody expected keeps its traceback.
-        if debug or (status := status_of(error)) is None:
+        if debug or (told := _told(error)) is None:
             raise
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        # The text of a stall says all, and its class nothing.
-        kind = "" if isinstance(error, StalledError) else f"{type(error).__name__}: "
-        print(
-            f"error: {kind}{reason}; the same command goes on with the unfinished stage",
-            file=sys.stderr,
-        )
+        message, status = told
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(status)
+
+
+def _told(error: Exception) -> tuple[str, int] | None:
+    """The line and the exit status for an error that is no bug: a library that is not installed, a machine or network that failed."""
+    # What a job needs by its settings alone: the judges' client, adapters, a search.
+    if isinstance(error, ModuleNotFoundError) and (extra := extra_of(error.name)) is not None:
+        return said_of(extra, str(error.name)), 2
+    from sarm.engine.failures import status_of
+
+    if (status := status_of(error)) is None:
+        return None
+    reason = " ".join(str(error).split())[:500] or type(error).__name__
+    # The text of a stall says all, and its class nothing.
+    kind = "" if isinstance(error, StalledError) else f"{type(error).__name__}: "
+    return f"{kind}{reason}; the same command goes on with the unfinished stage", status
 
 
 def _refuse_arguments(arguments: Sequence[str]) -> None:

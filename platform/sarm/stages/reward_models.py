@@ -19,7 +19,7 @@ from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
 from sarm.stages.variants import NO_PEFT
-from sarm.train.random_encoder import draw_directions_, match_
+from sarm.training.random_encoder import draw_directions_, match_
 
 # Llama-family heads of `*ForSequenceClassification` start so; the papers' looser baseline is two of them.
 _LINEAR_INIT_STD = 0.02

@@ -35,9 +35,9 @@ from sarm.settings.reward import RewardSettings
 from sarm.settings.run import RunSettings
 from sarm.stages.reward_models import build_model, merge_adapters_
 from sarm.stages.reward_pairs import RewardPairs, shared_reward_pairs, split_off_validation
-from sarm.train.head_start import start_head_
-from sarm.train.reward import RewardTraining, parameter_groups
-from sarm.train.reward_batches import who_waits
+from sarm.training.head_start import start_head_
+from sarm.training.reward import RewardTraining, parameter_groups
+from sarm.training.reward_batches import who_waits
 
 # Prompts, and responses of each, that the reward's moments are taken over.
 _MOMENT_PROMPTS, _MOMENT_RESPONSES = 16, 4

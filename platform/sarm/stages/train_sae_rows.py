@@ -27,9 +27,9 @@ from sarm.nn.sae import standardise
 from sarm.settings.checks import UserError
 from sarm.settings.sae import SaeSettings
 from sarm.stages.plan import MORE_RESPONSES, RESPONSES
-from sarm.train.recentred_rows import Recentred, kind_means, moved_store, recentred
-from sarm.train.reward_aware import RewardMap, random_direction, reward_map
-from sarm.train.sae import Phase
+from sarm.training.recentred_rows import Recentred, kind_means, moved_store, recentred
+from sarm.training.reward_aware import RewardMap, random_direction, reward_map
+from sarm.training.sae import Phase
 
 _SAMPLE_ROWS = 16 * 1024
 _TRUE_END = KINDS.index(TRUE_END)

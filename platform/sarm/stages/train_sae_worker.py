@@ -30,8 +30,8 @@ from sarm.settings.run import RunSettings
 from sarm.settings.sae import OF_ONE_DICTIONARY, SaeSettings
 from sarm.stages.train_sae_folder import write_sae_folder
 from sarm.stages.train_sae_rows import SaeRows, rows_of
-from sarm.train.phase_shift import absorb_phase_shift_
-from sarm.train.sae import SaeTraining
+from sarm.training.phase_shift import absorb_phase_shift_
+from sarm.training.sae import SaeTraining
 
 _OF_THE_SAE = ("architecture", "d_sae", "k", *OPTIONS)
 

@@ -29,7 +29,7 @@ from sarm.nn.bags import Bags
 from sarm.nn.device_facts import device_facts
 from sarm.nn.topk import TopKSae
 from sarm.settings.sae import SaeSettings
-from sarm.train.sae_learner import Learner
+from sarm.training.sae_learner import Learner
 
 ROOT = Path(__file__).parents[3]
 OUT = ROOT / "outputs" / "bench" / "gpu.json"

@@ -10,7 +10,29 @@ from sarm.settings.checks import UserError
 
 _INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
+MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""Patterns of the files that decide what a model computes."""
 _PICKLES = ("*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def folder_of(name: str, revision: str = "main") -> Path:
+    """The folder of a model: the one that is named, else the cached snapshot of a Hugging Face repository, fetched if need be.
+
+    Raises UserError if there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise UserError(f"no model folder {name}. Pass --model with a folder, owner/name on Hugging Face, or module:function.")  # fmt: skip
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES)))
+    # The library and the network beneath it raise dozens of kinds; all mean the same to the user.
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise UserError(f"{name} is no folder and cannot be fetched ({type(error).__name__}: {reason}). Pass another --model.") from error  # fmt: skip
 
 
 def check_model_files(folder: Path, *, own_code: bool = False, pickles: bool = False) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.settings.reward import RewardSettings
-from sarm.train.sparse_adamw import adamw
+from sarm.training.sparse_adamw import adamw
 
 
 class _NotFiniteError(Exception):

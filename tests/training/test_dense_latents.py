@@ -10,10 +10,10 @@ from sklearn.linear_model import LogisticRegression
 from sarm.nn.architectures import build_sae
 from sarm.nn.losses import bradley_terry
 from sarm.settings.reward import RewardSettings
-from sarm.train.dense_latents import RecentFiring
-from sarm.train.objective import Objective
-from sarm.train.reward import parameter_groups
-from sarm.train.sparse_adamw import adamw
+from sarm.training.dense_latents import RecentFiring
+from sarm.training.objective import Objective
+from sarm.training.reward import parameter_groups
+from sarm.training.sparse_adamw import adamw
 
 D_SAE, K = 12, 3
 CPU = torch.device("cpu")

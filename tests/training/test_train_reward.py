@@ -24,12 +24,12 @@ from sarm.nn.pretrained import load_backbone
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.reward import RewardSettings
-from sarm.train.dense_latents import RecentFiring
-from sarm.train.objective import Objective, objective_of
-from sarm.train.reward import RewardTraining, _backward, _forward, parameter_groups, train_reward
-from sarm.train.reward_batches import busy_share, cut_into_steps, deal, who_waits
-from sarm.train.reward_checks import LossGuard, Sums
-from sarm.train.reward_engine import LocalEngine
+from sarm.training.dense_latents import RecentFiring
+from sarm.training.objective import Objective, objective_of
+from sarm.training.reward import RewardTraining, _backward, _forward, parameter_groups, train_reward
+from sarm.training.reward_batches import busy_share, cut_into_steps, deal, who_waits
+from sarm.training.reward_checks import LossGuard, Sums
+from sarm.training.reward_engine import LocalEngine
 
 ROW_TOKENS, END = 256, 1
 CONFIG = RewardSettings(lr=1e-3, head_lr=1e-2, epochs=2, batch_pairs=6, batch_tokens=1024, warmup_share=0.1)

@@ -22,12 +22,12 @@ from sarm.data.tokens.groups import PromptGroup
 from sarm.data.tokens.packing import collate
 from sarm.data.tokens.stored_groups import pair_counts
 from sarm.settings.reward import RewardSettings
-from sarm.train.dense_latents import RecentFiring
-from sarm.train.objective import Objective, objective_of
-from sarm.train.reward_batches import MicroBatch, cut_into_steps, deal, step_places
-from sarm.train.reward_checks import LossGuard, Outcome, Sums, Validation
-from sarm.train.reward_engine import Engine
-from sarm.train.schedule import warmup_cosine
+from sarm.training.dense_latents import RecentFiring
+from sarm.training.objective import Objective, objective_of
+from sarm.training.reward_batches import MicroBatch, cut_into_steps, deal, step_places
+from sarm.training.reward_checks import LossGuard, Outcome, Sums, Validation
+from sarm.training.reward_engine import Engine
+from sarm.training.schedule import warmup_cosine
 
 Log = Callable[[int, dict[str, float]], None]
 

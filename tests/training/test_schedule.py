@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm.train.schedule import trapezoid, warmup_cosine
+from sarm.training.schedule import trapezoid, warmup_cosine
 
 
 @pytest.mark.parametrize(

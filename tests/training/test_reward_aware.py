@@ -5,7 +5,7 @@ from torch import Tensor
 from sarm.nn.architectures import ARCHITECTURES, build_sae
 from sarm.nn.sae import Sae, dense
 from sarm.settings.checks import UserError
-from sarm.train.reward_aware import random_direction, reward_map
+from sarm.training.reward_aware import random_direction, reward_map
 
 D_IN, D_SAE, K = 12, 40, 5
 UNTIED = [name for name, architecture in ARCHITECTURES.items() if not architecture.is_tied]

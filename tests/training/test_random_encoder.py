@@ -18,8 +18,8 @@ from sarm.settings.reward import RANDOM_ENCODERS, RewardSettings
 from sarm.stages.plan import reward_settings
 from sarm.stages.reward_models import build_model
 from sarm.stages.variants import variants
-from sarm.train.phase_shift import absorb_phase_shift_
-from sarm.train.random_encoder import draw_directions_, match_, read_through_codes
+from sarm.training.phase_shift import absorb_phase_shift_
+from sarm.training.random_encoder import draw_directions_, match_, read_through_codes
 
 D, S, K, ROWS = 64, 256, 8, 2000
 MODEL = ModelSettings(name="tiny:llama", layer=1, max_length=128)

@@ -19,8 +19,8 @@ from sarm.nn.jumprelu import JumpReluSae
 from sarm.nn.sae import standardise
 from sarm.settings.checks import UserError
 from sarm.settings.sae import SaeSettings
-from sarm.train.sae import Phase, SaeTraining
-from sarm.train.sae_learner import Learner, shard_of
+from sarm.training.sae import Phase, SaeTraining
+from sarm.training.sae_learner import Learner, shard_of
 
 ROOT = Path(__file__).parents[2]
 D_IN, D_SAE, K = 12, 32, 3

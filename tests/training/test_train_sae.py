@@ -13,8 +13,8 @@ from sarm.evaluate.sae_quality import LatentCounts, measure, quality_metrics
 from sarm.nn.sae import Codes, standardise
 from sarm.nn.topk import TopKSae
 from sarm.settings.sae import SaeSettings
-from sarm.train.sae import Phase, train_sae
-from sarm.train.sae_learner import Learner
+from sarm.training.sae import Phase, train_sae
+from sarm.training.sae_learner import Learner
 
 ROOT = Path(__file__).parents[2]
 D_IN, D_SAE, K = 16, 32, 2

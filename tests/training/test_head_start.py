@@ -18,8 +18,8 @@ from sarm.nn.pretrained import load_backbone
 from sarm.nn.sae import standardise
 from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
-from sarm.train import head_start
-from sarm.train.head_start import start_head_
+from sarm.training import head_start
+from sarm.training.head_start import start_head_
 
 
 def untrained(folder: Path, chat: ChatTokenizer, sae: TopKSae | None) -> SarmForSequenceClassification:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sarm.data.store.activations import ActivationStore
 from sarm.nn.sae import Sae
-from sarm.train.phase_shift import absorb_phase_shift_
+from sarm.training.phase_shift import absorb_phase_shift_
 
 # Rows that the shift is measured on, as in SAE training; pairs that the head's start is fitted on.
 _SAMPLE_ROWS, _MAX_PAIRS = 16 * 1024, 8 * 1024

@@ -22,7 +22,7 @@ from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.sae import standardise
 from sarm.settings.checks import UserError
 from sarm.settings.reward import Encoder
-from sarm.train.random_encoder import read_through_codes
+from sarm.training.random_encoder import read_through_codes
 
 _BATCH_TOKENS = 4096
 

@@ -18,8 +18,8 @@ from sarm.data.store.shuffled_rows import Cursor, Rows, batches
 from sarm.evaluate.sae_quality import Prepare, measure, quality_metrics
 from sarm.nn.sae import Sae, standardise
 from sarm.settings.sae import SaeSettings
-from sarm.train.sae_learner import Learner, Split
-from sarm.train.schedule import trapezoid
+from sarm.training.sae_learner import Learner, Split
+from sarm.training.schedule import trapezoid
 
 Log = Callable[[int, dict[str, float]], None]
 _LOG_EVERY_SECONDS = 2.0

@@ -15,10 +15,10 @@ from sarm.nn.topk import TopKSae
 from sarm.settings.checks import UserError
 from sarm.settings.reward import RewardSettings
 from sarm.stages.reward_models import encoder_of
-from sarm.train.objective import Objective, objective_of
-from sarm.train.reward import _backward, parameter_groups
-from sarm.train.reward_batches import deal
-from sarm.train.reward_engine import LocalEngine
+from sarm.training.objective import Objective, objective_of
+from sarm.training.reward import _backward, parameter_groups
+from sarm.training.reward_batches import deal
+from sarm.training.reward_engine import LocalEngine
 
 D_SAE, K, END = 96, 8, 1
 MARGINS = [0.5, None, -0.25]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sarm.nn.losses import bradley_terry, reward_centring
 from sarm.settings.reward import RewardSettings
-from sarm.train.dense_latents import RecentFiring
+from sarm.training.dense_latents import RecentFiring
 
 
 class Objective(NamedTuple):

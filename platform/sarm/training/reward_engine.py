@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sarm.train.sparse_adamw import adamw
+from sarm.training.sparse_adamw import adamw
 
 
 @runtime_checkable
