@@ -12,7 +12,7 @@ BESIDE_OTHERS := sae sarm
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-gpu test-kernels bench-gpu test-fuzz test-docs test-chaos test-formats test-official test-clients test-load lint types audit bench ui lock clean
+.PHONY: help demo test test-gpu test-kernels bench-gpu test-fuzz test-docs test-chaos test-formats test-official test-clients test-load test-package lint types audit bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -88,6 +88,17 @@ test-chaos: $(VENV)/.ready  ## kills of nodes, actors, drivers and MLflow, hosts
 FUZZED := tests/data tests/contracts tests/passes/test_reward_heads.py tests/nn/test_backbone_files.py tests/serve/test_bad_requests.py
 test-fuzz: $(VENV)/.ready  ## 2,000 generated inputs for each test of layouts, files, tokenizers and configs; minutes
 	SARM_HYPOTHESIS=fuzz $(BIN)/python -m pytest -n 2 -m hypothesis --timeout 7200 $(FUZZED)
+
+PACKAGE := .venv-package
+# Nothing of the locked environment: what a user gets who installs the wheel.
+test-package: $(VENV)/.ready  ## the wheel in a fresh environment: installs, loads, scores, explains, evaluates without what trains
+	rm -rf $(PACKAGE) build
+	$(PYTHON) -m venv $(PACKAGE)
+	$(PACKAGE)/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(PACKAGE)/dist .
+	rm -rf build
+	$(PACKAGE)/bin/python -m pip install --progress-bar on torch==2.13.0
+	$(PACKAGE)/bin/python -m pip install --progress-bar on $(PACKAGE)/dist/sarm-*.whl
+	SARM_PACKAGE=$(abspath $(PACKAGE))/bin/python $(BIN)/python -m pytest tests/test_package.py
 
 test-formats: $(VENV)/.ready .venv-bench/.ready  ## SAE files, exchanged with the libraries whose formats they are
 	$(BIN)/python -m pytest tests/formats tests/data/formats/test_sae_formats.py
