@@ -42,9 +42,10 @@ class World:
         home = folder.with_name(f"{folder.name}-home")
         home.mkdir(exist_ok=True)
         cache = os.environ.get("SARM_CACHE") or str(Path("~/.cache/sarm").expanduser())
+        _program(home / "bin" / "sarm")
         self.environment = {
             **{name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "OPENAI_API_KEY")},
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{home / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(folder / "platform"),
             "HOME": str(home),
             "SARM_CACHE": cache,
@@ -74,7 +75,7 @@ class World:
 
 def with_tiny(command: str) -> str:
     """The command with the preset `tiny` in the place of `demo`, letter for letter the same otherwise."""
-    return re.sub(r"((?:jobs|tune)/\w+\.py) demo(?= |$)", r"\1 tiny", command)
+    return re.sub(r"((?:jobs|tune)/\w+\.py|^sarm [a-z-]+) demo(?= |$)", r"\1 tiny", command)
 
 
 def _virtual_environment(folder: Path) -> None:
@@ -86,6 +87,13 @@ def _virtual_environment(folder: Path) -> None:
             (folder / entry.name).symlink_to(entry)
     # Newer than the copied lock file, else make would install everything again.
     (folder / ".ready").touch()
+
+
+def _program(path: Path) -> None:
+    """The program that an installed wheel brings, of this checkout."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m sarm.commands "$@"\n')
+    path.chmod(0o755)
 
 
 def _bring_files(folder: Path) -> None:

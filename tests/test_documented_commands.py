@@ -52,6 +52,7 @@ NOT_RUN = {
     "python jobs/ui.py *": "serves until it is stopped, another folder; tests/engine/test_ui.py runs it so",
     "python docs/examples/trl_grpo.py *": "needs TRL, which is not locked; tests/integrations/test_their_clients.py runs it",
     "python jobs/serve.py *": "serves until it is stopped; tests/serve/test_server.py runs it",
+    "python jobs/push.py * --hub *": "needs an account of the Hugging Face hub",
     "transformers serve *": "serves until it is stopped, from a model of the reader's own",
 }
 """Commands that no test runs, as patterns, and why."""
@@ -69,6 +70,9 @@ SLOW = {
     "python jobs/compare.py *": "reads two evaluations, which are scored first",
     'python jobs/reward_card.py * --prompt "...*': "loads the model once more",
     'python jobs/reward_card.py * --prompt "My*': "loads the model once more",
+    "sarm card *": "loads the model once more",
+    "sarm evaluate *": "scores with the model",
+    "python jobs/push.py *": "loads the model once more",
     "python jobs/audit_features.py *": "scores and reruns on a Ray cluster",
     "python jobs/steer.py *": "reads an audit",
     "python jobs/relabel.py *": "reads an audit",

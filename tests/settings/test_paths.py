@@ -36,6 +36,7 @@ NO_PATH = {
     "RewardCard": {"prompt", "response"},
     "Steer": {"name", "over_refusal", "undo"},
     "Relabel": {"write"},
+    "Push": {"hub", "licence"},
     "Axis": {"name"},
     "SweepSettings": {"axes"},
     "Serving": {"name", "host", "mlflow_uri", "experiment", "ray_address"},

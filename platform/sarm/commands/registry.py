@@ -27,6 +27,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("evaluate", "evaluate", "benchmarks with intervals (--model), or a run's report"),
         Entry("compare", "compare", "two evaluations, row by row"),
         Entry("serve", "serve", "a reward server for RLHF frameworks"),
+        Entry("push", "push", "the model with a model card, to a folder or the hub"),
         Entry("convert-sarm", "convert_sarm", "from and to the papers' layout"),
     ),
     "train": (
