@@ -112,6 +112,45 @@ def test_the_run_tracker_has_the_metrics_by_their_names(finished, work):
     assert logged == pytest.approx(metrics(report))
 
 
+def test_scored_in_this_process_the_items_and_figures_are_the_clusters(finished, evaluate, work, monkeypatch, capsys):
+    monkeypatch.setenv("SARM_CACHE", str(work / "other cache"))
+    here = evaluate("here", in_process=True)
+    assert "scoring in this process, without Ray" in capsys.readouterr().out
+    told, of_cluster = (json.loads((folder / "report.json").read_text()) for folder in (here, finished))
+    assert told["scoring"]["num_cached"] == 0
+    assert told["scoring"]["num_scored"] == of_cluster["scoring"]["num_scored"] > 0
+    for one in (told, of_cluster):
+        one["figures"] = one["benchmarks"]["reward_bench_2"]["figures"]
+    assert told["figures"] == of_cluster["figures"]
+    items, others = (pq.read_table(folder / "items.parquet").to_pylist() for folder in (here, finished))
+    assert repr(items) == repr(others)
+
+
+def test_a_pass_in_this_process_goes_on_where_it_was_stopped(evaluate, work, monkeypatch):
+    monkeypatch.setenv("SARM_CACHE", str(work / "third cache"))
+    evaluate("begun", in_process=True)
+    parts = sorted((work / "third cache" / "scores").glob("*/*/*.parquet"))
+    lost = pq.read_table(parts[0]).num_rows
+    parts[0].unlink()
+    evaluate("gone on", in_process=True, allow_partial=True)
+    told = json.loads((work / "gone on" / "report.json").read_text())["scoring"]
+    assert told["num_scored"] == lost
+    assert told["num_cached"] > 0
+
+
+def test_a_cluster_and_this_process_are_not_asked_for_at_once(work, monkeypatch):
+    monkeypatch.setenv("SARM_CACHE", str(work / "fourth cache"))
+    settings = Benchmarking(
+        run=RunSettings(out=work / "both", ray_address="10.0.0.1:6379"),
+        model=f"{work / 'model.py'}:score",
+        benchmarks=(f"reward_bench_2={work / 'rb2.jsonl'}",),
+        in_process=True,
+    )
+    with pytest.raises(UserError, match="names a cluster, and --in-process"):
+        run_benchmarks(settings)
+    assert not (work / "both").exists()
+
+
 @pytest.mark.parametrize(
     ("figure", "name"),
     [("chat/hard", "rmbench/chat_hard"), ("", "rmbench/all"), ("..", "rmbench/all"), ("a:b%\n<x>", "rmbench/a_b___x_")],

@@ -59,9 +59,7 @@ def overview() -> str:
     ]
     for title, entries in GROUPS.items():
         lines += ["", title, *(f"  {entry.name:<{width}}  {entry.about}" for entry in entries)]
-    return "\n".join(
-        [*lines, "", f"sarm --version; sarm completion {'|'.join(SHELLS)}; the wheel's extras: docs/install.md"]
-    )
+    return "\n".join([*lines, "", f"sarm --version; sarm completion {'|'.join(SHELLS)}; pip install 'sarm[train]'"])
 
 
 def _given(entry: Entry, arguments: Sequence[str]) -> list[str]:

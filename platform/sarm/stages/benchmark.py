@@ -27,7 +27,7 @@ from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.budget import dtype_of
 from sarm.settings.identity import as_json, identity
 from sarm.stages.benchmark_overlap import TrainingPrompts, overlap, training_prompts
-from sarm.stages.benchmark_scoring import Scores, all_cached, items_table, make_items, reasons_of, score_all
+from sarm.stages.benchmark_scoring import Scores, all_cached, is_here, items_table, make_items, reasons_of, score_all
 from sarm.stages.fitting import made_in, reading_budget
 
 # v2: rows belong to one prompt if its normalised text is the same.
@@ -40,6 +40,7 @@ def run_benchmarks(settings: Benchmarking) -> Path:
     Raises UserError for unusable settings, models or data, before a cluster starts and before anything is written.
     """
     tracking_uri(settings.run)
+    is_here(settings.run, in_process=settings.in_process)
     settings, spec = _fitted(settings)
     benchmarks = [
         load_benchmark(parse_source(text), settings.limit, settings.allow_partial) for text in settings.benchmarks

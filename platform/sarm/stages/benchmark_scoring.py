@@ -105,13 +105,20 @@ def score_all(
     )
 
 
+def is_here(run: RunSettings, *, in_process: bool) -> bool:
+    """Whether this process does the scoring: it is asked to, or Ray is not installed. Raises UserError if a cluster is named all the same."""
+    if not in_process and is_installed("ray"):
+        return False
+    if run.ray_address:
+        reason = "--in-process is asked for as well" if in_process else said_of("train", "ray")
+        raise UserError(f"--ray-address {run.ray_address} names a cluster, and {reason}.")
+    return True
+
+
 @contextlib.contextmanager
 def _workers(run: RunSettings, *, in_process: bool) -> "Iterator[RunPass]":
     """Who does the pass: the actors of the run's cluster, or this process."""
-    if in_process or not is_installed("ray"):
-        if run.ray_address:
-            reason = "--in-process is asked for as well" if in_process else said_of("train", "ray")
-            raise UserError(f"--ray-address {run.ray_address} names a cluster, and {reason}.")
+    if is_here(run, in_process=in_process):
         from sarm.engine.in_process import run_here
 
         say("scoring in this process, without Ray")
