@@ -68,6 +68,7 @@ def main(folder: Path) -> None:
         (("train-sarm", "tiny", "--out", "run"), "train", "ray"),
         (("serve", "--model", "sarm"), "serve", "starlette"),
         (("ui",), "train", "ray"),
+        (("interpret", "contexts", "--out", "run"), "judge", "openai"),
     ):
         code, out, err = run(*arguments)
         assert code == 2, (arguments, out, err)

@@ -27,4 +27,4 @@ def main(settings: Interpret) -> None:
     run_interpretation(settings)
 
 
-COMMAND = Command(settings=Interpret, main=main, about=__doc__, made=Made(CollectContexts, reads))
+COMMAND = Command(settings=Interpret, main=main, about=__doc__, made=Made(CollectContexts, reads), needs=("judge",))

@@ -22,7 +22,7 @@ LIBRARIES: dict[Extra, tuple[str, ...]] = {
 _WORK = {
     "train": "training, and whatever else runs on Ray or is kept in MLflow,",
     "serve": "the reward server",
-    "judge": "asking judges",
+    "judge": "explaining latents, with judges or without,",
     "lora": "training by adapters",
     "optuna": "a search by Optuna",
 }

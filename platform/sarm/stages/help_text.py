@@ -63,11 +63,12 @@ def like(instance: Any, kind: type) -> Any:
         return instance
     hints = typing.get_type_hints(kind)
     # Not made anew: what its checks would find is found already.
-    same = object.__new__(kind)
+    same: Any = object.__new__(kind)
     for field in dataclasses.fields(kind):
         value = getattr(instance, field.name)
         inner = hints[field.name]
-        object.__setattr__(same, field.name, like(value, inner) if dataclasses.is_dataclass(inner) else value)
+        is_section = isinstance(inner, type) and dataclasses.is_dataclass(inner)
+        object.__setattr__(same, field.name, like(value, inner) if is_section else value)
     return same
 
 
@@ -76,4 +77,4 @@ def _marked(kind: Any, *marks: Any) -> Any:
 
 
 def _field(field: "dataclasses.Field[Any]", default: Any) -> Any:
-    return dataclasses.field(default=default, default_factory=field.default_factory, metadata=field.metadata)  # type: ignore[call-overload]
+    return dataclasses.field(default=default, default_factory=field.default_factory, metadata=field.metadata)
