@@ -153,6 +153,21 @@ def test_what_is_submitted_without_a_checkout_is_refused(tmp_path, monkeypatch) 
         submit("jobs/train_sarm.py", [], PRESETS["tiny"][1])
 
 
+COMPLETE = """
+source "$1"; shift
+function=$(complete -p sarm | sed -E 's/.*-F ([^ ]+).*/\\1/')
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
+$function sarm "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+def completed(script: Path, line: str) -> list[str]:
+    """What bash offers for a line that ends in an unfinished word."""
+    command = ["bash", "-c", COMPLETE, "bash", str(script), *line.split()]
+    return sorted(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_shell_completes_commands_and_flags(run, shell, tmp_path) -> None:
     code, script, _ = run("completion", shell)
@@ -161,5 +176,9 @@ def test_a_shell_completes_commands_and_flags(run, shell, tmp_path) -> None:
         assert word in script, word
     if shell == "bash":
         (tmp_path / "completion").write_text(script)
-        subprocess.run(["bash", "-n", tmp_path / "completion"], check=True)
+        assert completed(tmp_path / "completion", "sarm tr") == ["train-sae", "train-sarm"]
+        assert completed(tmp_path / "completion", "sarm card --con") == ["--contexts", "--conversation"]
+        flags = completed(tmp_path / "completion", "sarm train-sarm --sae.")
+        assert "--sae.d-sae" in flags
+        assert all(flag.startswith("--sae.") for flag in flags), "words of the help are no candidates"
     assert run("completion", "tcsh")[0] == run("completion")[0] == 2

@@ -1,8 +1,10 @@
 """The program `sarm`: one command for every job. It does what the scripts in `jobs/` do, by the same code."""
 
+import contextlib
 import difflib
 import functools
 import importlib
+import io
 import operator
 import sys
 from collections.abc import Sequence
@@ -85,4 +87,8 @@ def _print_completion(arguments: Sequence[str]) -> None:
         # With these arguments a command is another, with other flags.
         kind = next((one for flags, one in command.other.items() if set(flags) & set(entry.first)), command).settings
         kinds.append(Annotated[kind, tyro.conf.subcommand(entry.name)])
-    tyro.cli(functools.reduce(operator.or_, kinds), prog="sarm", args=["--tyro-print-completion", arguments[0]])
+    script = io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        tyro.cli(functools.reduce(operator.or_, kinds), prog="sarm", args=["--tyro-print-completion", arguments[0]])
+    # A line break in the help of a flag would end what it completes to, and make words of the help candidates.
+    print("\n".join(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC") else line for line in script.getvalue().splitlines()))  # fmt: skip
