@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from sarm.report.pages import Page, Section, to_html, to_markdown
 from sarm.report.render import TEMPLATES, cell, html, markdown, picture, shown, table
 
 DIRTY = "a\x1b[31mb\u202ec\ud800<b>"
@@ -43,3 +44,13 @@ def test_markdown_has_one_line_for_each_cell_and_leaves_out_what_is_empty():
 def test_what_is_shown_keeps_its_end_and_numbers_are_for_people():
     assert shown("x" * 500 + " end", 10) == "…xxxxxx end"
     assert (shown(12345), shown(True), entities.unescape(cell("<b>"))) == ("12,345", "True", "<b>")
+
+
+def test_a_page_keeps_the_beginning_of_its_own_sentences_and_the_end_of_values():
+    paragraph = "The audit begins here. " + "It goes on. " * 60 + "It ends here."
+    value = "start " + "x" * 500 + " end"
+    page = Page(title="A page", facts={}, notes=[paragraph], sections=[Section(title="A section", text=paragraph, columns=("a",), rows=[(value,)])])  # fmt: skip
+    for shown_page in (to_html(page), to_markdown(page)):
+        assert shown_page.count("The audit begins here.") == shown_page.count("It ends here.") == 2
+        assert "start x" not in shown_page
+        assert "x end" in shown_page

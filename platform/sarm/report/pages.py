@@ -8,8 +8,8 @@ from typing import Any
 from sarm.contracts.manifest import write_atomically
 from sarm.report.render import cell, html, markdown, picture, shown, table
 
-# Characters of a value that a page shows.
-_LIMIT = 400
+# Characters of a value that a page shows, of which the last ones count, and of its own sentences, which begin with what matters.
+_LIMIT, _PROSE = 400, 4000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +93,19 @@ def _cut(page: Page) -> Page:
     def text(value: Any) -> str:
         return shown(value, _LIMIT)
 
+    def prose(value: str) -> str:
+        return shown(value)[:_PROSE]
+
     sections = [
         replace(
             section,
             title=text(section.title),
-            text=text(section.text),
+            text=prose(section.text),
             rows=[[text(value) for value in row] for row in section.rows],
         )
         for section in page.sections
     ]
     facts = {text(name): text(value) for name, value in page.facts.items()}
     return replace(
-        page, title=text(page.title), facts=facts, notes=[text(note) for note in page.notes], sections=sections
+        page, title=text(page.title), facts=facts, notes=[prose(note) for note in page.notes], sections=sections
     )
