@@ -284,6 +284,7 @@ FLAGS_ONLY = (
     "rate",
     "ui",
     "serve",
+    "push",
 )
 WITH_PRESETS = [job for job in SCRIPTS if job.stem not in FLAGS_ONLY]
 ANSWERS = [
@@ -305,6 +306,7 @@ ANSWERS = [
     (ROOT / "jobs" / "rate.py", ["--help"]),
     (ROOT / "jobs" / "ui.py", ["--help"]),
     (ROOT / "jobs" / "serve.py", ["--help"]),
+    (ROOT / "jobs" / "push.py", ["--help"]),
     (ROOT / "jobs" / "interpret.py", ["contexts", "--judging.judges", "m@http://h:1/v1", "--dry-run"]),
     (ROOT / "jobs" / "prepare_data.py", ["--inspect", "x", "--help"]),
     (ROOT / "jobs" / "evaluate.py", ["--model", "x", "--help"]),

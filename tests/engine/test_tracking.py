@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import relabel, steer
 from mlflow import MlflowClient
 from tests.stages.random_sarm import random_sarm
 
+from sarm.commands import relabel, steer
 from sarm.contracts.manifest import git_commit
 from sarm.engine.mlflow.outbox import close_all
 from sarm.engine.mlflow.run_card import DataSet

@@ -85,7 +85,8 @@ class Reader:
     def with_head(self, weight_S: Float[NDArray[np.floating], " d_sae"]) -> "Reader":
         """The same reader under a head of other weights. Blocks, dictionary and tokenizer are shared and not copied."""
         own = self.model
-        model = SarmForSequenceClassification(copy.deepcopy(own.config), own.model, own.sae)
+        config: Any = copy.deepcopy(own.config)
+        model = SarmForSequenceClassification(config, own.model, own.sae)
         model.score.weight.data = torch.as_tensor(weight_S, dtype=torch.float32, device=own.device)[None].clone()
         other = Reader(*(getattr(self, field.name) for field in fields(self)))
         # Where `cached_property` keeps what it has made.
