@@ -117,7 +117,7 @@ def _figures(made: Made) -> str:
     )
 
 
-_USE = """With the package (`pip install sarm`):
+_USE = """With the package `sarm`:
 
 ```python
 import sarm
