@@ -113,7 +113,8 @@ def _turn_ends(
     prepare = _unchanged if stretch is None else stretch
     mixture = MixedRows([Stream(streams[name], share) for name, share in shares.items()], sae.steps * sae.batch_size, sae.batch_size)  # fmt: skip
     heldout = torch.cat([stream.heldout() for stream in streams.values()])
-    sample = next(iter(mixture.windows(seed, 0)))[:_SAMPLE_ROWS].cpu()
+    first = next(iter(mixture.windows(seed, 0)))
+    sample = first[torch.arange(min(_SAMPLE_ROWS, len(first)))].cpu()
     answers = streams.get(RESPONSES)
     unseen = standardise(read(stores["chat"]).heldout) if answers is None else answers.heldout_true_ends()
     measured = {"chat": MeasuredRows(_standardised(stores["chat"]), unseen)}
