@@ -13,8 +13,8 @@ from sarm.nn import triton_backend
 
 CARDS = {"A100": 80, "H100": 90, "B200": 100}
 BLOCKS = (64, 1024)
-_OF_INTEGERS = {"latents", "offsets", "rows", "bags", "order", "starts"}
-_OF_SIZES = {"num_bags", "num_entries", "d"}
+_OF_INTEGERS = {"latents", "offsets", "rows", "bags", "order", "starts", "stops", "targets", "more"}
+_OF_SIZES = {"num_bags", "num_entries", "num_latents", "d"}
 _WARP = 32
 
 

@@ -16,7 +16,7 @@ if importlib.util.find_spec("triton") is None:
         allow_module_level=True,
     )
 
-KERNELS = ["_decode_kernel", "_value_gradients_kernel", "_weight_gradients_kernel"]
+KERNELS = ["_add_pieces_kernel", "_decode_kernel", "_value_gradients_kernel", "_weight_gradients_kernel"]
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def test_shares_leave_streams_out(activations: dict[str, Path]) -> None:
     only_texts = rows(activations, shares=(0.0, 1.0))
     assert only_texts.figures.keys() == {"passes_text"}
     assert only_texts.measured.keys() == {"chat", "text"}
-    every = torch.cat(list(only_texts.measured["text"].all()))
+    every = torch.cat(list(only_texts.measured["text"].all(slice(None))))
     # Both kinds were moved to the mean of the texts' own true ends, of those that are trained on.
     assert len(every) == 600
     assert every[::2].mean(0).sub(every[1::2].mean(0)).norm() < 0.2 * every.std(0).norm()

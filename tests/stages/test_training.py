@@ -367,6 +367,19 @@ def test_zero_trains_as_one_plain_process_does(
     assert after["score.weight"].abs().max() > 0
 
 
+def learnt_as_in(
+    one_process: tuple[list[float], dict[str, torch.Tensor]], sharded: tuple[Path, dict[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """The weights that a sharded training left, once its losses and they were those of one process."""
+    (losses, weights), (folder, result) = one_process, sharded
+    found = torch.tensor([entry["loss"] for entry in result["history"]])
+    torch.testing.assert_close(found, torch.tensor(losses), rtol=0, atol=1e-5)
+    after = load_file(folder / "model.safetensors")
+    for key, weight in after.items():
+        torch.testing.assert_close(weight, weights[key], rtol=0, atol=2e-4, msg=key)
+    return after
+
+
 def test_sharded_adapters_learn_as_in_one_process_and_leave_plain_weights(
     extracted: Path,
     sae_folder: Path,
@@ -375,14 +388,8 @@ def test_sharded_adapters_learn_as_in_one_process_and_leave_plain_weights(
     reference: tuple[list[float], dict[str, torch.Tensor]],
     trained: dict[str, tuple[Path, dict[str, Any]]],
 ) -> None:
-    losses, weights = in_one_process(extracted, sae_folder, tracking, preset, LORA)
-    folder, result = trained["zero 2 adapters"]
-    found = torch.tensor([entry["loss"] for entry in result["history"]])
-    torch.testing.assert_close(found, torch.tensor(losses), rtol=0, atol=1e-5)
-    after = load_file(folder / "model.safetensors")
+    after = learnt_as_in(in_one_process(extracted, sae_folder, tracking, preset, LORA), trained["zero 2 adapters"])
     assert after.keys() == reference[1].keys()
-    for key, weight in after.items():
-        torch.testing.assert_close(weight, weights[key], rtol=0, atol=2e-4, msg=key)
 
 
 def test_sharded_the_sae_learns_from_the_whole_objective_as_in_one_process(
@@ -392,13 +399,8 @@ def test_sharded_the_sae_learns_from_the_whole_objective_as_in_one_process(
     preset: Pipeline,
     trained: dict[str, tuple[Path, dict[str, Any]]],
 ) -> None:
-    losses, weights = in_one_process(extracted, sae_folder, tracking, preset, WHOLE)
-    folder, result = trained["zero 3 whole"]
-    found = torch.tensor([entry["loss"] for entry in result["history"]])
-    torch.testing.assert_close(found, torch.tensor(losses), rtol=0, atol=1e-5)
-    after, before = load_file(folder / "model.safetensors"), load_sae(sae_folder)[0].state_dict()
-    for name, weight in after.items():
-        torch.testing.assert_close(weight, weights[name], rtol=0, atol=2e-4, msg=name)
+    after = learnt_as_in(in_one_process(extracted, sae_folder, tracking, preset, WHOLE), trained["zero 3 whole"])
+    before = load_sae(sae_folder)[0].state_dict()
     assert not any(torch.equal(after[f"sae.{name}"], tensor) for name, tensor in before.items())
 
 

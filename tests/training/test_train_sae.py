@@ -9,11 +9,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from sarm.evaluate.sae_quality import LatentCounts, measure, quality_metrics
+from sarm.evaluate.sae_quality import LatentCounts, count_latents, measure, quality_metrics
 from sarm.nn.sae import Codes, standardise
 from sarm.nn.topk import TopKSae
 from sarm.settings.sae import SaeSettings
-from sarm.training.sae import Phase, train_sae
+from sarm.training.sae import Phase, log_after, train_sae
 from sarm.training.sae_learner import Learner
 
 ROOT = Path(__file__).parents[2]
@@ -193,6 +193,23 @@ def test_latent_counts_match_hand_numbers():
     assert counts.peak.tolist() == [5.0, 3.0, 0, 0]
     assert counts.alive_share() == 0.5
     assert counts.l0() == pytest.approx(5 / 3)
+
+
+def test_counts_of_two_workers_add_up_to_those_of_one():
+    sae, x = fresh_sae(), sparse_rows(50)
+    alone, first, second = (count_latents(sae, [part]) for part in (x, x[:19], x[19:]))
+    both = first + second
+    assert both.num_rows == alone.num_rows == 50
+    assert torch.equal(both.fired, alone.fired)
+    assert torch.equal(both.peak, alone.peak)
+    torch.testing.assert_close(both.total, alone.total, rtol=1e-12, atol=0)
+    assert second.num_rows == 31, "adding leaves the parts as they are"
+
+
+def test_a_worker_that_others_wait_for_measures_for_a_fiftieth_of_the_time():
+    assert log_after(10.0, 10.8, num_workers=1) == 12.8
+    assert log_after(10.0, 10.8, num_workers=2) == pytest.approx(10.0 + 50 * 0.8)
+    assert log_after(10.0, 10.001, num_workers=2) == 12.001, "not more often than alone"
 
 
 def test_latents_of_either_sign_are_counted_by_their_size():

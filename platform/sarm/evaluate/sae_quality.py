@@ -42,6 +42,13 @@ class LatentCounts:
         self.total.index_add_(0, indices, values.double())
         self.peak.scatter_reduce_(0, indices, values.float().abs(), "amax")
 
+    def __add__(self, other: "LatentCounts") -> "LatentCounts":
+        """The counts over the rows of both."""
+        both = LatentCounts(self.d_sae, self.num_rows + other.num_rows)
+        both.fired, both.total = self.fired + other.fired, self.total + other.total
+        both.peak = torch.maximum(self.peak, other.peak)
+        return both
+
     def alive_share(self) -> float:
         """Share of latents that fired at least once."""
         return float((self.fired > 0).double().mean())

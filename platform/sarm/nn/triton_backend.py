@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bags import Bags
+from .bags import Bags, pieces_of
 
 _MAX_BLOCK = 1024
 
@@ -44,13 +44,15 @@ def _value_gradients_kernel(out, grad, weights, latents, bags, d, BLOCK: tl.cons
 
 @triton.jit
 def _weight_gradients_kernel(  # type: ignore[no-untyped-def]
-    grad_enc, grad_bias, grad_dec, x, grad, pre_grads, values, rows, bags, order, starts, d, BLOCK: tl.constexpr
-):
-    latent = tl.program_id(0).to(tl.int64)
+    grad_enc, grad_bias, grad_dec, x, grad, pre_grads, values, rows, bags, order, starts, stops, targets, d,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    piece = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d
-    start = tl.load(starts + latent)
-    stop = tl.load(starts + latent + 1)
+    start = tl.load(starts + piece)
+    stop = tl.load(stops + piece)
+    target = tl.load(targets + piece)
     enc = tl.zeros((BLOCK,), dtype=grad_enc.dtype.element_ty)
     dec = tl.zeros((BLOCK,), dtype=grad_enc.dtype.element_ty)
     # A block, not a scalar: what a loop carries must keep its type, whatever the weights' is.
@@ -61,14 +63,41 @@ def _weight_gradients_kernel(  # type: ignore[no-untyped-def]
         enc += pre_grad * tl.load(x + tl.load(rows + n) * d + columns, mask=inside, other=0.0)
         dec += tl.load(values + n) * tl.load(grad + tl.load(bags + n) * d + columns, mask=inside, other=0.0)
         bias += pre_grad
-    tl.store(grad_enc + latent * d + columns, enc, mask=inside)
-    tl.store(grad_dec + latent * d + columns, dec, mask=inside)
+    tl.store(grad_enc + target * d + columns, enc, mask=inside)
+    tl.store(grad_dec + target * d + columns, dec, mask=inside)
     if tl.program_id(1) == 0:
-        tl.store(grad_bias + latent, tl.sum(bias, axis=0))
+        tl.store(grad_bias + target, tl.sum(bias, axis=0))
+
+
+@triton.jit
+def _add_pieces_kernel(grad_enc, grad_bias, grad_dec, more, d, num_latents, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    latent = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < d
+    start = tl.load(more + latent)
+    stop = tl.load(more + latent + 1)
+    if start < stop:
+        enc = tl.load(grad_enc + latent * d + columns, mask=inside, other=0.0)
+        dec = tl.load(grad_dec + latent * d + columns, mask=inside, other=0.0)
+        bias = tl.zeros((1,), dtype=grad_enc.dtype.element_ty) + tl.load(grad_bias + latent)
+        for place in range(start, stop):
+            enc += tl.load(grad_enc + (num_latents + place) * d + columns, mask=inside, other=0.0)
+            dec += tl.load(grad_dec + (num_latents + place) * d + columns, mask=inside, other=0.0)
+            bias += tl.load(grad_bias + num_latents + place)
+        tl.store(grad_enc + latent * d + columns, enc, mask=inside)
+        tl.store(grad_dec + latent * d + columns, dec, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(grad_bias + latent, tl.sum(bias, axis=0))
 
 
 class TritonBackend:
-    """The sparse products as Triton kernels."""
+    """The sparse products as Triton kernels.
+
+    One program adds up at most `piece_entries` entries of a latent: one that fires on every row would keep the card waiting for it alone.
+    """
+
+    def __init__(self, piece_entries: int = 512):
+        self.piece_entries = piece_entries
 
     def decode(self, W_SD: Tensor, values_N: Tensor, bags: Bags) -> Tensor:
         W_SD, d = W_SD.contiguous(), W_SD.shape[1]
@@ -95,15 +124,18 @@ class TritonBackend:
         d = x_BD.shape[1]
         # A stable sort: the entries of a latent are added in the order of their rows.
         latents, order = torch.sort(bags.latents, stable=True)
-        starts = torch.searchsorted(latents, torch.arange(num_latents + 1, device=latents.device))
-        enc, dec = x_BD.new_empty(num_latents, d), x_BD.new_empty(num_latents, d)
-        bias = x_BD.new_empty(num_latents)
+        pieces = pieces_of(latents, num_latents, self.piece_entries)
+        enc, dec = x_BD.new_empty(pieces.num_targets, d), x_BD.new_empty(pieces.num_targets, d)
+        bias = x_BD.new_empty(pieces.num_targets)
         block = _block(d)
-        _weight_gradients_kernel[(num_latents, triton.cdiv(d, block))](
+        blocks = triton.cdiv(d, block)
+        _weight_gradients_kernel[(len(pieces.targets), blocks)](
             enc, bias, dec, x_BD.contiguous(), grad_GD.contiguous(), pre_grads_N.contiguous(), values_N.contiguous(),
-            bags.rows, bags.bags, order, starts, d, BLOCK=block,
+            bags.rows, bags.bags, order, pieces.starts, pieces.stops, pieces.targets, d, BLOCK=block,
         )  # fmt: skip
-        return enc, bias, dec
+        if pieces.num_targets > num_latents + 1:
+            _add_pieces_kernel[(num_latents, blocks)](enc, bias, dec, pieces.more, d, num_latents, BLOCK=block)
+        return enc[:num_latents], bias[:num_latents], dec[:num_latents]
 
 
 def _block(d: int) -> int:

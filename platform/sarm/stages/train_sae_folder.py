@@ -1,6 +1,8 @@
 """The folder of a trained SAE: its files, and the figures of its latents over all rows of every phase."""
 
+import functools
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from sarm.contracts.tables import LATENT_STATS_TABLE
 from sarm.data.formats.sae_folder import save_sae
 from sarm.data.store.activations import ActivationStore
+from sarm.data.store.looked_groups import Workers
 from sarm.evaluate.reward_fidelity import chat_reward_fidelity
 from sarm.evaluate.sae_quality import LatentCounts, count_latents, measure
 from sarm.nn.sae import Sae
@@ -24,6 +27,7 @@ def write_sae_folder(
     config: SaeSettings,
     folder: Path,
     rows: SaeRows,
+    counts: Mapping[str, LatentCounts],
     chat: ActivationStore | None,
     activations: Mapping[str, Any],
     seed: int,
@@ -31,12 +35,8 @@ def write_sae_folder(
 ) -> dict[str, Any]:
     """Write weights, statistics and density histograms; returns FVU on held-out rows, L0, dead share, and what is alive at the reward.
 
-    `chat` are the rewarded tokens of training pairs, `activations` says what the rows are residuals of.
+    `counts` are those of `latent_counts`, `chat` the rewarded tokens of training pairs, and `activations` says what the rows are residuals of.
     """
-    counts = {
-        name: count_latents(sae, (x_ND.to(device) for x_ND in measured.all()))
-        for name, measured in rows.measured.items()
-    }
     figures: dict[str, Any] = {
         f"fvu_{name}": measure(sae, measured.heldout, device, prepare=lambda x_ND: x_ND).fvu
         for name, measured in rows.measured.items()
@@ -58,7 +58,17 @@ def write_sae_folder(
     return figures
 
 
-def _latent_stats(counts: dict[str, LatentCounts], d_sae: int) -> pa.Table:
+def latent_counts(sae: Sae, rows: SaeRows, device: torch.device, workers: Workers) -> dict[str, LatentCounts]:
+    """What fires on all rows of every phase. Each of the workers reads its share of the row groups, and all have to call it."""
+    mine = {
+        name: count_latents(sae, (x_ND.to(device) for x_ND in measured.all(slice(workers.rank, None, workers.world))))
+        for name, measured in rows.measured.items()
+    }
+    everyone = workers.everyone(mine)
+    return {name: functools.reduce(operator.add, (counts[name] for counts in everyone)) for name in mine}
+
+
+def _latent_stats(counts: Mapping[str, LatentCounts], d_sae: int) -> pa.Table:
     """schema.LATENT_STATS; frequencies are shares of rows, the mean is over rows where the latent fires."""
 
     def frequency(name: str) -> torch.Tensor:

@@ -35,12 +35,12 @@ _SAMPLE_ROWS = 16 * 1024
 _TRUE_END = KINDS.index(TRUE_END)
 
 Read = Callable[[ActivationStore], ShuffledRows]
-Parts = Callable[[], Iterator[Float[Tensor, "rows d_in"]]]
+Parts = Callable[[slice], Iterator[Float[Tensor, "rows d_in"]]]
 
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """Rows that a finished SAE is measured on, as it reads them: `all` for what fires, `heldout` for FVU."""
+    """Rows that a finished SAE is measured on, as it reads them: `all` for what fires (of the row groups in a slice), `heldout` for FVU."""
 
     all: Parts
     heldout: Float[Tensor, "rows d_in"]
@@ -113,13 +113,14 @@ def _turn_ends(
     prepare = _unchanged if stretch is None else stretch
     mixture = MixedRows([Stream(streams[name], share) for name, share in shares.items()], sae.steps * sae.batch_size, sae.batch_size)  # fmt: skip
     heldout = torch.cat([stream.heldout() for stream in streams.values()])
-    sample = next(iter(mixture.windows(seed, 0)))[:_SAMPLE_ROWS].cpu()
+    first = next(iter(mixture.windows(seed, 0)))
+    sample = first[torch.arange(min(_SAMPLE_ROWS, len(first)))].cpu()
     answers = streams.get(RESPONSES)
     unseen = standardise(read(stores["chat"]).heldout) if answers is None else answers.heldout_true_ends()
     measured = {"chat": MeasuredRows(_standardised(stores["chat"]), unseen)}
     if "text" in streams:
         text = streams["text"]
-        measured["text"] = MeasuredRows(lambda: moved_store(stores["text"], text.shift), text.heldout())
+        measured["text"] = MeasuredRows(lambda share: moved_store(stores["text"], text.shift, share), text.heldout())
     passes = dict(zip(shares, mixture.passes(), strict=True))
     return SaeRows(
         phases=[Phase("turn_ends", mixture, heldout, epochs=1, lr=sae.lr, prepare=prepare)],
@@ -170,7 +171,7 @@ def _training_rows(store: ActivationStore, sae: SaeSettings, device: torch.devic
         sae.heldout_share,
         memory_bytes=memory_for_rows(device, num_sharing),
         device=device,
-        workers=_workers(),
+        workers=workers_together(),
     )
     if rows.num_rows < sae.batch_size:
         raise UserError(
@@ -179,7 +180,7 @@ def _training_rows(store: ActivationStore, sae: SaeSettings, device: torch.devic
     return rows
 
 
-def _workers() -> Workers:
+def workers_together() -> Workers:
     """All that train together."""
     if not dist.is_initialized():
         return Workers()
@@ -193,7 +194,7 @@ def _workers() -> Workers:
 
 
 def _standardised(store: ActivationStore) -> Parts:
-    return lambda: map(standardise, store.usable_vectors())
+    return lambda share: map(standardise, store.usable_vectors(share))
 
 
 def _unchanged(x_ND: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:

@@ -21,15 +21,15 @@ from sarm.engine.ray.trainer import (
 )
 from sarm.engine.ray.training_progress import Progress
 from sarm.engine.ray.training_states import WorkerStates
-from sarm.evaluate.sae_quality import measure
+from sarm.evaluate.sae_quality import LatentCounts, measure
 from sarm.nn.architectures import OPTIONS, build_sae
 from sarm.nn.precision import allow_tf32_
 from sarm.nn.sae import Sae
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
 from sarm.settings.sae import OF_ONE_DICTIONARY, SaeSettings
-from sarm.stages.train_sae_folder import write_sae_folder
-from sarm.stages.train_sae_rows import SaeRows, rows_of
+from sarm.stages.train_sae_folder import latent_counts, write_sae_folder
+from sarm.stages.train_sae_rows import SaeRows, rows_of, workers_together
 from sarm.training.phase_shift import absorb_phase_shift_
 from sarm.training.sae import SaeTraining
 
@@ -146,7 +146,8 @@ def sae_worker(task: SaeTask) -> dict[str, Any] | None:
         saes, first_step = [learner.whole() for learner in training.learners], training.num_steps
         _measure_phase(worker, number, saes)
     states.finish()
-    return _write(worker, saes) if states.rank == 0 else None
+    counts = _counts(worker, saes)
+    return _write(worker, saes, counts) if states.rank == 0 else None
 
 
 def _run_phase(worker: _Worker, number: int, saes: Sequence[Sae], first_step: int, begun: _Begun | None) -> SaeTraining:
@@ -200,20 +201,28 @@ def _measure_phase(worker: _Worker, number: int, saes: Sequence[Sae]) -> None:
         figures[f"fvu_{phase.name}_after_its_phase"] = found.fvu
 
 
-def _write(worker: _Worker, saes: Sequence[Sae]) -> dict[str, Any]:
+def _counts(worker: _Worker, saes: Sequence[Sae]) -> list[dict[str, LatentCounts]]:
+    """What fires of every finished SAE, counted by all workers together."""
+    for sae in saes:
+        if worker.rows.reward_map is not None:
+            worker.rows.reward_map.fold_(sae)
+    return [latent_counts(sae, worker.rows, worker.device, workers_together()) for sae in saes]
+
+
+def _write(worker: _Worker, saes: Sequence[Sae], counts: Sequence[Mapping[str, LatentCounts]]) -> dict[str, Any]:
     """Write every SAE's folder; returns the figures and history of the task's own SAE, of those `also` learnt, and the rejected rows."""
     task, rows, device = worker.task, worker.rows, worker.device
     chat = ActivationStore(task.activations["chat"]) if "chat" in task.activations else None
     about = ActivationStore(next(iter(task.activations.values()))).metadata
     results = []
-    for sae, member, figures, history in zip(saes, task.members(), worker.figures, worker.histories, strict=True):
-        if rows.reward_map is not None:
-            rows.reward_map.fold_(sae)
+    trained = zip(saes, counts, task.members(), worker.figures, worker.histories, strict=True)
+    for sae, found, member, figures, history in trained:
         figures |= write_sae_folder(
             sae=sae,
             config=member.sae,
             folder=member.folder,
             rows=rows,
+            counts=found,
             chat=chat,
             activations=about,
             seed=task.run.seed,

@@ -84,9 +84,11 @@ class _RecentredWindow:
         return moved(self.window[places], self.window.kinds_at(places), self.shift)
 
 
-def moved_store(store: ActivationStore, shift_KD: Float[Tensor, "kinds d_in"]) -> Iterator[Float[Tensor, "rows d_in"]]:
-    """All rows of a store that can be standardised, moved, row group after row group."""
-    for kinds_N, h_ND in store.usable_kinds():
+def moved_store(
+    store: ActivationStore, shift_KD: Float[Tensor, "kinds d_in"], share: slice = slice(None)
+) -> Iterator[Float[Tensor, "rows d_in"]]:
+    """All rows of a store that can be standardised, moved, row group after row group; those of the row groups in `share`."""
+    for kinds_N, h_ND in store.usable_kinds(share):
         yield moved(h_ND, kinds_N, shift_KD)
 
 

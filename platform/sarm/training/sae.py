@@ -23,6 +23,8 @@ from sarm.training.schedule import trapezoid
 
 Log = Callable[[int, dict[str, float]], None]
 _LOG_EVERY_SECONDS = 2.0
+# Other workers wait for the one that measures: it may take this share of their time.
+_MEASURING_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class SaeTraining:
         `logs[i](step, metrics)` is called for SAE i on worker 0 every few seconds and at the end. Metrics include the quality on
         held-out rows, unless the dictionary is split: no worker then has all of it.
         """
-        last_log, total = 0.0, self._phase.epochs * self._phase.rows.num_rows
+        total = self._phase.epochs * self._phase.rows.num_rows
+        next_log = 0.0
         last_step = None if max_steps is None else self.num_steps + max_steps
         rows = batches(
             rows=self._phase.rows,
@@ -94,14 +97,15 @@ class SaeTraining:
             losses = [learner.step(x_BD, lr, size) for learner, lr in zip(self.learners, rates, strict=True)]
             self.place, self.num_steps, self.num_seen = after, self.num_steps + 1, self.num_seen + size
             is_last = self.num_seen == total or self.num_steps == last_step
-            if self.learners[0].rank == 0 and (is_last or time.monotonic() - last_log > _LOG_EVERY_SECONDS):
+            if self.learners[0].rank == 0 and (is_last or time.monotonic() > next_log):
+                began = time.monotonic()
                 for learner, log, loss, lr in zip(self.learners, logs, losses, rates, strict=True):
                     metrics = {"progress": self.num_seen / total, "loss": float(loss), "lr": lr}
                     metrics["dead_by_clock"] = learner.dead_share()
                     if not self._splits_latents:
                         metrics |= self._quality(learner.sae)
                     log(self.num_steps, metrics)
-                last_log = time.monotonic()
+                next_log = log_after(began, time.monotonic(), self.learners[0].world)
             after_step()
 
     def _quality(self, sae: Sae) -> dict[str, float]:
@@ -131,6 +135,12 @@ class SaeTraining:
             learner.load_state_dict(part)
         self.place = Cursor(*state["place"])
         self.num_steps, self.num_seen = state["num_steps"], state["num_seen"]
+
+
+def log_after(began: float, ended: float, num_workers: int) -> float:
+    """When to measure and log again, in seconds of the clock by which the last time `began` and `ended`."""
+    rest = (ended - began) * (1 / _MEASURING_SHARE - 1) if num_workers > 1 else 0.0
+    return ended + max(_LOG_EVERY_SECONDS, rest)
 
 
 def train_sae(

@@ -77,3 +77,38 @@ def test_a_mixture_is_taken_up_again_at_any_place(steps):
 def test_shares_that_do_not_add_up_are_refused(shares):
     with pytest.raises(ValueError, match="add up to 1"):
         MixedRows([Stream(Numbered(n, 50), share) for n, share in enumerate(shares)], 100, BATCH)
+
+
+def test_a_worker_reads_its_own_rows_of_a_window_alone():
+    """Of every batch, each of three workers asks the streams for its third, and together they get what one gets."""
+    asked: list[int] = []
+
+    class Counting(Numbered):
+        def windows(self, seed: int, epoch: int, first: int = 0) -> Iterator[Tensor]:
+            return (Counted(window) for window in super().windows(seed, epoch, first))
+
+    class Counted:
+        def __init__(self, rows: Tensor):
+            self.rows = rows
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def __getitem__(self, places: Tensor) -> Tensor:
+            asked.append(len(places))
+            return self.rows[places]
+
+    def walked(share: slice) -> list[Tensor]:
+        streams = [Stream(Counting(0, 530), 0.65), Stream(Counting(1, 7_013), 0.35)]
+        return [x for x, _, _ in batches(MixedRows(streams, 300 * BATCH, BATCH), Cursor(3), 1, BATCH, share)]
+
+    whole = walked(slice(None))
+    assert sum(asked) == 300 * BATCH
+    short = walked(slice(BATCH, None, 3))
+    assert all(x.shape == (0, 2) for x in short), "a worker for whom no row is left gets none"
+    asked.clear()
+    parts = [walked(slice(rank, None, 3)) for rank in range(3)]
+    assert sum(asked) == 300 * BATCH, "no row twice"
+    for one, *thirds in zip(whole, *parts, strict=True):
+        for rank, third in enumerate(thirds):
+            assert torch.equal(one[rank::3], third)

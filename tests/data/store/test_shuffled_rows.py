@@ -183,6 +183,14 @@ def test_counting_over_a_store_leaves_the_same_rows_out(tmp_path):
     assert sum(map(len, store.usable_vectors())) == 24
 
 
+def test_workers_that_share_the_row_groups_read_every_row_once(tmp_path):
+    store = with_bad_rows(tmp_path / "a")
+    every = torch.cat(list(store.usable_vectors()))
+    shares = [list(store.usable_vectors(slice(rank, None, 2))) for rank in range(2)]
+    assert len(shares[0]) == len(shares[1]) == len(store.group_places()) // 2 > 0
+    assert torch.equal(torch.cat([part for pair in zip(*shares, strict=True) for part in pair]), every)
+
+
 def test_a_store_of_bad_rows_alone_is_refused(tmp_path):
     store = ActivationStore(write_store(tmp_path / "a", [table_of(torch.full((20, D_IN), math.nan))]))
     with pytest.raises(UserError, match="20 of them because they are constant, NaN or infinite"):

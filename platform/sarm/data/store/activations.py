@@ -133,16 +133,23 @@ class ActivationStore:
         keys = zip(table["row_id"].to_pylist(), table["side"].to_pylist(), strict=True)
         return {key: row for row, key in enumerate(keys)}, x_ND
 
-    def usable_kinds(self) -> Iterator[tuple[Int[Tensor, " rows"], Float[Tensor, "rows d_in"]]]:
-        """Kinds, by number in `KINDS`, and vectors that can be standardised, in float32, row group after row group."""
-        for table in self.tables(["activation", *(["kind"] if self.has_kinds else [])]):
+    def usable_kinds(
+        self, share: slice = slice(None)
+    ) -> Iterator[tuple[Int[Tensor, " rows"], Float[Tensor, "rows d_in"]]]:
+        """Kinds, by number in `KINDS`, and vectors that can be standardised, in float32, row group after row group.
+
+        Row groups outside of `share` are not read.
+        """
+        columns = ["activation", *(["kind"] if self.has_kinds else [])]
+        for file, number in self.group_places()[share]:
+            table = self.row_group(file, number, columns)
             rows = vectors(table, self.metadata["dtype"])
             is_bad = torch.stack(list(unusable_rows(rows).values())).any(0)
             yield kinds_of(table)[~is_bad].long(), rows[~is_bad].float()
 
-    def usable_vectors(self) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """The vectors that can be standardised, in float32, row group after row group."""
-        return (rows_ND for _, rows_ND in self.usable_kinds())
+    def usable_vectors(self, share: slice = slice(None)) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """The vectors that can be standardised, in float32, row group after row group; those of the row groups in `share`."""
+        return (rows_ND for _, rows_ND in self.usable_kinds(share))
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Row group after row group in file order, checksums verified."""

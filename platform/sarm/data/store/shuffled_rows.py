@@ -74,6 +74,14 @@ def batches(
 
     Of each, the rows in `share` are read and no others, on `device`.
     """
+    for window, chosen, after in places(rows, start, epochs, batch_size):
+        yield Batch(_on_device(window, chosen[share], torch.device(device)), len(chosen), after)
+
+
+def places(
+    rows: Rows, start: Cursor, epochs: int, batch_size: int
+) -> Iterator[tuple[Window, Int[Tensor, " batch"], Cursor]]:
+    """Of each batch from `start` to the end of the last epoch: its window, which of the window's rows it has, and the place behind them."""
     place = start
     while place.epoch < epochs:
         for window in rows.windows(place.seed, place.epoch, place.window):
@@ -83,7 +91,7 @@ def batches(
             while place.offset < len(order):
                 chosen = order[place.offset : place.offset + batch_size]
                 place = place._replace(offset=place.offset + len(chosen))
-                yield Batch(_on_device(window, chosen[share], torch.device(device)), len(chosen), place)
+                yield window, chosen, place
             place = place._replace(window=place.window + 1, offset=0)
         place = Cursor(place.seed, place.epoch + 1)
 

@@ -100,14 +100,21 @@ def _results(work: Pass, missing: Sequence[Block], *, threads: int, num_actors: 
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
             size=min(num_actors, len(missing)),
-            # One block in the forward pass, one being read, tokenised or written.
-            max_concurrent_calls_per_actor=2,
-            max_tasks_in_flight_per_actor=2,
+            max_concurrent_calls_per_actor=calls_at_once(use_gpu),
+            max_tasks_in_flight_per_actor=calls_at_once(use_gpu),
             enable_true_multi_threading=True,
         ),
         num_cpus=threads,
         num_gpus=1 if use_gpu else None,
     )
+
+
+def calls_at_once(use_gpu: bool) -> int:
+    """Blocks that an actor holds: one in the forward pass, the others being read, tokenised or written.
+
+    A GPU is done with a small model's block sooner than one core can prepare the next; cores share their time between both.
+    """
+    return 4 if use_gpu else 2
 
 
 def _set_context() -> None:
