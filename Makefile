@@ -12,7 +12,7 @@ BESIDE_OTHERS := sae sarm
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-gpu test-kernels bench-gpu test-fuzz test-docs test-chaos test-formats test-official test-clients test-load test-package lint types audit bench ui lock clean
+.PHONY: help demo test test-gpu test-kernels bench-gpu evidence test-fuzz test-docs test-chaos test-formats test-official test-clients test-load test-package lint types audit bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -80,6 +80,9 @@ bench: .venv-bench/.ready $(VENV)/.ready  ## figures, beside other libraries whe
 	@set -e; for name in $(BENCH); do \
 	  case " $(BESIDE_OTHERS) " in *" $$name "*) python=.venv-bench/bin/python;; *) python=$(BIN)/python;; esac; \
 	  $$python tests/bench/bench_$$name.py; done
+
+evidence: $(VENV)/.ready  ## measure what the claims of docs/evidence.md rest on, in pieces; hours. CLAIMS=NAME for one, MINUTES=45 for some
+	$(BIN)/python -m tests.evidence $(if $(CLAIMS),--claims $(CLAIMS)) $(if $(PIECES),--pieces $(PIECES)) $(if $(MINUTES),--minutes $(MINUTES))
 
 test-chaos: $(VENV)/.ready  ## kills of nodes, actors, drivers and MLflow, hosts that are cut off; SEED=2 for others
 	SARM_CHAOS=$(or $(SEED),1) $(BIN)/python -m pytest tests/chaos tests/hosts -s

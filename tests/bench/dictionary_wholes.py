@@ -54,22 +54,27 @@ def trained(preset: Pipeline, work: Path, folds: Sequence[int], seeds: int, besi
     for fold in folds:
         root = work / f"fold{fold}"
         run = replace(base.run, out=root / "shared", cpus_per_worker=1, experiment="dictionaries")
-        _write_split(base, Folders(run.out), fold)
+        write_split(base, Folders(run.out), fold)
         run_chain(replace(base.part(ExtractActivations), run=run))
         for seed in range(seeds):
             for name, (sae, baselines) in recipes.items():
                 out = root / f"{name}-seed{seed}"
-                out.mkdir(exist_ok=True)
-                for shared in _SHARED:
-                    if (run.out / shared).exists() and not (out / shared).exists():
-                        shutil.copytree(run.out / shared, out / shared)
+                shared_parts(run.out, out)
                 config = replace(base, sae=sae, reward=replace(base.reward, baselines=baselines), run=replace(run, out=out, seed=seed))  # fmt: skip
                 run_chain(config.part(Evaluate))
                 print(f"fold {fold} seed {seed} {name}: done", flush=True)
     return summary(work)
 
 
-def _write_split(config: Pipeline, folders: Folders, fold: int) -> None:
+def shared_parts(source: Path, out: Path) -> None:
+    """Copy what all trainings of a fold read into the folder of one of them."""
+    out.mkdir(parents=True, exist_ok=True)
+    for shared in _SHARED:
+        if (source / shared).exists() and not (out / shared).exists():
+            shutil.copytree(source / shared, out / shared)
+
+
+def write_split(config: Pipeline, folders: Folders, fold: int) -> None:
     """pairs/v1 and responses/v1 with the prompts of a fold held out, in the place of the platform's own split."""
     if (folders.pairs / "manifest.json").exists():
         return
