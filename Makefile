@@ -12,7 +12,7 @@ BESIDE_OTHERS := sae sarm
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-gpu test-kernels bench-gpu test-fuzz test-docs test-chaos test-formats test-official test-clients test-load lint types audit bench ui lock clean
+.PHONY: help demo test test-gpu test-kernels bench-gpu test-fuzz test-docs test-chaos test-formats test-official test-clients test-vllm test-load lint types audit bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -60,6 +60,17 @@ test-official: $(VENV)/.ready .venv-official/.ready  ## our scores against the p
 
 test-clients: .venv-clients/.ready  ## reward clients of OpenRLHF, verl, TRL and LLaMA-Factory against our server; SLIME=FOLDER of a checkout for slime's
 	SLIME="$(SLIME)" .venv-clients/bin/python -m pytest tests/integrations/test_their_clients.py -rs
+
+# vLLM pins other versions than the lock. Its wheel for CPUs comes with packages that are built for another torch, and it does without them.
+.venv-vllm/.ready: tests/integrations/vllm/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --progress-bar on -r tests/integrations/vllm/requirements.txt
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+test-vllm: $(VENV)/.ready .venv-vllm/.ready  ## SARMs inside vLLM's own server on this machine's cores, each family; 3.5 GB to set up
+	SARM_VLLM=.venv-vllm/bin/python $(BIN)/python -m pytest tests/integrations/test_inside_vllm.py -rs
 
 test-load: $(VENV)/.ready  ## the reward server over 100,000 requests: none wrong, memory flat; LOAD=N for another number
 	SARM_LOAD=$(or $(LOAD),100000) $(BIN)/python -m pytest tests/serve/test_load.py -s

@@ -27,7 +27,6 @@ from sarm.settings.model import ModelSettings
 from sarm.settings.serving import Serving
 
 _BATCH_TOKENS, _GPU_BATCH_TOKENS = 1024, 16_384
-_PENALTY_STDS = 3.0
 # Of a rollout that drives an alarm, its end.
 _SHOWN_CHARACTERS = 2000
 _WARM_UP = [{"role": "user", "content": "How do I bake bread?"}, {"role": "assistant", "content": "Slowly, and with yeast."}]  # fmt: skip
@@ -51,7 +50,6 @@ def load_service(settings: Serving) -> Service:
     variants = Variants(heads, settings.variants_folder)
     config = model.config
     std = config.reward_std if config.reward_std > 0 else 1.0
-    fixed = getattr(config, "cut_off_reward", None)
     about = About(
         name=settings.name or settings.model.name,
         identity=identity,
@@ -60,7 +58,7 @@ def load_service(settings: Serving) -> Service:
         protocol=PROTOCOL_VERSION,
         reward_mean=config.reward_mean,
         reward_std=std,
-        penalty=config.reward_mean - _PENALTY_STDS * std if fixed is None else fixed,
+        penalty=config.penalty,
         max_length=chat.max_length,
     )
     engine = Engine(
