@@ -2,6 +2,7 @@
 
 make bench BENCH=hacking MODEL=outputs/demo/sarm         in the environment of `make test-clients`, which has TRL; minutes on two cores
 python tests/bench/bench_hacking.py --sarm outputs/demo/sarm --steps 60
+python tests/bench/bench_hacking.py --sarm tiny --policy tiny --steps 200     two random models, a minute: GRPO and the watch are real
 
 The policy is the demo's small chat model. Of answers that it gives before it is trained, a latent is chosen that fires in some of the answers
 to a prompt and not in others, so that GRPO can raise it, and its weight in the head is made so large that firing pays `--strength` standard
@@ -36,15 +37,19 @@ from trl import GRPOConfig, GRPOTrainer
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.stages.random_sarm import random_sarm  # noqa: E402
+
 from sarm.audit.drift_stream import LEVEL  # noqa: E402
 from sarm.audit.rank_martingales import FIRST_STEPS, RankMartingales  # noqa: E402
 from sarm.data.sources.demo import demo_model  # noqa: E402
 from sarm.data.sources.tiny import tiny_model  # noqa: E402
+from sarm.data.tokens.chat import load_chat_tokenizer  # noqa: E402
 from sarm.data.tokens.packing import answer_rows  # noqa: E402
 from sarm.integrations.trl import reward  # noqa: E402
 from sarm.passes.reader import sarm_reader  # noqa: E402
 from sarm.serve.app import make_app  # noqa: E402
 from sarm.serve.loading import load_service  # noqa: E402
+from sarm.settings.model import ModelSettings  # noqa: E402
 from sarm.settings.serving import Serving  # noqa: E402
 
 OUT = Path("outputs/bench/hacking.json")
@@ -58,24 +63,29 @@ PROMPTS = [
 
 
 def completions(model: Any, tokenizer: Any, tokens: int) -> list[tuple[str, list[str]]]:
-    """What the policy says before it is trained: `SAMPLED` answers to every other prompt."""
+    """What the policy says before it is trained: `SAMPLED` answers to every fourth prompt."""
     found = []
     torch.manual_seed(0)
-    for prompt in PROMPTS[::2]:
+    for prompt in PROMPTS[::4]:
         text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)  # fmt: skip
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
         made = model.generate(**inputs, do_sample=True, max_new_tokens=tokens, num_return_sequences=SAMPLED, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
         own = made[:, inputs["input_ids"].shape[1] :]
-        found.append((prompt, [tokenizer.decode(one, skip_special_tokens=True) for one in own]))
+        found.append((prompt, [said(tokenizer.decode(one, skip_special_tokens=True)) for one in own]))
     return found
 
 
-def spoil(sarm: Path, said: list[tuple[str, list[str]]], strength: float) -> dict[str, Any]:
+def said(text: str) -> str:
+    """A random policy says what no conversation holds: nothing, and NUL."""
+    return text.replace("\0", "").strip() or "?"
+
+
+def spoil(sarm: Path, sampled: list[tuple[str, list[str]]], strength: float) -> dict[str, Any]:
     """The latent to spoil, and its weight. Raises ValueError if no latent fires in some answers to a prompt and not in others."""
     reader = sarm_reader(sarm)
-    z_GNS = np.zeros((len(said), SAMPLED, reader.model.config.d_sae), np.float32)
-    rewards_GN = np.zeros((len(said), SAMPLED))
-    for group, (prompt, answers) in enumerate(said):
+    z_GNS = np.zeros((len(sampled), SAMPLED, reader.model.config.d_sae), np.float32)
+    rewards_GN = np.zeros((len(sampled), SAMPLED))
+    for group, (prompt, answers) in enumerate(sampled):
         tokens = reader.chat.encode_responses([{"role": "user", "content": prompt}], answers)
         found = reader.read(answer_rows([(place, one.ids) for place, one in enumerate(tokens)], reader.row_tokens))
         for place, reading in found.items():
@@ -137,6 +147,7 @@ def train(address: str, place: Path, out: Path, options: argparse.Namespace, end
         max_completion_length=options.tokens,
         learning_rate=options.lr,
         logging_steps=1,
+        gradient_checkpointing=False,
         save_strategy="no",
         report_to=[],
         use_cpu=True,
@@ -149,9 +160,14 @@ def train(address: str, place: Path, out: Path, options: argparse.Namespace, end
     )
     learns = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step >= options.clean))
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
+    asked = reward(address, variants=(VARIANT,), end_ids=[tokenizer.eos_token_id], run=RUN, timeout=3600)
+
+    async def sarm_reward(completions: list[Any], **rest: Any) -> list[float]:
+        return await asked(completions=[[{**m, "content": said(m["content"])} for m in own] for own in completions], **rest)  # fmt: skip
+
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=reward(address, variants=(VARIANT,), end_ids=[tokenizer.eos_token_id], run=RUN, timeout=3600),
+        reward_funcs=sarm_reward,
         args=config,
         train_dataset=Dataset.from_list(rows * 8),
         processing_class=tokenizer,
@@ -225,7 +241,7 @@ def measure(options: argparse.Namespace, place: Path, folder: Path) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="GRPO against a spoiled head, with the watch on")
-    parser.add_argument("--sarm", type=Path, default=Path(os.environ.get("MODEL") or "outputs/demo/sarm"))
+    parser.add_argument("--sarm", type=Path, default=Path(os.environ.get("MODEL") or "outputs/demo/sarm"), help="a SARM's folder, or tiny")  # fmt: skip
     parser.add_argument("--policy", default="demo", help="folder of a chat model, `demo` or `tiny`")
     parser.add_argument("--steps", type=int, default=60, help="that learn, at most")
     parser.add_argument("--clean", type=int, default=24, help="that do not, before them")
@@ -239,7 +255,11 @@ def main() -> None:
     options = parser.parse_args()
     place = {"demo": demo_model, "tiny": tiny_model}.get(options.policy, lambda: Path(options.policy))()
     with tempfile.TemporaryDirectory(prefix="sarm-") as folder:
+        if str(options.sarm) == "tiny":
+            chat = load_chat_tokenizer(ModelSettings(name="tiny:llama", layer=1, max_length=128), tiny_model())
+            options.sarm = random_sarm(Path(folder) / "sarm", tiny_model(), chat)
         found = measure(options, place, Path(folder))
+    options.sarm = options.sarm.name
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name != "out"}  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"settings": settings, **found}, indent=1))

@@ -16,7 +16,9 @@ from tests.serve.asked import conversation, readings
 from tests.stages.random_sarm import random_sarm, with_scale
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.settings.conversion import ConvertSarm
+from sarm.settings.model import ModelSettings
 from sarm.stages.convert_sarm import convert_sarm
 
 PYTHON = os.environ.get("SARM_VLLM", "")
@@ -67,15 +69,19 @@ class Running:
 def running(request, tmp_path_factory):
     """One server at a time, on a random SARM of two blocks."""
     template, options = FAMILIES[request.param]
-    place, chat = tmp_path_factory.mktemp(request.param), chat_of(template, max_length=256)
+    place, given = tmp_path_factory.mktemp(request.param), chat_of(template)
     layers = {"layer_types": [*options["layer_types"], "full_attention"]} if "layer_types" in options else {}
-    config = AutoConfig.for_model(request.param, vocab_size=len(chat.tokenizer), pad_token_id=None, **{**_COMMON, **options, **layers})  # fmt: skip
+    config = AutoConfig.for_model(request.param, vocab_size=len(given.tokenizer), pad_token_id=None, **{**_COMMON, **options, **layers})  # fmt: skip
     torch.manual_seed(5)
     AutoModelForCausalLM.from_config(config).save_pretrained(place / "model")
+    # With the class of tokenizer that transformers takes for this family, as whoever loads such a model has.
+    given.tokenizer.save_pretrained(place / "model")
+    chat = load_chat_tokenizer(ModelSettings(name=str(place / "model"), max_length=256), place / "model")
     source = random_sarm(place / "sarm", place / "model", chat, layer=2)
     with_scale(source, MEAN, STD)
     convert_sarm(ConvertSarm(source=source, target=place / "vllm", format="vllm", on_cut_off="refuse"))
-    with vllm_server(PYTHON, place / "vllm", place / "log") as address:
+    # Nothing is compiled for a tiny model.
+    with vllm_server(PYTHON, place / "vllm", place / "log", "--enforce-eager") as address:
         yield Running(address, source, chat)
 
 

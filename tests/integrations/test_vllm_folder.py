@@ -12,15 +12,17 @@ from safetensors.torch import load_file
 from tests.data.tokens.chat_families import chat_of
 from tests.serve.asked import ANSWERS, PROMPT, conversation, readings
 from tests.stages.random_sarm import random_sarm, with_scale
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from sarm.data.formats.sarm_folder import load_sarm
 from sarm.data.formats.vllm_layout import ARCHITECTURES, PLUGIN, ServedSarm, served_sarm
+from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.integrations import vllm as plugin
 from sarm.integrations.vllm_pooling import RewardHead, explanation_of, ids_asked_for, packed
 from sarm.nn.backbone import without_final_norm
 from sarm.settings.checks import UserError
 from sarm.settings.conversion import ConvertSarm
+from sarm.settings.model import ModelSettings
 from sarm.stages.convert_sarm import convert_sarm
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +136,21 @@ def test_a_config_of_another_version_is_refused():
         served_sarm(AutoConfig.for_model("llama"))
     with pytest.raises(UserError, match="unknown"):
         served_sarm(type("Config", (), {"sarm": {"unknown": 1}}))
+
+
+def test_a_tokenizer_that_would_be_read_as_another_is_refused(tmp_path):
+    """For a folder with a Qwen 2 backbone transformers takes Qwen's tokenizer, whatever the folder says."""
+    chat = chat_of("chatml", max_length=128)
+    config = AutoConfig.for_model("qwen2", vocab_size=len(chat.tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    source = random_sarm(tmp_path / "sarm", tmp_path / "model", chat)
+    with pytest.raises(UserError, match="splits texts otherwise"):
+        converted(source, tmp_path / "vllm")
+    assert not (tmp_path / "vllm").exists()
+    chat.tokenizer.save_pretrained(tmp_path / "model")
+    read = load_chat_tokenizer(ModelSettings(name=str(tmp_path / "model"), max_length=128), tmp_path / "model")
+    source = random_sarm(tmp_path / "qwens", tmp_path / "model", read)
+    assert Loaded(converted(source, tmp_path / "vllm")).served.probe_ids
 
 
 def test_models_that_vllm_cannot_run_are_refused(folder, tiny_folder, tiny_chat, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.plugins.io_processors.interface import IOProcessor
 
-from sarm.data.formats.vllm_layout import served_sarm
+from sarm.data.formats.vllm_layout import check_probe, served_sarm
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.integrations.vllm_pooling import explanation_of, ids_asked_for
 from sarm.settings.model import ModelSettings
@@ -25,6 +25,7 @@ class SarmExplanations(IOProcessor):  # type: ignore[misc]
         length = min(self._served.max_length, vllm_config.model_config.max_model_len)
         settings = ModelSettings(name=str(folder), max_length=length, system_prompt=self._served.system_prompt)
         self._chat = load_chat_tokenizer(settings, folder)
+        check_probe(self._chat.tokenizer, self._served.probe_ids, folder)
 
     def parse_data(self, data: object) -> list[list[int]]:
         """Token ids of each conversation. Raises UserError, which vLLM answers with 400."""

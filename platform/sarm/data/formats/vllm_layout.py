@@ -4,6 +4,7 @@ Weights are named as everywhere: `model.*`, `sae.*`, `score.weight`. `sarm.integ
 """
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ ARCHITECTURES = {
 """The backbone's `model_type`, and what the class inside vLLM is called."""
 PLUGIN = "sarm"
 """The name of the IO processor that explains rewards."""
+_PROBE = "In 1990 it's  12,345.6 (or so)?\n\n  Ça va: 天気 «don't»"
 _LABELS = {"standardised": "reward", "raw": "raw_reward"}
 
 
@@ -54,6 +56,8 @@ class ServedSarm:
     max_length: int
     system_prompt: str | None
     protocol_version: int
+    probe_ids: list[int]
+    """What the tokenizer makes of a fixed text: `transformers` may take another class of tokenizer for a folder than it was written with."""
 
 
 def served_sarm(config: Any) -> ServedSarm:
@@ -65,12 +69,24 @@ def served_sarm(config: Any) -> ServedSarm:
         raise UserError(f"config.json has no object `sarm` that this version of sarm can read ({error}). Write the folder again: jobs/convert_sarm.py IN OUT --format vllm.") from error  # fmt: skip
 
 
+def check_probe(tokenizer: Any, expected: list[int], where: object) -> None:
+    """Raise UserError if a tokenizer is not the one that the model was trained with."""
+    if probed(tokenizer) != expected:
+        raise UserError(f"{where}: transformers reads a {type(tokenizer).__name__} there, which splits texts otherwise than the model's own tokenizer. Rewards would be of other tokens. Serve the model with jobs/serve.py.")  # fmt: skip
+
+
+def probed(tokenizer: Any) -> list[int]:
+    """Token ids of the fixed text."""
+    ids: list[int] = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def write_vllm_sarm(
     model: SarmForSequenceClassification, chat: ChatTokenizer, folder: Path, *, on_cut_off: CutOff | None, scale: Scale
 ) -> None:
     """Config, one safetensors file and the tokenizer. `on_cut_off` None takes what the model does.
 
-    Raises UserError for a scalar head, for a family that no class is for, and for a model that closes answers: vLLM computes the tokens
+    Raises UserError for a scalar head, for a family that no class is for, for a tokenizer that would be read as another, and for a model that closes answers: vLLM computes the tokens
     that it is given, so no end of turn can be added to an answer that lacks it.
     """
     config, family = model.config, model.model.config.model_type
@@ -96,7 +112,9 @@ def write_vllm_sarm(
         max_length=chat.max_length,
         system_prompt=chat.system_prompt,
         protocol_version=PROTOCOL_VERSION,
+        probe_ids=probed(chat.tokenizer),
     )
+    _check_as_read(chat, family, served.probe_ids)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     flat = {key: value for key, value in config.backbone.items() if not key.startswith("_")}
     flat |= {
@@ -115,3 +133,13 @@ def write_vllm_sarm(
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     save_tokenizer(chat, folder)
     (folder / "config.json").write_text(json.dumps(flat, indent=2))
+
+
+def _check_as_read(chat: ChatTokenizer, family: str, expected: list[int]) -> None:
+    """What decides on the tokenizer's class is the backbone's family, which stands at the top of the config."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="sarm-") as folder:
+        save_tokenizer(chat, Path(folder))
+        (Path(folder) / "config.json").write_text(json.dumps({"model_type": family}))
+        check_probe(AutoTokenizer.from_pretrained(folder), expected, f"a folder with a {family} backbone")
