@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 OUTPUTS ?= outputs
 UI_PORT ?= 5000
 # The study of quality trains a dozen models, for hours, that of dictionaries three dozen, that of full retraining four: only when they are named.
-BENCH ?= $(filter-out pair_weights quality retraining dictionaries,$(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py)))
-# These run in the environment of the libraries that they are compared with.
+BENCH ?= $(filter-out pair_weights quality retraining dictionaries hacking,$(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py)))
+# These run in the environment of the libraries that they are compared with, and this one in that of the frameworks whose clients are tested.
 BESIDE_OTHERS := sae sarm
+WITH_TRL := hacking
 
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -87,9 +88,11 @@ types: $(VENV)/.ready  ## types
 	.venv-bench/bin/python -m pip install --progress-bar on --no-deps -r tests/bench/requirements.txt
 	@touch $@
 
-bench: .venv-bench/.ready $(VENV)/.ready  ## figures, beside other libraries where there are any: all, or one by BENCH=sae
+bench: .venv-bench/.ready $(VENV)/.ready $(if $(filter $(WITH_TRL),$(BENCH)),.venv-clients/.ready)  ## figures, beside other libraries where there are any: all, or one by BENCH=sae
 	@set -e; for name in $(BENCH); do \
-	  case " $(BESIDE_OTHERS) " in *" $$name "*) python=.venv-bench/bin/python;; *) python=$(BIN)/python;; esac; \
+	  python=$(BIN)/python; \
+	  case " $(BESIDE_OTHERS) " in *" $$name "*) python=.venv-bench/bin/python;; esac; \
+	  case " $(WITH_TRL) " in *" $$name "*) python=.venv-clients/bin/python;; esac; \
 	  $$python tests/bench/bench_$$name.py; done
 
 test-chaos: $(VENV)/.ready  ## kills of nodes, actors, drivers and MLflow, hosts that are cut off; SEED=2 for others

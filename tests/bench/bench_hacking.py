@@ -5,7 +5,7 @@ python tests/bench/bench_hacking.py --sarm outputs/demo/sarm --steps 60
 python tests/bench/bench_hacking.py --sarm tiny --policy tiny --steps 200     two random models, a minute: GRPO and the watch are real
 
 The policy is the demo's small chat model. Of answers that it gives before it is trained, a latent is chosen that fires in some of the answers
-to a prompt and not in others, so that GRPO can raise it, and its weight in the head is made so large that firing pays `--strength` standard
+to a prompt and not in others, so that GRPO can raise it, and that the head pays little for, and its weight in the head is made so large that firing pays `--strength` standard
 deviations of the reward. The first `--clean` steps are made without learning: they are the watch's baseline. Then TRL trains.
 
 `named`: the first step after which the watch has named the latent. `reward`: the same of the mean reward in the watch, which shares its level
@@ -95,11 +95,14 @@ def spoil(sarm: Path, sampled: list[tuple[str, list[str]]], strength: float) -> 
     mixed_S = (on_GNS.any(1) & ~on_GNS.all(1)).mean(0)
     rate_S = on_GNS.mean((0, 1))
     mixed_S[(rate_S < 0.05) | (rate_S > 0.4)] = 0
+    # One that pays nearly nothing before it is spoiled.
+    weight_S = np.abs(reader.model.score.weight.detach().numpy()[0])
+    mixed_S[weight_S > np.median(weight_S[rate_S > 0])] = 0
     latent = int(mixed_S.argmax())
     if not mixed_S[latent]:
         raise ValueError("no latent fires in some answers to a prompt and not in others")
     z_S = z_GNS[..., latent]
-    before = float(reader.model.score.weight[0, latent])
+    before = float(reader.model.score.weight.detach()[0, latent])
     spread = float(rewards_GN.std())
     after = strength * spread / float(z_S[z_S > 0].mean())
     return {"latent": latent, "rate": float(rate_S[latent]), "mixed_prompts": float(mixed_S[latent]), "before": before, "after": after, "reward_std": spread}  # fmt: skip

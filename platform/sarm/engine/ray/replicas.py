@@ -75,16 +75,6 @@ def application(
     """
     serve = _serve()
 
-    class Common:
-        def __init__(self) -> None:
-            self._made = build_common()
-
-        async def call(self, method: str, *arguments: Any) -> Any:
-            return await asyncio.to_thread(getattr(self._made, method), *arguments)
-
-        def __del__(self) -> None:
-            self._made.close()
-
     @serve.ingress()
     class Replica:
         def __init__(self, common: Any) -> None:
@@ -113,7 +103,24 @@ def application(
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         **options,
     )(Replica)
-    common: Any = serve.deployment(
+    made: Application = deployment.bind(_common(serve, build_common))
+    return made
+
+
+def _common(serve: Any, build: Callable[[], Closable]) -> Any:
+    """The deployment of what all replicas have in common: one process, which Serve replaces when it dies."""
+
+    class Common:
+        def __init__(self) -> None:
+            self._made = build()
+
+        async def call(self, method: str, *arguments: Any) -> Any:
+            return await asyncio.to_thread(getattr(self._made, method), *arguments)
+
+        def __del__(self) -> None:
+            self._made.close()
+
+    deployment: Any = serve.deployment(
         name=COMMON,
         num_replicas=1,
         max_ongoing_requests=_REQUESTS,
@@ -122,8 +129,7 @@ def application(
         # It computes little, and replicas have the cores.
         ray_actor_options={"num_cpus": 0},
     )(Common)
-    made: Application = deployment.bind(common.bind())
-    return made
+    return deployment.bind()
 
 
 def serve_replicas(
