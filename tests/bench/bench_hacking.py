@@ -5,8 +5,9 @@ python tests/bench/bench_hacking.py --sarm outputs/demo/sarm --steps 60
 python tests/bench/bench_hacking.py --sarm tiny --policy tiny --steps 200     two random models, a minute: GRPO and the watch are real
 
 The policy is the demo's small chat model. Of answers that it gives before it is trained, a latent is chosen that fires in some of the answers
-to a prompt and not in others, so that GRPO can raise it, and that the head pays little for, and its weight in the head is made so large that firing pays `--strength` standard
-deviations of the reward. The first `--clean` steps are made without learning: they are the watch's baseline. Then TRL trains.
+to a prompt and not in others, so that GRPO can raise it, and that the head pays little for. Its weight is made so large that firing pays
+`--strength` standard deviations of the reward. The first `--clean` steps are made without learning: they are the watch's baseline. Then TRL
+trains.
 
 `named`: the first step after which the watch has named the latent. `reward`: the same of the mean reward in the watch, which shares its level
 of 5 % with all latents. `reward_alone`: of a chart of the mean reward and nothing else, by the same bets, which has the whole level for itself.

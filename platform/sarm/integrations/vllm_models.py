@@ -58,7 +58,7 @@ class SarmPooler(Pooler):  # type: ignore[misc]
 
 
 # With this kind of pooling vLLM by itself neither splits conversations nor skips what it has seen.
-@default_pooling_type(seq_pooling_type="MEAN")  # type: ignore[untyped-decorator]
+@default_pooling_type(seq_pooling_type="MEAN")
 class _Sarm(nn.Module, VllmModelForPooling):  # type: ignore[misc]
     is_pooling_model = True
     backbone: ClassVar[Any]
