@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 OUTPUTS ?= outputs
 UI_PORT ?= 5000
 # The study of quality trains a dozen models, for hours, that of dictionaries three dozen, that of full retraining four: only when they are named.
-BENCH ?= $(filter-out pair_weights quality retraining dictionaries,$(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py)))
-# These run in the environment of the libraries that they are compared with.
+BENCH ?= $(filter-out pair_weights quality retraining dictionaries hacking,$(patsubst tests/bench/bench_%.py,%,$(wildcard tests/bench/bench_*.py)))
+# These run in the environment of the libraries that they are compared with, and this one in that of the frameworks whose clients are tested.
 BESIDE_OTHERS := sae sarm
+WITH_TRL := hacking
 
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-gpu test-kernels bench-gpu evidence test-fuzz test-docs test-chaos test-formats test-official test-clients test-load test-package lint types audit bench ui lock clean
+.PHONY: help demo test test-gpu test-kernels bench-gpu evidence test-fuzz test-docs test-chaos test-formats test-official test-clients test-vllm test-load test-package lint types audit bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -61,6 +62,17 @@ test-official: $(VENV)/.ready .venv-official/.ready  ## our scores against the p
 test-clients: .venv-clients/.ready  ## reward clients of OpenRLHF, verl, TRL and LLaMA-Factory against our server; SLIME=FOLDER of a checkout for slime's
 	SLIME="$(SLIME)" .venv-clients/bin/python -m pytest tests/integrations/test_their_clients.py -rs
 
+# vLLM pins other versions than the lock. Its wheel for CPUs comes with packages that are built for another torch, and it does without them.
+.venv-vllm/.ready: tests/integrations/vllm/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --progress-bar on -r tests/integrations/vllm/requirements.txt
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+test-vllm: $(VENV)/.ready .venv-vllm/.ready  ## SARMs inside vLLM's own server on this machine's cores, each family; 3.5 GB to set up
+	SARM_VLLM=.venv-vllm/bin/python $(BIN)/python -m pytest tests/integrations/test_inside_vllm.py -rs
+
 test-load: $(VENV)/.ready  ## the reward server over 100,000 requests: none wrong, memory flat; LOAD=N for another number
 	SARM_LOAD=$(or $(LOAD),100000) $(BIN)/python -m pytest tests/serve/test_load.py -s
 
@@ -76,9 +88,11 @@ types: $(VENV)/.ready  ## types
 	.venv-bench/bin/python -m pip install --progress-bar on --no-deps -r tests/bench/requirements.txt
 	@touch $@
 
-bench: .venv-bench/.ready $(VENV)/.ready  ## figures, beside other libraries where there are any: all, or one by BENCH=sae
+bench: .venv-bench/.ready $(VENV)/.ready $(if $(filter $(WITH_TRL),$(BENCH)),.venv-clients/.ready)  ## figures, beside other libraries where there are any: all, or one by BENCH=sae
 	@set -e; for name in $(BENCH); do \
-	  case " $(BESIDE_OTHERS) " in *" $$name "*) python=.venv-bench/bin/python;; *) python=$(BIN)/python;; esac; \
+	  python=$(BIN)/python; \
+	  case " $(BESIDE_OTHERS) " in *" $$name "*) python=.venv-bench/bin/python;; esac; \
+	  case " $(WITH_TRL) " in *" $$name "*) python=.venv-clients/bin/python;; esac; \
 	  $$python tests/bench/bench_$$name.py; done
 
 evidence: $(VENV)/.ready  ## measure what the claims of docs/evidence.md rest on, in pieces; hours. CLAIMS=NAME for one, MINUTES=45 for some

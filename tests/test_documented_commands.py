@@ -51,6 +51,7 @@ NOT_RUN = {
     "python jobs/ui.py": "serves until it is stopped; tests/engine/test_ui.py runs it",
     "python jobs/ui.py *": "serves until it is stopped, another folder; tests/engine/test_ui.py runs it so",
     "python docs/examples/trl_grpo.py *": "needs TRL, which is not locked; tests/integrations/test_their_clients.py runs it",
+    "python -m vllm.*": "serves until it is stopped, in an environment of its own; tests/integrations/test_inside_vllm.py runs it",
     "python jobs/serve.py *": "serves until it is stopped; tests/serve/test_server.py runs it",
     "python jobs/push.py * --hub *": "needs an account of the Hugging Face hub",
     "transformers serve *": "serves until it is stopped, from a model of the reader's own",

@@ -11,6 +11,10 @@ Conversations are 24 prompts with 4 answers each, scored by a server in a proces
 `separate_vs_together`: the answers of a prompt in requests of their own, against one request. `vs_serve_rm`: the server, against padded
 batches of 16 in the order of arrival, as OpenRLHF's own server reads them, without any HTTP. Idle latency: one request at a time, against
 the forward pass alone.
+
+vLLM's own server runs the same model, converted, where `make test-vllm` has set up its environment (or `SARM_VLLM` names its Python), and is
+sent the same token ids, one conversation a request, 64 clients at once. `vs_vllm`: conversations of which no two share a prompt.
+`vs_vllm_shared`: four answers to each prompt. Without that environment, or where vLLM cannot run the model, `vllm` says so.
 """
 
 import argparse
@@ -33,6 +37,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.integrations.vllm.server import vllm_server  # noqa: E402
 from tests.stages.random_sarm import random_sarm  # noqa: E402
 
 from sarm.data.sources.layouts.layout import RawPair  # noqa: E402
@@ -44,7 +49,9 @@ from sarm.evaluate.intervals import student  # noqa: E402
 from sarm.passes.models import sarm_settings  # noqa: E402
 from sarm.passes.reader import Reader  # noqa: E402
 from sarm.serve.engine import Engine, Tokenised  # noqa: E402
+from sarm.settings.conversion import ConvertSarm  # noqa: E402
 from sarm.settings.model import ModelSettings  # noqa: E402
+from sarm.stages.convert_sarm import convert_sarm  # noqa: E402
 
 OUT = Path("outputs/bench/serving.json")
 NUM_PROMPTS, NUM_ANSWERS, CLIENTS, SERVE_RM_BATCH = 24, 4, 64, 16
@@ -55,7 +62,10 @@ RATIOS = {
     "explained_vs_plain": ("explained", "together"),
     "three_variants_vs_one": ("three_variants", "together"),
     "vs_serve_rm": ("http_64_clients", "padded_batches"),
+    "vs_vllm": ("unshared", "vllm_unshared"),
+    "vs_vllm_shared": ("http_64_clients", "vllm"),
 }
+VLLM = Path(os.environ.get("SARM_VLLM") or ROOT / ".venv-vllm" / "bin" / "python")
 Message = dict[str, str]
 Asked = list[tuple[list[Message], list[str]]]
 
@@ -73,6 +83,15 @@ def conversations(source: str) -> Asked:
         (prompt, (list(texts) + others[NUM_ANSWERS * n : NUM_ANSWERS * (n + 1)])[:NUM_ANSWERS])
         for n, (prompt, texts) in enumerate(chosen)
     ]
+
+
+def without_sharing(source: str) -> Asked:
+    """As many prompts as there are conversations otherwise, if there are, with an answer each."""
+    found: dict[str, tuple[list[Message], list[str]]] = {}
+    for pair in open_pairs(source):
+        if isinstance(pair, RawPair):
+            found.setdefault(json.dumps(pair.prompt), (pair.prompt, [pair.chosen]))
+    return list(found.values())[: NUM_PROMPTS * NUM_ANSWERS]
 
 
 @contextlib.contextmanager
@@ -94,7 +113,7 @@ def serving(model: Path, budget: int, variants: list[str]) -> Iterator[tuple[str
         process.wait()
 
 
-async def _asked(address: str, bodies: list[dict[str, Any]], clients: int) -> list[float]:
+async def _asked(address: str, bodies: list[dict[str, Any]], clients: int, path: str = "/v1/rewards") -> list[float]:
     """Seconds of each request, `clients` of them under way at a time."""
     waiting = asyncio.Semaphore(clients)
     limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
@@ -103,18 +122,47 @@ async def _asked(address: str, bodies: list[dict[str, Any]], clients: int) -> li
         async def one(body: dict[str, Any]) -> float:
             async with waiting:
                 began = time.perf_counter()
-                found = await client.post("/v1/rewards", json=body)
+                found = await client.post(path, json=body)
                 assert found.status_code == 200, found.text
                 return time.perf_counter() - began
 
         return list(await asyncio.gather(*map(one, bodies)))
 
 
-def over_http(address: str, bodies: list[dict[str, Any]], num: int, clients: int = CLIENTS) -> float:
+def over_http(address: str, bodies: list[dict[str, Any]], num: int, path: str = "/v1/rewards") -> float:
     """Conversations a second."""
     began = time.perf_counter()
-    asyncio.run(_asked(address, bodies, clients))
+    asyncio.run(_asked(address, bodies, CLIENTS, path))
     return num / (time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def vllm_running(model: Path, scratch: Path) -> Iterator[tuple[str, str]]:
+    """The address of vLLM's server on the converted model, or none and why."""
+    if not VLLM.exists():
+        yield "", "absent: its environment is not set up here (make test-vllm)"
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            convert_sarm(ConvertSarm(source=model, target=scratch / "vllm", format="vllm", on_cut_off="refuse"))
+            place = stack.enter_context(vllm_server(str(VLLM), scratch / "vllm", scratch / "vllm.log"))
+        except (RuntimeError, ValueError) as error:
+            lines = [line for line in str(error).splitlines() if "Error" in line]
+            place, reason = "", f"absent: it cannot run this model: {(lines or [str(error)])[-1][-300:]}"
+        yield place, "" if place else reason
+
+
+def of_vllm(tokens: list[list[int]]) -> list[dict[str, Any]]:
+    """Requests of one conversation each."""
+    return [{"model": "sarm", "input": ids, "use_activation": False} for ids in tokens]
+
+
+def vllm_difference(address: str, model: Reader, tokens: list[list[int]]) -> float:
+    """The largest difference of standardised rewards: what is timed does the same."""
+    found = httpx2.post(f"{address}/classify", json={"model": "sarm", "input": tokens}, timeout=600, trust_env=False).json()["data"]  # fmt: skip
+    own = model.read([answer_row(place, ids) for place, ids in enumerate(tokens)])
+    mean, std = model.model.config.reward_mean, model.model.config.reward_std
+    return max(abs(one["probs"][0] - (own[place].reward - mean) / std) for place, one in enumerate(found))
 
 
 def in_process(reader: Reader, answers: list[Tokenised], threads: int) -> float:
@@ -166,7 +214,9 @@ def write_edits(model: Path, folder: Path) -> list[str]:
     return [f"{name}={folder / name}.json" for name in ("one", "two")]
 
 
-def measure(model: Path, asked: Asked, rounds: int, scratch: Path) -> dict[str, Any]:
+def measure(
+    model: Path, asked: Asked, apart: Asked, rounds: int, scratch: Path, vllm: str, missing: str
+) -> dict[str, Any]:
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     chat = Reader(model, sarm_settings(model)).chat
@@ -186,6 +236,8 @@ def measure(model: Path, asked: Asked, rounds: int, scratch: Path) -> dict[str, 
     together = [{"items": [{"prompt": prompt, "completions": own}]} for prompt, own in asked]
     explained = [{**body, "explain": {"top": 8}} for body in together]
     three = [{**body, "variants": ["base", "one", "two"]} for body in together]
+    unshared = [{"items": [{"prompt": prompt, "completions": own}]} for prompt, own in apart]
+    theirs = [[list(one.ids) for own in tokens for one in own], [list(chat.encode_responses(*own)[0].ids) for own in apart]]  # fmt: skip
     with serving(model, budget, write_edits(model, scratch)) as (address, seconds):
         ways: dict[str, Callable[[], float]] = {
             "in_process": lambda: in_process(reader, answers, threads),
@@ -195,6 +247,10 @@ def measure(model: Path, asked: Asked, rounds: int, scratch: Path) -> dict[str, 
             "three_variants": lambda: over_http(address, three, num),
             "padded_batches": lambda: padded_batches(reader, answers),
         }
+        if vllm:
+            ways["unshared"] = lambda: over_http(address, unshared, len(unshared))
+            ways["vllm_unshared"] = lambda: over_http(vllm, of_vllm(theirs[1]), len(unshared), "/classify")
+            ways["vllm"] = lambda: over_http(vllm, of_vllm(theirs[0]), num, "/classify")
         rates: dict[str, list[float]] = {name: [] for name in ways}
         before = os.getloadavg()[0]
         for _ in range(rounds):
@@ -213,7 +269,12 @@ def measure(model: Path, asked: Asked, rounds: int, scratch: Path) -> dict[str, 
         "per_second_by_budget": by_budget,
         "per_second": {name: {"median": middle[name], "all": own} for name, own in rates.items()},
         "load": {"before": before, "after": after},
-        **{name: ratio(rates[own], rates[other]) for name, (own, other) in RATIOS.items()},
+        "vllm": missing
+        or {
+            "version": httpx2.get(f"{vllm}/version", trust_env=False).json()["version"],
+            "largest_difference": vllm_difference(vllm, reader, theirs[0]),
+        },
+        **{name: ratio(rates[own], rates[other]) for name, (own, other) in RATIOS.items() if other in rates},
         "idle": idle,
         "seconds_until_ready": seconds,
     }
@@ -244,11 +305,22 @@ def main() -> None:
             model, source = random_sarm(Path(scratch) / "sarm", tiny_model(), chat), "tiny:pairs"
         else:
             model, source = Path(settings.model).absolute(), "demo:harm"
-        figures = measure(model, conversations(source), settings.rounds, Path(scratch))
+        asked, apart = conversations(source), without_sharing(source)
+        with vllm_running(model, Path(scratch)) as (vllm, missing):
+            figures = measure(
+                model=model,
+                asked=asked,
+                apart=apart,
+                rounds=settings.rounds,
+                scratch=Path(scratch),
+                vllm=vllm,
+                missing=missing,
+            )
     for name, value in figures.items():
         if isinstance(value, int | float):
             print(f"{name.replace('_', ' '):28s}{value:12.3f}")
-    for name in RATIOS:
+    print(f"{'vllm':28s}{figures['vllm'] if missing else json.dumps(figures['vllm'])}")
+    for name in [name for name in RATIOS if name in figures]:
         ends = figures[name]["ci95"]
         print(f"{name.replace('_', ' '):28s}{figures[name]['mean']:12.3f}" + (f"  [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""))  # fmt: skip
     for name, value in figures["idle"].items():

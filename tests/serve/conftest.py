@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from tests.stages.random_sarm import random_sarm
+from tests.stages.random_sarm import random_sarm, with_scale
 
 from sarm.serve.app import make_app
 from sarm.serve.loading import load_service
@@ -21,8 +21,7 @@ MEAN, STD = 0.75, 2.5
 def served(tiny_folder: Path, tiny_chat: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random SARM, and beside it the edit of one of its latents."""
     folder = random_sarm(tmp_path_factory.mktemp("served") / "sarm", tiny_folder, tiny_chat)
-    config = json.loads((folder / "config.json").read_text()) | {"reward_mean": MEAN, "reward_std": STD}
-    (folder / "config.json").write_text(json.dumps(config))
+    with_scale(folder, MEAN, STD)
     from safetensors.torch import load_file
 
     weight_S = load_file(folder / "model.safetensors")["score.weight"][0]

@@ -55,7 +55,7 @@ def post(client, step, completions, run="grpo", name=None, **options):
 
 
 def stream_of(client, service, run="grpo", **options):
-    service.watch.settled()
+    service.account.watch.settled()
     found = client.get("/v1/drift", params={"run": run, **options})
     assert found.status_code == 200, found.text
     (stream,) = found.json()["streams"]
@@ -107,10 +107,10 @@ def test_a_hack_is_found_shown_and_answered_and_what_is_known_outlasts_a_restart
         answer = found["answer"]
         assert answer["command"].startswith("python jobs/steer.py --name without-")
         assert client.post(answer["path"], json=answer["variant"]).status_code == 200
-        before = json.dumps({**found, "open_steps": []})
+        before = json.dumps({**found, "open_steps": [], "open_answers": 0})
     with opened(kept) as (service, client):
         again = stream_of(client, service, top=96)
-        assert json.dumps({**again, "open_steps": []}) == before
+        assert json.dumps({**again, "open_steps": [], "open_answers": 0}) == before
         post(client, 70, answers_of(70))
         post(client, 71, answers_of(71))
         post(client, 72, answers_of(72))
@@ -118,14 +118,14 @@ def test_a_hack_is_found_shown_and_answered_and_what_is_known_outlasts_a_restart
         assert client.post("/v1/drift/reset", json={"run": "grpo"}).json() == {"reset": [{"run": "grpo", "split": "train", "variant": "base"}]}  # fmt: skip
         assert stream_of(client, service)["state"] == "baseline"
     with opened(kept) as (service, client):
-        service.watch.settled()
+        service.account.watch.settled()
         assert client.get("/v1/drift").json() == {"streams": []}
 
 
 def test_each_head_and_split_is_watched_for_itself(client, service):
     post(client, 1, answers_of(1), run="heads", variants=["base", "even_off"])
     post(client, 1, answers_of(1), run="heads", split="eval")
-    service.watch.settled()
+    service.account.watch.settled()
     found = client.get("/v1/drift", params={"run": "heads"}).json()["streams"]
     assert {(one["split"], one["variant"]) for one in found} == {("train", "base"), ("train", "even_off"), ("eval", "base")}  # fmt: skip
 
@@ -181,23 +181,23 @@ def test_a_watch_that_fails_costs_nobody_a_reward(kept, monkeypatch, caplog):
     with opened(kept) as (service, client), caplog.at_level(logging.INFO, "sarm.serve"):
         for step in range(4):
             assert len(post(client, step, answers_of(step))) == 6
-        service.watch.settled()
-        assert service.watch.num_unwatched > 0
+        service.account.watch.settled()
+        assert service.account.watch.num_unwatched > 0
         assert "OSError" in caplog.text
         assert "secret" not in caplog.text
 
 
 def test_a_watch_that_is_behind_holds_nobody_up(served, monkeypatch):
-    monkeypatch.setattr(watch_module, "_MAX_WAITING", 2)
+    monkeypatch.setattr(watch_module, "MAX_WAITING", 2)
     go = threading.Event()
-    answer_of = watch_module.answer_of
-    monkeypatch.setattr(watch_module, "answer_of", lambda *given: (go.wait(60), answer_of(*given))[1])
+    records_of = watch_module.records_of
+    monkeypatch.setattr(watch_module, "records_of", lambda *given: (go.wait(60), records_of(*given))[1])
     with opened(Serving(model=served, threads=1)) as (service, client):
         began = time.monotonic()
         for step in range(6):
             post(client, step, answers_of(step))
         assert time.monotonic() - began < 20
-        assert service.watch.num_unwatched > 0
+        assert service.account.watch.num_unwatched > 0
         go.set()
 
 
@@ -205,15 +205,15 @@ def test_the_oldest_streams_make_room(client, service, monkeypatch):
     monkeypatch.setattr(watch_module, "MAX_STREAMS", 3)
     for n in range(5):
         post(client, 0, answers_of(0, num=1), run=f"many{n}")
-    service.watch.settled()
-    assert [key.run for key in service.watch.streams()] == ["many2", "many3", "many4"]
+    service.account.watch.settled()
+    assert [key.run for key in service.account.watch.streams()] == ["many2", "many3", "many4"]
 
 
 def test_prometheus_sees_the_watch_list_alone_and_no_names(kept):
     with opened(kept) as (service, client):
         for step in range(4):
             post(client, step, answers_of(step), run="secret-run")
-        service.watch.settled()
+        service.account.watch.settled()
         text = client.get("/metrics").text
     lines = [line for line in text.splitlines() if line.startswith("sarm_drift_contribution{")]
     assert [line.partition('"')[2].partition('"')[0] for line in lines] == ["3", "5"]
@@ -239,10 +239,10 @@ def test_mlflow_has_each_run_with_what_its_reward_is_paid_for(kept, tmp_path):
     settings = replace(kept, mlflow_uri=uri)
     for first in (0, 60):
         with opened(settings) as (service, client):
-            log = log_drift(service, settings)
+            log = log_drift(service.account, settings)
             for step in range(first, first + 30):
                 post(client, step, answers_of(step, hacked=0.9 * (step >= 60)), run="logged")
-            service.watch.settled()
+            service.account.watch.settled()
             log.settled()
             assert log.num_lost == 0
     from sarm.engine.mlflow.outbox import close_all
@@ -269,10 +269,10 @@ def test_an_mlflow_that_is_away_holds_nobody_up(kept):
         taken.bind(("127.0.0.1", 0))
         settings = replace(kept, mlflow_uri=f"http://127.0.0.1:{taken.getsockname()[1]}")
         with opened(settings) as (service, client):
-            log_drift(service, settings)
+            log_drift(service.account, settings)
             began = time.monotonic()
             for step in range(12):
                 post(client, step, answers_of(step))
-            service.watch.settled()
+            service.account.watch.settled()
             assert time.monotonic() - began < 20
             assert stream_of(client, service)["steps"] == 10

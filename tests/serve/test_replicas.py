@@ -17,8 +17,10 @@ import pytest
 import yaml
 from tests.serve.asked import conversation, readings
 from tests.serve.conftest import MEAN, STD
+from tests.serve.test_drift import answers_of, opened, post, stream_of
 
 from sarm.client import RewardClient, RewardError
+from sarm.engine.ray.replicas import COMMON, NAME
 from sarm.serve.heads import Heads, read_edit
 from sarm.serve.variant_routes import Variants
 from sarm.settings.checks import UserError
@@ -34,7 +36,7 @@ WITH_SERVE = pytest.mark.skipif(
 @contextlib.contextmanager
 def replicated(served: Path, variants: Path):
     """The process of two replicas, and where they serve."""
-    command = [sys.executable, "jobs/serve.py", "--model", str(served), "--port", "0", "--replicas", "2", "--threads", "1", "--variants-folder", str(variants), "--cached", "0"]  # fmt: skip
+    command = [sys.executable, "jobs/serve.py", "--model", str(served), "--port", "0", "--replicas", "2", "--threads", "1", "--variants-folder", str(variants), "--drift-folder", str(variants.parent / "drift"), "--cached", "0"]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         line = next((line for line in process.stdout if " on http://" in line), "")
@@ -50,9 +52,10 @@ def replicated(served: Path, variants: Path):
             process.kill()
 
 
-def replicas_of(process: subprocess.Popen) -> list[psutil.Process]:
+def replicas_of(process: subprocess.Popen, name: str = NAME) -> list[psutil.Process]:
+    """Processes of a deployment: of the replicas, or of what they have in common."""
     children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if any("ServeReplica" in part for part in child.cmdline())]
+    return [child for child in children if any(f"ServeReplica:{NAME}:{name}" in part for part in child.cmdline())]
 
 
 def settled(check, seconds: float = 30.0, pause: float = 0.2) -> bool:
@@ -111,7 +114,49 @@ def test_a_killed_replica_loses_nothing_and_edits_reach_all(served, tmp_path):
                 with pytest.raises(RewardError, match="unknown_variant"):
                     edited.score(conversations[:1])
         assert client.check()["variants"] == ["base"]
+        with httpx2.Client(base_url=url, trust_env=False, timeout=60) as http:
+            the_replicas_have_one_watch(http, process, served)
     assert process.returncode == 0
+
+
+def the_replicas_have_one_watch(http, process: subprocess.Popen, served: Path) -> None:
+    """The account is that of a server without replicas, whichever replica is asked, and outlasts the process that keeps it."""
+    asked = {"run": "one", "top": 96}
+
+    def account() -> dict:
+        response = http.get("/v1/drift", params=asked)
+        return response.json()["streams"][0] if response.status_code == 200 else {}
+
+    def has(num: int) -> bool:
+        found = account()
+        return bool(found) and found["answers"] + found["open_answers"] == num
+
+    for step in range(60):
+        post(http, step, answers_of(step, hacked=0.9 * (step >= 35)), run="one")
+        assert settled(lambda step=step: has(6 * (step + 1)), pause=0.005)
+    found = account()
+    assert all(account() == found for _ in range(20))
+    counted = {line for _ in range(20) for line in http.get("/metrics").text.splitlines() if 'route="/v1/rewards",status="200"' in line}  # fmt: skip
+    assert len(counted) == 2, "both replicas have answered"
+    assert "Alarm at step" in http.get("/v1/drift/page", params=asked).text
+    with opened(Serving(model=served, threads=1)) as (service, client):
+        for step in range(60):
+            post(client, step, answers_of(step, hacked=0.9 * (step >= 35)), run="one")
+        alone = stream_of(client, service, **asked)
+    for name in ("steps", "answers", "open_steps", "open_answers", "state", "model"):
+        assert found[name] == alone[name], name
+    assert [one["step"] for one in found["alarms"]] == [one["step"] for one in alone["alarms"]] != []
+    assert [one["latent"] for one in found["suspects"]] == [one["latent"] for one in alone["suspects"]]
+    assert found["shift"] == pytest.approx(alone["shift"], abs=1e-4)
+    (keeper,) = replicas_of(process, COMMON)
+    keeper.send_signal(signal.SIGKILL)
+    # Rewards do not wait for it, and what is read meanwhile is handed over when another is there.
+    assert len(post(http, 60, answers_of(60), run="one")) == 6
+    assert settled(lambda: account().get("open_steps") == [60], 90)
+    assert account()["steps"] == found["steps"]
+    assert account()["alarms"] == found["alarms"]
+    assert http.post("/v1/drift/reset", json={"run": "one"}).json()["reset"] == [{"run": "one", "split": "train", "variant": "base"}]  # fmt: skip
+    assert all(account()["state"] == "baseline" for _ in range(10))
 
 
 def test_servers_with_one_folder_of_variants_have_the_same(served, tmp_path):
@@ -166,7 +211,6 @@ def test_settings_that_replicas_cannot_follow_are_refused(served, tmp_path):
     assert settings.max_replicas == 4
     for wrong in (
         {"max_replicas": 1},
-        {"drift_folder": tmp_path},
         {"mlflow_uri": "http://127.0.0.1:5"},
         {"replicas": -1},
     ):

@@ -43,18 +43,18 @@ def test_the_figures_of_steps_have_an_end_and_the_baseline_stays(monkeypatch):
 
 
 def test_what_waits_is_counted_in_answers(served, monkeypatch):
-    monkeypatch.setattr(watch_module, "_MAX_WAITING", 10)
-    go, answer_of = threading.Event(), watch_module.answer_of
-    monkeypatch.setattr(watch_module, "answer_of", lambda *given: (go.wait(60), answer_of(*given))[1])
+    monkeypatch.setattr(watch_module, "MAX_WAITING", 10)
+    go, records_of = threading.Event(), watch_module.records_of
+    monkeypatch.setattr(watch_module, "records_of", lambda *given: (go.wait(60), records_of(*given))[1])
     with opened(Serving(model=served, threads=1)) as (service, client):
         for step in range(3):
             post(client, step, answers_of(step, num=4))
         go.set()
-        service.watch.settled()
-        assert service.watch.num_unwatched == 4
+        service.account.watch.settled()
+        assert service.account.watch.num_unwatched == 4
         post(client, 3, answers_of(3, num=4))
-        service.watch.settled()
-        assert service.watch.num_unwatched == 4
+        service.account.watch.settled()
+        assert service.account.watch.num_unwatched == 4
 
 
 def test_a_stream_whose_place_was_taken_goes_on_where_it_was(kept, monkeypatch):  # noqa: F811
@@ -71,10 +71,10 @@ def test_a_stream_whose_place_was_taken_goes_on_where_it_was(kept, monkeypatch):
         for n in range(3):
             for step in range(4):
                 post(client, step, answers_of(step), run=f"short{n}")
-        service.watch.settled()
+        service.account.watch.settled()
     with opened(kept) as (service, client):
-        service.watch.settled()
-        assert [key.run for key in service.watch.streams()] == ["short1", "short2"]
+        service.account.watch.settled()
+        assert [key.run for key in service.account.watch.streams()] == ["short1", "short2"]
 
 
 def test_what_is_left_of_an_earlier_run_is_no_part_of_a_later_one(tmp_path):
@@ -109,7 +109,7 @@ def test_a_watch_that_is_busy_holds_up_no_other_route(service):
         return sent[0]["status"]
 
     async def asked() -> tuple[int, int]:
-        with service.watch.reading():
+        with service.account.watch.reading():
             figures = asyncio.create_task(status_of("/metrics"))
             await asyncio.sleep(0.2)
             alive = await asyncio.wait_for(status_of("/health"), 5)
@@ -135,7 +135,7 @@ def test_a_variant_of_endless_rewards_spoils_nothing_but_itself(client, service,
         for step in range(4):
             client.post("/v1/rewards", json={**body, "variants": ["endless"], "run": "endless", "step": step})
         assert client.delete(f"{path}/endless").status_code == 200
-    service.watch.settled()
+    service.account.watch.settled()
     assert client.get("/v1/drift").status_code == 200
 
 
@@ -149,11 +149,11 @@ def test_runs_that_are_watched_at_the_same_time_do_not_end_each_other_in_mlflow(
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     settings = replace(kept, mlflow_uri=uri)
     with opened(settings) as (service, client):
-        log = log_drift(service, settings)
+        log = log_drift(service.account, settings)
         for step in range(4):
             for run in ("one", "two"):
                 post(client, step, answers_of(step), run=run)
-        service.watch.settled()
+        service.account.watch.settled()
         log.settled()
     close_all()
     mlflow = MlflowClient(uri)

@@ -92,6 +92,12 @@ class SarmConfig(PretrainedConfig):
         kwargs |= {"problem_type": "regression", "id2label": {0: "reward"}, "label2id": {"reward": 0}}
         super().__init__(**kwargs)
 
+    @property
+    def penalty(self) -> float:
+        """The raw reward of an answer that was cut off, where such are penalised."""
+        lowest = self.reward_mean - _PENALTY_STDS * (self.reward_std if self.reward_std > 0 else 1.0)
+        return float(lowest if self.cut_off_reward is None else self.cut_off_reward)
+
 
 @dataclass
 class SarmOutput(ModelOutput):
@@ -188,9 +194,7 @@ class SarmForSequenceClassification(PreTrainedModel):
         if places is not None and self.config.answer_place:
             output.cut_off, output.unopened, output.unscored = places.cut_off, places.unopened, places.unscored
             if (on_cut_off or self.config.on_cut_off) == "penalise" and output.logits is not None:
-                lowest = self.config.reward_mean - _PENALTY_STDS * self.config.reward_std
-                fixed = lowest if self.config.cut_off_reward is None else self.config.cut_off_reward
-                output.logits = output.logits.masked_fill(places.cut_off[:, None], fixed)
+                output.logits = output.logits.masked_fill(places.cut_off[:, None], self.config.penalty)
         if labels is not None and output.logits is not None:
             output.loss = F.mse_loss(output.logits.squeeze(-1), labels.reshape(-1).float())
         return output if return_dict is not False else output.to_tuple()

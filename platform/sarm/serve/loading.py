@@ -6,19 +6,25 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Float32
+from numpy.typing import NDArray
 
+from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.interpret.context_store import beside
 from sarm.nn.protocol import PROTOCOL_VERSION
-from sarm.passes.models import check_tokenizer, sarm_settings, sarm_spec, score_key
+from sarm.passes.models import check_tokenizer, sarm_settings, sarm_spec, sarm_tokenizer, score_key
 from sarm.passes.reader import Reader
+from sarm.serve.drift_account import Account, DriftAccount
 from sarm.serve.encoding import Encoder
 from sarm.serve.engine import Engine, Tokenised
 from sarm.serve.heads import Heads, read_edit
 from sarm.serve.metrics import Metrics
 from sarm.serve.names import Names, load_names
 from sarm.serve.service import About, Service
+from sarm.serve.shared_watch import Remote, SharedWatch, WatchHost
 from sarm.serve.variant_routes import Variants
 from sarm.serve.watch import Watch
 from sarm.serve.watch_store import WatchStore
@@ -27,14 +33,13 @@ from sarm.settings.model import ModelSettings
 from sarm.settings.serving import Serving
 
 _BATCH_TOKENS, _GPU_BATCH_TOKENS = 1024, 16_384
-_PENALTY_STDS = 3.0
 # Of a rollout that drives an alarm, its end.
 _SHOWN_CHARACTERS = 2000
 _WARM_UP = [{"role": "user", "content": "How do I bake bread?"}, {"role": "assistant", "content": "Slowly, and with yeast."}]  # fmt: skip
 
 
-def load_service(settings: Serving) -> Service:
-    """The service of a model, its engine running and warm.
+def load_service(settings: Serving, remote: Remote | None = None) -> Service:
+    """The service of a model, its engine running and warm. With a `remote`, its answers are watched there.
 
     Raises UserError for a folder that is torn or holds no SARM, an edit of another head, a policy's tokenizer without a template.
     """
@@ -44,14 +49,9 @@ def load_service(settings: Serving) -> Service:
     if settings.policy_tokenizer is not None:
         policy = load_chat_tokenizer(ModelSettings(name=str(settings.policy_tokenizer)), settings.policy_tokenizer)
     model, chat = reader.model, reader.chat
-    heads = Heads(model.score.weight.detach().squeeze(0).float().cpu().numpy())
-    for text in settings.variants:
-        name, _, path = text.partition("=")
-        heads.add(name, read_edit(Path(path).expanduser()))
-    variants = Variants(heads, settings.variants_folder)
+    heads, variants = _heads(settings, model.score.weight.detach().squeeze(0).float().cpu().numpy())
     config = model.config
     std = config.reward_std if config.reward_std > 0 else 1.0
-    fixed = getattr(config, "cut_off_reward", None)
     about = About(
         name=settings.name or settings.model.name,
         identity=identity,
@@ -60,7 +60,7 @@ def load_service(settings: Serving) -> Service:
         protocol=PROTOCOL_VERSION,
         reward_mean=config.reward_mean,
         reward_std=std,
-        penalty=config.reward_mean - _PENALTY_STDS * std if fixed is None else fixed,
+        penalty=config.penalty,
         max_length=chat.max_length,
     )
     engine = Engine(
@@ -70,20 +70,17 @@ def load_service(settings: Serving) -> Service:
         cached=settings.cached,
     )
     encoder = Encoder(chat, model, policy, settings.on_foreign_text)
-    contexts, explanations = (
-        beside(settings.model, getattr(settings, name), name) for name in ("contexts", "explanations")
-    )
-    names = load_names(settings.model, contexts, explanations)
-    watch = _watch(settings, heads, identity, chat, names)
+    names = _names(settings)
+    account: Account = SharedWatch(heads, remote) if remote is not None else _account(settings, heads, identity, chat, names)  # fmt: skip
     service = Service(
         engine=engine,
         encoder=encoder,
         heads=heads,
         variants=variants,
         about=about,
-        metrics=_metrics(engine, about, watch, settings.watched),
+        metrics=_metrics(engine, about, account, settings.watched),
         names=names,
-        watch=watch,
+        account=account,
         on_truncated=settings.on_truncated,
     )
     engine.start()
@@ -105,10 +102,34 @@ def _reader(settings: Serving) -> tuple[Reader, str]:
     return reader, score_key(spec)
 
 
-def _watch(settings: Serving, heads: Heads, identity: str, chat: ChatTokenizer, names: Names) -> Watch:
+def load_watch(settings: Serving) -> WatchHost:
+    """The watch of all replicas of a server, without the model's body. Raises UserError as `load_service` does."""
+    spec = sarm_spec(settings.model, dtype=settings.dtype)
+    (weight_S,) = read_latents(settings.model, "score.weight")
+    heads, variants = _heads(settings, weight_S)
+    account = _account(settings, heads, score_key(spec), sarm_tokenizer(spec), _names(settings))
+    return WatchHost(account, variants)
+
+
+def _heads(settings: Serving, weight_S: Float32[NDArray[np.float32], " d_sae"]) -> tuple[Heads, Variants]:
+    heads = Heads(weight_S)
+    for text in settings.variants:
+        name, _, path = text.partition("=")
+        heads.add(name, read_edit(Path(path).expanduser()))
+    return heads, Variants(heads, settings.variants_folder)
+
+
+def _names(settings: Serving) -> Names:
+    contexts, explanations = (
+        beside(settings.model, getattr(settings, name), name) for name in ("contexts", "explanations")
+    )
+    return load_names(settings.model, contexts, explanations)
+
+
+def _account(settings: Serving, heads: Heads, identity: str, chat: ChatTokenizer, names: Names) -> DriftAccount:
     if wrong := [latent for latent in settings.watched if not 0 <= latent < heads.num_latents]:
         raise UserError(f"latent {wrong[0]} is none of this model's {heads.num_latents}. Pass --watched with others.")
-    return Watch(
+    watch = Watch(
         heads,
         identity,
         step_answers=settings.step_answers,
@@ -116,9 +137,10 @@ def _watch(settings: Serving, heads: Heads, identity: str, chat: ChatTokenizer, 
         silent_S=names.silent(heads.num_latents),
         store=None if settings.drift_folder is None else WatchStore(settings.drift_folder),
     )
+    return DriftAccount(watch, heads, names, settings.name or settings.model.name)
 
 
-def _metrics(engine: Engine, about: About, watch: Watch, watched: Sequence[int]) -> Metrics:
+def _metrics(engine: Engine, about: About, account: Account, watched: Sequence[int]) -> Metrics:
     metrics = Metrics()
     metrics.describe(name=about.name, identity=about.identity, template=about.template)
     metrics.gauge("sarm_queue_items", "Answers that wait.", lambda: engine.waiting[0])
@@ -127,16 +149,23 @@ def _metrics(engine: Engine, about: About, watch: Watch, watched: Sequence[int])
     metrics.gauge("sarm_computed_tokens", "Tokens of forward passes since the start.", lambda: engine.cost.tokens)
     metrics.gauge("sarm_read_tokens", "The same, had each answer been read alone.", lambda: engine.read_tokens)
     metrics.gauge("sarm_forward_seconds", "Seconds of forward passes since the start.", lambda: engine.cost.forward_seconds)  # fmt: skip
-    metrics.gauge("sarm_drift_alarms", "Alarms of the watch since the start.", lambda: watch.num_alarms)
-    metrics.gauge("sarm_drift_unwatched", "Answers that the watch had to pass over.", lambda: watch.num_unwatched)
-    metrics.gauge("sarm_drift_streams", "Runs, splits and variants that are watched.", lambda: len(watch.streams()))
+    for name, words in (
+        ("alarms", "Alarms of the watch since the start."),
+        ("unwatched", "Answers that the watch had to pass over."),
+        ("streams", "Runs, splits and variants that are watched."),
+    ):
+        metrics.gauge(f"sarm_drift_{name}", words, partial(_figure, account, name))
     for latent in watched:
-        metrics.watched(latent, partial(_contribution, watch, latent))
+        metrics.watched(latent, partial(_contribution, account, latent))
     return metrics
 
 
-def _contribution(watch: Watch, latent: int) -> float:
-    return watch.last_contributions([latent])[0]
+def _figure(account: Account, name: str) -> float:
+    return account.figures()[name]
+
+
+def _contribution(account: Account, latent: int) -> float:
+    return account.figures((latent,))[str(latent)]
 
 
 def _cores() -> int:

@@ -9,7 +9,7 @@ from sarm.serve.faults import RequestError
 from sarm.serve.names import named
 from sarm.serve.schemas import Item, Penalty, Query, RewardsRequest
 from sarm.serve.service import Answer, Service
-from sarm.serve.watch import Origin
+from sarm.serve.watched_answers import Origin
 
 
 async def rewards(service: Service, request: RewardsRequest, query: Query) -> dict[str, Any]:

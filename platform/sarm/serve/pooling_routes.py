@@ -15,7 +15,7 @@ from sarm.serve.faults import RequestError
 from sarm.serve.rlhf_routes import sigmoid
 from sarm.serve.schemas import PoolingRequest, Query, TeiRequest
 from sarm.serve.service import Answer, Encoding, Service
-from sarm.serve.watch import origin_of
+from sarm.serve.watched_answers import origin_of
 
 
 async def classify(service: Service, request: PoolingRequest, query: Query) -> Any:

@@ -17,7 +17,7 @@ from sarm.serve.encoding import SPELLED, Encoded, Encoder
 from sarm.serve.faults import RequestError
 from sarm.serve.schemas import LlamaFactoryRequest, OpenRlhfRequest, Query, SlimeRequest
 from sarm.serve.service import Answer, Service
-from sarm.serve.watch import origin_of
+from sarm.serve.watched_answers import origin_of
 
 
 async def openrlhf(service: Service, request: OpenRlhfRequest, query: Query) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from sarm.data.sources.conversations import ConversationError
 from sarm.data.tokens.written_turns import ForeignTextError
 from sarm.serve.batching import Read
+from sarm.serve.drift_account import Account
 from sarm.serve.encoding import Encoded, Encoder
 from sarm.serve.engine import Engine, EngineError, OverloadedError, Tokenised
 from sarm.serve.faults import RequestError
@@ -16,8 +17,7 @@ from sarm.serve.heads import BASE, Heads
 from sarm.serve.metrics import Metrics
 from sarm.serve.names import Names
 from sarm.serve.variant_routes import Variants
-from sarm.serve.watch import Origin, Watch
-from sarm.serve.watched_answers import Seen
+from sarm.serve.watched_answers import Origin, Seen
 
 _ENCODING_THREADS = 2
 OnTruncated = Literal["close", "refuse", "penalise"]
@@ -69,11 +69,11 @@ class Service:
         about: About,
         metrics: Metrics,
         names: Names,
-        watch: Watch,
+        account: Account,
         on_truncated: OnTruncated = "close",
     ):
         self.engine, self.encoder, self.heads, self.about, self.metrics = engine, encoder, heads, about, metrics
-        self.variants, self.on_truncated, self.names, self.watch = variants, on_truncated, names, watch
+        self.variants, self.on_truncated, self.names, self.account = variants, on_truncated, names, account
         self.ready_seconds = 0.0
         """From the weights being read to the first answer."""
         self._pool = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encoder")
@@ -82,7 +82,7 @@ class Service:
         """End its threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
-        self.watch.close()
+        self.account.close()
 
     def check_variants(self, names: Sequence[str]) -> None:
         """Raise RequestError for a head that is not there."""
@@ -192,7 +192,7 @@ class Service:
                 if answer.encoded is not None and answer.read is not None:
                     of_answer = None if name is None else f"{name}/{number}"
                     seen.append(Seen(of_answer, answer.encoded, answer.read.reading))
-        self.watch.note(origin, seen)
+        self.account.note(origin, seen)
 
     def _note(self, found: Sequence[Sequence[Answer]]) -> None:
         for own in found:

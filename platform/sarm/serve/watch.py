@@ -12,28 +12,28 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool
 from numpy.typing import NDArray
 
 from sarm.audit.drift import Answer, signals_of, sums_of
 from sarm.audit.drift_stream import RECENT_STEPS, Alarm, DriftStream, suspects
-from sarm.serve.heads import BASE, Heads
-from sarm.serve.schemas import DEFAULT_RUN, DEFAULT_SPLIT, Query
+from sarm.serve.heads import Heads
 from sarm.serve.watch_store import Kept, WatchStore
-from sarm.serve.watched_answers import Seen, answer_of, term_of
+from sarm.serve.watched_answers import Origin, Record, Records, Seen, records_of, term_of
 
 log = logging.getLogger("sarm.serve")
 MAX_STREAMS = 64
 _OPEN_STEPS = 2
 # A step of more answers is ended: a run that names the same step for ever would fill the memory.
 _STEP_ANSWERS = 16_384
-# Answers whose texts an alarm can still show, how many of their last tokens, and how many answers it shows of each latent.
-_SHOWABLE, _SHOWN_TOKENS, _SHOWN, _SUSPECTS = 1024, 512, 5, 3
+# Answers whose texts an alarm can still show, and how many it shows of each latent.
+_SHOWABLE, _SHOWN, _SUSPECTS = 1024, 5, 3
 # Answers that wait for the thread: beyond them, others go unwatched, and are counted.
-_MAX_WAITING = 16_384
+MAX_WAITING = 16_384
 _RESTORE_SECONDS = 10.0
 
 
@@ -47,16 +47,6 @@ class Key(NamedTuple):
     variant: str
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a request's answers come from, and under which heads they were scored."""
-
-    run: str = DEFAULT_RUN
-    split: str = DEFAULT_SPLIT
-    step: int | None = None
-    variants: tuple[str, ...] = (BASE,)
-
-
 @dataclass
 class Watched:
     """A stream with its open steps."""
@@ -64,8 +54,8 @@ class Watched:
     stream: DriftStream
     steps: "OrderedDict[int, list[Answer]]" = field(default_factory=OrderedDict)
     names: dict[int, set[str]] = field(default_factory=dict)
-    shown: deque[tuple[int, Answer, Int32[NDArray[np.int32], " tokens"]]] = field(default_factory=lambda: deque(maxlen=_SHOWABLE))  # fmt: skip
-    """The latest answers, with their steps and last token ids."""
+    shown: deque[tuple[int, Record]] = field(default_factory=lambda: deque(maxlen=_SHOWABLE))
+    """The latest answers, with their steps."""
     rollouts: list[dict[str, Any]] = field(default_factory=list)
     """Of each alarm, by its place: what its latents are driven by."""
 
@@ -93,7 +83,7 @@ class Watch:
         self._silent_S, self._store = silent_S, store
         self._streams: OrderedDict[Key, Watched] = OrderedDict()
         self._lock = threading.Lock()
-        self._waiting: queue.Queue[tuple[Origin, Sequence[Seen]] | None] = queue.Queue()
+        self._waiting: queue.Queue[tuple[Origin, int, Callable[[], Records]] | None] = queue.Queue()
         self._num_waiting, self._counting = 0, threading.Lock()
         self._restored = threading.Event()
         self.publish: Publish | None = None
@@ -103,12 +93,19 @@ class Watch:
 
     def note(self, origin: Origin, seen: Sequence[Seen]) -> None:
         """Take answers; never waits."""
+        self._put(origin, len(seen), partial(records_of, origin, seen, self._heads))
+
+    def note_records(self, origin: Origin, records: Records) -> None:
+        """Take answers that another process has read; never waits."""
+        self._put(origin, max(map(len, records.values()), default=0), lambda: records)
+
+    def _put(self, origin: Origin, num: int, records: Callable[[], Records]) -> None:
         with self._counting:
-            if self._num_waiting + len(seen) > _MAX_WAITING:
-                self.num_unwatched += len(seen)
+            if self._num_waiting + num > MAX_WAITING:
+                self.num_unwatched += num
                 return
-            self._num_waiting += len(seen)
-        self._waiting.put((origin, seen))
+            self._num_waiting += num
+        self._waiting.put((origin, num, records))
 
     def close(self) -> None:
         """End the thread, after what waits."""
@@ -119,6 +116,12 @@ class Watch:
         """Wait until everything that came before is counted."""
         self._restored.wait()
         self._waiting.join()
+
+    @property
+    def num_streams(self) -> int:
+        """How many runs, splits and variants are watched."""
+        with self._lock:
+            return len(self._streams)
 
     def streams(self) -> dict[Key, Watched]:
         """All streams, the latest to have been added to last."""
@@ -157,15 +160,15 @@ class Watch:
             try:
                 if entry is None:
                     return
-                self._take(*entry)
+                self._take(entry[0], entry[2]())
             # Not even a full disk or a mistake of ours may cost anybody a reward.
             except Exception as error:
-                self._pass_over(len(entry[1]) if entry else 0)
+                self._pass_over(entry[1] if entry else 0)
                 log.error("the watch failed with %s", type(error).__name__)
                 log.debug("traceback", exc_info=error)
             finally:
                 with self._counting:
-                    self._num_waiting -= len(entry[1]) if entry else 0
+                    self._num_waiting -= entry[1] if entry else 0
                 self._waiting.task_done()
 
     def _pass_over(self, num: int) -> None:
@@ -198,19 +201,17 @@ class Watch:
             watched.rollouts = self._store.rollouts(key)
         return watched
 
-    def _take(self, origin: Origin, seen: Sequence[Seen]) -> None:
+    def _take(self, origin: Origin, records: Records) -> None:
         finished: list[tuple[Key, Watched]] = []
         with self._lock:
-            for variant in origin.variants:
-                if variant not in self._heads.names:
-                    continue
+            for variant, own in records.items():
                 key = Key(origin.run, origin.split, self._model, variant)
                 watched = self._streams.pop(key, None) or self._read_again(key)
                 self._streams[key] = watched
                 while len(self._streams) > MAX_STREAMS:
                     self._streams.popitem(last=False)
                 step = origin.step if origin.step is not None else watched.stream.last_step + 1
-                self._open(watched, step, variant, seen)
+                self._open(watched, step, own)
                 most = self._step_answers if origin.step is None else _STEP_ANSWERS
                 full = max((number for number, answers in watched.steps.items() if len(answers) >= most), default=-1)
                 while len(watched.steps) > _OPEN_STEPS or next(iter(watched.steps), full + 1) <= full:
@@ -220,24 +221,23 @@ class Watch:
             if self.publish is not None:
                 self.publish(key, watched)
 
-    def _open(self, watched: Watched, step: int, variant: str, seen: Sequence[Seen]) -> None:
+    def _open(self, watched: Watched, step: int, records: Sequence[Record]) -> None:
         """Add answers to their step, or, where it has ended, to the first that is open."""
         if step <= watched.stream.last_step:
             step = next(iter(watched.steps), watched.stream.last_step + 1)
         own = watched.steps.setdefault(step, [])
         names = watched.names.setdefault(step, set())
         watched.steps = OrderedDict(sorted(watched.steps.items()))
-        for one in seen:
+        for one in records:
             if one.name is not None and one.name in names:
                 continue
             names |= {one.name} if one.name is not None else set()
-            answer = answer_of(one, self._heads, variant)
             # An edited weight may be so large that a contribution is infinite, and so would be every figure from then on.
-            if not np.isfinite(answer.reward):
+            if not np.isfinite(one.answer.reward):
                 self._pass_over(1)
                 continue
-            own.append(answer)
-            watched.shown.append((step, answer, np.asarray(one.encoded.ids[-_SHOWN_TOKENS:], np.int32)))
+            own.append(one.answer)
+            watched.shown.append((step, one))
 
     def _finish(self, key: Key, watched: Watched) -> None:
         step, answers = watched.steps.popitem(last=False)
@@ -259,17 +259,12 @@ class Watch:
         """The answers of the last steps that most push the alarm's latents, or the first suspects, where they went."""
         found = []
         paid = {one.latent: one.shift for one in [*watched.stream.paid(_SUSPECTS), *alarm.latents]}
-        late = [(answer, ids) for step, answer, ids in watched.shown if step > alarm.step - RECENT_STEPS]
+        late = [one for step, one in watched.shown if step > alarm.step - RECENT_STEPS]
         for latent in [one.latent for one in alarm.latents][:_SUSPECTS] or suspects(watched.stream, _SUSPECTS):
             sign = -1 if paid.get(latent, 0.0) < 0 else 1
-            terms = [(sign * term_of(answer, latent), place) for place, (answer, _) in enumerate(late)]
+            terms = [(sign * term_of(answer, latent), place) for place, (_, answer, _) in enumerate(late)]
             for term, place in sorted(terms, key=lambda pair: -pair[0])[:_SHOWN]:
                 if term > 0:
-                    answer, ids = late[place]
+                    _, answer, ids = late[place]
                     found.append({"latent": latent, "contribution": sign * term, "reward": answer.reward, "text": self._decode(ids.tolist())})  # fmt: skip
         return found
-
-
-def origin_of(query: Query) -> Origin:
-    """What the address of a request says of it."""
-    return Origin(query.run, query.split, query.step, (query.variant,))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sarm.settings.checks import check_least
+from sarm.settings.checks import check, check_least
 from sarm.settings.results_root import READ, WRITTEN, place_paths
 
 
@@ -46,14 +46,14 @@ class ConvertSae:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertSarm:
-    """Read a reward model in the papers' layout, or write one of this platform in it."""
+    """Read a reward model in the papers' layout, or write one of this platform in it, or as vLLM loads it."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")] = field(metadata=READ)
     """Folder of the reward model: its config says which of the two layouts it is in."""
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = field(metadata=WRITTEN)
     """Folder to write; new or empty."""
-    format: Literal["sarm", "papers", "sae"] = "sarm"
-    """What to write: this platform's folder, the papers' checkpoint, or the SAE alone as a finished stage for the next job."""
+    format: Literal["sarm", "papers", "sae", "vllm"] = "sarm"
+    """What to write: this platform's folder, the papers' checkpoint, the SAE alone as a finished stage for the next job, or a folder that vLLM serves with this package installed."""
     layer: int | None = None
     """Blocks that are kept, for checkpoints without `sarm_param`."""
     k: int | None = None
@@ -62,6 +62,10 @@ class ConvertSarm:
     """Whether latents compete, for checkpoints without `sarm_param` (they do unless said otherwise)."""
     model: str = field(default="", metadata=READ)
     """Language model that the SAE's activations come from, for `--format sae`."""
+    on_cut_off: Literal["refuse", "penalise"] | None = None
+    """What happens inside vLLM to an answer without an end of turn, for `--format vllm`; unset is what the model does. `penalise` gives it the model's fixed reward."""
+    scale: Literal["standardised", "raw"] | None = None
+    """Which rewards vLLM gives, for `--format vllm`; unset is `standardised`: minus the mean of the training pairs' rewards, divided by their standard deviation."""
     max_length: int = 4096
     """Tokens of a sequence at most, for checkpoints that do not say it."""
     debug: bool = False
@@ -70,3 +74,5 @@ class ConvertSarm:
     def __post_init__(self) -> None:
         place_paths(self)
         check_least(self, "", layer=1, k=1, max_length=8)
+        for name in ("on_cut_off", "scale"):
+            check(self, name, self.format == "vllm" or getattr(self, name) is None, "left out, unless --format is vllm")

@@ -76,8 +76,6 @@ class Serving:
         check(self, "max_wait", 0 < self.max_wait < 86400, "above 0 and below a day")
         check_least(self, "", batch_tokens=64, threads=1, cached=0, step_answers=1, replicas=0)
         check(self, "max_replicas", self.max_replicas is None or self.max_replicas >= self.replicas > 0, "at least --replicas, which is named too")  # fmt: skip
-        if self.replicas and (self.drift_folder is not None or self.mlflow_uri):
-            raise UserError("replicas watch the answers that each of them reads, and cannot share a folder of steps. Leave --drift-folder and --mlflow-uri out, or --replicas.")  # fmt: skip
         if self.mlflow_uri and self.drift_folder is None:
             raise UserError("MLflow's records wait in a folder while it is away, and none is named. Pass --drift-folder FOLDER with --mlflow-uri.")  # fmt: skip
         if self.token and self.token.partition(":")[0] not in ("env", "file"):

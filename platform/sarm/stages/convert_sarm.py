@@ -1,4 +1,4 @@
-"""Converting reward models to and from the papers' layout: no cluster, no tracking."""
+"""Converting reward models to and from the papers' layout, and to vLLM's: no cluster, no tracking."""
 
 import json
 
@@ -6,7 +6,8 @@ from sarm.contracts.folders import SAE_FOLDER, SARM_FOLDER
 from sarm.contracts.manifest import MANIFEST, StageFolder, read_manifest, verify_files
 from sarm.data.formats.papers_layout import PapersFields, read_papers_sarm, write_papers_sarm
 from sarm.data.formats.sae_folder import save_sae
-from sarm.data.formats.sarm_folder import load_sarm, save_sarm
+from sarm.data.formats.sarm_folder import load_sarm, read_sarm, save_sarm
+from sarm.data.formats.vllm_layout import write_vllm_sarm
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.settings.checks import UserError
 from sarm.settings.conversion import ConvertSarm
@@ -37,8 +38,12 @@ def convert_sarm(config: ConvertSarm) -> None:
         config.source,
     )
     given = PapersFields(config.layer, config.k, config.topk)
-    model = load_sarm(config.source) if is_ours else read_papers_sarm(config.source, chat, given)
-    if config.format == "papers":
+    # Where latents are named, each has one meaning.
+    load = read_sarm if config.format == "vllm" else load_sarm
+    model = load(config.source) if is_ours else read_papers_sarm(config.source, chat, given)
+    if config.format == "vllm":
+        write_vllm_sarm(model, chat, config.target, on_cut_off=config.on_cut_off, scale=config.scale or "standardised")
+    elif config.format == "papers":
         write_papers_sarm(model, chat, config.target)
     else:
         schema = SARM_FOLDER if config.format == "sarm" else SAE_FOLDER

@@ -19,6 +19,7 @@ from sarm.settings.serving import Serving
 if TYPE_CHECKING:
     from sarm.engine.mlflow.tracker import Tracker
     from sarm.serve.service import Service
+    from sarm.serve.shared_watch import Remote, WatchHost
     from sarm.serve.watch import Key, Watched
 
 _TOP = 20
@@ -36,7 +37,7 @@ def serve(settings: Serving) -> None:
         from sarm.engine.mlflow.tracking import tracking_uri
 
         tracking_uri(_run(settings))
-        serve_until_ended(settings, lambda service: log_drift(service, settings))
+        serve_until_ended(settings, lambda service: log_drift(service.account, settings))
     else:
         serve_until_ended(settings)
 
@@ -47,12 +48,27 @@ class Build:
 
     settings: Serving
 
-    def __call__(self) -> "Replica":
+    def __call__(self, watch: "Remote") -> "Replica":
         from sarm.serve.app import make_app
         from sarm.serve.loading import load_service
 
-        service = load_service(self.settings)
+        service = load_service(self.settings, watch)
         return Replica(service, make_app(service, self.settings.read_token()))
+
+
+@dataclass(frozen=True)
+class BuildWatch:
+    """Makes the watch of all replicas."""
+
+    settings: Serving
+
+    def __call__(self) -> "WatchHost":
+        from sarm.serve.loading import load_watch
+
+        host = load_watch(self.settings)
+        if self.settings.mlflow_uri:
+            log_drift(host.account, self.settings)
+        return host
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,7 @@ def application(args: dict[str, Any]) -> Any:
         raise UserError("the application is reached from other machines, and there is no token. Name `token: env:NAME` or `file:PATH` among its args.")  # fmt: skip
     return replicas.application(
         Build(settings),
+        BuildWatch(settings),
         replicas=max(settings.replicas, 1),
         max_replicas=settings.max_replicas,
         cpus=settings.threads or 1,
@@ -99,6 +116,10 @@ def _serve_replicas(settings: Serving) -> None:
     from sarm.passes.models import sarm_settings
 
     settings.read_token()
+    if settings.mlflow_uri:
+        from sarm.engine.mlflow.tracking import tracking_uri
+
+        tracking_uri(_run(settings))
     if not settings.model.is_dir():
         raise UserError(f"no model folder {settings.model}. Pass --model with a folder that holds a SARM.")
     sarm_settings(settings.model)
@@ -106,6 +127,7 @@ def _serve_replicas(settings: Serving) -> None:
         port: int = taken.getsockname()[1]
     replicas.serve_replicas(
         Build(replace(settings, port=port)),
+        BuildWatch(settings),
         host=settings.host,
         port=port,
         replicas=settings.replicas,
@@ -126,17 +148,16 @@ class Logged(NamedTuple):
     files: dict[str, str]
 
 
-def log_drift(service: "Service", settings: Serving) -> "MlflowDrift":
-    """Let the watch of a service log to MLflow."""
+def log_drift(account: Any, settings: Serving) -> "MlflowDrift":
+    """Let the watch of an account that is in this process log to MLflow."""
     log = MlflowDrift(settings)
     known: dict[Any, int] = {}
 
     def publish(key: "Key", watched: "Watched") -> None:
         from sarm.report.drift_page import drift_page
-        from sarm.serve.drift_routes import content
 
-        with service.watch.reading():
-            found = content(service, key, watched, _TOP)
+        with account.watch.reading():
+            found = account.content(key, watched, _TOP)
         last = found["history"][-1]
         metrics = {name: value for name, value in last.items() if name != "step"}
         metrics |= {f"contribution/{one['latent']}": one["now"] for one in found["paid"]}
@@ -144,11 +165,11 @@ def log_drift(service: "Service", settings: Serving) -> "MlflowDrift":
         files: dict[str, str] = {}
         if len(found["alarms"]) != known.get(key, 0) or found["steps"] % _EVERY_STEPS == 0:
             known[key] = len(found["alarms"])
-            files = {"drift.json": json.dumps(finite_or_null(found), indent=1), "drift.html": drift_page([found], service.about.name)}  # fmt: skip
+            files = {"drift.json": json.dumps(finite_or_null(found), indent=1), "drift.html": drift_page([found], account.model)}  # fmt: skip
         name = key.run if (key.split, key.variant) == ("train", "base") else f"{key.run}, {key.split}, {key.variant}"
         log.put(Logged(name, int(last["step"]), metrics, files))
 
-    service.watch.publish = publish
+    account.watch.publish = publish
     return log
 
 

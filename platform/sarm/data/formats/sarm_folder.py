@@ -33,6 +33,11 @@ def save_sarm(model: SarmForSequenceClassification, chat: ChatTokenizer, folder:
     # What pads rows, for whoever asks the config and not the tokenizer.
     model.config.pad_token_id = chat.pad_id
     model.save_pretrained(folder)
+    save_tokenizer(chat, folder)
+
+
+def save_tokenizer(chat: ChatTokenizer, folder: Path) -> None:
+    """Write a tokenizer that renders and cuts as `chat` does: its template pinned, with the system prompt, and its length."""
     chat.tokenizer.chat_template = chat.exported_template
     # `save_pretrained` writes the side that the tokenizer was made with.
     chat.tokenizer.truncation_side = chat.tokenizer.init_kwargs["truncation_side"] = "left"

@@ -2,6 +2,8 @@
 
 Serve neither batches nor queues here: requests go to a replica as they come, and the app admits or refuses them, since it knows how long they
 would wait. A replica that dies is replaced; what it was computing gets an error without a body of the app's, and its client comes again.
+
+What all replicas have in common is made once, in a process of its own beside them, whose methods they call. It is replaced as they are.
 """
 
 import asyncio
@@ -18,7 +20,7 @@ from sarm.settings.run import RunSettings
 if TYPE_CHECKING:
     from ray.serve import Application
 
-NAME = "rewards"
+NAME, COMMON = "rewards", "common"
 # Of one replica at a time; the app refuses what would wait too long.
 _REQUESTS = 4096
 # A token may stand in a path.
@@ -40,8 +42,32 @@ class Replicated(Protocol):
         """End its threads."""
 
 
+class Closable(Protocol):
+    """What all replicas have in common."""
+
+    def close(self) -> None:
+        """End its threads."""
+
+
+class Handle:
+    """How a replica calls what all have in common, from any thread but the event loop's."""
+
+    def __init__(self, deployment: Any):
+        self._deployment = deployment
+
+    def call(self, method: str, *arguments: Any, seconds: float) -> Any:
+        """What the method returns. Raises what it does, TimeoutError, and whatever Ray does while it is replaced."""
+        return self._deployment.call.remote(method, *arguments).result(timeout_s=seconds)
+
+
 def application(
-    build: Callable[[], Replicated], *, replicas: int, max_replicas: int | None, cpus: float, gpus: float
+    build: Callable[[Handle], Replicated],
+    build_common: Callable[[], Closable],
+    *,
+    replicas: int,
+    max_replicas: int | None,
+    cpus: float,
+    gpus: float,
 ) -> "Application":
     """The app as Ray Serve deploys it: `replicas`, or from `replicas` to `max_replicas` as requests come. `cpus` and `gpus` are each replica's.
 
@@ -51,8 +77,8 @@ def application(
 
     @serve.ingress()
     class Replica:
-        def __init__(self) -> None:
-            self._made = build()
+        def __init__(self, common: Any) -> None:
+            self._made = build(Handle(common))
 
         def __serve_build_asgi_app__(self) -> Any:
             return self._made.app
@@ -77,12 +103,38 @@ def application(
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         **options,
     )(Replica)
-    made: Application = deployment.bind()
+    made: Application = deployment.bind(_common(serve, build_common))
     return made
 
 
+def _common(serve: Any, build: Callable[[], Closable]) -> Any:
+    """The deployment of what all replicas have in common: one process, which Serve replaces when it dies."""
+
+    class Common:
+        def __init__(self) -> None:
+            self._made = build()
+
+        async def call(self, method: str, *arguments: Any) -> Any:
+            return await asyncio.to_thread(getattr(self._made, method), *arguments)
+
+        def __del__(self) -> None:
+            self._made.close()
+
+    deployment: Any = serve.deployment(
+        name=COMMON,
+        num_replicas=1,
+        max_ongoing_requests=_REQUESTS,
+        logging_config=_LOGGING,
+        health_check_period_s=_HEALTH_SECONDS,
+        # It computes little, and replicas have the cores.
+        ray_actor_options={"num_cpus": 0},
+    )(Common)
+    return deployment.bind()
+
+
 def serve_replicas(
-    build: Callable[[], Replicated],
+    build: Callable[[Handle], Replicated],
+    build_common: Callable[[], Closable],
     *,
     host: str,
     port: int,
@@ -105,7 +157,9 @@ def serve_replicas(
             gpus = 1.0 if cluster.num_gpus else 0.0
             serve.start(http_options={"host": host, "port": port, "request_timeout_s": None}, logging_config=_LOGGING)
             try:
-                app = application(build, replicas=replicas, max_replicas=max_replicas, cpus=cpus, gpus=gpus)
+                app = application(
+                    build, build_common, replicas=replicas, max_replicas=max_replicas, cpus=cpus, gpus=gpus
+                )
                 _run(serve, app)
                 ready(f"http://{host}:{port}")
                 while not ended.wait(0.2):
