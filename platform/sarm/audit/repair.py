@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from numpy.typing import NDArray
 
 from sarm.evaluate.intervals import Estimate, Interval, difference_interval, estimated, mean_interval, share_interval
@@ -25,7 +25,7 @@ class Rewards(NamedTuple):
     """Rewards [P, 4] of c0, c1, r0, r1, and the prompt of each pair."""
 
     rewards: Float[np.ndarray, "pairs 4"]
-    prompts: NDArray[np.str_]
+    prompts: Shaped[np.ndarray, " pairs"]
 
     def keep(self, kept_P: Bool[NDArray[np.bool_], " pairs"]) -> "Rewards":
         """The pairs for which `kept_P` is true."""

@@ -9,7 +9,7 @@ A latent is a candidate if its strength is above 0 and its stability reaches a b
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -36,7 +36,7 @@ def style_features(
     plain_TS: sparse.csr_array,
     styled_TS: sparse.csr_array,
     shares_TS: sparse.csr_array,
-    prompts_T: NDArray[np.str_],
+    prompts_T: Shaped[np.ndarray, " pairs"],
     norm_S: Float[np.ndarray, " latents"],
     min_stability: float,
 ) -> StyleFeatures:
