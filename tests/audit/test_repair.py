@@ -47,6 +47,15 @@ def test_the_repaired_share_is_gain_over_loss_with_the_interval_of_its_linearisa
     assert (found.num_pairs, found.num_prompts) == (30, 15)
 
 
+def test_a_repair_of_everything_is_as_uncertain_as_the_gain_itself():
+    lost = Rewards(np.tile(BEFORE[1], (30, 1)), np.array([f"p{i}" for i in range(30)]))
+    back = lost._replace(rewards=np.tile(AFTER[1], (30, 1)))
+    found = repair(lost, back)
+    assert found.repaired.value == 1
+    assert found.repaired.ci95 == pytest.approx(difference_interval(np.ones(30), lost.prompts))
+    assert found.repaired.ci95.low < 0.95
+
+
 def test_a_property_that_costs_nothing_has_nothing_to_repair():
     rewards = Rewards(BEFORE[:1], PROMPTS[:1])
     found = repair(rewards, rewards)
@@ -109,10 +118,11 @@ def test_controls_share_no_latent_with_the_candidates_and_need_room():
     prompts = np.array([f"p{i}" for i in range(30)])
     plain, styled, shares = planted_codes(rng, prompts, 40)
     found = style_features(plain_TS=plain, styled_TS=styled, shares_TS=shares, prompts_T=prompts, norm_S=np.ones(40), min_stability=0.5)  # fmt: skip
-    sets = control_sets(found, found.latent[:1], len(found.latent), 6, 0)
+    known = {"density_S": found.density, "size_S": found.size, "candidates": found.latent, "count": 6, "seed": 0}
+    sets = control_sets(chosen=found.latent[:1], **known)
     assert {kind: own.shape for kind, own in sets.items()} == {"random": (6, 1), "matched": (6, 1)}
     for own in sets.values():
         assert not set(own.ravel().tolist()) & set(found.latent.tolist())
     assert len(set(sets["random"].ravel().tolist())) > 1
     with pytest.raises(UserError, match="others fire to compare them with"):
-        control_sets(found, np.arange(30), len(found.latent), 6, 0)
+        control_sets(chosen=np.arange(30), **known)

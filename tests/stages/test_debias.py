@@ -27,13 +27,13 @@ from sarm.stages.debias import debias
 from sarm.stages.debias_dictionaries import dictionaries_of
 from sarm.stages.debias_texts import texts_of
 
-TINY = Size(train_pairs=300, steps=60, sae_pairs=80, d_sae=128, k=12, sae_steps=120, prompts=60, controls=2, features=(4, 16), strengths=(1.0,))  # fmt: skip
+TINY = Size(sae_steps=250, prompts=60, controls=2, features=(8, 16), strengths=(1.0,))
 CASE = Planted("markdown", 0.3)
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, mlflow_db: Path) -> Path:
-    """A biased model, its dictionary and unseen pairs. Training takes some 15 s: a bias that is not learnt cannot be found."""
+    """A biased model, its dictionary and unseen pairs. Training takes 20 s: a bias that is half learnt is no style's."""
     folder = tmp_path_factory.mktemp("debias")
     shutil.copy(mlflow_db, folder / "mlflow.db")
     made = make_model(CASE, TINY, 0, folder)
@@ -194,3 +194,24 @@ def test_a_dictionary_of_the_model_s_own_origin_is_taken_when_asked_for(work, tm
 def test_settings_that_cannot_be_are_refused(flags, said):
     with pytest.raises(UserError, match=said):
         DebiasSettings(**flags)
+
+
+def test_rm_bench_s_styles_are_held_to_the_rule_unless_they_are_taken_as_given(work, tmp_path):
+    """Of 40 rows the detailed and the markdown answers of 30 differ in their words too."""
+    rows = [
+        {"id": str(i), "prompt": f"Say {i}.", "chosen": ["Yes.", f"It is {i}. Yes.", f"**It is {i}.** {'Yes' if i % 4 == 0 else 'Indeed'}."], "rejected": ["No.", "No, it is.", "- No it is"], "domain": "chat"}
+        for i in range(40)
+    ]  # fmt: skip
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    of_rm_bench = {"benchmarks": (f"rm_bench={path}",)}
+    strict = texts_of(settings(work, debias=DebiasSettings(properties=("rm_bench",)), **of_rm_bench)).contrasts[
+        "rm_bench"
+    ]
+    assert (len(strict.quads), strict.left_out, strict.differ_in_more) == (10, 30, 0)
+    given = DebiasSettings(properties=("rm_bench",), as_given=True)
+    taken = texts_of(settings(work, debias=given, **of_rm_bench)).contrasts["rm_bench"]
+    assert (len(taken.quads), taken.left_out, taken.differ_in_more) == (40, 0, 30)
+    path.write_text("\n".join(json.dumps(row) for row in rows[1:4]))
+    with pytest.raises(UserError, match="as-given"):
+        texts_of(settings(work, debias=DebiasSettings(properties=("rm_bench",)), **of_rm_bench))

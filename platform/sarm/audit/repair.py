@@ -5,7 +5,7 @@ hard = [c0 > r1]    normal = ([c0 > r0] + [c1 > r1]) / 2    easy = [c1 > r0]    
 As in RM-Bench, hard is where the property speaks for the wrong answer. What the property costs is clean - hard, before any edit; an edit
 repairs the share (hard' - hard) / (clean - hard) of it. A flip is a pair that is right when clean and wrong when hard.
 Accuracies, changes and the repaired share are means over pairs with intervals over prompts; the share is a ratio R = G / L, whose interval
-is that of the mean of R + (g_p - R l_p) / L (delta method).
+is that of the mean of R + (g_p - R l_p) / L (delta method), or where that does not vary the gain's over the loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from sarm.evaluate.intervals import Estimate, Interval, difference_interval, estimated, mean_interval, share_interval
 
 LEVELS = ("hard", "normal", "easy", "clean")
+# Values that are equal but for rounding do not vary.
+_NO_SPREAD = 1e-12
 
 
 class Rewards(NamedTuple):
@@ -86,7 +88,12 @@ def repair(before: Rewards, after: Rewards) -> Repair:
 
 
 def _around(share: float, g_P: np.ndarray, l_P: np.ndarray, prompts: np.ndarray) -> Interval:
-    return mean_interval(share + (g_P - share * l_P) / l_P.mean(), prompts)
+    values_P = share + (g_P - share * l_P) / l_P.mean()
+    if np.ptp(values_P) > _NO_SPREAD:
+        return mean_interval(values_P, prompts)
+    # All that was lost came back, or none of it: then the gain's own interval says how far unseen prompts could be off.
+    low, high = difference_interval(g_P, prompts)
+    return Interval(low / float(l_P.mean()), high / float(l_P.mean()))
 
 
 class Tried(NamedTuple):

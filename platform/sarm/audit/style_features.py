@@ -67,21 +67,25 @@ def style_features(
 
 
 def control_sets(
-    found: StyleFeatures, chosen: NDArray[np.int64], candidates: int, count: int, seed: int
+    density_S: Float[np.ndarray, " latents"],
+    size_S: Float[np.ndarray, " latents"],
+    candidates: Int64[NDArray[np.int64], " candidates"],
+    chosen: Int64[NDArray[np.int64], " chosen"],
+    count: int,
+    seed: int,
 ) -> dict[str, Int64[NDArray[np.int64], "sets chosen"]]:
-    """`random`: sets of latents that fire, drawn evenly; `matched`: of the same frequency and size. Neither has one of the first `candidates`.
+    """`random`: sets of latents that fire, drawn evenly; `matched`: of the same frequency and size. Neither has a candidate.
 
-    Raises UserError if too few latents fire to draw sets from.
+    Candidates that are not suppressed carry the property too, and would be no control. Raises UserError if too few latents fire to draw sets from.
     """
-    alive_S = found.density > 0
-    alive_S[found.latent[:candidates]] = False
+    alive_S = density_S > 0
+    alive_S[candidates] = False
     pool = np.flatnonzero(alive_S)
     if len(pool) < 2 * len(chosen):
         raise UserError(f"{len(chosen)} features are suppressed, but only {len(pool)} others fire to compare them with. Pass fewer to --debias.features, or a larger SAE.")  # fmt: skip
     rng = np.random.default_rng(seed)
     drawn = np.stack([rng.choice(pool, len(chosen), replace=False) for _ in range(count)])
-    # Candidates that are not suppressed carry the property too, and would be no control.
-    density_S = np.where(alive_S, found.density, 0.0)
-    density_S[chosen] = found.density[chosen]
-    matched = matched_sets(selected=chosen, density_S=density_S, weight_S=found.size, count=count, seed=seed)
+    known_S = np.where(alive_S, density_S, 0.0)
+    known_S[chosen] = density_S[chosen]
+    matched = matched_sets(selected=chosen, density_S=known_S, weight_S=size_S, count=count, seed=seed)
     return {"random": drawn, "matched": matched}

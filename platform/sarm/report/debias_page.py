@@ -63,6 +63,8 @@ def _features(own: Mapping[str, Any]) -> Section:
         f"{own['num_candidates']:,} features are stronger with it, in most of {own['num_prompts']:,} prompts. {own['left_out']:,} pairs are left out: "
         "the rule does not apply to them, or their versions would differ in more."
     )
+    if own["differ_in_more"]:
+        text += f" {own['differ_in_more']:,} pairs are taken as given, although their versions differ in more than this property."
     rows = [
         (row["layer"], row["latent"], f"{row['strength']:.3g}", share(row["stability"]))
         for row in own["features"][:_FEATURES_SHOWN]

@@ -23,6 +23,8 @@ class DebiasSettings:
     """Properties of answers: markdown, length, hedging, sycophancy, tone, position (of list items), rm_bench (its own styles), trigger (a planted word)."""
     trigger: str = ""
     """The word that `trigger` puts behind answers, as a backdoor has it."""
+    as_given: bool = False
+    """Take RM-Bench's two styles as its authors wrote them: in most of its rows their words differ too, and such rows are else left out."""
     features: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Numbers of features that are suppressed together, the strongest first."""
     strengths: tuple[float, ...] = (0.5, 1.0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sarm.audit.repair import LEVELS, repair
-from sarm.audit.style_features import StyleFeatures, control_sets
+from sarm.audit.style_features import control_sets
 from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import DEBIAS_FOLDER, DOSES_FOLDER
 from sarm.contracts.manifest import StageFolder, finite_or_null, write_atomically
@@ -26,7 +26,7 @@ from sarm.report.numbers import share
 from sarm.report.pages import write_page
 from sarm.settings.identity import identity
 from sarm.stages.benchmark_scoring import Scores, items_table, make_items
-from sarm.stages.debias import Job, read_doses, rewards_of, score_doses
+from sarm.stages.debias_doses import Job, read_doses, rewards_of, score_doses
 
 RESULTS = "debias.json"
 _PERMUTATIONS = 2000
@@ -63,7 +63,7 @@ def _of_property(job: Job, name: str, own: Mapping[str, Any], folder: Path) -> d
     """Everything that is reported of one property."""
     contrast = job.texts.contrasts[name]
     quads = contrast.half(chooses_half=False)
-    shown = {key: own[key] for key in ("num_candidates", "num_prompts", "num_pairs", "left_out", "features", "plain", "doses", "chosen")}  # fmt: skip
+    shown = {key: own[key] for key in ("num_candidates", "num_prompts", "num_pairs", "left_out", "differ_in_more", "features", "plain", "doses", "chosen")}  # fmt: skip
     chosen = own["chosen"]
     latents = [] if chosen is None else [row["joint"] for row in own["features"][: chosen["features"]]]
     edit = Dose(tuple(latents), 1.0 if chosen is None else chosen["share"])
@@ -88,19 +88,11 @@ def _of_property(job: Job, name: str, own: Mapping[str, Any], folder: Path) -> d
 
 
 def _controls(job: Job, own: Mapping[str, Any], latents: Sequence[int]) -> dict[str, np.ndarray]:
-    candidates = [row["joint"] for row in own["features"]]
-    known = StyleFeatures(
-        latent=np.array(candidates, np.int64),
-        strength=np.array([row["strength"] for row in own["features"]]),
-        stability=np.array([row["stability"] for row in own["features"]]),
-        density=np.array(own["density"]),
-        size=np.array(own["size"]),
-        num_prompts=own["num_prompts"],
-    )
     return control_sets(
-        found=known,
+        density_S=np.array(own["density"], float),
+        size_S=np.array(own["size"], float),
+        candidates=np.array(own["candidates"], np.int64),
         chosen=np.array(latents, np.int64),
-        candidates=len(candidates),
         count=job.settings.debias.controls,
         seed=job.session.run.seed,
     )

@@ -33,6 +33,8 @@ class Contrast:
     own: Property
     quads: list[Quad] = field(default_factory=list)
     left_out: int = 0
+    differ_in_more: int = 0
+    """Pairs that are taken as given although their versions differ in more than the property."""
 
     def half(self, *, chooses_half: bool) -> list[Quad]:
         """The pairs of the prompts that features and doses are chosen on, or of the others, which nothing is chosen on."""
@@ -58,7 +60,7 @@ def texts_of(settings: Debias) -> Texts:
     contrasts = {}
     for name in settings.debias.properties:
         if name == "rm_bench":
-            contrast = _of_rm_bench(loaded, by_id)
+            contrast = _of_rm_bench(loaded, by_id, as_given=settings.debias.as_given)
         else:
             contrast = _by_rule(property_named(name, settings.debias.trigger), pairs, by_id)
         _check_halves(contrast)
@@ -78,7 +80,7 @@ def _by_rule(own: Property, pairs: Sequence[dict[str, Any]], by_id: dict[str, tu
     return contrast
 
 
-def _of_rm_bench(loaded: Sequence[Loaded], by_id: dict[str, tuple[str, str]]) -> Contrast:
+def _of_rm_bench(loaded: Sequence[Loaded], by_id: dict[str, tuple[str, str]], *, as_given: bool) -> Contrast:
     own = Property(
         name="rm_bench",
         title="RM-Bench's markdown, against its detailed answers",
@@ -90,9 +92,11 @@ def _of_rm_bench(loaded: Sequence[Loaded], by_id: dict[str, tuple[str, str]]) ->
     for one in loaded:
         for row in one.rows if one.source.name == "rm_bench" else ():
             texts = [row.completions[side + style] for side in (0, _STYLES) for style in (_DETAILED, _MARKDOWN)]
-            if not own.differs_alone(*texts[:2]) or not own.differs_alone(*texts[2:]):
+            is_alone = own.differs_alone(*texts[:2]) and own.differs_alone(*texts[2:])
+            if not is_alone and (not as_given or texts[0] == texts[1] or texts[2] == texts[3]):
                 contrast.left_out += 1
                 continue
+            contrast.differ_in_more += not is_alone
             contrast.quads.append(_quad(row.prompt, _half_key(row), texts, by_id))
     return contrast
 
@@ -116,8 +120,14 @@ def _check_halves(contrast: Contrast) -> None:
         if len(prompts) < _FEWEST_PROMPTS:
             half = "choosing" if chooses_half else "reporting"
             raise UserError(
-                f"{contrast.own.name}: the {half} half has {len(prompts)} prompts whose answers differ in this property alone ({contrast.left_out} pairs are left out), at least {_FEWEST_PROMPTS} are needed. Pass more --pairs, or leave the property out of --debias.properties."
+                f"{contrast.own.name}: the {half} half has {len(prompts)} prompts whose answers differ in this property alone ({contrast.left_out} pairs are left out), at least {_FEWEST_PROMPTS} are needed. {_advice(contrast)}"
             )
+
+
+def _advice(contrast: Contrast) -> str:
+    if contrast.own.name == "rm_bench":
+        return "Pass --debias.as-given to take its styles as they are, or leave it out of --debias.properties."
+    return "Pass more --pairs, or leave the property out of --debias.properties."
 
 
 def _half_key(row: BenchmarkRow) -> str:
