@@ -152,6 +152,9 @@ def goals(case: Planted, figures: dict[str, Any]) -> dict[str, bool]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="planted biases: what suppressing features repairs and costs")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--cases", nargs="*", choices=[case.name for case in CASES], default=[case.name for case in CASES]
+    )
     parser.add_argument("--work", type=Path, default=Path("outputs/bench/debias"))
     asked = parser.parse_args()
     # Tensors this small are slower on two threads.
@@ -159,7 +162,7 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     started = time.monotonic()
     for seed in range(asked.seeds):
-        for case in CASES:
+        for case in (one for one in CASES if one.name in asked.cases):
             folder = asked.work.absolute() / f"{case.name}-{seed}"
             shutil.rmtree(folder, ignore_errors=True)
             made = make_model(case, Size(), seed, folder)

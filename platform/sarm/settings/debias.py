@@ -28,7 +28,7 @@ class DebiasSettings:
     features: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Numbers of features that are suppressed together, the strongest first."""
     strengths: tuple[float, ...] = (0.5, 1.0)
-    """How much of each feature is taken away: 1 suppresses it, 0.5 halves it."""
+    """How much of each feature is taken away: 0.5 halves it, 1 suppresses it, 2 turns it round, which also counters what other ways carry on."""
     positions: Literal["all", "answer", "rewarded"] = "all"
     """Tokens at which features are suppressed: all, the answer's, or the one that is rewarded."""
     min_stability: float = 0.7
