@@ -31,6 +31,8 @@ NO_PATH = {
     "ColumnNames": {"text_field", "columns"},
     "Template": {"revision", "system_prompt", "chat_template"},
     "Benchmarking": {"revision", "probes", "head", "chat_template"},
+    "Debias": {"revision", "head", "chat_template"},
+    "DebiasSettings": {"properties", "trigger"},
     "Judging": {"judges", "prices", "reasoning_effort"},
     "JudgeSpec": {"model", "base_url", "api_version"},
     "RewardCard": {"prompt", "response"},

@@ -47,6 +47,7 @@ GROUPS: dict[str, tuple[Entry, ...]] = {
         Entry("rate", "rate", "ratings by people"),
         Entry("audit-features", "audit_features", "find safety features and test them causally"),
         Entry("steer", "steer", "edit the head of an audited model"),
+        Entry("debias", "debias", "find what a model over-rewards, and suppress it"),
         Entry("relabel", "relabel", "poisoned and denoised training"),
     ),
 }

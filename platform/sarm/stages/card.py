@@ -27,7 +27,7 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     Raises UserError for a folder that holds no SARM, names of another model, or a conversation without an answer.
     """
     folder = settings.model
-    reader = sarm_reader(folder)
+    reader = sarm_reader(folder, edit=settings.edit)
     messages = _conversation(settings)
     names = names_beside(folder, settings.contexts, settings.explanations)
     content = card_of(reader, messages, names, settings.features)
