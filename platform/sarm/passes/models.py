@@ -12,6 +12,7 @@ from typing import Any
 from sarm.contracts.folders import SARM_FOLDER
 from sarm.contracts.manifest import MANIFEST, read_manifest, sha256_of, verify_files
 from sarm.contracts.untrusted import read_json
+from sarm.data.formats.adapters import is_adapter, merged_model
 from sarm.data.formats.model_files import check_model_files
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer, load_tokenizer
 from sarm.data.tokens.templates import check_renders, chosen_template
@@ -75,8 +76,7 @@ def _refuse_flags(settings: Benchmarking, kind: str) -> None:
 
 def sarm_tokenizer(spec: ModelSpec) -> ChatTokenizer:
     """A SARM folder's own tokenizer and pinned template."""
-    # Registers the model's type: the tokenizer's loader would ask whether to run the folder's own code.
-    import sarm.nn.modeling_sarm  # noqa: F401
+    import sarm.nn.modeling_sarm  # noqa: F401  # registers the model's type: the loader would ask whether to run the folder's code
 
     model = ModelSettings(name=spec.place, max_length=spec.max_length, system_prompt=spec.system_prompt)
     return load_chat_tokenizer(model, spec.place)
@@ -271,7 +271,7 @@ def _length(protocol: str, asked: int | None, own: int) -> int:
 def _folder(name: str, revision: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
-        return path.absolute()
+        return merged_model(path) if is_adapter(path) else path.absolute()
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise UserError(f"no model folder {name}. Pass --model with a folder, owner/name on Hugging Face, or module:function.")  # fmt: skip
     from huggingface_hub import snapshot_download

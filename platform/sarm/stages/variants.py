@@ -39,8 +39,10 @@ def variants(
 ) -> list[Variant]:
     """The SARM and the baselines that the settings ask for; `depth_of` says where the whole backbone ends.
 
-    Raises UserError if they ask for adapters and `peft` is not installed.
+    Raises UserError if they ask for adapters and `peft` is not installed, or for another rewarded token than a SARM's.
     """
+    if model.rewarded_token != "end_of_turn":
+        raise UserError("a SARM is rewarded where the answer's turn ends. Leave out --model.rewarded-token, and extract activations there.")  # fmt: skip
     if reward.lora_rank and find_spec("peft") is None:
         raise UserError(NO_PEFT)
     sarm = Variant(stage="train SARM", folder="sarm", sae=sae, model=model, reward=reward)
