@@ -14,6 +14,7 @@ from sarm.contracts.manifest import MANIFEST, read_manifest, sha256_of, verify_f
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.adapters import is_adapter, merged_model
 from sarm.data.formats.model_files import check_model_files
+from sarm.data.formats.reward_classes import ATTACHED
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer, load_tokenizer
 from sarm.data.tokens.templates import check_renders, chosen_template
 from sarm.nn.protocol import PROTOCOL_VERSION
@@ -53,16 +54,12 @@ def find_model(settings: Benchmarking) -> ModelSpec:
         load_function(name)
         source, _, function = name.rpartition(":")
         place = f"{Path(source).absolute()}:{function}" if source.endswith(".py") else name
-        return _spec(
-            kind="callable",
-            place=place,
-            identity=_hash_of_function(name),
-            template="",
-            settings=settings,
-            max_length=DEFAULT_LENGTH,
-        )
+        identity = _hash_of_function(name)
+        return _spec(kind="callable", place=place, identity=identity, template="", settings=settings, max_length=DEFAULT_LENGTH)  # fmt: skip
     folder = _folder(name, settings.revision)
     config = _config(folder, name)
+    if config.get("model_type") == ATTACHED:
+        raise UserError(f"{name} is a dictionary of {config.get('classifier')}, whose rewards are that model's own. Pass that model to --model.")  # fmt: skip
     if config.get("model_type") == "sarm":
         _refuse_flags(settings, "a SARM, which has a head and a template of its own")
         return sarm_spec(folder, settings.protocol, settings.max_length, settings.compute_dtype)
@@ -83,7 +80,7 @@ def sarm_tokenizer(spec: ModelSpec) -> ChatTokenizer:
 
 
 def sarm_settings(folder: Path) -> ModelSettings:
-    """How a SARM folder turns messages into tokens: its own tokenizer, and the length and system prompt it was trained with.
+    """How a SARM folder, or that of a classifier with a dictionary, turns messages into tokens: by its own tokenizer, length and system prompt.
 
     Raises UserError if the folder holds no reward model with latents.
     """
@@ -93,12 +90,15 @@ def sarm_settings(folder: Path) -> ModelSettings:
         raise UserError(
             f"{folder} holds no reward model (config.json: {error}). Train one first, or pass another folder."
         ) from error
-    if config.get("model_type") != "sarm" or config.get("head") != "sae":
+    is_attached = config.get("model_type") == ATTACHED
+    if not is_attached and (config.get("model_type") != "sarm" or config.get("head") != "sae"):
         kind = config.get("head", config.get("model_type"))
         raise UserError(f"{folder} is a {kind} model without latents. Pass a folder with a SARM.")
     known = config.get("provenance") or {}
     length = known.get("max_length", DEFAULT_LENGTH)
-    return ModelSettings(name=str(folder), max_length=length, system_prompt=known.get("system_prompt"))
+    reads: Any = "last" if is_attached else "end_of_turn"
+    system = known.get("system_prompt")
+    return ModelSettings(name=str(folder), max_length=length, system_prompt=system, rewarded_token=reads)
 
 
 def load_function(place: str) -> Callable[..., Any]:
@@ -135,12 +135,10 @@ ALONE = ":alone"
 
 def score_key(spec: ModelSpec) -> str:
     """What a cached score depends on besides the texts: model, template, protocol and its version, length and dtype."""
-    parts = (
-        *(spec.identity, spec.template, spec.protocol, str(spec.max_length), spec.dtype, str(spec.system_prompt)),
-        f"version {PROTOCOL_VERSION}",
-        # Scores from before heads were looked for may be those of a random one.
-        *([f"head {spec.head} {spec.objectives}"] if spec.kind == "classifier" else []),
-    )
+    # Scores from before heads were looked for may be those of a random one.
+    of_head = [f"head {spec.head} {spec.objectives}"] if spec.kind == "classifier" else []
+    asked = (spec.identity, spec.template, spec.protocol, str(spec.max_length), spec.dtype, str(spec.system_prompt))
+    parts = (*asked, f"version {PROTOCOL_VERSION}", *of_head)
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:32]
 
 

@@ -92,7 +92,7 @@ def build_head(layout: HeadLayout, weights: Mapping[str, Tensor], config: Mappin
         return _Head(_Layers([(tensor[layout.row : layout.row + 1], None)]), objectives)
     if layout.kind == "gated":
         temperature = float(config.get("gating_temperature", 10.0))
-        return _Gated(tensors, temperature)
+        return GatedHead(tensors, temperature)
     return _Head(_Layers(_maps(tensors)), objectives)
 
 
@@ -145,7 +145,7 @@ class _Head(nn.Module):
         return rewards
 
 
-class _Gated(nn.Module):
+class GatedHead(nn.Module):
     """Objectives weighted by a gate that reads the prompt."""
 
     def __init__(self, tensors: Mapping[str, Tensor], temperature: float):

@@ -12,8 +12,9 @@ from sarm.data.tokens.packing import answer_rows
 from sarm.interpret.context_store import beside, load_contexts
 from sarm.interpret.feature_data import feature_names
 from sarm.nn.protocol import PROTOCOL_VERSION
+from sarm.passes.attached_model import model_reader
 from sarm.passes.models import hash_of_folder
-from sarm.passes.reader import Reader, sarm_reader
+from sarm.passes.reader import Reader
 from sarm.report.dictionary_note import dictionary_note
 from sarm.report.reward_card import Prefixes, card, print_card, write_card
 from sarm.settings.card import RewardCard
@@ -26,7 +27,7 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     Raises UserError for a folder that holds no SARM, names of another model, or a conversation without an answer.
     """
     folder = settings.model
-    reader = sarm_reader(folder)
+    reader = model_reader(folder)
     messages = _conversation(settings)
     contexts = beside(folder, settings.contexts, "contexts")
     store = load_contexts(contexts, hash_of_folder(folder)) if contexts else None

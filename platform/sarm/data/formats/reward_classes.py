@@ -4,11 +4,15 @@ Each is a causal language model as `transformers` has it, with a head beside it 
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from sarm.contracts.untrusted import read_json
 from sarm.settings.checks import UserError
 
 EMBEDDING = "embed_tokens.weight"
+ATTACHED = "sarm_attached"
+"""The model type of a classifier with a dictionary (`attached_folder`)."""
 KNOWN_CODE = {
     "LlamaForRewardModelWithGating": "gated",
     "AtheneForSequenceClassification": "linear",
@@ -48,3 +52,11 @@ def read_behind(tokenizer: Any, folder: str, revision: str) -> list[int]:
     if tokenizer.cls_token_id is None:
         raise UserError(f"{folder} reads its reward at the CLS token, and its tokenizer has none. Get another copy.")
     return [tokenizer.cls_token_id]
+
+
+def is_attached(folder: Path) -> bool:
+    """Whether a folder holds a classifier with a dictionary."""
+    try:
+        return bool(read_json(folder / "config.json").get("model_type") == ATTACHED)
+    except (OSError, ValueError, AttributeError):
+        return False
