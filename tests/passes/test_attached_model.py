@@ -18,8 +18,8 @@ from sarm.data.formats.sae_folder import load_sae
 from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.packing import answer_row, answer_rows
-from sarm.nn.sae import Sae, dense
-from sarm.nn.scaled_codes import ScaledCodes
+from sarm.nn.sae import Sae
+from sarm.nn.splice import LatentEdit, Splice
 from sarm.passes.attached_model import AttachedReader, model_reader
 from sarm.passes.edited_rewards import conversations
 from sarm.passes.models import find_model, sarm_settings
@@ -142,6 +142,10 @@ def test_the_linear_head_is_the_mean_slope_of_the_reward_by_each_latent(attached
     np.testing.assert_allclose(weight_S, wanted_S, rtol=2e-3, atol=2e-4)
 
 
+def spliced(reader: AttachedReader, latents: list[int], factor: float) -> Splice:
+    return Splice(reader.model.sae, LAYER, [LatentEdit(latent, "scale", factor) for latent in latents])
+
+
 @pytest.mark.parametrize("scope", ["all", "rewarded"])
 def test_patching_is_the_classifier_run_again_and_linear_is_its_slope_there(attached, tiny_folder, scope):
     folder, name = attached
@@ -151,7 +155,7 @@ def test_patching_is_the_classifier_run_again_and_linear_is_its_slope_there(atta
     places = batch.is_token if scope == "all" else batch.is_rewarded
     fires = sorted({int(latent) for one in tokens for latent in exact.codes(exact.stream(one.ids))[-1].nonzero().flatten()})  # fmt: skip
     sets = [(fires[:3], 0.0), (fires[2:6], 2.5), (fires, 1.0)]
-    found = effects(reader.model, batch, [(ScaledCodes(reader.model.sae, own, factor), places) for own, factor in sets])
+    found = effects(reader.model, batch, [(spliced(reader, own, factor), places) for own, factor in sets])
     for n, one in enumerate(tokens):
         h_LD = exact.stream(one.ids)
         for e, (own, factor) in enumerate(sets):
@@ -168,29 +172,6 @@ def test_patching_is_the_classifier_run_again_and_linear_is_its_slope_there(atta
         assert float(found.patched[n, 2]) == 0.0
         assert float(found.linear[n, 2]) == 0.0
     assert float(found.patched[:, :2].abs().min()) > 1e-3
-
-
-def test_the_change_of_scaled_codes_is_the_difference_of_two_decodings():
-    sae = random_sae_with_threshold()
-    h_ND = torch.randn(7, sae.d_in)
-    codes = sae(sae.rows_of(h_ND))
-    z_NS = dense(codes, sae.d_sae)
-    edited_NS = z_NS.clone()
-    edited_NS[:, [3, 8]] *= -0.5
-    wanted = (h_ND.std(-1, keepdim=True) + 1e-6) * (edited_NS - z_NS) @ sae.W_dec
-    torch.testing.assert_close(ScaledCodes(sae, [3, 8], -0.5).change(h_ND), wanted, rtol=1e-5, atol=1e-5)
-    assert ScaledCodes(sae, [], 0.0).change(h_ND).abs().max() == 0
-    with pytest.raises(ValueError, match="latent 48 is none of the SAE's 48"):
-        ScaledCodes(sae, [48], 0.0)
-
-
-def random_sae_with_threshold() -> Sae:
-    from tests.passes.attached import random_sae
-
-    torch.manual_seed(0)
-    sae = random_sae("batch_topk").requires_grad_(requires_grad=False)
-    sae.calibrate_(torch.randn(64, sae.d_in))
-    return sae
 
 
 def test_a_classifier_that_has_changed_or_gone_is_refused(tiny_folder, tmp_path):

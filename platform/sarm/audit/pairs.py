@@ -47,6 +47,20 @@ def audit_pairs(sources: Mapping[str, Sequence[str]], limits: Mapping[str, int |
     return pa.Table.from_pylist(ordered, schema=AUDIT_PAIRS)
 
 
+def listed_pairs(sources: Sequence[str], num_prompts: int) -> list[dict[str, Any]]:
+    """The pairs of about so many prompts of the sources, by hash, each once and those of a prompt side by side; held-out ones unless a source names a split.
+
+    Raises UserError for a source that cannot be read, or if there is no pair.
+    """
+    rows = {row["pair_id"]: row for source in sources for row in _pairs_of(source, None, "target")}
+    prompts = sorted({row["prompt_id"] for row in rows.values()}, key=lambda one: hash_share(f"listed/{one}"))
+    kept = set(prompts[:num_prompts])
+    if not kept:
+        raise UserError(f"there is no pair in {', '.join(sources)}. Pass --pairs another source.")
+    ordered = sorted(rows.values(), key=lambda row: (row["prompt_id"], row["pair_id"]))
+    return [row for row in ordered if row["prompt_id"] in kept]
+
+
 def check_benchmarks(sources: Iterable[str]) -> None:
     """Raise UserError unless every `NAME=SOURCE` among the sources can be read and holds a pair; folders may be still to be made."""
     for source in sources:

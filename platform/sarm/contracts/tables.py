@@ -65,6 +65,26 @@ COMPLETION_SCORES_TABLE = pa.schema(
     ]
 )
 
+EDITED_SCORES_TABLE = pa.schema(
+    [
+        pa.field("completion_id", pa.string(), nullable=False),
+        # One a tried edit, in their order; NaN where the conversation cannot be encoded.
+        pa.field("scores", pa.list_(pa.float64()), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+)
+
+STYLE_CODES_TABLE = pa.schema(
+    [
+        pa.field("completion_id", pa.string(), nullable=False),
+        # Latents that fire in the answer, over all dictionaries: those of the second are numbered behind the first's.
+        pa.field("latents", pa.list_(pa.int32()), nullable=False),
+        pa.field("means", pa.list_(pa.float32()), nullable=False),
+        pa.field("shares", pa.list_(pa.float32()), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+    ]
+)
+
 ITEMS_TABLE = pa.schema(
     [
         pa.field("benchmark", pa.string(), nullable=False),

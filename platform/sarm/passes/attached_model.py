@@ -19,11 +19,14 @@ import torch
 from torch import nn
 
 from sarm.data.formats.attached_folder import Attached, load_attached
+from sarm.data.formats.feature_edit import load_edit
 from sarm.data.formats.reward_classes import is_attached
 from sarm.data.tokens.packing import TokenBatch
 from sarm.nn.backbone import FAMILIES, attention_of, streams_at
 from sarm.nn.sae import Codes
 from sarm.nn.segments import visible_from
+from sarm.nn.splice import Editing
+from sarm.passes.feature_edits import checked_edit
 from sarm.passes.foreign_models import load_foreign
 from sarm.passes.models import hash_of_folder, sarm_settings
 from sarm.passes.reader import Reader, Reading, sarm_reader
@@ -102,7 +105,10 @@ class AttachedReader(Reader):
     @cached_property
     def model(self) -> AttachedModel:  # type: ignore[override]
         """The classifier and the dictionary."""
-        return load_attached_model(self.folder, getattr(torch, self.dtype)).to(device_of_worker())
+        model = load_attached_model(self.folder, getattr(torch, self.dtype)).to(device_of_worker())
+        if self.edit is not None:
+            Editing(model.body, load_edit(self.edit).splices)
+        return model
 
     @cached_property
     def opening(self) -> list[int]:
@@ -154,14 +160,17 @@ def last_place(ids: Sequence[int], pattern: Sequence[int]) -> int | None:
     return next((start for start in starts if list(ids[start : start + len(pattern)]) == list(pattern)), None)
 
 
-def model_reader(folder: Path, batch_tokens: int = 2048, dtype: str = "float32") -> Reader:
-    """The reader of a SARM, or of a classifier with a dictionary.
+def model_reader(folder: Path, batch_tokens: int = 2048, dtype: str = "float32", edit: Path | None = None) -> Reader:
+    """The reader of a SARM, or of a classifier with a dictionary; with the edit of features in the folder `edit`, the model is that edited one.
 
     Raises UserError as `sarm_reader` and `check_attached` do.
     """
     if not is_attached(folder):
-        return sarm_reader(folder, batch_tokens, dtype)
-    check_attached(folder)
-    reader = AttachedReader(folder, sarm_settings(folder), dtype, batch_tokens)
+        return sarm_reader(folder, batch_tokens, dtype, edit)
+    attached = check_attached(folder)
+    if edit is not None:
+        checked_edit(edit, attached.classifier, attached.identity, takes_places=False)
+    settings = sarm_settings(folder)
+    reader = AttachedReader(folder=folder, settings=settings, dtype=dtype, batch_tokens=batch_tokens, edit=edit)
     assert reader.chat is not None
     return reader

@@ -11,7 +11,7 @@ from sarm.contracts.passes import Beat, Cost, Tables
 from sarm.data.store.parts import with_sink_columns
 from sarm.data.tokens.groups import PromptGroup, prompt_groups
 from sarm.data.tokens.packing import Row, answer_row, collate, row_batches
-from sarm.nn.scaled_codes import ScaledCodes
+from sarm.nn.splice import LatentEdit, Splice
 from sarm.passes.attached_model import AttachedReader, last_place
 from sarm.passes.reward_gradients import Conversations, effects
 
@@ -61,7 +61,10 @@ class EditedRewards:
         """One row a response."""
         cost, refused = Cost(), dict(prepared.refused)
         model = self._reader.model
-        own = [ScaledCodes(model.sae, edit.latents, edit.factor) for edit in self._edits]
+        own = [
+            Splice(model.sae, model.layer, [LatentEdit(latent, "scale", edit.factor) for latent in edit.latents])
+            for edit in self._edits
+        ]
         owner = {(g.prompt_id, n): (g, n) for g in prepared.groups for n in range(len(g.responses))}
         rows = [answer_row(key, group.tokens[n].ids) for key, (group, n) in owner.items()]
         records: list[dict[str, Any]] = []

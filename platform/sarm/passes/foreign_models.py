@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sarm.contracts.untrusted import read_json
@@ -19,6 +19,7 @@ from sarm.data.formats.tensor_files import shapes_in, tensors_in
 from sarm.data.store.finite import not_finite
 from sarm.nn.loading_report import faults
 from sarm.nn.pretrained import is_derived, quiet_transformers
+from sarm.nn.splice import Editing
 from sarm.passes.reward_heads import HeadLayout, build_head, find_head
 from sarm.settings.checks import UserError
 
@@ -34,14 +35,18 @@ class ForeignModel(nn.Module):
         # Of a classifier's own outputs.
         self.register_buffer("objectives", torch.tensor(list(objectives) or [1.0]))
         self.vocabulary: int = body.get_input_embeddings().weight.shape[0]
+        self.editing: Editing | None = None
 
     def forward(
         self,
         input_ids: Int[Tensor, "rows columns"],
         attention_mask: Int[Tensor, "rows columns"],
         gates: Int[Tensor, " rows"] | None = None,
+        places: Bool[Tensor, "rows columns"] | None = None,
     ) -> Float[Tensor, " rows"]:
-        """`gates` are the columns at which a gate reads the prompt, for a head that has one."""
+        """`gates` are the columns at which a gate reads the prompt, for a head that has one; `places` are the tokens whose features are edited."""
+        if self.editing is not None:
+            self.editing.places = places
         if self.head is None:
             logits_BO: Tensor = self.body(input_ids=input_ids, attention_mask=attention_mask).logits.float()
             return logits_BO @ self.objectives

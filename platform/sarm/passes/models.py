@@ -1,10 +1,6 @@
 """From what `--model` names to a `ModelSpec`: its kind, its files, and the hash that decides which cached scores are its own."""
 
 import hashlib
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +14,14 @@ from sarm.data.formats.reward_classes import ATTACHED
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer, load_tokenizer
 from sarm.data.tokens.templates import check_renders, chosen_template
 from sarm.nn.protocol import PROTOCOL_VERSION
+from sarm.passes.functions import hash_of_function, load_function
 from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 
 DEFAULT_LENGTH = 2048
+BESIDE = "feature_edit"
+"""In a model's folder: the edit that its rewards are read with."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
@@ -41,21 +40,34 @@ class ModelSpec:
     head: str = ""
     objectives: tuple[float, ...] = ()
     chat_template: str = ""
+    edit: str = ""
+    """Folder of an edit of features inside the model; `identity` then depends on it too."""
 
 
 def find_model(settings: Benchmarking) -> ModelSpec:
     """What is to be scored, checked as far as it can be without loading weights.
 
-    Raises UserError for a name that is none of the three, a head that is not known or lacks weights, or a tokenizer without chat template.
+    Raises UserError for a name that is none of the three, a head that is not known or lacks weights, a tokenizer without chat template, or an
+    edit of features that is not of this model.
     """
+    return with_edit(_plain_model(settings), settings.edit)
+
+
+def _plain_model(settings: Benchmarking) -> ModelSpec:
     name = settings.model
     if ":" in name and not Path(name).exists():
         _refuse_flags(settings, "a function")
         load_function(name)
         source, _, function = name.rpartition(":")
         place = f"{Path(source).absolute()}:{function}" if source.endswith(".py") else name
-        identity = _hash_of_function(name)
-        return _spec(kind="callable", place=place, identity=identity, template="", settings=settings, max_length=DEFAULT_LENGTH)  # fmt: skip
+        return _spec(
+            kind="callable",
+            place=place,
+            identity=hash_of_function(name),
+            template="",
+            settings=settings,
+            max_length=DEFAULT_LENGTH,
+        )
     folder = _folder(name, settings.revision)
     config = _config(folder, name)
     if config.get("model_type") == ATTACHED:
@@ -64,6 +76,26 @@ def find_model(settings: Benchmarking) -> ModelSpec:
         _refuse_flags(settings, "a SARM, which has a head and a template of its own")
         return sarm_spec(folder, settings.protocol, settings.max_length, settings.compute_dtype)
     return _classifier(folder, config, settings)
+
+
+def with_edit(spec: ModelSpec, folder: Path | None) -> ModelSpec:
+    """The model with the edit of features in `folder`, or else with the one that lies beside its weights, if one does.
+
+    Raises UserError for an edit of another model, or one that the model cannot be read with.
+    """
+    beside = Path(spec.place) / BESIDE
+    folder = folder or (beside if spec.kind != "callable" and beside.is_dir() else None)
+    if folder is None:
+        return spec
+    if spec.kind == "callable":
+        raise UserError(f"{spec.place} is a function, which has no layers to edit. Leave out --edit.")
+    # Torch takes seconds, which who edits nothing need not wait for.
+    from sarm.passes.feature_edits import checked_edit
+
+    own = hash_of_folder(Path(spec.place))
+    digest = checked_edit(folder, Path(spec.place), own, takes_places=spec.kind == "classifier")
+    identity = hashlib.sha256(f"{spec.identity}\x1f{digest}".encode()).hexdigest()[:32]
+    return replace(spec, edit=str(folder), identity=identity)
 
 
 def _refuse_flags(settings: Benchmarking, kind: str) -> None:
@@ -99,34 +131,6 @@ def sarm_settings(folder: Path) -> ModelSettings:
     reads: Any = "last" if is_attached else "end_of_turn"
     system = known.get("system_prompt")
     return ModelSettings(name=str(folder), max_length=length, system_prompt=system, rewarded_token=reads)
-
-
-def load_function(place: str) -> Callable[..., Any]:
-    """The function that `module:function` or `file.py:function` names.
-
-    Raises UserError if there is none.
-    """
-    source, _, name = place.rpartition(":")
-    try:
-        if source.endswith(".py"):
-            found = importlib.util.spec_from_file_location(f"scorer_{Path(source).stem}", source)
-            assert found is not None
-            assert found.loader is not None
-            module = importlib.util.module_from_spec(found)
-            sys.modules[found.name] = module
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-        function = getattr(module, name)
-    # Whatever the user's module raises while it is imported.
-    except Exception as error:
-        raise UserError(
-            f"cannot load {place} ({type(error).__name__}: {error}). Pass --model MODULE:FUNCTION."
-        ) from error
-    if not callable(function):
-        raise UserError(f"{place} is not a function. Pass --model MODULE:FUNCTION.")
-    loaded: Callable[..., Any] = function
-    return loaded
 
 
 # Ends the id of a completion that is scored without its prompt.
@@ -287,12 +291,3 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
         return dict(read_json(folder / "config.json"))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{name} holds no model (config.json: {error}). Pass --model with a model's folder.") from error
-
-
-def _hash_of_function(name: str) -> str:
-    """The bytes of the file that the function is in: an edited function has no cached scores."""
-    import inspect
-
-    function = load_function(name)
-    path = inspect.getsourcefile(inspect.unwrap(function))
-    return hashlib.sha256(f"{name.rpartition(':')[2]}\x1f{sha256_of(Path(path)) if path else name}".encode()).hexdigest()[:32]  # fmt: skip

@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sarm.contracts.passes import Beat, Cost
+from sarm.data.formats.feature_edit import load_edit
 from sarm.data.formats.sarm_folder import read_sarm
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.data.tokens.packing import Row, TokenBatch, collate, row_batches
 from sarm.nn.backbone import residual_stream
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.sae import Codes, standardise
-from sarm.passes.models import sarm_settings
+from sarm.nn.splice import Editing
+from sarm.passes.feature_edits import checked_edit
+from sarm.passes.models import hash_of_folder, sarm_settings
 from sarm.passes.usage import device_of_worker
 from sarm.settings.model import ModelSettings
 
@@ -57,6 +60,8 @@ class Reader:
     """Folder of the tokenizer and its template; None: the model's own."""
     looks_unexplained: bool = False
     """Whether readings say what share of the activation the dictionary leaves out."""
+    edit: Path | None = None
+    """Folder of an edit of features inside the model."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Reader, tuple(getattr(self, field.name) for field in fields(self))
@@ -73,6 +78,8 @@ class Reader:
     def model(self) -> SarmForSequenceClassification:
         """The reward model, in evaluation mode; its latents have one meaning each (`read_sarm`)."""
         model: SarmForSequenceClassification = read_sarm(self.folder, getattr(torch, self.dtype)).to(device_of_worker())  # type: ignore[arg-type]
+        if self.edit is not None:
+            Editing(model.model, load_edit(self.edit).splices)
         return model
 
     @property
@@ -131,11 +138,14 @@ class Reader:
         ]
 
 
-def sarm_reader(folder: Path, batch_tokens: int = 2048, dtype: str = "float32") -> Reader:
+def sarm_reader(folder: Path, batch_tokens: int = 2048, dtype: str = "float32", edit: Path | None = None) -> Reader:
     """The reader of a SARM with its own tokenizer, and the length and system prompt that it was trained with.
 
-    Raises UserError if the folder holds no reward model with latents, or its tokenizer cannot be loaded.
+    Raises UserError if the folder holds no reward model with latents, its tokenizer cannot be loaded, or the edit is of another model.
     """
-    reader = Reader(folder, sarm_settings(folder), dtype, batch_tokens)
+    settings = sarm_settings(folder)
+    if edit is not None:
+        checked_edit(edit, folder, hash_of_folder(folder), takes_places=False)
+    reader = Reader(folder=folder, settings=settings, dtype=dtype, batch_tokens=batch_tokens, edit=edit)
     assert reader.chat is not None
     return reader

@@ -21,7 +21,7 @@ from sarm.passes.attached_model import AttachedModel
 
 @runtime_checkable
 class Intervention(Protocol):
-    """What is done to the residual stream: the change of each token's activation (`sarm.nn.scaled_codes.ScaledCodes`)."""
+    """What is done to the residual stream: the change of each token's activation (`sarm.nn.splice.Splice`)."""
 
     def change(self, h_ND: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]: ...
 

@@ -16,7 +16,8 @@ from sarm.data.sources.conversations import ConversationError
 from sarm.data.tokens.chat import Tokens
 from sarm.data.tokens.packing import Row, answer_row, answer_rows
 from sarm.data.tokens.said_beside import KINDS, turns_of
-from sarm.passes.models import ModelSpec, load_function
+from sarm.passes.functions import load_function
+from sarm.passes.models import ModelSpec
 from sarm.passes.reader import Reader, Reading
 from sarm.passes.row_scorer import TorchScorer
 from sarm.passes.scoring import Message, Request, Scored, Scorer
@@ -30,7 +31,14 @@ class SarmScorer:
     def __init__(self, spec: ModelSpec, batch_tokens: int):
         folder = Path(spec.place)
         settings = ModelSettings(name=spec.place, max_length=spec.max_length, system_prompt=spec.system_prompt)
-        self._reader = Reader(folder, settings, spec.dtype, batch_tokens).ready(torch.get_num_threads())
+        reader = Reader(
+            folder=folder,
+            settings=settings,
+            dtype=spec.dtype,
+            batch_tokens=batch_tokens,
+            edit=Path(spec.edit) if spec.edit else None,
+        )
+        self._reader = reader.ready(torch.get_num_threads())
 
     def __call__(self, requests: Sequence[Request]) -> tuple[list[list[Scored]], Cost]:
         encoded = [self._encode(request) for request in requests]

@@ -33,6 +33,8 @@ class Benchmarking:
     """Weight of each output of a head with several, in their order; the reward is their weighted sum."""
     chat_template: str = field(default="", metadata=ABSENT_AT_DEFAULT)
     """Chat template of a tokenizer that has none, or several: a file, or the name of one that it has."""
+    edit: Path | None = field(default=None, metadata=READ | ABSENT_AT_DEFAULT)
+    """Folder of an edit of features inside the model (`jobs/debias.py` writes them). Unset: the folder `feature_edit` in the model's, if it is there."""
     protocol: Literal["exact", "official"] = "exact"
     """`exact`: one BOS, left truncation that keeps the rewarded token; `official`: the tokenisation of the benchmarks' own code, with its known faults."""
     max_length: int | None = None

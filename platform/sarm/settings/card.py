@@ -13,6 +13,8 @@ class RewardCard:
 
     model: Path = field(metadata=READ)
     """SARM folder."""
+    edit: Path | None = field(default=None, metadata=READ)
+    """Folder of an edit of features inside the model, with which it is read."""
     prompt: str = ""
     """What the user says."""
     response: str = ""

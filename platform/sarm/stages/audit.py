@@ -30,7 +30,7 @@ from sarm.report.audit_page import write_audit_page
 from sarm.settings.audit import SITES, AuditFeatures
 from sarm.settings.checks import UserError
 from sarm.settings.identity import identity
-from sarm.stages.audit_folder import FEATURES, audit_budget
+from sarm.stages.audit_folder import FEATURES, TEXTS, audit_budget
 from sarm.stages.chain_state import move, was_moved
 from sarm.stages.safety_ratings import SafetyRatings, safety_ratings
 
@@ -79,6 +79,9 @@ def cache_codes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
         say(f"budget: passes of {budget.batch_tokens:,} tokens in {budget.dtype}")
         reader = model_reader(settings.sarm, budget.batch_tokens, budget.dtype)
         counts = write_codes(pairs, reader, folder.folder, session.run_pass)
+        if is_attached(settings.sarm):
+            # Its edits are no arithmetic on codes: steering runs the model on these texts again.
+            pq.write_table(pairs, folder.folder / TEXTS, write_page_checksum=True)
         figures = {**counts, "rejected": sum(counts["rejected"].values())}
         figures.pop("notes")
         return {**counts, "figures": figures}

@@ -20,6 +20,8 @@ from sarm.settings.checks import UserError
 from sarm.stages.fitting import made_in, reading_budget
 
 FEATURES = "audit_features/v1"
+TEXTS = "texts.parquet"
+"""In the codes of a classifier: AUDIT_PAIRS."""
 
 
 class Audited(NamedTuple):

@@ -110,7 +110,7 @@ def _identity(
     settings: Benchmarking, spec: ModelSpec, benchmarks: Sequence[Loaded], trained_on: TrainingPrompts | None
 ) -> dict[str, Any]:
     """What decides the result: the model's and the data's contents rather than their places."""
-    fields = {key: value for key, value in identity(settings, seed=settings.run.seed).items() if key not in ("run", "model", "revision", "benchmarks")}  # fmt: skip
+    fields = {key: value for key, value in identity(settings, seed=settings.run.seed).items() if key not in ("run", "model", "revision", "benchmarks", "edit")}  # fmt: skip
     return {
         **fields,
         "model": spec.identity,

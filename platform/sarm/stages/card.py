@@ -27,7 +27,7 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     Raises UserError for a folder that holds no SARM, names of another model, or a conversation without an answer.
     """
     folder = settings.model
-    reader = model_reader(folder)
+    reader = model_reader(folder, edit=settings.edit)
     messages = _conversation(settings)
     contexts = beside(folder, settings.contexts, "contexts")
     store = load_contexts(contexts, hash_of_folder(folder)) if contexts else None

@@ -57,7 +57,7 @@ def score_requests(
             arguments={"spec": spec, "batch_tokens": batch_tokens},
             outputs={"scores": Output(folder, COMPLETION_SCORES_TABLE)},
             id_columns=("ids",),
-            input_ids=_ids_of,
+            input_ids=ids_of,
             output_id="completion_id",
         )
         run_pass(work)
@@ -92,13 +92,14 @@ def _lacking(folder: Path) -> set[str]:
         asked = pq.read_table(folder / _ASKED, columns=["ids"]) if missing else None
     except (OSError, pa.ArrowException):
         return set()  # torn by a full disk: its completions are asked for again
-    return {key for block in missing if asked is not None for key in _ids_of(_rows(asked, block))}
+    return {key for block in missing if asked is not None for key in ids_of(_rows(asked, block))}
 
 
 def _rows(table: pa.Table, block: Block) -> pa.Table:
     return table.slice(block.start, block.num_rows)
 
 
-def _ids_of(table: pa.Table) -> list[str]:
+def ids_of(table: pa.Table) -> list[str]:
+    """The completion ids of REQUESTS, in their order."""
     ids: list[str] = pc.list_flatten(table.column("ids")).to_pylist()
     return ids
