@@ -19,17 +19,18 @@ from sarm.stages.convert_sae import convert_sae
 D_IN, D_SAE, K, LAYER = 64, 48, 5, 1
 
 
-def random_sae(architecture: str = "topk", d_in: int = D_IN) -> Sae:
+def random_sae(architecture: str = "topk", d_in: int = D_IN, bias: float = 0.0) -> Sae:
     torch.manual_seed(5)
     sae = build_sae(architecture, d_in, D_SAE, K)
     torch.nn.init.normal_(sae.W_enc)
     torch.nn.init.normal_(sae.W_dec, std=0.3)
     torch.nn.init.normal_(sae.b_dec, std=0.1)
+    torch.nn.init.constant_(sae.b_enc, bias)
     return sae
 
 
 def save_random_sae(folder: Path, model: str, *, standardises: bool = True, **about: object) -> None:
-    sae = random_sae(**{name: about.pop(name) for name in ("architecture", "d_in") if name in about})
+    sae = random_sae(**{name: about.pop(name) for name in ("architecture", "d_in", "bias") if name in about})
     sae.standardises = standardises
     folder.mkdir(parents=True)
     save_sae(sae, folder, {"activations": {"model": model, "layer": LAYER, **about}})

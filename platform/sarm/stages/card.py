@@ -12,7 +12,7 @@ from sarm.data.tokens.packing import answer_rows
 from sarm.interpret.context_store import beside, load_contexts
 from sarm.interpret.feature_data import feature_names
 from sarm.nn.protocol import PROTOCOL_VERSION
-from sarm.passes.attached_model import model_reader
+from sarm.passes.attached_model import AttachedReader, model_reader
 from sarm.passes.models import hash_of_folder
 from sarm.passes.reader import Reader
 from sarm.report.dictionary_note import dictionary_note
@@ -83,7 +83,9 @@ def read_prefixes(reader: Reader, messages: list[Message]) -> Prefixes:
     contribution = np.zeros((len(readings), len(weight_S)))
     for row_S, reading in zip(contribution, readings.values(), strict=True):
         row_S[reading.latents] = reading.values * weight_S[reading.latents]
-    return Prefixes(response, [tokens.offsets[column][1] for column in own], contribution)
+    # A classifier's own: they are no sums of terms.
+    own_rewards = np.array([one.reward for one in readings.values()]) if isinstance(reader, AttachedReader) else None
+    return Prefixes(response, [tokens.offsets[column][1] for column in own], contribution, own_rewards)
 
 
 def _conversation(settings: RewardCard) -> list[Message]:
