@@ -44,6 +44,10 @@ from sarm.stages.edited_rewards import effects_of_edits
 from sarm.stages.steer import steer
 
 
+# A pass without a cluster asks Ray for its context, which would start one of its own.
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
 @pytest.fixture(scope="module")
 def attached(tiny_folder, tmp_path_factory) -> Path:
     return attached_model(tmp_path_factory.mktemp("classifier"), tiny_folder)
