@@ -48,6 +48,7 @@ NOT_RUN = {
     "python jobs/prepare_data.py demo --data.texts /data/*": "reads 28 GB of the reader's own",
     "python jobs/interpret.py * --judging.judges *": _JUDGE,
     "python jobs/audit_features.py demo * --ratings outputs/ratings": "reads what a judge wrote",
+    "python jobs/* outputs/rm*": "needs a reward model of the reader's own; tests/stages/test_auditing_classifiers.py audits and steers one",
     "python jobs/ui.py": "serves until it is stopped; tests/engine/test_ui.py runs it",
     "python jobs/ui.py *": "serves until it is stopped, another folder; tests/engine/test_ui.py runs it so",
     "python docs/examples/trl_grpo.py *": "needs TRL, which is not locked; tests/integrations/test_their_clients.py runs it",

@@ -29,7 +29,7 @@ from sarm.passes.models import find_model
 from sarm.passes.scorers import load_scorer
 from sarm.passes.scoring import Request
 from sarm.report.reward_card import card, print_card
-from sarm.settings.audit import AuditFeatures, Steer
+from sarm.settings.audit import AuditFeatures, Relabel, Steer
 from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.checks import UserError
 from sarm.settings.contexts import ContextsSettings
@@ -41,8 +41,8 @@ from sarm.stages.card import read_prefixes
 from sarm.stages.context_collection import collect_contexts
 from sarm.stages.convert_sae import convert_sae
 from sarm.stages.edited_rewards import effects_of_edits
+from sarm.stages.relabel import relabel
 from sarm.stages.steer import steer
-
 
 # A pass without a cluster asks Ray for its context, which would start one of its own.
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -214,6 +214,15 @@ def test_steering_a_classifier_writes_an_edit_that_scores_as_it_was_measured(aud
         shifts.append(np.mean([a.score - b.score for a, b in scored]))
     assert shifts[1] - shifts[0] == pytest.approx(content["target"]["margin_shift"]["value"], abs=1e-3)
     assert "inside the model" in (audited / "audit.html").read_text()
+
+
+def test_pairs_are_poisoned_and_denoised_by_a_classifiers_features(audited):
+    asked = Relabel(run=RunSettings(out=audited), poison=(0.1,), denoise=(0.1,), seeds=2)
+    with open_session(asked, is_guest=True) as session:
+        folder = relabel(session, asked)
+    content = json.loads((folder / "relabel.json").read_text())
+    assert "a linear head on the dictionary's codes stands in for it" in content["retraining"]
+    assert {row["method"] for row in content["rows"]} > {"features"}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ class ConvertSae:
     """Write an SAE in another library's format, or read one of theirs."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")] = field(metadata=READ)
-    """Folder or .pt file that holds the SAE."""
+    """Folder or .pt file that holds the SAE, or the name of one on the Hugging Face hub: `hf:OWNER/NAME[@REVISION]/FOLDER`."""
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = field(metadata=WRITTEN)
     """Folder to write; new or empty."""
     format: Literal["saelens", "saelens_residual", "sparsify", "dictionary_learning", "pt", "sarm", "attached"] = (
@@ -50,7 +50,10 @@ class ConvertSae:
     """Show the traceback of an error instead of one line."""
 
     def __post_init__(self) -> None:
+        source = self.source
         place_paths(self)
+        if source.as_posix().startswith("hf:") and not source.exists():
+            object.__setattr__(self, "source", source)
         check_least(self, "", k=1, layer=1, responses=2, max_length=8)
         if (self.format == "attached") != (self.pairs is not None):
             raise UserError("--pairs FOLDER and --format attached go together: the model's rewards are approximated on these pairs.")  # fmt: skip

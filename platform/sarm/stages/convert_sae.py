@@ -9,6 +9,7 @@ from sarm.contracts.manifest import MANIFEST, StageFolder, read_manifest, verify
 from sarm.data.formats.model_shapes import shape_of
 from sarm.data.formats.sae_folder import save_sae
 from sarm.data.formats.sae_formats import export_sae, import_sae, with_relu
+from sarm.data.formats.sae_hub import fetch_sae, is_named
 from sarm.data.formats.sae_place import is_same_model
 from sarm.data.formats.sae_weights import STANDARDISED, SaeWeights, sae_of
 from sarm.settings.checks import UserError
@@ -21,6 +22,8 @@ def convert_sae(config: ConvertSae) -> None:
 
     Raises UserError if it cannot be read, the format cannot hold it, or the target is in use.
     """
+    if is_named(config.source):
+        config = replace(config, source=fetch_sae(config.source))
     if (config.source / MANIFEST).exists():
         verify_files(config.source, read_manifest(config.source, SAE_FOLDER))
     weights = import_sae(config.source, config.from_format, config.k)
