@@ -217,7 +217,7 @@ def test_what_does_not_fit_a_classifier_is_refused_in_one_line(layout, about, fl
 def test_attaching_needs_pairs_and_they_are_of_no_other_use(tmp_path):
     for fields in ({"format": "attached"}, {"pairs": tmp_path}):
         with pytest.raises(UserError, match="--pairs FOLDER and --format attached go together"):
-            ConvertSae(source=tmp_path, target=tmp_path / "out", **fields)
+            convert_sae(ConvertSae(source=tmp_path, target=tmp_path / "out", **fields))
 
 
 def test_conversations_say_which_tokens_are_there():

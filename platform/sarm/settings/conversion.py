@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sarm.settings.checks import UserError, check_least
+from sarm.settings.checks import check_least
 from sarm.settings.results_root import READ, WRITTEN, place_paths
 
 
@@ -55,8 +55,6 @@ class ConvertSae:
         if source.as_posix().startswith("hf:") and not source.exists():
             object.__setattr__(self, "source", source)
         check_least(self, "", k=1, layer=1, responses=2, max_length=8)
-        if (self.format == "attached") != (self.pairs is not None):
-            raise UserError("--pairs FOLDER and --format attached go together: the model's rewards are approximated on these pairs.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

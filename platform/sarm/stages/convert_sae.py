@@ -22,6 +22,8 @@ def convert_sae(config: ConvertSae) -> None:
 
     Raises UserError if it cannot be read, the format cannot hold it, or the target is in use.
     """
+    if (config.format == "attached") != (config.pairs is not None):
+        raise UserError("--pairs FOLDER and --format attached go together: the model's rewards are approximated on these pairs.")  # fmt: skip
     if is_named(config.source):
         config = replace(config, source=fetch_sae(config.source))
     if (config.source / MANIFEST).exists():
