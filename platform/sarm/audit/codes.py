@@ -147,8 +147,8 @@ def read_codes(folder: Path, weight_S: Float[np.ndarray, " d_sae"], *, sums_up: 
     of contributions: a SARM's are, and a classifier's are not.
     """
     verify_files(folder, read_manifest(folder, CODES))
-    tables = (pq.read_table(folder / f"{name}.parquet") for name in ("responses", "pairs"))
-    return codes_of(*tables, weight_S, sums_up=sums_up)
+    responses, pairs = (pq.read_table(folder / f"{name}.parquet") for name in ("responses", "pairs"))
+    return codes_of(responses, pairs, weight_S, sums_up=sums_up)
 
 
 def codes_of(
