@@ -48,7 +48,8 @@ class EditedRewards:
     """A table of AUDIT_PAIRS in, a row of EDITED for each distinct response out, under the one target `edited`."""
 
     def __init__(self, reader: AttachedReader, edits: Sequence[CodeEdit], threads: int):
-        self._reader, self._edits = reader.ready(threads), list(edits)
+        reader.ready(threads)
+        self._reader, self._edits = reader, list(edits)
 
     def prepare(self, table: pa.Table) -> _Prepared:
         """The prompts with their responses, tokenised; and pairs that cannot be, with the reason."""

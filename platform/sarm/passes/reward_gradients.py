@@ -8,6 +8,7 @@ head     w_i = mean over the answers at whose rewarded token latent i fires of s
 Rows hold one conversation each, padded on the right: no token that is read can see the padding. B rows, L columns, D d_in, S d_sae.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -83,7 +84,7 @@ def effects(model: AttachedModel, batch: Conversations, edits: Sequence[tuple[In
         chosen = places_BL.flatten().nonzero().flatten()
         change_BLD.flatten(0, 1)[chosen] = edit.change(h_ND[chosen])
         with torch.no_grad():
-            after_B = _rewards(model, batch, lambda hidden, change=change_BLD: (hidden + change).to(hidden.dtype))
+            after_B = _rewards(model, batch, functools.partial(_added, change_BLD))
         patched.append(after_B - reward_B)
         linear.append((gradient_BLD.float() * change_BLD).sum((1, 2)))
     none = reward_B.new_zeros(len(reward_B), 0)
@@ -108,6 +109,11 @@ def linear_head(model: AttachedModel, batches: Iterable[Conversations]) -> tuple
         sums_S.index_add_(0, latents, slope_BK[fires_BK].double().cpu())
         counts_S.index_add_(0, latents, torch.ones_like(latents))
     return (sums_S / counts_S.clamp_min(1)).float(), counts_S
+
+
+def _added(change: Tensor, hidden: Tensor) -> Tensor:
+    """Activations with a change added to them, in their own dtype."""
+    return (hidden + change).to(hidden.dtype)
 
 
 def _rewards(model: AttachedModel, batch: Conversations, change: Callable[[Tensor], Tensor]) -> Tensor:

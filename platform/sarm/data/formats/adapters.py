@@ -111,7 +111,7 @@ def _merged(folder: Path, base: Path, task: str) -> Any:
     )
     if wrong := faults(report, may_lack=lambda key: key in whole, may_hold=lambda key: key.startswith("lm_head.")):
         raise UserError(f"{base}, the base of {folder}, {wrong}. Get another copy.")
-    adapted = PeftModel(model, PeftConfig.from_pretrained(folder))
+    adapted = PeftModel(model, PeftConfig.from_pretrained(str(folder)))
     wanted = get_peft_model_state_dict(adapted).keys()
     if lacking := sorted(wanted - tensors.keys()):
         raise UserError(f"{folder} lacks {lacking[0]}, which would be drawn at random. Save the adapter with its head (modules_to_save).")  # fmt: skip
