@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tests.passes.attached import D_SAE, LAYER, attached_model, save_random_sae, write_pairs
 from tests.passes.foreign_checkpoints import COMPLETIONS, LAYOUTS, PROMPT, body_of, checkpoint, expected, head_of
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sarm.data.formats.attached_folder import load_attached
@@ -224,3 +225,15 @@ def test_conversations_say_which_tokens_are_there():
     batch = Conversations(torch.zeros(2, 4, dtype=torch.long), torch.tensor([3, 1]))
     assert batch.is_token.tolist() == [[True] * 4, [True, True, False, False]]
     assert batch.is_rewarded.tolist() == [[False, False, False, True], [False, True, False, False]]
+
+
+def test_a_classifier_whose_tokens_see_both_sides_is_refused(tiny_folder, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "num_labels": 1}  # fmt: skip
+    AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=600, **sizes)).save_pretrained(tmp_path / "bert")  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_folder / name, tmp_path / "bert")
+    save_random_sae(tmp_path / "sae", str(tmp_path / "bert"), d_in=32)
+    asked = ConvertSae(source=tmp_path / "sae", target=tmp_path / "out", format="attached", model=str(tmp_path / "bert"), pairs=write_pairs(tmp_path / "pairs"))  # fmt: skip
+    with pytest.raises(UserError, match=r"is no causal language model with a head, so no layer of it can be read"):
+        convert_sae(asked)
+    assert not (tmp_path / "out").exists()
