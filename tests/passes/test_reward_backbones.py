@@ -24,8 +24,7 @@ from sarm.passes.turn_ends import PairTurnEnds
 from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
-from sarm.settings.reward import RewardSettings
-from sarm.stages.variants import variants
+from sarm.stages.variants import check_rewarded
 
 IDS = torch.arange(3, 21).reshape(2, 9)
 PLACES = torch.tensor([0, 0, 1]), torch.tensor([2, 8, 5])
@@ -234,4 +233,5 @@ def test_the_last_token_is_the_one_at_which_the_model_reads_its_reward(name, tin
 def test_a_sarm_is_not_trained_where_another_model_reads_its_reward():
     model = ModelSettings(layer=1, rewarded_token="last")
     with pytest.raises(UserError, match=r"rewarded where the answer's turn ends.*Leave out --model.rewarded-token"):
-        variants(model, RewardSettings(), Path("sae"))
+        check_rewarded(model)
+    check_rewarded(ModelSettings(layer=1))

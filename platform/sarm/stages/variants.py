@@ -34,15 +34,19 @@ def full_depth(model: ModelSettings) -> int:
     return read_depth(model_folder(model), revision=model.revision, gguf_file=model.gguf_file)
 
 
+def check_rewarded(model: ModelSettings) -> None:
+    """Before a training: raise UserError for another rewarded token than a SARM's."""
+    if model.rewarded_token != "end_of_turn":
+        raise UserError("a SARM is rewarded where the answer's turn ends. Leave out --model.rewarded-token, and extract activations there.")  # fmt: skip
+
+
 def variants(
     model: ModelSettings, reward: RewardSettings, sae: Path, depth_of: Callable[[ModelSettings], int] = full_depth
 ) -> list[Variant]:
     """The SARM and the baselines that the settings ask for; `depth_of` says where the whole backbone ends.
 
-    Raises UserError if they ask for adapters and `peft` is not installed, or for another rewarded token than a SARM's.
+    Raises UserError if they ask for adapters and `peft` is not installed.
     """
-    if model.rewarded_token != "end_of_turn":
-        raise UserError("a SARM is rewarded where the answer's turn ends. Leave out --model.rewarded-token, and extract activations there.")  # fmt: skip
     if reward.lora_rank and find_spec("peft") is None:
         raise UserError(NO_PEFT)
     sarm = Variant(stage="train SARM", folder="sarm", sae=sae, model=model, reward=reward)
