@@ -50,6 +50,7 @@ NOT_RUN = {
     "python jobs/audit_features.py demo * --ratings outputs/ratings": "reads what a judge wrote",
     "python jobs/debias.py --model outputs/model *": "needs a reward model of the reader's own and its dictionary; tests/stages/test_debias.py runs it on a planted one",
     "python jobs/evaluate.py --model outputs/model *": "needs such a model too; tests/passes/test_feature_edits.py reads one with its edit",
+    "python jobs/* outputs/rm*": "needs a reward model of the reader's own; tests/stages/test_auditing_classifiers.py audits and steers one",
     "python jobs/ui.py": "serves until it is stopped; tests/engine/test_ui.py runs it",
     "python jobs/ui.py *": "serves until it is stopped, another folder; tests/engine/test_ui.py runs it so",
     "python docs/examples/trl_grpo.py *": "needs TRL, which is not locked; tests/integrations/test_their_clients.py runs it",

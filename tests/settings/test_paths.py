@@ -36,6 +36,7 @@ NO_PATH = {
     "Judging": {"judges", "prices", "reasoning_effort"},
     "JudgeSpec": {"model", "base_url", "api_version"},
     "RewardCard": {"prompt", "response"},
+    "ConvertSae": {"head"},
     "Steer": {"name", "over_refusal", "undo"},
     "Relabel": {"write"},
     "Push": {"hub", "licence"},

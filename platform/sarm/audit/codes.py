@@ -140,16 +140,20 @@ class AuditCodes:
         return kept
 
 
-def read_codes(folder: Path, weight_S: Float[np.ndarray, " d_sae"]) -> AuditCodes:
+def read_codes(folder: Path, weight_S: Float[np.ndarray, " d_sae"], *, sums_up: bool = True) -> AuditCodes:
     """The codes of a finished folder, under a head.
 
-    Raises UserError if it is unfinished or damaged, a pair's response has no codes, or rewards are not the sum of contributions.
+    Raises UserError if it is unfinished or damaged, a pair's response has no codes, or, where they have to (`sums_up`), rewards are not the sum
+    of contributions: a SARM's are, and a classifier's are not.
     """
     verify_files(folder, read_manifest(folder, CODES))
-    return codes_of(pq.read_table(folder / "responses.parquet"), pq.read_table(folder / "pairs.parquet"), weight_S)
+    responses, pairs = (pq.read_table(folder / f"{name}.parquet") for name in ("responses", "pairs"))
+    return codes_of(responses, pairs, weight_S, sums_up=sums_up)
 
 
-def codes_of(responses: pa.Table, pairs: pa.Table, weight_S: Float[np.ndarray, " d_sae"]) -> AuditCodes:
+def codes_of(
+    responses: pa.Table, pairs: pa.Table, weight_S: Float[np.ndarray, " d_sae"], *, sums_up: bool = True
+) -> AuditCodes:
     """The tables of a codes/v2 folder as matrices. Raises as `read_codes`."""
     place = {response_id: row for row, response_id in enumerate(responses["response_id"].to_pylist())}
     sides = [[place.get(i, -1) for i in pairs[f"{side}_id"].to_pylist()] for side in ("chosen", "rejected")]
@@ -176,7 +180,7 @@ def codes_of(responses: pa.Table, pairs: pa.Table, weight_S: Float[np.ndarray, "
         rejected=np.array(sides[1], dtype=np.int64),
         required=np.array([margin or 0.0 for margin in pairs["margin"].to_pylist()]),
     )
-    gap = completeness(codes)
+    gap = completeness(codes) if sums_up else 0.0
     if not gap < COMPLETENESS:
         raise UserError(f"rewards differ from the sum of their contributions by up to {gap:.3g}. Pass the SARM that made the codes.")  # fmt: skip
     return codes

@@ -132,12 +132,34 @@ def residuals_at(
     Without segments every row is one sequence, padded on the right if at all: no token that is taken can see the padding, so no mask is
     made and attention takes its causal kernel.
     """
-    taken: dict[int, Tensor] = {}
     if segments is None:
         arranged = _Arranged(_of_one_sequence(model, input_ids))
     else:
         assert positions is not None
         arranged = _arranged(model, input_ids, positions, segments)
+    return _at(model, layers, rows, columns, arranged)[0]
+
+
+def streams_at(
+    model: "PreTrainedModel",
+    layer: int,
+    rows: Int[Tensor, " taken"],
+    columns: Int[Tensor, " taken"],
+    input_ids: Int[Tensor, "rows columns"],
+    positions: Int[Tensor, "rows columns"],
+    segments: Int[Tensor, "rows columns"],
+) -> tuple[Float[Tensor, "taken d_in"], Float[Tensor, "taken d_in"]]:
+    """Of a whole model with its final norm: the residual stream after block `layer`, and the last hidden state, at (`rows[n]`, `columns[n]`)."""
+    arranged = _arranged(model, input_ids, positions, segments)
+    (stream_ND,), last_ND = _at(model, [layer], rows, columns, arranged)
+    return stream_ND, last_ND
+
+
+def _at(
+    model: "PreTrainedModel", layers: Sequence[int], rows: Tensor, columns: Tensor, arranged: "_Arranged"
+) -> tuple[list[Tensor], Tensor]:
+    """The residual stream after each of `layers`, and what the model ends in, at these places of the rows before they were arranged."""
+    taken: dict[int, Tensor] = {}
     if arranged.rows is not None and arranged.columns is not None:
         rows, columns = arranged.rows[rows, columns], arranged.columns[rows, columns]
 
@@ -153,11 +175,11 @@ def residuals_at(
         for layer in set(layers)
     ]
     try:
-        model(**arranged.inputs, use_cache=False)
+        last_BLD: Tensor = model(**arranged.inputs, use_cache=False).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()
-    return [taken[layer] for layer in layers]
+    return [taken[layer] for layer in layers], last_BLD[rows, columns]
 
 
 class _Arranged(NamedTuple):

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 # Beginnings of a language model's weights in a checkpoint that holds more than it: a vision tower, a projector.
 _TEXT_PART = {r"^(?:model\.)?language_model\.(?:model\.)?": ""}
-_BLOCK = re.compile(r"^(?:(?:model|language_model|transformer)\.)*layers\.(\d+)\.")
+# Beginnings that reward models have before them: TRL's value heads, DeepSpeed-Chat, Starling, GRM.
+_WRAPPED = {r"^(?:(?:pretrained_model|rwtransformer|transformer)\.(?:model\.)?|model\.model\.)": ""}
+_BLOCK = re.compile(r"^(?:(?:model|language_model|transformer|rwtransformer|pretrained_model)\.)*layers\.(\d+)\.")
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|attn\.(?:masked_)?bias$")
 # Published weights of these kinds are read as the numbers that they stand for.
 _DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
@@ -92,7 +94,7 @@ def load_backbone(
             config=config,
             dtype=dtype,
             attn_implementation=config._attn_implementation,
-            key_mapping=_TEXT_PART,
+            key_mapping=_TEXT_PART | _WRAPPED,
             **_strictly(config, revision, gguf_file),
         )
         fill_layer_embeddings_(model, report, name, revision)

@@ -1,5 +1,6 @@
 """What actors compute for an audit: pairs in, the codes of each distinct response out, at the rewarded token and at sentence ends."""
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,11 +51,15 @@ class ResponseCodes:
         rows = [row for g in prepared.groups for row in g.rows(self._reader.settings.max_length, columns)]
         readings = self._reader.read(rows, cost, beat, residuals=True)
         records: list[dict[str, Any]] = []
+        refused = dict(prepared.refused)
         for group in prepared.groups:
             for place, (text, tokens) in enumerate(zip(group.responses, group.tokens, strict=True)):
                 key = (group.prompt_id, place)
                 pair_ids = [pair.pair_id for pair in group.pairs if place in (pair.chosen, pair.rejected)]
                 answer, ends = readings[key], [readings[key, column] for column in columns[key]]
+                if math.isnan(answer.reward):
+                    refused |= dict.fromkeys(pair_ids, "prompt_cut_off")
+                    continue
                 assert answer.residual is not None
                 records.append(
                     {
@@ -72,7 +77,7 @@ class ResponseCodes:
                         "pair_ids": pair_ids,
                     }
                 )
-        return _tables([*records, *_rejects(prepared.refused)]), cost
+        return _tables([*records, *_rejects(refused)]), cost
 
     def rejected(self, table: pa.Table, reason: str) -> Tables:
         """What is left of pairs that cannot be read."""

@@ -8,7 +8,9 @@ from typing import Any
 from sarm.contracts.folders import SARM_FOLDER
 from sarm.contracts.manifest import MANIFEST, read_manifest, sha256_of, verify_files
 from sarm.contracts.untrusted import read_json
+from sarm.data.formats.adapters import is_adapter, merged_model
 from sarm.data.formats.model_files import MODEL_FILES, check_model_files, folder_of
+from sarm.data.formats.reward_classes import ATTACHED
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer, load_tokenizer
 from sarm.data.tokens.templates import check_renders, chosen_template
 from sarm.nn.protocol import PROTOCOL_VERSION
@@ -65,8 +67,10 @@ def _plain_model(settings: Benchmarking) -> ModelSpec:
             settings=settings,
             max_length=DEFAULT_LENGTH,
         )
-    folder = folder_of(name, settings.revision)
+    folder = _folder(name, settings.revision)
     config = _config(folder, name)
+    if config.get("model_type") == ATTACHED:
+        raise UserError(f"{name} is a dictionary of {config.get('classifier')}, whose rewards are that model's own. Pass that model to --model.")  # fmt: skip
     if config.get("model_type") == "sarm":
         _refuse_flags(settings, "a SARM, which has a head and a template of its own")
         return sarm_spec(folder, settings.protocol, settings.max_length, settings.compute_dtype)
@@ -100,15 +104,14 @@ def _refuse_flags(settings: Benchmarking, kind: str) -> None:
 
 def sarm_tokenizer(spec: ModelSpec) -> ChatTokenizer:
     """A SARM folder's own tokenizer and pinned template."""
-    # Registers the model's type: the tokenizer's loader would ask whether to run the folder's own code.
-    import sarm.nn.modeling_sarm  # noqa: F401
+    import sarm.nn.modeling_sarm  # noqa: F401  # registers the model's type: the loader would ask whether to run the folder's code
 
     model = ModelSettings(name=spec.place, max_length=spec.max_length, system_prompt=spec.system_prompt)
     return load_chat_tokenizer(model, spec.place)
 
 
 def sarm_settings(folder: Path) -> ModelSettings:
-    """How a SARM folder turns messages into tokens: its own tokenizer, and the length and system prompt it was trained with.
+    """How a SARM folder, or that of a classifier with a dictionary, turns messages into tokens: by its own tokenizer, length and system prompt.
 
     Raises UserError if the folder holds no reward model with latents.
     """
@@ -118,12 +121,15 @@ def sarm_settings(folder: Path) -> ModelSettings:
         raise UserError(
             f"{folder} holds no reward model (config.json: {error}). Train one first, or pass another folder."
         ) from error
-    if config.get("model_type") != "sarm" or config.get("head") != "sae":
+    is_attached = config.get("model_type") == ATTACHED
+    if not is_attached and (config.get("model_type") != "sarm" or config.get("head") != "sae"):
         kind = config.get("head", config.get("model_type"))
         raise UserError(f"{folder} is a {kind} model without latents. Pass a folder with a SARM.")
     known = config.get("provenance") or {}
     length = known.get("max_length", DEFAULT_LENGTH)
-    return ModelSettings(name=str(folder), max_length=length, system_prompt=known.get("system_prompt"))
+    reads: Any = "last" if is_attached else "end_of_turn"
+    system = known.get("system_prompt")
+    return ModelSettings(name=str(folder), max_length=length, system_prompt=system, rewarded_token=reads)
 
 
 # Ends the id of a completion that is scored without its prompt.
@@ -132,12 +138,10 @@ ALONE = ":alone"
 
 def score_key(spec: ModelSpec) -> str:
     """What a cached score depends on besides the texts: model, template, protocol and its version, length and dtype."""
-    parts = (
-        *(spec.identity, spec.template, spec.protocol, str(spec.max_length), spec.dtype, str(spec.system_prompt)),
-        f"version {PROTOCOL_VERSION}",
-        # Scores from before heads were looked for may be those of a random one.
-        *([f"head {spec.head} {spec.objectives}"] if spec.kind == "classifier" else []),
-    )
+    # Scores from before heads were looked for may be those of a random one.
+    of_head = [f"head {spec.head} {spec.objectives}"] if spec.kind == "classifier" else []
+    asked = (spec.identity, spec.template, spec.protocol, str(spec.max_length), spec.dtype, str(spec.system_prompt))
+    parts = (*asked, f"version {PROTOCOL_VERSION}", *of_head)
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:32]
 
 
@@ -263,6 +267,11 @@ def _spec(kind: str, place: str, identity: str, template: str, settings: Benchma
 def _length(protocol: str, asked: int | None, own: int) -> int:
     # The official code always cuts at 2,048.
     return asked or (DEFAULT_LENGTH if protocol == "official" else own)
+
+
+def _folder(name: str, revision: str) -> Path:
+    folder = folder_of(name, revision)
+    return merged_model(folder) if is_adapter(folder) else folder
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:

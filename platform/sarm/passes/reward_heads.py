@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sarm.data.formats.reward_classes import EMBEDDING, KNOWN_CODE, READS_CLS, bodies_in
 from sarm.data.formats.tensor_files import Shape
 from sarm.settings.checks import UserError
 
@@ -27,21 +28,6 @@ _STEMS = ("score", "v_head", "value_head", "reward_head", "rm_head", "regression
 _LINEAR = re.compile(rf"(?:{'|'.join(_STEMS)})(?:\.summary)?\.(?:weight|bias)")
 _LAYER = re.compile(rf"(?:{'|'.join(_STEMS)})(?:\.summary)?\.(\d+)\.(?:weight|bias)")
 _GATE = re.compile(r"regression_layer\.weight|reward_transform_matrix|gating\.logit_scale|gating\.layers\.\d+\.(?:weight|bias)")  # fmt: skip
-# Classes that their repositories define, and whose computation is one of the above.
-_KNOWN_CODE = {
-    "LlamaForRewardModelWithGating": "gated",
-    "AtheneForSequenceClassification": "linear",
-    "CustomAutoModelForSequenceClassification": "linear",
-    "EurusRewardModel": "linear",
-    "LlamaRewardModel": "linear",
-    "LlamaForScore": "linear",
-    "GRewardModel": "layers",
-    "Qwen2ForRewardModel": "layers",
-    "INFORMForSequenceClassification": "layers",
-}
-# They read the reward at a token that is put behind the conversation.
-_READS_CLS = ("AtheneForSequenceClassification", "CustomAutoModelForSequenceClassification")
-_EMBEDDING = "embed_tokens.weight"
 # Weights outside of the language model that no reward is made of.
 _NO_HEAD = re.compile(r"(?:^|\.)(?:lm_head|vision_tower|multi_modal_projector|visual|rotary_emb)\.")
 TOKEN = "token:"
@@ -67,7 +53,7 @@ def find_head(shapes: Mapping[str, Shape], config: Mapping[str, Any], asked: str
 
     `asked` is "" or `token:ID`, the logit of a token. Raises UserError if there is no head, more than one, or none that is known.
     """
-    bodies = [name.removesuffix(_EMBEDDING) for name in shapes if name.split(".")[-2:] == _EMBEDDING.split(".")]
+    bodies = bodies_in(shapes)
     if not bodies:
         return None
     if len(bodies) > 1:
@@ -84,13 +70,13 @@ def find_head(shapes: Mapping[str, Shape], config: Mapping[str, Any], asked: str
             f"{origin} is {', '.join(classes) or 'no architecture'} and {named}. Known are heads of one or more linear maps under {', '.join(_STEMS)}, and ArmoRM's gate; "
             f"if the reward is the logit of a token, pass --head {TOKEN}ID."
         )
-    known = next((name for name in classes if _KNOWN_CODE.get(name) == kind), "")
+    known = next((name for name in classes if KNOWN_CODE.get(name) == kind), "")
     return HeadLayout(
         kind=kind,
         body=body,
         keys=keys,
         num_outputs=_outputs(kind, keys, shapes, origin),
-        reads_cls=known in _READS_CLS,
+        reads_cls=known in READS_CLS,
         known_code=bool(known),
     )
 
@@ -106,8 +92,28 @@ def build_head(layout: HeadLayout, weights: Mapping[str, Tensor], config: Mappin
         return _Head(_Layers([(tensor[layout.row : layout.row + 1], None)]), objectives)
     if layout.kind == "gated":
         temperature = float(config.get("gating_temperature", 10.0))
-        return _Gated(tensors, temperature)
+        return GatedHead(tensors, temperature)
     return _Head(_Layers(_maps(tensors)), objectives)
+
+
+def gate_opening(tokenizer: Any, place: str) -> list[int]:
+    """The end of the user's turn and what opens an answer: a gate reads the prompt where they begin, at their last place.
+
+    Raises UserError if the chat template of the model in `place` opens no answer.
+    """
+    asked = [{"role": "user", "content": "question"}]
+    closed, opened = (
+        tokenizer(
+            tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=opened),
+            add_special_tokens=False,
+        ).input_ids
+        for opened in (False, True)
+    )
+    if opened[: len(closed)] != closed or len(opened) == len(closed):
+        raise UserError(f"the chat template of {place} opens no answer, so that its gate has no place to read the prompt at. Pass --chat-template.")  # fmt: skip
+    # White space behind the end of the turn is none of it.
+    end = next(n for n in reversed(range(len(closed))) if tokenizer.decode([closed[n]]).strip())
+    return [int(i) for i in opened[end:]]
 
 
 class _Layers(nn.Module):
@@ -139,7 +145,7 @@ class _Head(nn.Module):
         return rewards
 
 
-class _Gated(nn.Module):
+class GatedHead(nn.Module):
     """Objectives weighted by a gate that reads the prompt."""
 
     def __init__(self, tensors: Mapping[str, Tensor], temperature: float):
@@ -185,7 +191,7 @@ def _maps(tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
 
 def _outputs(kind: str, keys: Sequence[str], shapes: Mapping[str, Shape], origin: str) -> int:
     """How many outputs the head has, once its shapes have been found to fit each other and the width of the model."""
-    width = next(shape[-1] for name, shape in shapes.items() if name.split(".")[-2:] == _EMBEDDING.split("."))
+    width = next(shape[-1] for name, shape in shapes.items() if name.split(".")[-2:] == EMBEDDING.split("."))
 
     def chain(stems: Sequence[str]) -> int:
         last = width
@@ -214,7 +220,7 @@ def _of_token(shapes: Mapping[str, Shape], body: str, asked: str, origin: str) -
     if not asked.startswith(TOKEN) or not number.isdecimal():
         raise UserError(f"--head must be {TOKEN}ID, got {asked}. Leave it out for a head of its own.")
     # Where weights are tied, the head is the embedding.
-    heads = [name for name in shapes if name.endswith("lm_head.weight")] or [f"{body}{_EMBEDDING}"]
+    heads = [name for name in shapes if name.endswith("lm_head.weight")] or [f"{body}{EMBEDDING}"]
     if int(number) >= shapes[heads[0]][0]:
         raise UserError(f"--head {asked} is beyond the {shapes[heads[0]][0]} tokens of {origin}. Pass a smaller one.")
     return HeadLayout("token", body, (heads[0],), 1, row=int(number))

@@ -23,7 +23,7 @@ from sarm.nn.backbone import residuals_at
 from sarm.nn.splice import Editing, Positions
 from sarm.passes.foreign_models import ForeignModel, layout_of, load_foreign
 from sarm.passes.models import ModelSpec, classifier_tokenizer, sarm_tokenizer
-from sarm.passes.reward_heads import HeadLayout
+from sarm.passes.reward_heads import HeadLayout, gate_opening
 from sarm.passes.scoring import Message, Request, Scored
 from sarm.passes.usage import device_of_worker
 from sarm.settings.checks import UserError
@@ -215,19 +215,7 @@ class TorchScorer:
     @cached_property
     def _opening(self) -> list[int]:
         """The end of the user's turn and what opens an answer: the gate of ArmoRM reads the prompt where they begin, at their last place."""
-        asked = [{"role": "user", "content": "question"}]
-        closed, opened = (
-            self._tokenizer(
-                self._tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=opened),
-                add_special_tokens=False,
-            ).input_ids
-            for opened in (False, True)
-        )
-        if opened[: len(closed)] != closed or len(opened) == len(closed):
-            raise UserError(f"the chat template of {self._spec.place} opens no answer, so that its gate has no place to read the prompt at. Pass --chat-template.")  # fmt: skip
-        # White space behind the end of the turn is none of it.
-        end = next(n for n in reversed(range(len(closed))) if self._tokenizer.decode([closed[n]]).strip())
-        return [int(i) for i in opened[end:]]
+        return gate_opening(self._tokenizer, self._spec.place)
 
     @cached_property
     def _appended(self) -> list[int]:

@@ -22,12 +22,16 @@ def write_audit_page(out: Path) -> Path:
     sections: list[Section] = []
     pictures: dict[str, str] = {}
     facts: dict[str, Any] = {}
-    notes = [
+    exact = [
         "A reward is the sum of its latents' contributions, so every figure marked exact follows from arithmetic: that an edit of the head moves rewards is no evidence. Evidence is what could have come out otherwise: effects on pairs of other prompts beside matched random latents, and interventions before TopK.",
     ]
+    notes: list[str] = []
     if (out / "features" / MANIFEST).exists():
         sections += _features(out, facts)
         notes += json.loads((out / "codes" / MANIFEST).read_text())["counts"].get("notes", [])
+    if "completeness" not in facts or facts["completeness"] is not None:
+        notes = exact + notes
+    facts = {name: value for name, value in facts.items() if value is not None}
     if (out / "causal" / MANIFEST).exists():
         sections += _causal(json.loads((out / "causal" / "causal.json").read_text()))
     for path in sorted((out / "steer").glob("*/steering.json")):
@@ -56,7 +60,8 @@ def _features(out: Path, facts: dict[str, Any]) -> Iterable[Section]:
         "model": codes["config"]["place"],
         "responses": codes["counts"]["responses"],
         "pairs": codes["counts"]["pairs"],
-        "completeness": f"{content['completeness']:.1e}",
+        "completeness": None if content["completeness"] is None else f"{content['completeness']:.1e}",
+        "explained by the linear head": None if (r2 := content.get("linear_head_explains")) is None else share(r2),
         "features": len(content["selected"]),
     }
     site = content["site"]
@@ -107,6 +112,11 @@ def _features(out: Path, facts: dict[str, Any]) -> Iterable[Section]:
 
 
 def _causal(content: Mapping[str, Any]) -> Iterable[Section]:
+    if inside := content.get("inside"):
+        yield _inside(content, inside)
+        if cut := content.get("sentences"):
+            yield _sentences_cut(cut)
+        return
     yield _effects(content)
     yield _before_topk(content["upstream"])
     yield _curves(content["curves"])
@@ -144,6 +154,48 @@ def _effects(content: Mapping[str, Any]) -> Section:
                 f"{effect['p']:.3g}",
             )
             for name, kind, effect, ends in tests
+        ],
+    )
+
+
+def _inside(content: Mapping[str, Any], inside: Mapping[str, Any]) -> Section:
+    """Features removed inside a classifier, by patching and to first order."""
+    names = {"all": "at all tokens", "rewarded": "at the rewarded token"}
+    return Section(
+        title="What the features cause",
+        text=f"Evidence. The codes of the {content['num_features']} features are set to 0 at the dictionary's layer, what the dictionary does not explain is passed on, and the blocks behind run again (patching). Mean change of the margin of {content['num_pairs']:,} target pairs of {content['num_prompts']} prompts that had no part in choosing them, beside {content['num_controls']} sets of as many random latents matched on density and linear weight. A deep model's reward has no exact terms; linear is what the gradient foresees. Its error is the mean distance from patching over the mean size of the patched change of a reward: where it is large, the linear figures say little. Correlations are over responses, and over the sets.",
+        columns=(
+            "removed",
+            "margin",
+            "95 % interval",
+            "controls: median size",
+            "95th percentile",
+            "ratio",
+            "p",
+            "linear",
+            "its error",
+            "correlation",
+            "over sets",
+            "accuracy before",
+            "after",
+        ),
+        rows=[
+            (
+                names[scope],
+                signed(own["value"]),
+                signed_span(own["patched_ci95"]),
+                f"{own['control_median']:.3f}",
+                f"{own['control_95']:.3f}",
+                _ratio(own, None),
+                f"{own['p']:.3g}",
+                signed(own["linear"]),
+                "n/a" if own["error"] is None else share(own["error"]),
+                signed(own["correlation"], 2),
+                signed(own["correlation_sets"], 2),
+                share(own["accuracy_before"]),
+                share(own["accuracy_after"]),
+            )
+            for scope, own in inside.items()
         ],
     )
 

@@ -27,6 +27,8 @@ def steering_sections(name: str, content: Mapping[str, Any]) -> Iterable[Section
         yield _certificate(name, content["edit"], certificate)
     if content.get("sweep"):
         yield _dose_response(name, content)
+    if content.get("doses"):
+        yield _doses_inside(name, content)
 
 
 def _edit_effects(name: str, content: Mapping[str, Any]) -> Section:
@@ -37,7 +39,7 @@ def _edit_effects(name: str, content: Mapping[str, Any]) -> Section:
     over = ", ".join(
         f"{k} {signed(100 * v['accuracy_change']['value'], 1)} points" for k, v in content["over_refusal"].items()
     )
-    text = f"{what}, {len(edit['weights'])} head weights. Specificity of the margin {_or(content['specificity']['margin'])}, of the accuracy {_or(content['specificity']['accuracy'])} (1: only the target moves). Over-refusal: {over or 'no labelled subset'}."  # fmt: skip
+    text = f"{what}, {len(edit['weights'])} {'latents times the strength, at all tokens inside the model' if edit.get('inside') else 'head weights'}. Specificity of the margin {_or(content['specificity']['margin'])}, of the accuracy {_or(content['specificity']['accuracy'])} (1: only the target moves). Over-refusal: {over or 'no labelled subset'}."  # fmt: skip
     return Section(
         title=f"Steering: {name}",
         text=text,
@@ -65,6 +67,27 @@ def _edit_effects(name: str, content: Mapping[str, Any]) -> Section:
                 f"{share(effects['accuracy_change']['ci95'][0])} to {share(effects['accuracy_change']['ci95'][1])}",
             )
             for label, effects in rows
+        ],
+    )
+
+
+def _doses_inside(name: str, content: Mapping[str, Any]) -> Section:
+    """The same edit of codes inside the model at several strengths, beside what the gradient foresees."""
+    own = content["beside_controls"]
+    return Section(
+        title=f"Dose and response: {name}",
+        text=f"By patching: the features' codes are multiplied at all tokens, and the blocks behind run again. At the saved strength the target's margin changes by {signed(own['value'])} ({signed_span(own['patched_ci95'])}); {content['num_controls']} matched sets change it by a median size of {own['control_median']:.3f} (ratio {'n/a' if own['ratio'] is None else format(own['ratio'], '.2f')}, p {own['p']:.3g}). Linear is gradient times change; it holds near strength 1.",
+        columns=("strength", "target margin", "linear", "target accuracy", "off-target margin", "off-target accuracy"),
+        rows=[
+            (
+                f"{row['strength']:g}",
+                signed(row["target_margin"]),
+                signed(row["target_linear"]),
+                share(row["target_accuracy"]),
+                signed(row["off_margin"]),
+                share(row["off_accuracy"]),
+            )
+            for row in content["doses"]
         ],
     )
 

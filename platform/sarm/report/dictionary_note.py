@@ -9,7 +9,11 @@ from sarm.report.numbers import share
 
 
 def dictionary_note(provenance: Mapping[str, Any]) -> list[str]:
-    """What a reader of features must know of how their dictionary was trained; nothing where it saw activations alone."""
+    """What a reader of features must know of how their dictionary was trained, and of what its weights are; nothing of a SARM whose dictionary saw activations alone."""
+    if about := provenance.get("attached"):
+        return [
+            f"The model is a classifier with a dictionary at layer {about['layer']}: its reward is no sum over latents. A latent's weight w is the mean gradient of the reward by it at the rewarded token, over {about['responses']:,} training responses, so w z is what the latent adds to first order. What it does in the model is measured by patching, in the audit."
+        ]
     dictionary = provenance.get("dictionary") or {}
     if not dictionary.get("reward_share"):
         return []

@@ -21,6 +21,8 @@ from sarm.interpret.context_texts import parts
 from sarm.report.numbers import number, signed
 from sarm.report.render import html
 
+BEYOND = "no term: the reward is no sum of latents, and w is a mean gradient"
+"""What a classifier's card says of the part of its reward that the terms do not make."""
 _STEP_FEATURES = 3
 _MAX_SENTENCES = 200
 
@@ -33,9 +35,13 @@ class Prefixes:
     ends: list[int]
     contribution: Float[np.ndarray, "prefixes d_sae"]
     """w_i z_i after 0, 1, ... T tokens."""
+    own_rewards: Float[np.ndarray, " prefixes"] | None = None
+    """The rewards, where they are no sums of these terms: those of a classifier, whose w are mean gradients."""
 
     def rewards(self) -> Float[np.ndarray, " prefixes"]:
         """Reward after each number of tokens."""
+        if self.own_rewards is not None:
+            return self.own_rewards
         rewards_T: Float[np.ndarray, " prefixes"] = self.contribution.sum(1)
         return rewards_T
 
@@ -85,6 +91,7 @@ def card(
         ],
         "rest": float(final_S[rest].sum()),
         "num_rest": len(rest),
+        "beyond": None if prefixes.own_rewards is None else float(rewards[-1] - final_S.sum()),
         "sentences": sentences,
         "tokens": tokens,
     }  # fmt: skip
@@ -99,7 +106,15 @@ def write_card(content: Mapping[str, Any], prompt: str, model: str, path: Path) 
         for one in content["tokens"]
     ]  # fmt: skip
     page = html(
-        "reward_card", title="Reward card", facts={}, card=content, tokens=tokens, prompt=prompt, model=model, peak=peak
+        "reward_card",
+        title="Reward card",
+        facts={},
+        card=content,
+        tokens=tokens,
+        prompt=prompt,
+        model=model,
+        peak=peak,
+        beyond=BEYOND,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page)
@@ -116,6 +131,8 @@ def print_card(content: Mapping[str, Any], console: Console | None = None) -> No
         figures = (signed(one["value"]), number(one["activation"]), signed(one["weight"]))
         features.add_row(str(one["latent"]), *figures, Text(one_line(one["name"]), style="dim"))
     features.add_row("others", signed(content["rest"]), "", "", Text(f"{content['num_rest']} features", style="dim"))
+    if content["beyond"] is not None:
+        features.add_row("beyond", signed(content["beyond"]), "", "", Text(BEYOND, style="dim"))
     features.add_row(Text("reward", style="bold"), Text(signed(content["reward"]), style="bold"), "", "", "")
     console.print(features)
     steps = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=True)

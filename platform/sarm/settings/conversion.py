@@ -15,11 +15,13 @@ class ConvertSae:
     """Write an SAE in another library's format, or read one of theirs."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")] = field(metadata=READ)
-    """Folder or .pt file that holds the SAE."""
+    """Folder or .pt file that holds the SAE, or the name of one on the Hugging Face hub: `hf:OWNER/NAME[@REVISION]/FOLDER`."""
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = field(metadata=WRITTEN)
     """Folder to write; new or empty."""
-    format: Literal["saelens", "saelens_residual", "sparsify", "dictionary_learning", "pt", "sarm"] = "saelens"
-    """What to write. `saelens_residual` lets SAELens standardise; `sarm` is a finished SAE stage for the next job."""
+    format: Literal["saelens", "saelens_residual", "sparsify", "dictionary_learning", "pt", "sarm", "attached"] = (
+        "saelens"
+    )
+    """What to write. `saelens_residual` lets SAELens standardise; `sarm` is a finished SAE stage for the next job; `attached` is a reward model of others (--model) with this SAE at one of its layers, which audits, contexts, pages and cards read as they read a SARM."""
     from_format: Literal["auto", "saelens", "sparsify", "dictionary_learning", "pt", "gemma_scope", "llama_scope"] = (
         "auto"
     )
@@ -32,6 +34,14 @@ class ConvertSae:
     """Blocks that are kept of it: `hidden_states[layer]`, one more than the number of the block that is hooked. It must be what the file says, if it says it."""
     other_model: bool = False
     """Take the SAE for --model though its file names another one, such as the base model of an instruct one."""
+    pairs: Path | None = field(default=None, metadata=READ)
+    """With `--format attached`: the pairs/v1 folder whose training responses the linear approximation of the reward is measured on."""
+    responses: int = 256
+    """With `--format attached`: how many of them."""
+    head: str = ""
+    """With `--format attached`: where the model's reward is, as `jobs/evaluate.py --head` takes it."""
+    max_length: int = 2048
+    """With `--format attached`: tokens of a conversation at most."""
     relu: bool = False
     """Drop negative latents of a signed TopK SAE, for formats that have a ReLU."""
     standardised: bool = False
@@ -40,8 +50,11 @@ class ConvertSae:
     """Show the traceback of an error instead of one line."""
 
     def __post_init__(self) -> None:
+        source = self.source
         place_paths(self)
-        check_least(self, "", k=1, layer=1)
+        if source.as_posix().startswith("hf:") and not source.exists():
+            object.__setattr__(self, "source", source)
+        check_least(self, "", k=1, layer=1, responses=2, max_length=8)
 
 
 @dataclass(frozen=True, kw_only=True)

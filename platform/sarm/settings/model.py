@@ -31,6 +31,9 @@ class ModelSettings:
     chat_template: str = field(default="", metadata=ABSENT_AT_DEFAULT)
     """Chat template of a tokenizer that has none, or several: a file, or the name of one that it has; unset is its own, or `default`."""
 
+    rewarded_token: Literal["end_of_turn", "last"] = field(default="end_of_turn", metadata=ABSENT_AT_DEFAULT)
+    """Where a reward is read: at the token that ends the answer's turn, as SARMs are read, or at the last that the template writes (`last`), as reward models of others are read: white space behind the end of turn counts, and the CLS token of those that are read there. Pass `last` to train dictionaries where such a model reads its reward."""
+
     def __post_init__(self) -> None:
         place_paths(self)
         object.__setattr__(self, "chat_template", template_text(self.chat_template, "--model.chat-template"))

@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 from sarm.audit.codes import CODES, AuditCodes, completeness, read_codes
 from sarm.audit.contrast import Contrast, contrast, off_target_firing
 from sarm.audit.pairs import ROLES, audit_pairs
+from sarm.audit.patching import explained_share
 from sarm.audit.selection import Selection, Sensitivity, select, sensitivity
 from sarm.contracts.figures import plain_values
 from sarm.contracts.manifest import StageFolder, difference_of, record_of, write_atomically
+from sarm.data.formats.reward_classes import is_attached
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import RUN_FILE, Session
 from sarm.engine.terminal import say
@@ -28,7 +30,7 @@ from sarm.report.audit_page import write_audit_page
 from sarm.settings.audit import SITES, AuditFeatures
 from sarm.settings.checks import UserError
 from sarm.settings.identity import identity
-from sarm.stages.audit_folder import FEATURES, audit_budget
+from sarm.stages.audit_folder import FEATURES, TEXTS, audit_budget
 from sarm.stages.chain_state import move, was_moved
 from sarm.stages.safety_ratings import SafetyRatings, safety_ratings
 
@@ -51,9 +53,14 @@ def audit(session: Session, settings: AuditFeatures) -> Path:
         raise UserError(
             f"no feature passes: see {page}. Pass --redo with more --select pairs, or a larger --fdr or --max-off-target."
         )
-    from sarm.stages.audit_causes import test_causes
+    if is_attached(settings.sarm):
+        from sarm.stages.audit_inside import test_inside
 
-    test_causes(session, settings, pairs)
+        test_inside(session, settings, pairs)
+    else:
+        from sarm.stages.audit_causes import test_causes
+
+        test_causes(session, settings, pairs)
     page = write_audit_page(session.run.out)
     session.tracker.parent.log_artifact(page)
     say(f"report: {page}")
@@ -65,13 +72,16 @@ def cache_codes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
     folder = StageFolder(session.run.out / "codes", CODES, _codes_settings(settings, pairs))
 
     def body(_: StageRun) -> Mapping[str, Any]:
-        from sarm.passes.reader import sarm_reader
+        from sarm.passes.attached_model import model_reader
         from sarm.stages.audit_codes import write_codes
 
         budget = audit_budget(settings)
         say(f"budget: passes of {budget.batch_tokens:,} tokens in {budget.dtype}")
-        reader = sarm_reader(settings.sarm, budget.batch_tokens, budget.dtype)
+        reader = model_reader(settings.sarm, budget.batch_tokens, budget.dtype)
         counts = write_codes(pairs, reader, folder.folder, session.run_pass)
+        if is_attached(settings.sarm):
+            # Its edits are no arithmetic on codes: steering runs the model on these texts again.
+            pq.write_table(pairs, folder.folder / TEXTS, write_page_checksum=True)
         figures = {**counts, "rejected": sum(counts["rejected"].values())}
         figures.pop("notes")
         return {**counts, "figures": figures}
@@ -113,7 +123,8 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
         from sarm.data.formats.sarm_folder import read_latents
 
         (weight_S,) = read_latents(settings.sarm, "score.weight")
-        codes = read_codes(out / "codes", weight_S)
+        sums_up = not is_attached(settings.sarm)
+        codes = read_codes(out / "codes", weight_S, sums_up=sums_up)
         chosen_on = codes.role("select")
         off_S = off_target_firing(codes)
         contrasts = {site: contrast(chosen_on, site, settings.permutations, session.run.seed) for site in SITES}
@@ -125,7 +136,8 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
             for site, contrasted in contrasts.items()
         ]
         pq.write_table(pa.concat_tables(tables), folder.folder / "latents.parquet", write_page_checksum=True)
-        gap = completeness(codes)
+        gap = completeness(codes) if sums_up else None
+        explained = None if sums_up else explained_share(codes)
         content: dict[str, Any] = {
             "site": settings.site,
             "selected": [{"latent": int(i), "sign": int(s)} for i, s in zip(picked.latent, picked.sign, strict=True)],
@@ -136,6 +148,7 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
             "num_select_pairs": chosen_on.num_pairs,
             "num_off_pairs": codes.role("off_select").num_pairs,
             "completeness": gap,
+            "linear_head_explains": explained,
             "rated": len(ratings) if ratings is not None else None,
             "agreement": given and given.agreement,
         }
@@ -144,7 +157,9 @@ def choose_features(session: Session, settings: AuditFeatures, given: SafetyRati
         rows = tables[SITES.index(settings.site)].to_pylist()
         child.log_table([row for row in rows if row["sign"]][:200] or rows[:20], "features.json")
         survive = content["sites"][settings.site]["num_significant"]
-        return {"figures": {"selected": len(picked.latent), "significant": survive, "completeness": gap}}
+        measured = {"completeness": gap, "linear_head_explains": explained}
+        figures = {"selected": len(picked.latent), "significant": survive}
+        return {"figures": figures | {name: value for name, value in measured.items() if value is not None}}
 
     session.stage("choose features", folder, body)
 

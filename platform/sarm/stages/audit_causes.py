@@ -32,7 +32,8 @@ from sarm.data.tokens.sentences import sentence_ends
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.evaluate.intervals import Interval
-from sarm.passes.reader import sarm_reader
+from sarm.nn.modeling_sarm import SarmForSequenceClassification
+from sarm.passes.attached_model import model_reader
 from sarm.settings.audit import AuditFeatures
 from sarm.stages.audit_codes import write_codes
 from sarm.stages.audit_folder import FEATURES, Audited, audit_budget, read_audit
@@ -60,6 +61,7 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
 
     def body(child: StageRun) -> Mapping[str, Any]:
         found = read_audit(out)
+        assert found.model is not None
         codes, target = found.codes, found.codes.role("target")
         latents = check_latents(codes, found.selection.latent.tolist())
         seed = session.run.seed
@@ -67,7 +69,7 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
             selected=latents, density_S=codes.density, weight_S=codes.weight, count=settings.controls, seed=seed
         )
         zeroed = _zeroed(target, latents, sets_GE)
-        rerun_gap = _rerun_gap(found, make_edit("zero", 0.0, latents, codes.weight))
+        rerun_gap = _rerun_gap(found.model, codes, make_edit("zero", 0.0, latents, codes.weight))
         nearest_G1 = matched_sets(
             selected=latents[:1], density_S=codes.density, weight_S=codes.weight, count=settings.controls, seed=seed
         )
@@ -89,7 +91,7 @@ def test_causes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
             "swap": causal.swap(target, latents, sets_GE),
             "upstream": upstream,
             "curves": curves,
-            "sentences": _sentences(
+            "sentences": sentences_cut(
                 session=session, settings=settings, found=found, target=target, pairs=pairs, folder=folder.folder
             ),
         }
@@ -121,19 +123,19 @@ def _zeroed(target: AuditCodes, latents: NDArray[np.int64], sets_GE: NDArray[np.
     )
 
 
-def _rerun_gap(found: Audited, edit: Edit) -> float:
+def _rerun_gap(model: SarmForSequenceClassification, codes: AuditCodes, edit: Edit) -> float:
     """Largest difference between closed-form steering and an edited head that is run on the stored residuals."""
-    head = found.model.score.weight
+    head = model.score.weight
     kept = head.detach().clone()
     with torch.no_grad():
-        head[0] = torch.from_numpy(edit.applied(found.codes.weight)).float()
-        rows_RD = found.model.sae.rows_of(torch.from_numpy(found.codes.residual.copy()))
-        rerun = found.model.score(found.model.sae(rows_RD))
+        head[0] = torch.from_numpy(edit.applied(codes.weight)).float()
+        rows_RD = model.sae.rows_of(torch.from_numpy(codes.residual.copy()))
+        rerun = model.score(model.sae(rows_RD))
         head.copy_(kept)
-    return float(np.abs(rerun.squeeze(-1).double().numpy() - steered_rewards(found.codes, edit)).max())
+    return float(np.abs(rerun.squeeze(-1).double().numpy() - steered_rewards(codes, edit)).max())
 
 
-def _sentences(
+def sentences_cut(
     session: Session, settings: AuditFeatures, found: Audited, target: AuditCodes, pairs: pa.Table, folder: Path
 ) -> causal.SentenceFigures | None:
     """Cut sentences out of some target responses, run the model on what is left, and compare with the placebo."""
@@ -162,10 +164,10 @@ def _sentences(
     edited = [{**texts[i][0], "pair_id": i, "chosen": without[0], "rejected": without[1]} for i, without in usable]
     rows = sorted(edited, key=lambda row: (row["prompt_id"], row["pair_id"]))
     budget = audit_budget(settings)
-    reader = sarm_reader(found.sarm, budget.batch_tokens, budget.dtype)
+    reader = model_reader(found.sarm, budget.batch_tokens, budget.dtype)
     write_codes(pa.Table.from_pylist(rows, schema=AUDIT_PAIRS), reader, folder / "edited", session.run_pass)
     responses, renamed = (pq.read_table(folder / "edited" / f"{name}.parquet") for name in ("responses", "pairs"))
-    codes = codes_of(responses, renamed, found.codes.weight)
+    codes = codes_of(responses, renamed, found.codes.weight, sums_up=found.model is not None)
     before_R, after_R = found.codes.at("reward") @ importance_S, codes.at("reward") @ importance_S
     original = np.array([place[i] for i in codes.pair_ids])
     change_D2 = np.stack([after_R[codes.chosen], after_R[codes.rejected]], axis=1) - before_R[original][:, None]

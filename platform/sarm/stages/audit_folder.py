@@ -9,7 +9,8 @@ import numpy as np
 from sarm.audit.codes import CODES, AuditCodes, read_codes
 from sarm.audit.selection import Selection
 from sarm.contracts.manifest import read_manifest
-from sarm.data.formats.sarm_folder import read_sarm
+from sarm.data.formats.reward_classes import is_attached
+from sarm.data.formats.sarm_folder import read_latents, read_sarm
 from sarm.engine.ray.machine import machine_of
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.passes.models import hash_of_folder, sarm_settings
@@ -19,13 +20,16 @@ from sarm.settings.checks import UserError
 from sarm.stages.fitting import made_in, reading_budget
 
 FEATURES = "audit_features/v1"
+TEXTS = "texts.parquet"
+"""In the codes of a classifier: AUDIT_PAIRS."""
 
 
 class Audited(NamedTuple):
-    """A finished audit, read back: the SARM, its codes, and the selected features."""
+    """A finished audit, read back: the model, its codes, and the selected features."""
 
     sarm: Path
-    model: SarmForSequenceClassification
+    model: SarmForSequenceClassification | None
+    """None for a classifier with a dictionary: there no head of latents makes the reward."""
     codes: AuditCodes
     selection: Selection
 
@@ -37,10 +41,11 @@ def read_audit(out: Path) -> Audited:
     """
     sarm = Path(read_manifest(out / "codes", CODES).config["place"])
     read_manifest(out / "features", FEATURES)
-    model = read_sarm(sarm)
+    model = None if is_attached(sarm) else read_sarm(sarm)
     if hash_of_folder(sarm) != read_manifest(out / "codes", CODES).config["sarm"]:
         raise UserError(f"{sarm} is not the model that {out} audited. Audit it again into another --out.")
-    codes = read_codes(out / "codes", model.score.weight.detach().squeeze(0).numpy())
+    (weight_S,) = read_latents(sarm, "score.weight")
+    codes = read_codes(out / "codes", weight_S, sums_up=model is not None)
     content = json.loads((out / "features" / "selection.json").read_text())
     latents, signs = ([row[name] for row in content["selected"]] for name in ("latent", "sign"))
     return Audited(sarm, model, codes, Selection(np.array(latents, np.int64), np.array(signs, np.int64)))

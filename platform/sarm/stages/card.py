@@ -13,8 +13,9 @@ from sarm.data.tokens.packing import answer_rows
 from sarm.interpret.context_store import beside, load_contexts
 from sarm.interpret.feature_data import feature_names
 from sarm.nn.protocol import PROTOCOL_VERSION
+from sarm.passes.attached_model import AttachedReader, model_reader
 from sarm.passes.models import hash_of_folder
-from sarm.passes.reader import Reader, sarm_reader
+from sarm.passes.reader import Reader
 from sarm.report.dictionary_note import dictionary_note
 from sarm.report.reward_card import Prefixes, card, print_card, write_card
 from sarm.settings.card import RewardCard
@@ -27,7 +28,7 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     Raises UserError for a folder that holds no SARM, names of another model, or a conversation without an answer.
     """
     folder = settings.model
-    reader = sarm_reader(folder, edit=settings.edit)
+    reader = model_reader(folder, edit=settings.edit)
     messages = _conversation(settings)
     names = names_beside(folder, settings.contexts, settings.explanations)
     content = card_of(reader, messages, names, settings.features)
@@ -100,7 +101,9 @@ def read_prefixes(reader: Reader, messages: list[Message]) -> Prefixes:
     contribution = np.zeros((len(readings), len(weight_S)))
     for row_S, reading in zip(contribution, readings.values(), strict=True):
         row_S[reading.latents] = reading.values * weight_S[reading.latents]
-    return Prefixes(response, [tokens.offsets[column][1] for column in own], contribution)
+    # A classifier's own: they are no sums of terms.
+    own_rewards = np.array([one.reward for one in readings.values()]) if isinstance(reader, AttachedReader) else None
+    return Prefixes(response, [tokens.offsets[column][1] for column in own], contribution, own_rewards)
 
 
 def _conversation(settings: RewardCard) -> list[Message]:

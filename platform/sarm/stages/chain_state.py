@@ -192,6 +192,9 @@ def _state(
         is_finished = (plan.folder / MANIFEST).exists()
         has_begun = has_begun or not is_finished
         todo += [] if is_finished else [plan.folder]
+        if is_finished and "attached" in record.get("config", {}):
+            # A reward model of others with a dictionary: no setting of the chain decides it. Training in its place is refused by the folder.
+            continue
         if plan.settings is not None and (difference := difference_of(record, plan.settings)):
             whys.append(f"{plan.folder} was made with {difference}")
         elif changed := _changed(plan, record, folders, remade):

@@ -30,7 +30,7 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
 
     Raises UserError for folders that are missing, unfinished or of another kind, before a cluster starts.
     """
-    from sarm.passes.reader import sarm_reader
+    from sarm.passes.attached_model import model_reader
     from sarm.stages.context_collection import collect_contexts
 
     folders = session.folders
@@ -43,7 +43,7 @@ def collect(session: Session, contexts: ContextsSettings) -> Manifest:
     folder = plan.contexts(folders, contexts).open()
     # What training kept of the model's settings; a SARM from elsewhere is read in float32.
     dtype = read_manifest(folders.sarm, SARM_FOLDER).config.get("dtype", "float32")
-    reader = sarm_reader(folders.sarm, contexts.batch_tokens, dtype)
+    reader = model_reader(folders.sarm, contexts.batch_tokens, dtype)
 
     def body(child: StageRun) -> Mapping[str, Any]:
         pairs, corpus = (sorted(path.glob("*.parquet")) for path in (folders.pairs, folders.corpus))

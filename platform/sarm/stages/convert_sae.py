@@ -9,6 +9,7 @@ from sarm.contracts.manifest import MANIFEST, StageFolder, read_manifest, verify
 from sarm.data.formats.model_shapes import shape_of
 from sarm.data.formats.sae_folder import save_sae
 from sarm.data.formats.sae_formats import export_sae, import_sae, with_relu
+from sarm.data.formats.sae_hub import fetch_sae, is_named
 from sarm.data.formats.sae_place import is_same_model
 from sarm.data.formats.sae_weights import STANDARDISED, SaeWeights, sae_of
 from sarm.settings.checks import UserError
@@ -21,6 +22,10 @@ def convert_sae(config: ConvertSae) -> None:
 
     Raises UserError if it cannot be read, the format cannot hold it, or the target is in use.
     """
+    if (config.format == "attached") != (config.pairs is not None):
+        raise UserError("--pairs FOLDER and --format attached go together: the model's rewards are approximated on these pairs.")  # fmt: skip
+    if is_named(config.source):
+        config = replace(config, source=fetch_sae(config.source))
     if (config.source / MANIFEST).exists():
         verify_files(config.source, read_manifest(config.source, SAE_FOLDER))
     weights = import_sae(config.source, config.from_format, config.k)
@@ -33,6 +38,10 @@ def convert_sae(config: ConvertSae) -> None:
         )
     if config.format == "sarm":
         _write_stage_folder(weights, config)
+    elif config.format == "attached":
+        from sarm.stages.attach_sae import attach_sae
+
+        attach_sae(weights, config)
     else:
         export_sae(weights, config.target, config.format)
     is_standardised = weights.input == STANDARDISED
@@ -53,8 +62,7 @@ def _made_for(weights: SaeWeights, config: ConvertSae) -> dict[str, Any]:
         raise UserError(
             f"{config.source} is of layer {said['layer']}{f' ({hook})' if hook else ''}, got --layer {config.layer}. Leave --layer out, or pass the SAE of that layer."
         )
-    is_folder = Path(config.model).expanduser().is_dir()
-    if config.model and said.get("model") and not is_folder and not config.other_model and not is_same_model(said["model"], config.model):  # fmt: skip
+    if config.model and said.get("model") and not config.other_model and not _may_be_same(said["model"], config):
         raise UserError(f"{config.source} is of the model {said['model']}, got --model {config.model}. Pass that model, or --other-model if its activations are to be encoded all the same.")  # fmt: skip
     model, layer = config.model or said.get("model"), config.layer or said.get("layer")
     if model and layer:
@@ -63,6 +71,16 @@ def _made_for(weights: SaeWeights, config: ConvertSae) -> dict[str, Any]:
             raise UserError(f"{config.source} is {weights.d_in} wide and of layer {layer}, {model} is {shape.d_in} wide with {shape.num_blocks} blocks. Pass the --model that it was trained on.")  # fmt: skip
     flags = {"model": config.model, "layer": config.layer}
     return {name: value for name, value in flags.items() if value}
+
+
+def _may_be_same(said: str, config: ConvertSae) -> bool:
+    """Whether the model that the file names may be --model. A folder may be a copy of any; but rewards are read through the model itself."""
+    folder, known = (Path(name).expanduser().absolute() for name in (config.model, said))
+    if not folder.is_dir():
+        return is_same_model(said, config.model)
+    if config.format != "attached":
+        return True
+    return known == folder if known.is_dir() else is_same_model(said, config.model)
 
 
 def _write_stage_folder(weights: SaeWeights, config: ConvertSae) -> None:

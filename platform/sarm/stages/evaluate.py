@@ -41,7 +41,14 @@ from sarm.settings.extraction import ExtractionSettings
 from sarm.settings.model import ModelSettings
 from sarm.settings.sae import SaeSettings
 from sarm.stages import plan
-from sarm.stages.evaluate_frozen import Frozen, dictionary_figures, probe_scores, read_frozen, sparse_head_scores
+from sarm.stages.evaluate_frozen import (
+    Frozen,
+    dictionary_figures,
+    probe_scores,
+    read_frozen,
+    sparse_head_scores,
+    sparse_rm_scores,
+)
 from sarm.stages.evaluate_readability import answers_of, readability_of
 
 
@@ -68,7 +75,8 @@ def _measure(
     scores["probe"] = probe_scores(frozen, scores["sarm"])
     sae, _ = load_sae(session.folders.sae)
     few_latents = _sparse_head(session, frozen, sae, scores)
-    metrics = {**_accuracies(session, scores), "few_latents": few_latents}
+    directions = _sparse_rm(session, frozen, sae, scores)
+    metrics = {**_accuracies(session, scores), "few_latents": few_latents, "sparse_rm_head": directions}
     (weight,) = read_latents(session.folders.sarm, "score.weight")
     metrics["sae_on_heldout"] = dictionary_figures(sae, frozen)
     metrics["protocol_version"] = PROTOCOL_VERSION
@@ -131,6 +139,16 @@ def _sparse_head(session: Session, frozen: Frozen, sae: Sae, scores: dict[str, p
         say(f"evaluate: no head of a few latents: {error}")
         return None
     return {"latents": head.num_latents, "C": head.C}
+
+
+def _sparse_rm(session: Session, frozen: Frozen, sae: Sae, scores: dict[str, pa.Table]) -> dict[str, Any] | None:
+    """Add the held-out scores of SparseRM; returns its size and penalty, None where there can be none."""
+    try:
+        model, scores["sparse_rm"] = sparse_rm_scores(frozen, sae, session.run.seed, scores["sarm"])
+    except UserError as error:
+        say(f"evaluate: no SparseRM: {error}")
+        return None
+    return {"directions": len(model.latents), "C": model.C, "latents": model.latents.tolist()}
 
 
 def without_near_duplicates(scores: Mapping[str, pa.Table], pairs: Path) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from sarm.engine.session import Session
 from sarm.evaluate.probe import Probe, fit_probe
 from sarm.evaluate.sae_quality import measure, pca_fvu
 from sarm.evaluate.sparse_head import SparseHead, fit_sparse_head
+from sarm.evaluate.sparse_rm import SparseRm, fit_sparse_rm
 from sarm.nn.losses import reward_fidelity
 from sarm.nn.sae import Sae, standardise
 
@@ -94,6 +95,22 @@ def sparse_head_scores(frozen: Frozen, sae: Sae, heldout_share: float, like: pa.
     choosing_N = np.array([is_heldout(prompt, heldout_share) for prompt in prompts_N.tolist()], dtype=bool)
     head = fit_sparse_head(differences_NS, prompts_N, choosing_N, max_latents=FEW_LATENTS)
     return head, _with_rewards(frozen, (_codes(sae, frozen.heldout) @ head.weight).astype(np.float32), like)
+
+
+def sparse_rm_scores(frozen: Frozen, sae: Sae, seed: int, like: pa.Table) -> tuple[SparseRm, pa.Table]:
+    """SparseRM on the frozen activations of the training pairs, and the held-out pairs of `like` with its rewards. Raises UserError as it does."""
+    order = sorted(range(len(frozen.pairs)), key=lambda i: hash_share(f"sparse head {i}"))[:_MAX_PAIRS]
+    codes_NS, pairs_N2 = _codes(sae, frozen.train), frozen.pairs[order]
+    x_ND = sae.rows_of(frozen.train).numpy()
+    model = fit_sparse_rm(
+        chosen_ND=x_ND[pairs_N2[:, 0]],
+        rejected_ND=x_ND[pairs_N2[:, 1]],
+        difference_NS=sparse.csr_array(codes_NS[pairs_N2[:, 0]] - codes_NS[pairs_N2[:, 1]]),
+        W_dec_SD=sae.W_dec.detach().numpy(),
+        prompt_ids_N=frozen.prompts[order],
+        seed=seed,
+    )
+    return model, _with_rewards(frozen, model.rewards(sae.rows_of(frozen.heldout).numpy()), like)
 
 
 def _codes(sae: Sae, h_MD: Tensor) -> sparse.csr_array:

@@ -171,7 +171,9 @@ class _Extraction:
         )
 
     def _about(self, d_in: int, layer: int) -> dict[str, Any]:
+        read_at = self.model.rewarded_token
         return {
+            **({} if read_at == "end_of_turn" else {"rewarded_token": read_at}),
             "d_in": d_in,
             "dtype": self.extraction.dtype,
             "layer": layer,

@@ -74,7 +74,12 @@ def experiments(audited: Audited, settings: Relabel, seed: int, folder: Path, ou
         "num_pairs": train.num_pairs,
         "num_prompts": len(np.unique(train.prompts)),
         "num_seeds": settings.seeds,
-        "retraining": f"the head alone is retrained, by logistic regression on {len(head.alive)} cached latents (penalty C = {head.penalty:g}), with the SARM's own objective: {_objective(head, trained)}. Backbone and dictionary stay, and have seen the clean labels.",
+        "retraining": (
+            ""
+            if audited.model is not None
+            else "The model is a classifier, whose own head reads no codes: a linear head on the dictionary's codes stands in for it. "
+        )
+        + f"the head alone is retrained, by logistic regression on {len(head.alive)} cached latents (penalty C = {head.penalty:g}), with the SARM's own objective: {_objective(head, trained)}. Backbone and dictionary stay, and have seen the clean labels.",
         "noise": settings.noise,
         "baseline": baseline,
         "rows": rows,

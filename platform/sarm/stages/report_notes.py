@@ -10,6 +10,7 @@ NAMES = {
     **BASELINES,
     "probe": "logistic probe, frozen backbone",
     "sparse_head": "{latents} latents, frozen backbone",
+    "sparse_rm": "SparseRM, {directions} directions, frozen backbone",
     "shorter_answer": "shorter answer",
     "longer_answer": "longer answer",
     "random": "random",
@@ -34,7 +35,8 @@ def notes_of(metrics: Mapping[str, Any]) -> list[str]:
 
 def name_of(key: str, metrics: Mapping[str, Any]) -> str:
     """What a model is called beside its accuracy."""
-    return NAMES[key].format(**(metrics.get("few_latents") or {}))
+    sizes = {**(metrics.get("sparse_rm_head") or {}), **(metrics.get("few_latents") or {})}
+    return NAMES[key].format(**sizes)
 
 
 def near_duplicates(metrics: Mapping[str, Any]) -> str:

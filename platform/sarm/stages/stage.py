@@ -127,8 +127,16 @@ def _train_sarm(session: "Session", config: Any) -> None:
 
 
 def _evaluate(session: "Session", config: Any) -> Any:
+    from sarm.data.formats.reward_classes import is_attached
     from sarm.stages.evaluate import evaluate
 
+    if is_attached(session.folders.sarm):
+        from sarm.engine.terminal import say
+
+        say(
+            f"evaluate: {session.folders.sarm} is a reward model of others: jobs/evaluate.py --model scores it on benchmarks"
+        )
+        return None
     evaluate(session, config.extraction, config.evaluation)
     # Seconds of imports, that who is refused at the first stage need not wait for.
     from sarm.stages.report import report

@@ -50,6 +50,10 @@ def steer(session: Session, settings: Steer) -> Path:
     """
     out = session.run.out
     audited = read_audit(out)
+    if audited.model is None:
+        from sarm.stages.steer_inside import steer_inside
+
+        return steer_inside(session, settings, audited)
     if settings.undo is not None:
         return _undo(session, settings)
     edit, goal = _goal_edit(audited, settings) if settings.edit == "goal" else (_plain_edit(audited, settings), None)

@@ -17,6 +17,7 @@ from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
 from sarm.settings.checks import UserError
+from sarm.settings.model import ModelSettings
 from sarm.settings.sae import AlsoSaes, SaeSettings
 from sarm.stages import plan
 from sarm.stages.plan import sae_folders
@@ -82,6 +83,11 @@ def train_saes(
 
     stores = {name: ActivationStore(path) for name, path in read.items()}
     check_activations(wanted[0].sae, stores)
+    if any(stage.sae.cross_entropy_texts for stage in todo):
+        from sarm.data.formats.models import check_predicts
+
+        about = stores["text"].metadata
+        check_predicts(ModelSettings(name=about["model"], revision=about["revision"], layer=about["layer"]))
     for warning in dict.fromkeys(few_rows(stage.sae, stores) for stage in todo):
         if warning:
             say(warning)

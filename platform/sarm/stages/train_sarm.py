@@ -12,14 +12,16 @@ from typing import Any
 from sarm.contracts.folders import SAE_FOLDER
 from sarm.contracts.manifest import read_manifest
 from sarm.data.formats.models import check_model, model_folder
+from sarm.data.formats.reward_classes import is_attached
 from sarm.data.store.checkpoints import Checkpoints
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
+from sarm.engine.terminal import say
 from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RewardSettings
 from sarm.stages import plan
 from sarm.stages.train_sae import finish_training
-from sarm.stages.variants import Variant, variants
+from sarm.stages.variants import Variant, check_rewarded, variants
 
 
 def train_sarm(session: Session, model: ModelSettings, reward: RewardSettings) -> None:
@@ -27,6 +29,10 @@ def train_sarm(session: Session, model: ModelSettings, reward: RewardSettings) -
     from sarm.stages import reward_models
 
     check_model(model)
+    if is_attached(session.folders.sarm):
+        say(f"train_sarm: {session.folders.sarm} is a reward model of others with a dictionary, which is not trained")
+        return
+    check_rewarded(model)
     trainings = variants(model, reward, session.folders.sae)
     for sae in dict.fromkeys(variant.sae for variant in trainings if variant.sae):
         read_manifest(sae, SAE_FOLDER)

@@ -34,6 +34,12 @@ def full_depth(model: ModelSettings) -> int:
     return read_depth(model_folder(model), revision=model.revision, gguf_file=model.gguf_file)
 
 
+def check_rewarded(model: ModelSettings) -> None:
+    """Before a training: raise UserError for another rewarded token than a SARM's."""
+    if model.rewarded_token != "end_of_turn":
+        raise UserError("a SARM is rewarded where the answer's turn ends. Leave out --model.rewarded-token, and extract activations there.")  # fmt: skip
+
+
 def variants(
     model: ModelSettings, reward: RewardSettings, sae: Path, depth_of: Callable[[ModelSettings], int] = full_depth
 ) -> list[Variant]:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sarm.contracts.passes import Spelled
+from sarm.data.formats.reward_classes import read_behind
 from sarm.data.sources.conversations import ConversationError, Message, check_messages
 from sarm.data.tokens.control_tokens import ControlTokens, Encoded, Rendered, Span
 from sarm.data.tokens.opening import opening_of
 from sarm.data.tokens.said_beside import apply_template, kinds_said, turns_of
+from sarm.data.tokens.spans import NOWHERE, spans_within
 from sarm.data.tokens.spelling import NotEncodableError
 from sarm.data.tokens.templated_text import template_spelled_in
 from sarm.data.tokens.templates import (
@@ -30,7 +32,6 @@ from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 
 _PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-_NOWHERE: Span = (0, 0)
 
 
 class Tokens(NamedTuple):
@@ -57,9 +58,21 @@ class ChatTokenizer:
 
     `chat_template` is a template, or the name of one that the tokenizer has, instead of its own. Raises UserError if there is no chat template,
     or one that does not close the assistant's turn with a special token.
+
+    With `reads_last`, a conversation ends where the template ends it, and behind that in the tokens `appended`: there other reward models read.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int, system_prompt: str | None = None, chat_template: str = ""):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        system_prompt: str | None = None,
+        chat_template: str = "",
+        reads_last: bool = False,
+        appended: Sequence[int] = (),
+    ):
+        self._reads_last, self._appended = reads_last, list(appended)
         chosen = chosen_template(tokenizer, chat_template, "--model.chat-template")
         template, written = without_system_prompt(chosen)
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -76,7 +89,8 @@ class ChatTokenizer:
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} leaves out the {' and the '.join(lacking)} of a conversation, so that all would be alike. Pass another to --model.chat-template."
             )
-        self.end_of_turn_id = self._tokenise([probe])[0].ids[-1]
+        closed = self._tokenise([probe])[0].ids[: -len(self._appended) or None]
+        self.end_of_turn_id = next(token for token in reversed(closed) if not self._is_blank(token))
         if self.end_of_turn_id not in set(tokenizer.all_special_ids) | self.control.ids:
             raise UserError(
                 f"the chat template of {tokenizer.name_or_path} does not close the assistant's turn with a special token, so there is no token to reward. Pass another --model.name."
@@ -114,7 +128,11 @@ class ChatTokenizer:
         """What the template writes behind an answer, as far as the end-of-turn token: that alone for most, white space before it for some."""
         probe, answer = self._rendered(_PROBE), _PROBE[-1]["content"]
         (tokens,) = self._tokenise([probe], offsets=True)
-        own = [column for column, (start, end) in enumerate(_within(probe.text, answer, tokens.offsets)) if start < end]
+        own = [
+            column
+            for column, (start, end) in enumerate(spans_within(probe.text, answer, tokens.offsets))
+            if start < end
+        ]
         return tuple(tokens.ids[own[-1] + 1 :])
 
     @cached_property
@@ -188,7 +206,7 @@ class ChatTokenizer:
         if not offsets:
             return found
         return [
-            tokens._replace(offsets=_within(text.text, response, tokens.offsets))
+            tokens._replace(offsets=spans_within(text.text, response, tokens.offsets))
             for text, response, tokens in zip(texts, responses, found, strict=True)
         ]
 
@@ -223,13 +241,14 @@ class ChatTokenizer:
         sequences = []
         for ids, covered in self._encoded(texts, offsets=offsets):
             end = len(ids)
-            while end > 1 and self._is_blank(ids[end - 1]):
+            while not self._reads_last and end > 1 and self._is_blank(ids[end - 1]):
                 end -= 1
             start = 0
             if self.bos_id is not None:
                 while start < end and ids[start] == self.bos_id:
                     start += 1
-            sequences.append(TextTokens([*bos, *ids[start:end]], [_NOWHERE for _ in bos] + covered[start:end]))
+            spans = [NOWHERE for _ in bos] + covered[start:end] + [NOWHERE for _ in self._appended]
+            sequences.append(TextTokens([*bos, *ids[start:end], *self._appended], spans))
         return sequences
 
     def _encoded(self, texts: list[Rendered], *, offsets: bool) -> list[Encoded]:
@@ -250,28 +269,19 @@ class ChatTokenizer:
         return Tokens(ids[:kept] + ids[excess + kept :], excess, offsets[:kept] + offsets[excess + kept :])
 
 
-def _within(text: str, part: str, spans: Sequence[Span]) -> list[Span]:
-    """Spans of `text` as spans of the last place where it holds `part`, empty where they lie outside or it is not there."""
-    stripped = part.strip()
-    start = text.rfind(stripped) if stripped else -1
-    if start < 0:
-        return [_NOWHERE] * len(spans)
-    # Some templates strip what they are given.
-    shift = part.find(stripped) - start
-    inside = [(max(a, start), min(b, start + len(stripped))) for a, b in spans]
-    return [(a + shift, b + shift) if a < b else _NOWHERE for a, b in inside]
-
-
 def load_chat_tokenizer(model: ModelSettings, folder: str | Path) -> ChatTokenizer:
     """The tokenizer in `folder` (or of a Hugging Face id) for the settings of `model`.
 
     Raises UserError if there is none, or none with a usable chat template.
     """
+    tokenizer, reads_last = load_tokenizer(model, folder), model.rewarded_token == "last"
     return ChatTokenizer(
-        load_tokenizer(model, folder),
+        tokenizer,
         max_length=model.max_length,
         system_prompt=model.system_prompt,
         chat_template=model.chat_template,
+        reads_last=reads_last,
+        appended=read_behind(tokenizer, str(folder), model.revision) if reads_last else (),
     )
 
 
@@ -279,11 +289,8 @@ def load_tokenizer(model: ModelSettings, folder: str | Path) -> Any:
     """The tokenizer alone, with a chat template or without. Raises UserError if there is none."""
     from transformers import AutoTokenizer
 
-    source = {
-        "revision": model.revision,
-        "trust_remote_code": False,
-        **({"gguf_file": model.gguf_file} if model.gguf_file else {}),
-    }
+    of_gguf = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    source = {"revision": model.revision, "trust_remote_code": False, **of_gguf}
     try:
         return AutoTokenizer.from_pretrained(str(folder), **source)
     # A tokenizer's files are read by its own class, which raises what it likes.

@@ -111,12 +111,13 @@ def cell_session(plan: SweepPlan, cell: Cell, reports: Reports) -> Session:
 
 def do_cell(plan: SweepPlan, cell: Cell, reports: Reports) -> Manifest:
     """Train and evaluate the cell's reward model, as far as that is not done; returns the evaluation's manifest."""
-    from sarm.stages.variants import variants
+    from sarm.stages.variants import check_rewarded, variants
 
     key = plan.sae_key(cell)
     sae = plan.sae_folder(key) if key else plan.cell_folder(cell) / "no-sae"
     model, reward = plan.model(cell), plan.reward(cell)
     with cell_session(plan, cell, reports) as session:
+        check_rewarded(model)
         *_, variant = variants(model, reward, sae)
         check_model(variant.model)
         folder = train_reward_model(session, variant)

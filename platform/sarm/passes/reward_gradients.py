@@ -1,0 +1,135 @@
+"""Rewards of a classifier beside what edits of its dictionary's codes do to them: by patching, and to first order.
+
+patched  r(h + change(h)) - r(h), with the change at the dictionary's layer, and everything behind it computed again
+linear   sum over the edited tokens t of g_t . change(h)_t, with g = dr / dh at that layer: what patching is to first order (attribution patching)
+head     w_i = mean over the answers at whose rewarded token latent i fires of s (g . d_i), d_i row i of W_dec, s the token's deviation where the SAE
+         standardises, else 1: w_i z_i is to first order what latent i adds at the rewarded token
+
+Rows hold one conversation each, padded on the right: no token that is read can see the padding. B rows, L columns, D d_in, S d_sae.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sarm.nn.sae import STANDARDISE_EPS, Codes
+from sarm.passes.attached_model import AttachedModel
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """What is done to the residual stream: the change of each token's activation (`sarm.nn.splice.Splice`)."""
+
+    def change(self, h_ND: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]: ...
+
+
+class Conversations(NamedTuple):
+    """Token ids of conversations [B, L], padded on the right; of each [B] its rewarded column, and the one where a gate reads its prompt."""
+
+    input_ids: Int[Tensor, "rows columns"]
+    last: Int[Tensor, " rows"]
+    gates: Int[Tensor, " rows"] | None = None
+
+    @property
+    def is_token(self) -> Bool[Tensor, "rows columns"]:
+        """Where there are tokens and no padding."""
+        order = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        is_token_BL: Tensor = order <= self.last[:, None]
+        return is_token_BL
+
+    @property
+    def is_rewarded(self) -> Bool[Tensor, "rows columns"]:
+        """The rewarded token of each row."""
+        order = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        is_rewarded_BL: Tensor = order == self.last[:, None]
+        return is_rewarded_BL
+
+
+class Effects(NamedTuple):
+    """Of each row its reward [B], and of each edit [B, E] the change by patching and its linear approximation, in reward units."""
+
+    reward: Float[Tensor, " rows"]
+    patched: Float[Tensor, "rows edits"]
+    linear: Float[Tensor, "rows edits"]
+
+
+def gradients(
+    model: AttachedModel, batch: Conversations
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows columns d_in"], Float[Tensor, "rows columns d_in"]]:
+    """(r, h, g): rewards, activations at the dictionary's layer, and the gradient of each row's reward by its own activations."""
+    kept: list[Tensor] = []
+
+    def begin(hidden: Tensor) -> Tensor:
+        # The graph begins here: blocks before are not kept.
+        kept.append(hidden.detach().requires_grad_())
+        return kept[-1]
+
+    with torch.enable_grad():
+        reward_B = _rewards(model, batch, begin)
+        (gradient_BLD,) = torch.autograd.grad(reward_B.sum(), kept)
+    return reward_B.detach(), kept[0].detach(), gradient_BLD.detach()
+
+
+def effects(model: AttachedModel, batch: Conversations, edits: Sequence[tuple[Intervention, Tensor]]) -> Effects:
+    """What each (intervention, its tokens [B, L]) does to the rewards."""
+    reward_B, h_BLD, gradient_BLD = gradients(model, batch)
+    h_ND = h_BLD.flatten(0, 1)
+    patched, linear = [], []
+    for edit, places_BL in edits:
+        change_BLD = torch.zeros(h_BLD.shape, dtype=torch.float32, device=h_BLD.device)
+        chosen = places_BL.flatten().nonzero().flatten()
+        change_BLD.flatten(0, 1)[chosen] = edit.change(h_ND[chosen])
+        with torch.no_grad():
+            after_B = _rewards(model, batch, functools.partial(_added, change_BLD))
+        patched.append(after_B - reward_B)
+        linear.append((gradient_BLD.float() * change_BLD).sum((1, 2)))
+    none = reward_B.new_zeros(len(reward_B), 0)
+    return Effects(reward_B, torch.stack(patched, 1) if patched else none, torch.stack(linear, 1) if linear else none)
+
+
+def linear_head(model: AttachedModel, batches: Iterable[Conversations]) -> tuple[Float[Tensor, " d_sae"], Int[Tensor, " d_sae"]]:  # fmt: skip
+    """w of every latent, 0 for one that never fires, and the number of answers at whose rewarded token each fires."""
+    sums_S = torch.zeros(model.sae.d_sae, dtype=torch.float64)
+    counts_S = torch.zeros(model.sae.d_sae, dtype=torch.long)
+    for batch in batches:
+        _, h_BLD, gradient_BLD = gradients(model, batch)
+        rows = torch.arange(len(h_BLD), device=h_BLD.device)
+        h_BD, gradient_BD = h_BLD[rows, batch.last].float(), gradient_BLD[rows, batch.last].float()
+        with torch.no_grad():
+            codes: Codes = model.sae(model.sae.rows_of(h_BD))
+            fires_BK = codes.values != 0
+            slope_BK = torch.einsum("bd,bkd->bk", gradient_BD, model.sae.W_dec[codes.indices])
+            if model.sae.standardises:
+                slope_BK = slope_BK * (h_BD.std(-1, keepdim=True) + STANDARDISE_EPS)
+        latents = codes.indices[fires_BK].cpu()
+        sums_S.index_add_(0, latents, slope_BK[fires_BK].double().cpu())
+        counts_S.index_add_(0, latents, torch.ones_like(latents))
+    return (sums_S / counts_S.clamp_min(1)).float(), counts_S
+
+
+def _added(change: Tensor, hidden: Tensor) -> Tensor:
+    """Activations with a change added to them, in their own dtype."""
+    return (hidden + change).to(hidden.dtype)
+
+
+def _rewards(model: AttachedModel, batch: Conversations, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rewards of a pass whose activations at the dictionary's layer are what `change` makes of them."""
+
+    def hook(_block: Any, _inputs: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        changed = change(hidden)
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    handle = model.body.get_submodule(f"layers.{model.layer - 1}").register_forward_hook(hook)
+    try:
+        last_BLD = model.body(input_ids=batch.input_ids, attention_mask=batch.is_token.long(), use_cache=False).last_hidden_state  # fmt: skip
+    finally:
+        handle.remove()
+    rows = torch.arange(len(last_BLD), device=last_BLD.device)
+    at_gate = None if batch.gates is None else last_BLD[rows, batch.gates]
+    rewards_B: Tensor = model.head(last_BLD[rows, batch.last], at_gate)
+    return rewards_B
