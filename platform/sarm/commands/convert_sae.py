@@ -2,6 +2,7 @@
 
 python jobs/convert_sae.py outputs/demo/sae exported-sae --format saelens
 python jobs/convert_sae.py sae.pt outputs/mine/sae --format sarm --k 192 --model meta-llama/Llama-3.1-8B-Instruct --layer 16
+python jobs/convert_sae.py outputs/rm/sae outputs/rm/attached --format attached --model outputs/rm/model --pairs outputs/rm/pairs
 """
 
 from sarm.commands.command import Command
