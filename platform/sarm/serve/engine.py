@@ -19,16 +19,13 @@ import torch
 from sarm.contracts.passes import Cost
 from sarm.passes.reader import Reader, Reading
 from sarm.serve.batching import Read, Waiting, cost_of, rows_of, take_batch
+from sarm.serve.speed import Speed
 
-# How fast the estimate of the engine's speed follows: a fifth of each batch.
-_FOLLOWS = 0.2
 # A batch that takes longer has hung.
 _DEADLINE_SECONDS = 300.0
 _FAILURES_UNTIL_NOT_READY = 3
 # After this time it is tried again: who is not ready is sent nothing, and would never read again.
 _SECONDS_NOT_READY = 30.0
-# Tokens a second, until a batch has been timed.
-_FIRST_RATE = 500.0
 
 
 class OverloadedError(Exception):
@@ -65,7 +62,7 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: list[Waiting] = []
         self._cache: OrderedDict[bytes, Reading] = OrderedDict()
-        self._rate, self._queued, self._computing = _FIRST_RATE, 0, 0
+        self._speed, self._queued, self._computing = Speed(reader.batch_tokens), 0, 0
         self._is_stopped, self._busy_since = False, 0.0
         self._failures, self._failed_at = 0, 0.0
         self._dead = ""
@@ -98,7 +95,7 @@ class Engine:
     def estimated_wait(self) -> float:
         """Seconds until an answer that came now would be computed."""
         with self._changed:
-            return (self._queued + self._computing) / self._rate
+            return self._wait()
 
     @property
     def fault(self) -> str:
@@ -134,13 +131,16 @@ class Engine:
                 own = answer.ids[: answer.prompt_tokens]
                 queued.append(Waiting(answer.ids, len(own), _key(own) if own else object(), now))
                 futures.append(queued[-1].future)
-            wait = (self._queued + self._computing) / self._rate
+            wait = self._wait()
             if queued and wait > min(self._max_wait, self._max_wait if timeout is None else timeout):
                 raise OverloadedError(wait)
             self._waiting += queued
             self._queued += sum(len(one.ids) for one in queued)
             self._changed.notify_all()
         return futures
+
+    def _wait(self) -> float:
+        return (self._queued + self._computing) / self._speed.tokens_per_second
 
     def _cached(self, ids: Sequence[int]) -> Reading | None:
         if not self._num_cached or (reading := self._cache.get(key := _key(ids))) is None:
@@ -200,8 +200,7 @@ class Engine:
     def _hand_out(self, batch: list[Waiting], readings: dict[Hashable, Reading], started: float, cost: Cost) -> None:
         seconds, alone = time.monotonic() - started, sum(len(one.ids) for one in batch)
         with self._changed:
-            rate = alone / max(seconds, 1e-6)
-            self._rate += (_FOLLOWS if self.read_tokens else 1.0) * (rate - self._rate)
+            self._speed.add(alone, seconds)
             self.cost = replace(
                 self.cost,
                 tokens=self.cost.tokens + cost.tokens,

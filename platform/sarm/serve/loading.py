@@ -35,7 +35,7 @@ from sarm.settings.serving import Serving
 _BATCH_TOKENS, _GPU_BATCH_TOKENS = 1024, 16_384
 # Of a rollout that drives an alarm, its end.
 _SHOWN_CHARACTERS = 2000
-_WARM_UP = [{"role": "user", "content": "How do I bake bread?"}, {"role": "assistant", "content": "Slowly, and with yeast."}]  # fmt: skip
+_WARM_UP = ("Slowly, and with yeast.", "In an oven, once the dough has risen.")
 
 
 def load_service(settings: Serving, remote: Remote | None = None) -> Service:
@@ -174,7 +174,9 @@ def _cores() -> int:
 
 
 def _warm_up(service: Service) -> None:
-    """Read one answer: what is first made at the first request is made, and a batch is timed."""
-    encoded = service.encoder.messages(_WARM_UP)
-    for future in service.engine.submit([Tokenised(encoded.ids, encoded.prompt_tokens)]):
-        future.result()
+    """Read two answers, one after the other: what is first made at the first request is made, and a batch is timed without that."""
+    for answer in _WARM_UP:
+        asked = {"role": "user", "content": "How do I bake bread?"}
+        encoded = service.encoder.messages([asked, {"role": "assistant", "content": answer}])
+        for future in service.engine.submit([Tokenised(encoded.ids, encoded.prompt_tokens)]):
+            future.result()
