@@ -60,7 +60,7 @@ CLAIMS = [
     ),
     Claim(
         name="sarm_as_good_as_scalar",
-        says="A SARM ranks no worse than a scalar head on the same truncated backbone, by more than two points.",
+        says="A SARM ranks at most two points worse than a scalar head on the same truncated backbone.",
         study=TRAININGS,
         figure=_minus("sarm", "scalar_head"),
         bound=-0.02,
@@ -74,7 +74,7 @@ CLAIMS = [
     ),
     Claim(
         name="sarm_as_good_as_whole",
-        says="A SARM ranks no worse than a scalar head on the whole backbone, by more than two points.",
+        says="A SARM ranks at most two points worse than a scalar head on the whole backbone.",
         study=TRAININGS,
         figure=_minus("sarm", "scalar_head_full"),
         bound=-0.02,
