@@ -38,6 +38,15 @@ _SHOWN_CHARACTERS = 2000
 _WARM_UP = ("Slowly, and with yeast.", "In an oven, once the dough has risen.")
 
 
+def leave_cores_to_the_engine() -> None:
+    """Call it in a process that does nothing but serve, before anything is loaded.
+
+    Each thread that computes has OpenMP workers of its own, and they sleep between two products once there are more of them than cores: a forward
+    pass then takes a third longer.
+    """
+    torch.set_num_threads(1)
+
+
 def load_service(settings: Serving, remote: Remote | None = None) -> Service:
     """The service of a model, its engine running and warm. With a `remote`, its answers are watched there.
 

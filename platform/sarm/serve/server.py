@@ -45,9 +45,10 @@ def _serve(settings: Serving, token: str | None, loaded: "Callable[[Service], ob
         # Torch and transformers take seconds, for which nobody waits whose port is taken or whose folder is of another kind.
         from sarm.serve.app import make_app
         from sarm.serve.http_server import run
-        from sarm.serve.loading import load_service
+        from sarm.serve.loading import leave_cores_to_the_engine, load_service
 
         _log(is_loud=settings.debug)
+        leave_cores_to_the_engine()
         service = load_service(settings)
         if loaded is not None:
             loaded(service)
@@ -62,7 +63,8 @@ def _serve(settings: Serving, token: str | None, loaded: "Callable[[Service], ob
 def listening(settings: Serving) -> Iterator[socket.socket]:
     """The server's socket, taken. Raises UserError for a port that is in use, or an address that is not this machine's."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as taken:
+    # With the protocol's number: asyncio takes no other for TCP, and without TCP_NODELAY an answer waits 40 ms for its own beginning's receipt.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             taken.bind((settings.host, settings.port))

@@ -50,8 +50,9 @@ class Build:
 
     def __call__(self, watch: "Remote") -> "Replica":
         from sarm.serve.app import make_app
-        from sarm.serve.loading import load_service
+        from sarm.serve.loading import leave_cores_to_the_engine, load_service
 
+        leave_cores_to_the_engine()
         service = load_service(self.settings, watch)
         return Replica(service, make_app(service, self.settings.read_token()))
 
