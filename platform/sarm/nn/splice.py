@@ -117,7 +117,8 @@ class Splice:
         place_S = torch.full((self.sae.d_sae,), num, device=x_ND.device)
         place_S[self._own_E] = torch.arange(num, device=x_ND.device)
         z_NE = codes.values.new_zeros(len(x_ND), num + 1)
-        return z_NE.scatter_add_(1, place_S[codes.indices], codes.values)[:, :num]
+        z_NE.scatter_add_(1, place_S[codes.indices], codes.values)
+        return z_NE[:, :num]
 
     def _to(self, device: torch.device) -> None:
         if self._own_E.device != device:
