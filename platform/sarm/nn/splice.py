@@ -116,7 +116,7 @@ class Splice:
         num = len(self._own_E)
         place_S = torch.full((self.sae.d_sae,), num, device=x_ND.device)
         place_S[self._own_E] = torch.arange(num, device=x_ND.device)
-        z_NE = codes.values.new_zeros(len(x_ND), num + 1)
+        z_NE: Tensor = codes.values.new_zeros(len(x_ND), num + 1)
         z_NE.scatter_add_(1, place_S[codes.indices], codes.values)
         return z_NE[:, :num]
 
