@@ -29,7 +29,7 @@ from sarm.settings.presets import PRESETS
 from sarm.settings.registered import REGISTRIES
 from sarm.stages.config_file import as_file, config_flags
 from sarm.stages.dry_run.describing import describe
-from sarm.stages.help_text import HELP, few, like, more, shown
+from sarm.stages.help_text import HELP, few, in_width, like, more, shown
 from sarm.stages.preset_command import Made, in_order, names_a_preset, split, with_defaults
 
 DEFAULT_PRESET = "demo"
@@ -198,9 +198,9 @@ def parse(
     if name in HELP:
         print(f"{shown(description)}\n\nusage: {script} [PRESET] [--config FILE] [--flag value ...]\n\npresets:")
         width = max(map(len, presets), default=0)
-        print("\n".join(f"  {key:<{width}}  {summary}" for key, (summary, _) in presets.items()))
+        print("\n".join(in_width(f"  {key:<{width}}  {summary}", width + 4) for key, (summary, _) in presets.items()))
         print(f"\nwithout a preset: {DEFAULT_PRESET}")
-        print(f"flags with their help and defaults: {script} {DEFAULT_PRESET} --help, and all of them: --help-all")
+        print(f"flags, with defaults: {script} {DEFAULT_PRESET} --help, and all: --help-all")
         sys.exit(0)
     if not name or name.startswith("-"):
         name, flags = DEFAULT_PRESET, list(arguments)
@@ -212,7 +212,7 @@ def parse(
             f"the first argument is a preset ({', '.join(presets)}) or a flag, got {name}{hint} Try {script} --help."
         )
     summary, preset = presets[name]
-    about = f"{shown(description)}\n\nPreset {name}: {summary}."
+    about = f"{shown(description)}\n\n{in_width(f'Preset {name}: {summary}.')}"
     return _parse_flags(config_type, flags, f"{script} {name}", about, default=preset.part(config_type))
 
 
