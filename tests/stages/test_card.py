@@ -117,6 +117,20 @@ def test_what_is_no_conversation_is_one_line(sarm, tmp_path):
         (json.dumps([PROMPT]), "ends with user"),
         (json.dumps([PROMPT, {"role": "assistant"}]), r"is no conversation \(not_text\)"),
         (json.dumps("How?"), r"is no conversation \(not_messages\)"),
+        # A card of the words alone would be of another reward.
+        (
+            json.dumps(
+                [
+                    PROMPT,
+                    {
+                        "role": "assistant",
+                        "content": "Wait.",
+                        "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": "{}"}}],
+                    },
+                ]
+            ),
+            "calls tools",
+        ),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=why):
