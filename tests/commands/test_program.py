@@ -178,6 +178,13 @@ def test_a_command_that_is_started_again_imports_nothing_of_the_folder_that_it_i
     assert '"sae"' in done.stdout, done.stderr
 
 
+def test_help_whose_reader_has_seen_enough_ends_quietly() -> None:
+    line = f"{sys.executable} -m sarm.commands train-sarm demo --help-all | head -n 1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("pairs/v1 and the SAE")
+    assert done.stderr == ""
+
+
 def test_what_is_submitted_without_a_checkout_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"there is no jobs/train_sarm\.py here"):

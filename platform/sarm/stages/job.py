@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import functools
 import io
+import os
 import re
 import sys
 import traceback
@@ -116,7 +117,12 @@ def _guarded(
         _refuse_arguments(arguments)
         # A server is ended by its signals, and says so itself.
         with contextlib.nullcontext() if is_server else Listener(command_line(arguments), is_loud=debug):
-            config = parsed()
+            try:
+                config = parsed()
+            # Help whose reader has seen enough, such as `| head`.
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(0)
             run = getattr(config, "run", None)
             if run is not None and run.dry_run:
                 print(as_file(config) if run.json else explain(config))
