@@ -1,6 +1,9 @@
 """The program `sarm`: the same jobs by other names, help that fits a screen, and what it says of itself."""
 
 import dataclasses
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +73,7 @@ def test_a_misspelt_command_is_one_line_with_what_may_have_been_meant(run) -> No
         "error: sarm has no command 'trian-sarm', did you mean train-sarm? Try sarm --help.\n",
     )
     assert run("inspect")[0] == 2
+    assert "the source to inspect comes first" in run("inspect", "--rows", "100", "tiny:pairs")[2]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +99,29 @@ def test_help_of_a_command_begins_with_what_it_does_and_examples_as_they_are_typ
     assert code == 0
     entry = ENTRIES[name]
     about = str(command_of(entry).about)
-    assert out.splitlines()[0] == about.splitlines()[0]
     before = out.partition("usage: ")[0]
+    assert " ".join(before.split()).startswith(" ".join(about.splitlines()[0].split()))
     assert f"    sarm {name_of(entry.module)} " in before
     assert "python jobs" not in before
     assert "ray job submit" not in before
     assert f"usage: sarm {name_of(entry.module)}" in out
+
+
+@pytest.mark.parametrize(("name", "columns"), [*((name, 80) for name in ENTRIES), ("card", 40), ("card", 200)])
+def test_help_fits_the_terminal_and_its_examples_are_still_the_same_commands(run, monkeypatch, name, columns) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = run(name, "--help")
+    if columns == 80:
+        assert max(map(len, run(name, *(("demo",) if command_of(ENTRIES[name]).presets else ()), "--help")[1].splitlines())) <= 80  # fmt: skip
+        assert max(map(len, out.splitlines())) <= 80
+    # A shell reads a line that ends in a backslash and the next one as one command.
+    examples = out.partition("usage: ")[0].replace("\\\n", " ")
+    given = [
+        line for line in str(command_of(ENTRIES[name]).about).splitlines() if re.match(r" *python (jobs|tune)/", line)
+    ]
+    for line in given:
+        words = shlex.split(re.split(r"\s{3,}", line.strip())[0])[2:]
+        assert any(shlex.split(one)[2 : 2 + len(words)] == words for one in examples.splitlines() if one.startswith("    sarm")), line  # fmt: skip
 
 
 def test_experts_flags_are_shown_by_help_all_alone(run) -> None:
@@ -113,8 +134,8 @@ def test_experts_flags_are_shown_by_help_all_alone(run) -> None:
         assert rare not in short
         assert rare in whole
     assert "(default: 2304)" in short, "defaults are the preset's"
-    assert "with --help-all" in short
-    assert "with --help-all" not in whole
+    assert "more flags are for experts: --help-all" in short
+    assert "for experts" not in whole
     assert len(short.splitlines()) < 0.5 * len(whole.splitlines())
 
 
@@ -138,13 +159,30 @@ def test_messages_repeat_the_command_as_it_was_typed(monkeypatch) -> None:
     assert start.started().again == ("jobs/train_sarm.py",)
     start.note_command("train-sarm", "jobs/train_sarm.py")
     assert command_line(["tiny", "--sae.k", "3"]) == "sarm train-sarm tiny --sae.k 3"
-    assert start.started().again == ("-m", "sarm.commands", "train-sarm")
+    assert start.started().again == ("-P", "-m", "sarm.commands", "train-sarm")
     assert start.started().name == "train_sarm"
 
 
 def test_a_supervisor_can_start_the_command_once_more() -> None:
     command = [sys.executable, "-m", "sarm.commands", "train-sarm", "tiny", "--dry-run", "--json"]
     assert '"sae"' in subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_a_command_that_is_started_again_imports_nothing_of_the_folder_that_it_is_started_in(
+    tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "tyro.py").write_text("raise SystemExit('imported from the folder')")
+    monkeypatch.setattr(start, "_command", ("train-sarm", "jobs/train_sarm.py"))
+    command = [sys.executable, *start.started().again, "tiny", "--dry-run", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT / "platform")})  # fmt: skip
+    assert '"sae"' in done.stdout, done.stderr
+
+
+def test_help_whose_reader_has_seen_enough_ends_quietly() -> None:
+    line = f"{sys.executable} -m sarm.commands train-sarm demo --help-all | head -n 1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("pairs/v1 and the SAE")
+    assert done.stderr == ""
 
 
 def test_what_is_submitted_without_a_checkout_is_refused(tmp_path, monkeypatch) -> None:

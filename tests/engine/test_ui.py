@@ -146,6 +146,15 @@ def test_the_end_of_a_job_names_what_opens_its_runs(monkeypatch, tmp_path):
     )
 
 
+def test_who_has_the_program_alone_is_told_its_command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sarm.engine.started._command", ("pipeline", "jobs/pipeline.py"))
+    assert ui_command(f"sqlite:///{tmp_path}/outputs/mlflow.db", "1") == "sarm ui"
+    assert ui_command("sqlite:////a b/outputs/mlflow.db", "1") == "sarm ui --outputs '/a b/outputs'"
+    assert ui_command("sqlite:////a/other.db", "1") == "sarm ui --mlflow-uri sqlite:////a/other.db"
+    assert ui_command("http://h:5000") == "http://h:5000"
+
+
 @pytest.mark.parametrize("folder", ["outputs", "a b", "it's here", "for$HOME"])
 def test_what_is_printed_opens_that_folder_when_it_is_typed(tmp_path, folder):
     printed = ui_command(f"sqlite:///{tmp_path}/{folder}/mlflow.db")

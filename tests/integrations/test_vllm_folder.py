@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -160,6 +161,15 @@ def test_models_that_vllm_cannot_run_are_refused(folder, tiny_folder, tiny_chat,
     monkeypatch.delitem(ARCHITECTURES, "llama")
     with pytest.raises(UserError, match="this one's backbone is llama"):
         converted(folder, tmp_path / "b")
+
+
+def test_a_model_that_is_read_with_an_edit_of_features_is_not_converted_without_it(folder, tmp_path):
+    edited = Path(shutil.copytree(folder, tmp_path / "sarm"))
+    (edited / "feature_edit").mkdir()
+    for how in ("vllm", "papers"):
+        with pytest.raises(UserError, match="holds an edit of features"):
+            convert_sarm(ConvertSarm(source=edited, target=tmp_path / how, format=how))
+        assert not (tmp_path / how).exists()
 
 
 @pytest.mark.parametrize("option", [{"on_cut_off": "refuse"}, {"scale": "raw"}])

@@ -1,5 +1,9 @@
 """Names of features in explanations, from the contexts and explanations that belong to the model."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +16,7 @@ from sarm.contracts.manifest import StageFolder
 from sarm.interpret.context_store import CONTEXTS_FILE, LATENTS_FILE
 from sarm.interpret.feature_data import feature_names
 from sarm.passes.models import hash_of_folder
+from sarm.passes.name_folders import name_folders
 from sarm.serve.app import make_app
 from sarm.serve.loading import load_service
 from sarm.serve.names import load_names
@@ -94,6 +99,41 @@ def test_contexts_of_another_model_are_refused(served, tmp_path):
         load_service(Serving(model=served, contexts=write_contexts(tmp_path / "contexts", "0" * 32)))
     with pytest.raises(UserError):
         load_service(Serving(model=served, explanations=tmp_path / "nothing"))
+
+
+def write_explanations(folder, model: str | None):
+    stage = StageFolder(folder, EXPLANATIONS_FOLDER, {})
+    stage.claim()
+    row = {"latent": 2, "place": "rewarded", "explainer": "judge", "explanation": "lists", "status": "ok", "detection": 0.9, "reason": ""}  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([row]), folder / "explanations.parquet")
+    stage.finish({} if model is None else {"model": model})
+    return folder
+
+
+def test_what_lies_beside_a_model_names_its_features_if_it_is_of_that_model_and_is_passed_over_if_not(served, tmp_path):
+    """As where an edited or a pushed model is written beside the one that it was made from."""
+    own, other = (Path(shutil.copytree(served, tmp_path / name)) for name in ("own", "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"reward_mean": 9.0}))
+    write_contexts(tmp_path / "contexts", hash_of_folder(own))
+    write_explanations(tmp_path / "explanations", hash_of_folder(own))
+    assert name_folders(own) == (tmp_path / "contexts", tmp_path / "explanations")
+    assert name_folders(other) == (None, None)
+    (explanation,) = [one for one in features_of(Serving(model=own, threads=1), [2]) if one["id"] == 2]
+    assert explanation["name"] == "lists"
+    assert {one["name"] for one in features_of(Serving(model=other, threads=1), [2])} == {None}
+    for given in ({"contexts": tmp_path / "contexts"}, {"explanations": tmp_path / "explanations"}):
+        with pytest.raises(UserError, match=f"holds {next(iter(given))} of another model"):
+            name_folders(other, **given)
+    # The features of a model whose head was edited are those of the model that it was made from.
+    (other / "edit.json").write_text(json.dumps({"source": str(own), "weights": []}))
+    assert name_folders(other) == (tmp_path / "contexts", tmp_path / "explanations")
+
+
+def test_explanations_of_before_that_do_not_say_their_model_are_taken(served, tmp_path):
+    own = Path(shutil.copytree(served, tmp_path / "own"))
+    folder = write_explanations(tmp_path / "explanations", None)
+    assert name_folders(own).explanations == name_folders(own, explanations=folder).explanations == folder
 
 
 def test_a_system_that_does_not_count_the_cores_of_a_process_is_served_with_all(monkeypatch):

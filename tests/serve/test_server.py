@@ -89,7 +89,7 @@ def test_a_port_that_is_in_use_is_refused_before_anything_is_loaded(served):
             pass
 
 
-@pytest.mark.parametrize("fault", ["no folder", "no model", "a scalar head", "torn weights", "torn config", "another tokenizer"])  # fmt: skip
+@pytest.mark.parametrize("fault", ["no folder", "no model", "a scalar head", "torn weights", "torn config", "another tokenizer", "an edit of features"])  # fmt: skip
 def test_a_folder_that_is_torn_or_of_another_kind_is_refused_in_a_line(fault, served, tmp_path):
     from sarm.serve.loading import load_service
 
@@ -106,6 +106,8 @@ def test_a_folder_that_is_torn_or_of_another_kind_is_refused_in_a_line(fault, se
         weights.write_bytes(weights.read_bytes()[:-100])
     elif fault == "torn config":
         config.write_text(config.read_text()[:-100])
+    elif fault == "an edit of features":
+        (folder / "feature_edit").mkdir()
     elif fault == "another tokenizer":
         (folder / "chat_template.jinja").write_text((folder / "chat_template.jinja").read_text().replace("<|im_end|>", "<|im_end|> "))  # fmt: skip
     with pytest.raises(UserError) as error:

@@ -13,6 +13,7 @@ from tests.stages.random_sarm import random_sarm
 
 from sarm.data.formats.sarm_folder import load_sarm
 from sarm.passes.reader import sarm_reader
+from sarm.report.numbers import number, signed
 from sarm.report.reward_card import card, print_card, write_card
 from sarm.settings.card import RewardCard
 from sarm.settings.checks import UserError
@@ -97,6 +98,25 @@ def test_a_card_of_hostile_texts_is_inert_on_the_page_and_on_the_terminal(prefix
         assert found["phone"] <= 390
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_figures_are_whole_on_a_terminal_however_long_the_names_are(width):
+    """Only texts are cut for room."""
+    rows = [{"latent": 2080 + n, "name": "terms: " + "people who, the diversity, " * 9, "weight": -0.0123456 * n, "activation": 12.3456 * n, "value": -0.654321 * n} for n in (1, 2, 3)]  # fmt: skip
+    sentence = {"text": "We should also be aware that " * 5, "step": -2.0785, "reward": 4.1849, "features": rows}
+    content = {"features": rows, "rest": 0.0451, "num_rest": 19, "reward": -2.1134, "empty": 6.2712, "sentences": [sentence]}  # fmt: skip
+    out = io.StringIO()
+    print_card(content, Console(file=out, width=width))
+    shown = out.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    for one in rows:
+        for figure in (signed(one["value"]), number(one["activation"]), signed(one["weight"]), f"{one['latent']} {signed(one['value'])}"):  # fmt: skip
+            assert figure in shown, figure
+    for figure in (0.0451, -2.1134, 6.2712, -2.0785, 4.1849):
+        assert signed(figure) in shown, figure
+    assert "reward" in shown
+    assert "…" in shown
+
+
 def test_a_conversation_file_makes_a_card(sarm, tmp_path, capsys):
     file = tmp_path / "chat.json"
     file.write_text(json.dumps([PROMPT, {"role": "assistant", "content": "yes"}]))
@@ -117,6 +137,20 @@ def test_what_is_no_conversation_is_one_line(sarm, tmp_path):
         (json.dumps([PROMPT]), "ends with user"),
         (json.dumps([PROMPT, {"role": "assistant"}]), r"is no conversation \(not_text\)"),
         (json.dumps("How?"), r"is no conversation \(not_messages\)"),
+        # A card of the words alone would be of another reward.
+        (
+            json.dumps(
+                [
+                    PROMPT,
+                    {
+                        "role": "assistant",
+                        "content": "Wait.",
+                        "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": "{}"}}],
+                    },
+                ]
+            ),
+            "calls tools",
+        ),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=why):

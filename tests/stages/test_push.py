@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,14 +30,19 @@ CONVERSATION = [{"role": "user", "content": "how does a garden grow"}, {"role": 
 def trained(tiny_folder: Path, tiny_chat: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder: the model, and the manifests and the report beside it as stages write them."""
     run = tmp_path_factory.mktemp("run")
-    model = random_sarm(run / "sarm", tiny_folder, tiny_chat)
-    (model / "manifest.json").write_text(json.dumps({"counts": {"figures": {"num_pairs": 1223}}}))
-    for name, config in (("pairs", {"pairs": ["hf:owner/prefs", "/home/ada/secret/own.jsonl"]}), ("corpus", {"texts": ["demo:wikipedia"]})):  # fmt: skip
-        (run / name).mkdir()
-        (run / name / "manifest.json").write_text(json.dumps({"config": config}))
-    (run / "evaluation").mkdir()
-    of_this = {"inputs": {"sarm/v1": sha256_of(model / "manifest.json")}}
-    (run / "evaluation" / "manifest.json").write_text(json.dumps(of_this))
+    random_sarm(run / "sarm", tiny_folder, tiny_chat)
+
+    def write(name: str, inputs: dict[str, str], **content: object) -> None:
+        (run / name).mkdir(parents=True, exist_ok=True)
+        made_from = {key: sha256_of(run / folder / "manifest.json") for key, folder in inputs.items()}
+        (run / name / "manifest.json").write_text(json.dumps({"inputs": made_from, **content}))
+
+    write("pairs", {}, config={"pairs": ["hf:owner/prefs", "/home/ada/secret/own.jsonl"]})
+    write("corpus", {}, config={"texts": ["demo:wikipedia"]})
+    write("activations/text", {"corpus/v1": "corpus"})
+    write("sae", {"activations/text": "activations/text"})
+    write("sarm", {"pairs/v1": "pairs", "sae/v1": "sae"}, counts={"figures": {"num_pairs": 1223}})
+    write("evaluation", {"sarm/v1": "sarm"})
     rows = [{"name": "SARM", "accuracy": 0.858, "ci95": [0.721, 0.934]}, {"name": "random", "accuracy": 0.5, "ci95": None}]  # fmt: skip
     (run / "report.json").write_text(json.dumps({"accuracies": rows, "num_heldout_pairs": 298}))
     return run
@@ -153,8 +159,11 @@ def test_the_card_says_method_data_figures_with_intervals_template_licence_and_w
 def test_figures_of_another_model_are_left_out_and_an_edited_one_says_so(trained: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     assert len(pushing.made_of(run / "sarm").accuracies) == 2
+    assert pushing.made_of(run / "sarm").texts == ["demo:wikipedia"]
+    # A model that lies in the run and was made elsewhere, as a converted one.
     (run / "sarm" / "manifest.json").write_text("{}")
-    assert pushing.made_of(run / "sarm").accuracies == []
+    other = pushing.made_of(run / "sarm")
+    assert (other.accuracies, other.pairs, other.texts, other.num_pairs) == ([], [], [], None)
     edited = run / "edited"
     edited.mkdir()
     shutil.copy(run / "sarm" / "config.json", edited)
@@ -200,8 +209,53 @@ def test_a_folder_of_something_else_is_left_alone(pushed: Path, tmp_path: Path) 
     push(Push(model=pushed, to=again))
 
 
+def test_a_push_that_was_interrupted_can_be_done_again_and_one_that_cannot_read_leaves_the_one_before(
+    pushed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "pushed"
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pushing, "save_sarm", dies)
+        with pytest.raises(KeyboardInterrupt):
+            push(Push(model=pushed, to=target))
+    assert not (target / CARD).exists()
+    push(Push(model=pushed, to=target))
+    weights = sha256_of(target / "model.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(pushing, "load_sarm", dies)
+        with pytest.raises(KeyboardInterrupt):
+            push(Push(model=pushed, to=target))
+    assert sha256_of(target / "model.safetensors") == weights
+    assert sha256_of(pushed / "config.json") == sha256_of(target / "config.json")
+
+
+def test_where_the_base_model_lay_on_this_machine_is_told_to_nobody(pushed: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(pushed, tmp_path / "own"))
+    config = json.loads((own / "config.json").read_text())
+    for base, told in (("/home/ada/secret/smol", "smol"), (str(tmp_path), tmp_path.name), ("owner/smol", "owner/smol")):
+        provenance = config["provenance"] | {"model": base}
+        (own / "config.json").write_text(json.dumps(config | {"provenance": provenance}))
+        push(Push(model=own, to=tmp_path / "pushed"))
+        assert json.loads((tmp_path / "pushed" / "config.json").read_text())["provenance"]["model"] == told
+        card = (tmp_path / "pushed" / CARD).read_text().replace("\\", "")
+        assert told in card
+        assert told == base or base not in card
+
+
+def test_a_model_that_is_read_with_an_edit_of_features_is_not_pushed_without_it(pushed: Path, tmp_path: Path) -> None:
+    edited = Path(shutil.copytree(pushed, tmp_path / "edited"))
+    (edited / "feature_edit").mkdir()
+    with pytest.raises(UserError, match="holds an edit of features"):
+        push(Push(model=edited, to=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_hub_gets_the_folder_and_a_refusal_is_one_line(pushed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: dict[str, set[str]] = {}
+    deleted: set[str] = set()
 
     class Hub:
         def create_repo(self, name: str, **_: object) -> str:
@@ -209,11 +263,22 @@ def test_the_hub_gets_the_folder_and_a_refusal_is_one_line(pushed: Path, monkeyp
                 raise OSError("401\nlong story")
             return f"https://hub/{name}"
 
-        def upload_folder(self, repo_id: str, folder_path: Path, **_: object) -> None:
+        def repo_info(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(private=name != "ada/seen")
+
+        def upload_folder(self, repo_id: str, folder_path: Path, delete_patterns: list[str], **_: object) -> None:
             sent[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+            deleted.update(delete_patterns)
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert push(Push(model=pushed, hub="ada/model", licence="mit")) == "https://hub/ada/model"
     assert {CARD, "config.json", "model.safetensors", "modeling_sarm.py", "tokenizer.json"} <= sent["ada/model"]
     with pytest.raises(UserError, match=r"did not take ada/refused \(OSError: 401\)"):
         push(Push(model=pushed, hub="ada/refused", licence="mit"))
+    # Shards of an earlier push would be read in the place of these.
+    assert deleted == {"*.safetensors", "*.safetensors.index.json"}
+    push(Push(model=pushed, hub="ada/hidden", licence="mit", private=True))
+    # The hub ignores `private` of a repository that is there already.
+    with pytest.raises(UserError, match="ada/seen is there already, and everybody sees it"):
+        push(Push(model=pushed, hub="ada/seen", licence="mit", private=True))
+    assert sent.keys() == {"ada/model", "ada/hidden"}

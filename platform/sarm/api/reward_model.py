@@ -6,7 +6,8 @@
 S d_sae. A reward is sum_i w_i z_i over the active latents of the answer's rewarded token (SARM section 3).
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+import warnings
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sarm.audit.steering import Edit
+from sarm.contracts.folders import HEAD_EDIT
 from sarm.data.formats.model_files import folder_of
 from sarm.data.sources.conversations import ConversationError, Message
 from sarm.data.tokens.packing import answer_rows
-from sarm.passes.models import check_tokenizer, sarm_settings, sarm_spec
-from sarm.passes.reader import Reader
+from sarm.passes.models import check_tokenizer, edit_beside, refuse_edit_beside, sarm_settings, sarm_spec
+from sarm.passes.reader import Reader, sarm_reader
 from sarm.report.reward_card import print_card, write_card
 from sarm.serve.encoding import Encoder
 from sarm.settings.checks import UserError
@@ -99,27 +101,34 @@ class RewardModel:
     def reward(self, conversations: Sequence[Conversation]) -> list[float]:
         """The raw reward of each conversation, in order. Conversations that share a prompt read it once.
 
-        Raises UserError for what is no list of conversations, and for a conversation that cannot be encoded, with its place.
+        Warns of conversations that are longer than the model reads, whose beginning is left out. Raises UserError for what is no list of
+        conversations, and for a conversation that cannot be encoded, with its place.
         """
         answers: dict[tuple[int, ...], list[tuple[Hashable, list[int]]]] = {}
-        for place, messages in enumerate(_checked(conversations)):
+        given, num_cut = _checked(conversations), 0
+        for place, messages in enumerate(given):
             try:
                 encoded = self._encoder.messages(messages)
             except ConversationError as error:
                 raise ConversationError(f"conversation {place}: {error}", error.reason) from error
+            num_cut += encoded.is_cut
             answers.setdefault(tuple(encoded.ids[: encoded.prompt_tokens]), []).append((place, encoded.ids))
+        if num_cut:
+            warnings.warn(f"{num_cut:,} of {len(given):,} conversations have more than {self._reader.settings.max_length:,} tokens, which the model was trained with: their beginning was not read.", stacklevel=2)  # fmt: skip
         rows = [row for own in answers.values() for row in answer_rows(own, self._reader.row_tokens)]
         readings = self._reader.read(rows)
-        return [readings[place].reward for place in range(len(conversations))]
+        return [readings[place].reward for place in range(len(given))]
 
     def explain(self, conversation: Conversation, features: int = 8) -> Explanation:
         """What the reward of a conversation is the sum of; its `features` largest terms are named.
 
         Raises UserError for what is no conversation, and for an answer without a token of its own.
         """
+        if features < 1:
+            raise UserError(f"features must be at least 1, got {features}. Pass another number.")
         (messages,) = _checked([conversation])
-        if messages[-1].get("role") != "assistant":
-            raise UserError(f"the conversation ends with {messages[-1].get('role')}, expected the assistant's turn, which is what is rewarded.")  # fmt: skip
+        # What cannot be rewarded cannot be explained either, for the same reason.
+        self._encoder.messages(messages)
         content = card_of(self._reader, messages, self._names, features)
         return Explanation(
             reward=content["reward"],
@@ -136,7 +145,7 @@ class RewardModel:
             ),
             rest=content["rest"],
             card=content,
-            prompt=messages[-2]["content"] if len(messages) > 1 else "",
+            prompt=str(messages[-2].get("content") or "") if len(messages) > 1 else "",
             model=str(self.folder),
         )
 
@@ -154,13 +163,16 @@ class RewardModel:
         weight_S = self.weights
         if isinstance(weights, str | Path):
             weights = _read_edit(Path(weights))
-        if isinstance(weights, Edit):
-            weight_S = weights.applied(weight_S).astype(np.float32)
-        else:
-            for latent, value in (weights or {}).items():
-                weight_S[self._latent(latent)] = value
-        for latent, factor in (scale or {}).items():
-            weight_S[self._latent(latent)] *= np.float32(factor)
+        with np.errstate(over="ignore"):
+            if isinstance(weights, Edit):
+                for latent in weights.latent.tolist():
+                    self._latent(latent)
+                weight_S = weights.applied(weight_S).astype(np.float32)
+            else:
+                for latent, value in _numbers(weights, "weights"):
+                    weight_S[self._latent(latent)] = value
+            for latent, factor in _numbers(scale, "scale"):
+                weight_S[self._latent(latent)] *= np.float32(factor)
         if not np.isfinite(weight_S).all():
             broken = int(np.flatnonzero(~np.isfinite(weight_S))[0])
             raise UserError(f"the weight of latent {broken} would be {weight_S[broken]}. Pass finite ones.")
@@ -169,9 +181,10 @@ class RewardModel:
     def save(self, folder: str | Path) -> Path:
         """Write the model, edits included, as a folder that `load` and transformers read; returns it.
 
-        Raises UserError if the folder holds anything.
+        Raises UserError if the folder holds anything, and for a model that is read with an edit of features.
         """
-        target = Path(folder)
+        refuse_edit_beside(self.folder, "saving")
+        target = Path(folder).expanduser()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{target} is there already. Pass another folder.")
         target.mkdir(parents=True, exist_ok=True)
@@ -201,27 +214,44 @@ def load(
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype must be float32 or bfloat16, got {dtype!r}.")
     folder = folder_of(str(model), revision)
-    settings = sarm_settings(folder)
+    sarm_settings(folder)
     check_tokenizer(sarm_spec(folder, dtype=dtype))
-    reader = Reader(folder, settings, dtype, _BATCH_TOKENS)
+    reader = sarm_reader(folder, _BATCH_TOKENS, dtype, edit_beside(folder))
     names = names_beside(folder, _path(contexts), _path(explanations))
     base_S = reader.model.score.weight.detach().squeeze(0).cpu().numpy().copy()
     return RewardModel(folder, reader, names, base_S)
 
 
-def _checked(conversations: Sequence[Conversation]) -> list[list[Message]]:
-    if isinstance(conversations, str | Mapping) or any(isinstance(one, Mapping) for one in conversations):
+def _checked(conversations: Iterable[Conversation]) -> list[list[Message]]:
+    if not isinstance(conversations, Iterable):
+        raise UserError(f"expected a list of conversations, got {conversations!r}. Pass [conversation].")
+    # Of what can be read once alone, too.
+    given = [conversations] if isinstance(conversations, str | Mapping) else list(conversations)
+    if isinstance(conversations, str | Mapping) or any(isinstance(one, Mapping) for one in given):
         raise UserError("expected a list of conversations, each a list of messages, got one conversation. Pass [conversation].")  # fmt: skip
-    for place, one in enumerate(conversations):
-        if isinstance(one, str) or not one or not all(isinstance(message, Mapping) for message in one):
+    checked: list[list[Message]] = []
+    for place, one in enumerate(given):
+        messages = list(one) if isinstance(one, Iterable) and not isinstance(one, str) else []
+        if not messages or not all(isinstance(message, Mapping) for message in messages):
             raise UserError(f"conversation {place} is {str(one)[:60]!r}, expected messages: [{{'role': ..., 'content': ...}}, ...].")  # fmt: skip
-    return [[dict(message) for message in one] for one in conversations]
+        checked.append([dict(message) for message in messages])
+    return checked
+
+
+def _numbers(given: Mapping[int, float] | None, name: str) -> list[tuple[int, float]]:
+    """Latents with a number for each. Raises UserError for anything else."""
+    if given is not None and not isinstance(given, Mapping):
+        raise UserError(f"{name} is {str(given)[:60]!r}, expected a number for each latent: {{203: 0.0}}.")
+    for latent, value in (given or {}).items():
+        if not isinstance(latent, int | np.integer) or not isinstance(value, int | float | np.number):
+            raise UserError(f"{name} has {latent!r}: {value!r}, expected a number for a latent: {{203: 0.0}}.")
+    return [(int(latent), float(value)) for latent, value in (given or {}).items()]
 
 
 def _read_edit(path: Path) -> Edit:
     from sarm.serve.heads import read_edit
 
-    return read_edit(path / "edit.json" if path.is_dir() else path)
+    return read_edit(path / HEAD_EDIT if path.is_dir() else path)
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -68,7 +68,10 @@ def _given(entry: Entry, arguments: Sequence[str]) -> list[str]:
     """A job's arguments, with those that its command stands for."""
     if entry.name == "inspect" and (not arguments or arguments[0].startswith("-")):
         if not set(HELP) & set(arguments):
-            print("error: there is no source to inspect. Try sarm inspect tiny:pairs.", file=sys.stderr)
+            print(
+                "error: the source to inspect comes first, then flags. Try sarm inspect tiny:pairs --rows 100.",
+                file=sys.stderr,
+            )
             sys.exit(2)
         return [*entry.first, "SOURCE", *arguments]
     return [*entry.first, *arguments]

@@ -21,6 +21,8 @@ STYLE_CODES_FOLDER = "style_codes/v1"
 DOSES_FOLDER = "debias_doses/v1"
 DEBIAS_FOLDER = "debias/v1"
 
+HEAD_EDIT = "edit.json"
+"""In a reward model's folder: the weights of its head that were edited, and the model that it was made from."""
 SWEEP_FILE = "sweep.json"
 """In a sweep's folder: the settings that all its cells have in common."""
 BASELINES = {

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-MODULE = "sarm.commands"
+PROGRAM, MODULE = "sarm", "sarm.commands"
 
 
 class Started(NamedTuple):
@@ -22,6 +22,11 @@ class Started(NamedTuple):
     """The job's script; that of the command is where a checkout has it."""
     source: str
     """What stands for the program where one word has to do."""
+
+    @property
+    def is_program(self) -> bool:
+        """Whether it was the command, which people have who have no checkout."""
+        return self.typed[0] == PROGRAM
 
     @property
     def name(self) -> str:
@@ -42,6 +47,7 @@ def started() -> Started:
     """How this process was started."""
     if _command is not None:
         name, script = _command
-        return Started(("sarm", name), ("-m", MODULE, name), script, f"sarm {name}")
+        # -P: what lies in the current folder is not imported, as it is not by the program.
+        return Started((PROGRAM, name), ("-P", "-m", MODULE, name), script, f"{PROGRAM} {name}")
     script = sys.argv[0] if sys.argv else ""
     return Started(("python", os.path.relpath(script) if script else ""), (script,), script, script)

@@ -60,14 +60,6 @@ def load_contexts(folder: Path, model: str | None = None) -> ContextStore:
     )
 
 
-def beside(model: Path, given: Path | None, name: str) -> Path | None:
-    """The folder that was named, else one of `name` beside the model if it is finished."""
-    if given is not None:
-        return given
-    known = model.parent / name
-    return known if (known / "manifest.json").exists() else None
-
-
 def _read(path: Path, expected: pa.Schema) -> pa.Table:
     try:
         table = pq.read_table(path, page_checksum_verification=True)

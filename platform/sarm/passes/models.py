@@ -82,8 +82,7 @@ def with_edit(spec: ModelSpec, folder: Path | None) -> ModelSpec:
 
     Raises UserError for an edit of another model, or one that the model cannot be read with.
     """
-    beside = Path(spec.place) / BESIDE
-    folder = folder or (beside if spec.kind != "callable" and beside.is_dir() else None)
+    folder = folder or (edit_beside(Path(spec.place)) if spec.kind != "callable" else None)
     if folder is None:
         return spec
     if spec.kind == "callable":
@@ -95,6 +94,17 @@ def with_edit(spec: ModelSpec, folder: Path | None) -> ModelSpec:
     digest = checked_edit(folder, Path(spec.place), own, takes_places=spec.kind == "classifier")
     identity = hashlib.sha256(f"{spec.identity}\x1f{digest}".encode()).hexdigest()[:32]
     return replace(spec, edit=str(folder), identity=identity)
+
+
+def edit_beside(model: Path) -> Path | None:
+    """The edit of features that lies among a model's files, with which its rewards are read; None if there is none."""
+    return model / BESIDE if (model / BESIDE).is_dir() else None
+
+
+def refuse_edit_beside(model: Path, work: str) -> None:
+    """Raise UserError for a model with an edit of features among its files: `work` does not apply it, and would be of other rewards."""
+    if edit_beside(model) is not None:
+        raise UserError(f"{model} holds an edit of features ({BESIDE}), which {work} does not apply. Move that folder out to use the model without it.")  # fmt: skip
 
 
 def _refuse_flags(settings: Benchmarking, kind: str) -> None:

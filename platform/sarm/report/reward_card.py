@@ -123,7 +123,8 @@ def write_card(content: Mapping[str, Any], prompt: str, model: str, path: Path) 
 def print_card(content: Mapping[str, Any], console: Console | None = None) -> None:
     """The same on a terminal: features, then sentences."""
     console = console or Console()
-    features = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    # Expanded, so that what is cut for room is the texts and never a figure.
+    features = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=True)
     for name in ("latent", "w·z", "z", "w"):
         features.add_column(name, justify="right", no_wrap=True)
     features.add_column("its texts", overflow="ellipsis", no_wrap=True, ratio=1)
@@ -139,10 +140,10 @@ def print_card(content: Mapping[str, Any], console: Console | None = None) -> No
     for name in ("step", "reward"):
         steps.add_column(name, justify="right", no_wrap=True, min_width=7)
     steps.add_column("after", overflow="ellipsis", no_wrap=True, ratio=3)
-    steps.add_column("most moved", overflow="ellipsis", no_wrap=True, ratio=2)
+    steps.add_column("most moved", no_wrap=True, min_width=14)
     steps.add_row("", signed(content["empty"]), Text("(nothing said)", style="dim"), "")
     for one in content["sentences"]:
-        moved = ", ".join(f"{f['latent']} {signed(f['value'])}" for f in one["features"])
+        moved = "\n".join(f"{f['latent']} {signed(f['value'])}" for f in one["features"])
         steps.add_row(signed(one["step"]), signed(one["reward"]), Text(one_line(one["text"])), Text(moved, style="dim"))
     console.print()
     console.print(steps)

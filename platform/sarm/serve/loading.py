@@ -13,9 +13,15 @@ from numpy.typing import NDArray
 
 from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
-from sarm.interpret.context_store import beside
 from sarm.nn.protocol import PROTOCOL_VERSION
-from sarm.passes.models import check_tokenizer, sarm_settings, sarm_spec, sarm_tokenizer, score_key
+from sarm.passes.models import (
+    check_tokenizer,
+    refuse_edit_beside,
+    sarm_settings,
+    sarm_spec,
+    sarm_tokenizer,
+    score_key,
+)
 from sarm.passes.reader import Reader
 from sarm.serve.drift_account import Account, DriftAccount
 from sarm.serve.encoding import Encoder
@@ -101,6 +107,7 @@ def load_service(settings: Serving, remote: Remote | None = None) -> Service:
 def _reader(settings: Serving) -> tuple[Reader, str]:
     folder = settings.model
     own = sarm_settings(folder)
+    refuse_edit_beside(folder, "the reward server")
     spec = sarm_spec(folder, dtype=settings.dtype)
     check_tokenizer(spec)
     is_gpu = torch.cuda.is_available()
@@ -129,10 +136,7 @@ def _heads(settings: Serving, weight_S: Float32[NDArray[np.float32], " d_sae"]) 
 
 
 def _names(settings: Serving) -> Names:
-    contexts, explanations = (
-        beside(settings.model, getattr(settings, name), name) for name in ("contexts", "explanations")
-    )
-    return load_names(settings.model, contexts, explanations)
+    return load_names(settings.model, settings.contexts, settings.explanations)
 
 
 def _account(settings: Serving, heads: Heads, identity: str, chat: ChatTokenizer, names: Names) -> DriftAccount:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sarm.data.sources.shown_text import clean_text
 from sarm.interpret.context_store import ContextStore, load_contexts
 from sarm.interpret.feature_data import feature_names
-from sarm.passes.models import hash_of_folder
+from sarm.passes.name_folders import name_folders
 
 _CONTEXT_CHARACTERS = 200
 
@@ -65,15 +65,16 @@ class Names:
 
 
 def load_names(model: Path, contexts: Path | None, explanations: Path | None) -> Names:
-    """The names that two folders hold, of which either may be missing.
+    """The names that two folders hold, those that are given or those beside the model, of which either may be missing.
 
-    Raises UserError for a folder that is unfinished, torn, of another kind or of another model.
+    Raises UserError for a folder that is torn, and as `name_folders`.
     """
-    store = load_contexts(contexts, hash_of_folder(model)) if contexts is not None else None
-    if explanations is not None:
+    found = name_folders(model, contexts, explanations)
+    store = load_contexts(found.contexts) if found.contexts is not None else None
+    if found.explanations is not None:
         # Read once here, so that what is wrong with it is said before anything is served.
-        feature_names(None, [], explanations)
-    return Names(store, explanations)
+        feature_names(None, [], found.explanations)
+    return Names(store, found.explanations)
 
 
 def named(features: Sequence[dict[str, Any]], names: Names) -> list[dict[str, Any]]:

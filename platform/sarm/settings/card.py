@@ -22,9 +22,9 @@ class RewardCard:
     conversation: Path | None = field(default=None, metadata=READ)
     """JSON file with a list of `{role, content}` that ends with the assistant's turn, instead of --prompt and --response."""
     contexts: Path | None = field(default=None, metadata=READ)
-    """contexts/v1 folder whose terms name the features; unset: `contexts` beside the model if it is there."""
+    """contexts/v1 folder whose terms name the features; unset: `contexts` beside the model if it is there, and of this model."""
     explanations: Path | None = field(default=None, metadata=READ)
-    """explanations/v1 folder whose explanations name them; unset: `explanations` beside the model if it is there."""
+    """explanations/v1 folder whose explanations name them; unset: `explanations` beside the model if it is there, and of this model."""
     features: int = 8
     """Features named for the whole answer; the others are one sum."""
     out: Path = field(default=Path("outputs/reward_card.html"), metadata=WRITTEN)

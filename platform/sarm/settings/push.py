@@ -21,7 +21,7 @@ class Push:
     licence: str = ""
     """Licence of the model, as the hub names it: `apache-2.0`, `llama3.1`, `other`. The base model's licence binds it too."""
     private: bool = False
-    """Make a repository on the hub that only its owners see."""
+    """Make a repository on the hub that only its owners see; one that is there and that others see is refused."""
     debug: bool = False
     """Show the traceback of an error instead of one line."""
 

@@ -48,9 +48,9 @@ class Serving:
     cached: int = 4096
     """Answers whose readings are kept, for those that come again."""
     contexts: Path | None = field(default=None, metadata=READ)
-    """contexts/v1 folder whose terms name latents in explanations; unset: `contexts` beside the model if it is there."""
+    """contexts/v1 folder whose terms name latents in explanations; unset: `contexts` beside the model if it is there, and of this model."""
     explanations: Path | None = field(default=None, metadata=READ)
-    """explanations/v1 folder whose explanations name them; unset: `explanations` beside the model if it is there."""
+    """explanations/v1 folder whose explanations name them; unset: `explanations` beside the model if it is there, and of this model."""
     drift_folder: Path | None = field(default=None, metadata=WRITTEN)
     """Folder in which the watch over reward hacking keeps its steps over restarts; unset: they last as long as the server."""
     step_answers: int = 256

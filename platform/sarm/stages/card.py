@@ -10,11 +10,12 @@ from sarm.contracts.untrusted import read_json
 from sarm.data.sources.conversations import ConversationError, Message, check_messages
 from sarm.data.sources.tool_turns import more_of
 from sarm.data.tokens.packing import answer_rows
-from sarm.interpret.context_store import beside, load_contexts
+from sarm.interpret.context_store import load_contexts
 from sarm.interpret.feature_data import feature_names
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.passes.attached_model import AttachedReader, model_reader
-from sarm.passes.models import hash_of_folder
+from sarm.passes.models import edit_beside
+from sarm.passes.name_folders import name_folders
 from sarm.passes.reader import Reader
 from sarm.report.dictionary_note import dictionary_note
 from sarm.report.reward_card import Prefixes, card, print_card, write_card
@@ -28,7 +29,7 @@ def make_card(settings: RewardCard) -> dict[str, Any]:
     Raises UserError for a folder that holds no SARM, names of another model, or a conversation without an answer.
     """
     folder = settings.model
-    reader = model_reader(folder, edit=settings.edit)
+    reader = model_reader(folder, edit=settings.edit or edit_beside(folder))
     messages = _conversation(settings)
     names = names_beside(folder, settings.contexts, settings.explanations)
     content = card_of(reader, messages, names, settings.features)
@@ -48,18 +49,19 @@ FeatureNames = Callable[[Sequence[int]], dict[int, str]]
 
 
 def names_beside(model: Path, contexts: Path | None = None, explanations: Path | None = None) -> FeatureNames:
-    """The names of a model's features by its contexts and explanations: those that are given, else those in folders beside it.
-
-    Raises UserError for contexts of another model.
-    """
-    found = beside(model, contexts, "contexts")
-    store = load_contexts(found, hash_of_folder(model)) if found else None
-    explained = beside(model, explanations, "explanations")
-    return lambda latents: feature_names(store, latents, explained)
+    """The names of a model's features by its contexts and explanations. Raises UserError as `name_folders`."""
+    found = name_folders(model, contexts, explanations)
+    store = load_contexts(found.contexts) if found.contexts else None
+    return lambda latents: feature_names(store, latents, found.explanations)
 
 
 def card_of(reader: Reader, messages: list[Message], names: FeatureNames, num_features: int) -> dict[str, Any]:
-    """What a card says of a conversation that ends with the answer. Raises UserError if the answer has no token of its own."""
+    """What a card says of a conversation that ends with the answer.
+
+    Raises UserError if the answer has no token of its own, or calls tools, since the card would be of its text alone.
+    """
+    if more_of(messages[-1]).keys() - {"name"}:
+        raise UserError("the answer calls tools, and a card is of an answer's text alone: its reward would be another one. Leave the calls out.")  # fmt: skip
     prefixes = read_prefixes(reader, messages)
     weight_S, config = reader.model.score.weight.detach().squeeze(0).cpu().numpy(), reader.model.config
     content = card(

@@ -9,6 +9,7 @@ from sarm.data.formats.sae_folder import save_sae
 from sarm.data.formats.sarm_folder import load_sarm, read_sarm, save_sarm
 from sarm.data.formats.vllm_layout import write_vllm_sarm
 from sarm.data.tokens.chat import load_chat_tokenizer
+from sarm.passes.models import refuse_edit_beside
 from sarm.settings.checks import UserError
 from sarm.settings.conversion import ConvertSarm
 from sarm.settings.model import ModelSettings
@@ -28,6 +29,7 @@ def convert_sarm(config: ConvertSarm) -> None:
     if config.target.exists() and any(config.target.iterdir()):
         raise UserError(f"{config.target} is not empty. Pass another output folder.")
     is_ours = said.get("model_type") == "sarm"
+    refuse_edit_beside(config.source, "converting")
     if is_ours and (config.source / MANIFEST).exists():
         verify_files(config.source, read_manifest(config.source, SARM_FOLDER))
     known = said.get("provenance") or {}

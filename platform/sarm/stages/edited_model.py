@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 
 from sarm.audit.steering import Edit
+from sarm.contracts.folders import HEAD_EDIT
 from sarm.contracts.manifest import write_atomically
 from sarm.data.formats.sarm_folder import read_sarm, save_sarm
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.passes.models import sarm_settings
-
-EDIT = "edit.json"
 
 
 def save_edited(source: Path, edit: Edit, folder: Path) -> None:
@@ -24,4 +23,4 @@ def save_edited(source: Path, edit: Edit, folder: Path) -> None:
     with torch.no_grad():
         model.score.weight[0] = torch.from_numpy(edit.applied(weight_S))
     save_sarm(model, load_chat_tokenizer(sarm_settings(source), source), folder)
-    write_atomically(folder / EDIT, json.dumps({"source": str(source), "weights": edit.as_json()}, indent=2))
+    write_atomically(folder / HEAD_EDIT, json.dumps({"source": str(source), "weights": edit.as_json()}, indent=2))

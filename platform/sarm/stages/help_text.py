@@ -5,6 +5,8 @@ A class of settings names its common flags in `common`; of a class that names no
 
 import dataclasses
 import re
+import shutil
+import textwrap
 import typing
 from typing import Annotated, Any
 
@@ -13,23 +15,47 @@ import tyro
 from sarm.engine.started import started
 
 HELP = ("-h", "--help", "--help-all")
+_WIDTH = 80
+# Of a command line: what is quoted stays whole.
+_WORD = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")
 _SCRIPT = re.compile(r"python (?:jobs|tune)/(\w+)\.py")
 
 
 def shown(description: str) -> str:
-    """A job's docstring as help shows it: commands indented, so that each keeps its line, and as whoever asks would type them."""
+    """A job's docstring as help shows it: in the width of the terminal, commands indented and as whoever asks would type them."""
     text = description.strip()
-    if started().typed[0] == "sarm":
+    if started().is_program:
         text = re.sub(r"^ *ray job submit .*\n?", "", text, flags=re.M)
         text = _SCRIPT.sub(
             lambda match: f"sarm {match[1].replace('reward_card', 'card').replace('_', '-')}", text
         ).strip()
-    return re.sub(r"^(?=(python|ray job|sarm) )", "    ", text, flags=re.M)
+    return "\n".join(
+        in_width(line) for line in re.sub(r"^(?=(python|ray job|sarm) )", "    ", text, flags=re.M).split("\n")
+    )
+
+
+def in_width(line: str, indent: int = 0) -> str:
+    """A line in the width of the terminal, 80 columns at most; a command goes on in the next line as a shell takes it.
+
+    What else does not fit goes on behind `indent` columns.
+    """
+    width = min(shutil.get_terminal_size().columns, _WIDTH)
+    if len(line) <= width:
+        return line
+    if not line.startswith("    "):
+        return textwrap.fill(
+            line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        )
+    rows = [""]
+    for word in _WORD.findall(line):
+        room = width - len("        " + rows[-1] + "  \\")
+        rows = [*rows, word] if rows[-1] and len(word) > room else [*rows[:-1], f"{rows[-1]} {word}".strip()]
+    return " \\\n        ".join(["    " + rows[0], *rows[1:]])
 
 
 def more(hidden: int) -> str:
     """The line about flags that are not shown."""
-    return f"{hidden} more flags are for experts: the same command with --help-all in the place of --help"
+    return f"{hidden} more flags are for experts: --help-all in the place of --help"
 
 
 def few(settings: type) -> tuple[type, int]:

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import functools
 import io
+import os
 import re
 import sys
 import traceback
@@ -29,7 +30,7 @@ from sarm.settings.presets import PRESETS
 from sarm.settings.registered import REGISTRIES
 from sarm.stages.config_file import as_file, config_flags
 from sarm.stages.dry_run.describing import describe
-from sarm.stages.help_text import HELP, few, like, more, shown
+from sarm.stages.help_text import HELP, few, in_width, like, more, shown
 from sarm.stages.preset_command import Made, in_order, names_a_preset, split, with_defaults
 
 DEFAULT_PRESET = "demo"
@@ -116,7 +117,12 @@ def _guarded(
         _refuse_arguments(arguments)
         # A server is ended by its signals, and says so itself.
         with contextlib.nullcontext() if is_server else Listener(command_line(arguments), is_loud=debug):
-            config = parsed()
+            try:
+                config = parsed()
+            # Help whose reader has seen enough, such as `| head`.
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(0)
             run = getattr(config, "run", None)
             if run is not None and run.dry_run:
                 print(as_file(config) if run.json else explain(config))
@@ -198,9 +204,9 @@ def parse(
     if name in HELP:
         print(f"{shown(description)}\n\nusage: {script} [PRESET] [--config FILE] [--flag value ...]\n\npresets:")
         width = max(map(len, presets), default=0)
-        print("\n".join(f"  {key:<{width}}  {summary}" for key, (summary, _) in presets.items()))
+        print("\n".join(in_width(f"  {key:<{width}}  {summary}", width + 4) for key, (summary, _) in presets.items()))
         print(f"\nwithout a preset: {DEFAULT_PRESET}")
-        print(f"flags with their help and defaults: {script} {DEFAULT_PRESET} --help, and all of them: --help-all")
+        print(f"flags, with defaults: {script} {DEFAULT_PRESET} --help, and all: --help-all")
         sys.exit(0)
     if not name or name.startswith("-"):
         name, flags = DEFAULT_PRESET, list(arguments)
@@ -212,7 +218,7 @@ def parse(
             f"the first argument is a preset ({', '.join(presets)}) or a flag, got {name}{hint} Try {script} --help."
         )
     summary, preset = presets[name]
-    about = f"{shown(description)}\n\nPreset {name}: {summary}."
+    about = f"{shown(description)}\n\n{in_width(f'Preset {name}: {summary}.')}"
     return _parse_flags(config_type, flags, f"{script} {name}", about, default=preset.part(config_type))
 
 

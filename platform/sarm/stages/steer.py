@@ -24,7 +24,7 @@ from sarm.audit.steering import (
     steered_rewards,
 )
 from sarm.contracts.figures import plain_values
-from sarm.contracts.folders import SARM_FOLDER
+from sarm.contracts.folders import HEAD_EDIT, SARM_FOLDER
 from sarm.contracts.manifest import StageFolder, finite_or_null, read_manifest, write_atomically
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
@@ -38,7 +38,7 @@ from sarm.settings.audit import Steer
 from sarm.settings.checks import UserError
 from sarm.settings.identity import identity
 from sarm.stages.audit_folder import Audited, read_audit
-from sarm.stages.edited_model import EDIT, save_edited
+from sarm.stages.edited_model import save_edited
 
 STEERING = "steering.json"
 
@@ -72,7 +72,7 @@ def steer(session: Session, settings: Steer) -> Path:
             folder.folder / STEERING, json.dumps(finite_or_null(plain_values(content)), indent=2, allow_nan=False)
         )
         save_edited(audited.sarm, edit, folder.folder)
-        for name in (STEERING, EDIT):
+        for name in (STEERING, HEAD_EDIT):
             child.log_artifact(folder.folder / name)
         for path in folder.folder.glob("*.svg"):
             child.log_artifact(path)
@@ -237,12 +237,12 @@ def _sarm_folder(folder: Path, source: Path, steering: Mapping[str, Any]) -> Sta
 def _undo(session: Session, settings: Steer) -> Path:
     edited = session.run.out / "steer" / str(settings.undo)
     read_manifest(edited, SARM_FOLDER)
-    edit = Edit.from_json(json.loads((edited / EDIT).read_text())["weights"]).undone()
+    edit = Edit.from_json(json.loads((edited / HEAD_EDIT).read_text())["weights"]).undone()
     folder = _sarm_folder(session.run.out / "steer" / settings.name, edited, {"undoes": settings.undo})
 
     def body(child: StageRun) -> Mapping[str, Any]:
         save_edited(edited, edit, folder.folder)
-        child.log_artifact(folder.folder / EDIT)
+        child.log_artifact(folder.folder / HEAD_EDIT)
         return {"figures": {"weights_changed": len(edit.latent)}}
 
     session.stage(f"undo {settings.undo}", folder, body)

@@ -184,5 +184,5 @@ def _serve() -> Any:
     try:
         from ray import serve
     except ImportError as error:
-        raise UserError(f"Ray Serve is not installed ({error}). Install the locked requirements, or leave --replicas out.") from error  # fmt: skip
+        raise UserError(f"Ray Serve is not installed ({error}): pip install 'sarm[train]', or leave --replicas out.") from error  # fmt: skip
     return serve
