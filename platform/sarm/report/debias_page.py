@@ -61,7 +61,7 @@ def _outcome(own: Mapping[str, Any]) -> Section:
 
 def _features(own: Mapping[str, Any]) -> list[Section]:
     """A table for each order."""
-    sections = []
+    sections: list[Section] = []
     for rank, listed in own["features"].items():
         text = f"{own['num_candidates'][rank]:,} features {_MORE[rank]} with it, in most of {own['num_prompts']:,} prompts. "
         if not sections:
@@ -103,7 +103,7 @@ def _controls(own: Mapping[str, Any]) -> list[Section]:
 
 
 def _benchmarks(own: Mapping[str, Any]) -> list[Section]:
-    sections = []
+    sections: list[Section] = []
     for found in own["benchmarks"].values():
         rows = [
             (name, share(row["b"]), share(row["a"]), share(row["difference"]), span(row["difference_ci95"]))

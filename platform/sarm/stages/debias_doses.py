@@ -25,8 +25,8 @@ from sarm.data.formats.feature_edit import sae_identity
 from sarm.data.store.blocks import table_blocks
 from sarm.data.store.parts import read_parts
 from sarm.engine.mlflow.tracking import StageRun
+from sarm.engine.passes import Pass
 from sarm.engine.ray.block_actor import Output
-from sarm.engine.ray.passes import Pass
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
 from sarm.passes.completions import REQUESTS

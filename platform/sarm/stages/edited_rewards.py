@@ -12,8 +12,8 @@ from jaxtyping import Float
 
 from sarm.data.store.blocks import table_blocks
 from sarm.data.store.parts import part_files
+from sarm.engine.passes import Pass, RunPass
 from sarm.engine.ray.block_actor import Output
-from sarm.engine.ray.passes import Pass, RunPass
 from sarm.passes.attached_model import AttachedReader
 from sarm.passes.edited_rewards import EDITED, CodeEdit, EditedRewards
 
