@@ -30,7 +30,7 @@ class DebiasSettings:
     """Orders in which features are tried: strength (by how much more they fire with the property), effect (by what that does to the reward, to first order)."""
     features: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Numbers of features that are suppressed together, the first of each order first."""
-    strengths: tuple[float, ...] = (0.5, 1.0)
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5)
     """How much of each feature is taken away: 0.5 halves it, 1 suppresses it, 2 turns it round, which also counters what other ways carry on."""
     positions: Literal["all", "answer", "rewarded"] = "all"
     """Tokens at which features are suppressed: all, the answer's, or the one that is rewarded."""
