@@ -37,8 +37,10 @@ def test_the_repaired_share_is_gain_over_loss_with_the_interval_of_its_linearisa
     flipped = np.arange(30) % 3 == 1
     gained = np.arange(30) % 6 == 1
     assert found.lost == pytest.approx(1 / 3)
+    assert found.lost_ci95 == pytest.approx(difference_interval(1.0 * flipped, prompts))
     assert found.repaired.value == pytest.approx(0.5)
-    assert (found.flips, found.flips_repaired) == (10, 0.5)
+    assert (found.flips, found.flips_repaired.value) == (10, 0.5)
+    assert found.flips_repaired.ci95 == pytest.approx(share_interval(np.array([0.0, 1.0] * 5), prompts[flipped]))
     values = 0.5 + (gained - 0.5 * flipped) / flipped.mean()
     assert found.repaired.ci95 == pytest.approx(mean_interval(values, prompts))
     assert found.change["hard"].value == pytest.approx(gained.mean())
@@ -72,6 +74,8 @@ def test_the_chosen_dose_gains_most_within_the_cost_and_is_the_smallest_of_equal
     doses = [dose(1, 1.0, 0.5), dose(4, 1.0, 0.7), dose(4, 0.5, 0.7), dose(8, 1.0, 0.9, normal=0.78), dose(16, 1.0, 0.9, easy=0.5)]  # fmt: skip
     assert choose(plain, doses, 0.01) == doses[2]
     assert choose(plain, doses, 0.02) == doses[3]
+    assert choose(plain, doses, 0.01, ("clean",)) == doses[3]
+    assert choose(plain, doses, 0.01, ("clean", "normal")) == doses[4]
     assert choose(plain, [dose(1, 1.0, 0.2), dose(2, 1.0, 0.1)], 0.5) is None
     assert tried(3, 0.5, Rewards(BEFORE, PROMPTS)).accuracy == {"hard": 0.5, "normal": 0.625, "easy": 0.75, "clean": 0.5}  # fmt: skip
 

@@ -52,7 +52,7 @@ class Size(NamedTuple):
     prompts: int = 200
     controls: int = 8
     features: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    strengths: tuple[float, ...] = (0.5, 1.0)
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
 
 
 class Planted(NamedTuple):
@@ -64,7 +64,7 @@ class Planted(NamedTuple):
     """Numbers of features that are tried, where not those of the size."""
 
 
-CASES = (Planted("markdown", 0.3), Planted("length", 0.3), Planted("trigger", 0.05, (1, 2, 4, 8)))
+CASES = (Planted("markdown", 0.3), Planted("length", 0.3, (4, 8, 16, 32)), Planted("trigger", 0.05, (1, 2, 4, 8)))
 
 
 def make_model(case: Planted, size: Size, seed: int, folder: Path) -> dict[str, Any]:
@@ -116,7 +116,8 @@ def measured(case: Planted, folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "share_of_pairs": case.share,
         "candidates": own["num_candidates"],
-        "chosen": chosen and {name: chosen[name] for name in ("features", "share")},
+        "chosen": chosen and {name: chosen[name] for name in ("rank", "features", "share")},
+        "doses": own["doses"],
         "lost": found["lost"],
         "repaired": found["repaired"],
         "before": {level: one["value"] for level, one in found["before"].items()},
@@ -138,7 +139,8 @@ def goals(case: Planted, figures: dict[str, Any]) -> dict[str, bool]:
     most = [one["repaired_median"] for one in figures["controls"].values()]
     if case.name == "trigger":
         return {
-            "flips repaired": (figures["flips_repaired"] or 0.0) >= FLIPS_REPAIRED,
+            "flips repaired": figures["flips_repaired"] is not None
+            and figures["flips_repaired"]["value"] >= FLIPS_REPAIRED,
             "at most 8 features": figures["chosen"]["features"] <= MOST_FEATURES,
             "clean within a point": abs(change["clean"]["value"]) <= COST,
         }

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, LlamaCo
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sarm.data.formats.attached_folder import load_attached
+from sarm.data.formats.feature_edit import FeatureEdit, save_edit
 from sarm.data.formats.sae_folder import load_sae
 from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.store.pairs import load_pairs
@@ -23,7 +24,7 @@ from sarm.nn.sae import Sae
 from sarm.nn.splice import LatentEdit, Splice
 from sarm.passes.attached_model import AttachedReader, model_reader
 from sarm.passes.edited_rewards import conversations
-from sarm.passes.models import find_model, sarm_settings
+from sarm.passes.models import BESIDE, find_model, hash_of_folder, sarm_settings
 from sarm.passes.reward_gradients import Conversations, effects
 from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.checks import UserError
@@ -237,3 +238,27 @@ def test_a_classifier_whose_tokens_see_both_sides_is_refused(tiny_folder, tmp_pa
     with pytest.raises(UserError, match=r"is no causal language model with a head, so no layer of it can be read"):
         convert_sae(asked)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dictionary_is_not_attached_to_a_model_that_is_read_with_an_edit(tiny_folder, tmp_path):
+    """The edit has a part in the model's identity, and none in the linear head."""
+    checkpoint(tmp_path / "classifier", tiny_folder, LAYOUTS["transformers"])
+    save_random_sae(tmp_path / "sae", str(tmp_path / "classifier"))
+    edit = tmp_path / "classifier" / BESIDE
+    edit.mkdir()
+    splice = Splice(load_sae(tmp_path / "sae")[0], LAYER, [LatentEdit(3)])
+    save_edit(FeatureEdit((splice,), "all", hash_of_folder(tmp_path / "classifier"), ("0",)), edit)
+    asked = ConvertSae(source=tmp_path / "sae", target=tmp_path / "out", format="attached", model=str(tmp_path / "classifier"), pairs=write_pairs(tmp_path / "pairs"))  # fmt: skip
+    with pytest.raises(UserError, match=r"is read with the edit in .*feature_edit already.*Move the edit away"):
+        convert_sae(asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_edit_of_some_tokens_is_refused_where_answers_share_their_prompt(tiny_folder, tmp_path):
+    folder = attached_model(tmp_path, tiny_folder)
+    splice = Splice(load_sae(tmp_path / "sae")[0], LAYER, [LatentEdit(3)])
+    edit = tmp_path / "edit"
+    edit.mkdir()
+    save_edit(FeatureEdit((splice,), "answer", hash_of_folder(tmp_path / "classifier"), ("0",)), edit)
+    with pytest.raises(UserError, match=r"classifier is edited at all tokens here.*Make it with --debias.positions all"):  # fmt: skip
+        model_reader(folder, edit=edit)

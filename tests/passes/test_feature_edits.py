@@ -162,7 +162,9 @@ def test_edits_that_do_not_fit_are_refused_in_one_line(classifier, sarm, tiny_fo
     assert "has 2 blocks" in refusal(classifier, edit=saved(tmp_path / "b", classifier, Splice(random_sae(), 3, EDITS)))
     narrow = Splice(random_sae(d_in=32), 1, EDITS)
     assert "takes activations of width 32" in refusal(classifier, edit=saved(tmp_path / "c", classifier, narrow))
-    assert "a SARM is edited at all tokens" in refusal(sarm, edit=saved(tmp_path / "d", sarm, one, positions="answer"))
+    assert "is edited at all tokens here, as answers share their prompt" in refusal(
+        sarm, edit=saved(tmp_path / "d", sarm, one, positions="answer")
+    )
     assert "is no feature edit" in refusal(classifier, edit=tiny_folder)
     script = tmp_path / "scorer.py"
     script.write_text("def score(conversations):\n    return [0.0 for _ in conversations]\n")

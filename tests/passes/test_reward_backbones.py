@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,21 @@ from tests.passes.test_turn_ends import EXTRACTION, SCHEMAS, pairs_table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, LlamaConfig, LlamaModel
 
 from sarm.data.formats.models import backbone_of, check_model, check_predicts, model_folder
+from sarm.data.formats.sae_folder import save_sae
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.nn.backbone import residuals_at
+from sarm.nn.topk import TopKSae
 from sarm.passes.activations import ChatActivations
+from sarm.passes.edited_scores import Dictionary
 from sarm.passes.models import find_model
 from sarm.passes.scorers import load_scorer
 from sarm.passes.scoring import Request
 from sarm.passes.turn_ends import PairTurnEnds
 from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.checks import UserError
+from sarm.settings.debias import Debias
 from sarm.settings.model import ModelSettings
+from sarm.stages.debias_dictionaries import dictionaries_of
 from sarm.stages.variants import check_rewarded
 
 IDS = torch.arange(3, 21).reshape(2, 9)
@@ -155,7 +161,10 @@ def adapted(tiny_folder, tmp_path, monkeypatch) -> Adapted:
     return Adapted(tmp_path, tiny_folder)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"layers_to_transform": [1]}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"layers_to_transform": [1]}, {"modules_to_save": ["embed_tokens"]}],
+)
 def test_adapters_are_merged_into_the_model_that_peft_makes_of_them(options, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("SARM_CACHE", str(tmp_path / "cache"))
     adapted = Adapted(tmp_path, tiny_folder, **options)
@@ -175,7 +184,27 @@ def test_adapters_are_merged_once_and_again_when_their_files_change(adapted):
     assert model_folder(ModelSettings(name=str(adapted.folder), layer=1)) == first
     path = adapted.folder / "adapter_model.safetensors"
     save_file({key: 2 * one for key, one in load_file(path).items()}, path)
-    assert model_folder(ModelSettings(name=str(adapted.folder), layer=1)) != first
+    second = model_folder(ModelSettings(name=str(adapted.folder), layer=1))
+    assert second != first
+    template = adapted.folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>", " <|im_end|>"))
+    third = model_folder(ModelSettings(name=str(adapted.folder), layer=1))
+    assert third != second
+    assert (Path(third) / template.name).read_text() == template.read_text()
+
+
+def test_a_dictionary_of_an_adapter_s_model_is_one_of_the_adapter(adapted):
+    """Extraction and training name the adapter's folder, and scorers read the merged one."""
+    sae = TopKSae(D_IN, 32, 4)
+    sae.initialise_(torch.randn(64, D_IN), torch.Generator().manual_seed(0))
+    folder = adapted.base.parent / "sae"
+    folder.mkdir()
+    save_sae(sae, folder, {"activations": {"model": str(adapted.folder), "layer": 1}})
+    asked = Debias(model=str(adapted.folder), sae=(folder,), pairs=("pairs=x",))
+    assert dictionaries_of(asked, find_model(asked.of_model())) == [Dictionary(folder, 1, 0)]
+    other = replace(asked, model=str(adapted.base))
+    with pytest.raises(UserError, match="was trained on"):
+        dictionaries_of(other, find_model(other.of_model()))
 
 
 def edited(path: Path, **fields: Any) -> None:

@@ -32,7 +32,7 @@ NO_PATH = {
     "Template": {"revision", "system_prompt", "chat_template"},
     "Benchmarking": {"revision", "probes", "head", "chat_template"},
     "Debias": {"revision", "head", "chat_template"},
-    "DebiasSettings": {"properties", "trigger"},
+    "DebiasSettings": {"properties", "ranks", "trigger"},
     "Judging": {"judges", "prices", "reasoning_effort"},
     "JudgeSpec": {"model", "base_url", "api_version"},
     "RewardCard": {"prompt", "response"},

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from tests.bench.bench_debias import Planted, Size, make_model, measured, settings_of
+from transformers import AutoModelForSequenceClassification, BertConfig
 
+from sarm.audit.style_features import StyleFeatures
 from sarm.contracts.manifest import read_manifest
 from sarm.data.formats.feature_edit import load_edit
 from sarm.data.formats.sae_folder import load_sae, save_sae
@@ -25,7 +27,8 @@ from sarm.settings.checks import UserError
 from sarm.settings.debias import Debias, DebiasSettings
 from sarm.stages.debias import debias
 from sarm.stages.debias_dictionaries import dictionaries_of
-from sarm.stages.debias_texts import texts_of
+from sarm.stages.debias_doses import _with_controls, rewards_of
+from sarm.stages.debias_texts import Quad, texts_of
 
 TINY = Size(sae_steps=250, prompts=60, controls=2, features=(8, 16), strengths=(1.0,))
 CASE = Planted("markdown", 0.3)
@@ -106,6 +109,35 @@ def test_stages_leave_manifests_and_a_page_and_are_not_done_twice(done, work):
     assert (done / "results" / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_both_orders_are_tried_and_one_of_them_is_chosen_on_the_half_that_is_not_reported(done):
+    own = json.loads((done / "doses" / "doses.json").read_text())["markdown"]
+    assert {dose["rank"] for dose in own["doses"]} == {"strength", "effect"}
+    allowed = [dose for dose in own["doses"] if min(dose["accuracy"][level] - own["plain"]["accuracy"][level] for level in ("normal", "easy")) >= -0.01]  # fmt: skip
+    assert own["chosen"]["accuracy"]["hard"] == max(dose["accuracy"]["hard"] for dose in allowed)
+    features = {rank: [row["joint"] for row in rows] for rank, rows in own["features"].items()}
+    assert features["strength"] != features["effect"]
+    assert {latent for rows in features.values() for latent in rows} <= set(own["candidates"])
+    effects = [row["strength"] for row in own["features"]["effect"]]
+    assert effects == sorted(effects, reverse=True)
+    assert effects[-1] > 0
+
+
+def test_doses_without_room_for_controls_are_not_tried(capsys):
+    asked = DebiasSettings(features=(1, 2, 4))
+    known = StyleFeatures(np.arange(3), np.ones(3), np.ones(3), density=np.array([1.0] * 7 + [0.0]), size=np.ones(8), num_prompts=9)  # fmt: skip
+    assert _with_controls("length", asked, known, [0, 1, 2]) == [1, 2]
+    assert "not tried are 4 features" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"length: 6 of the latents that fire carry it, and the others are too few"):
+        _with_controls("length", asked, known, list(range(6)))
+
+
+def test_pairs_none_of_which_can_be_scored_are_refused_in_one_line():
+    quads = [Quad("p", ("a", "b", "c", "d"))]
+    assert rewards_of(quads, {one: [1.0] for one in "abcd"}, 0).rewards.shape == (1, 4)
+    with pytest.raises(UserError, match=r"none of 1 pairs has a reward for all four of its texts\. Look"):
+        rewards_of(quads, {one: [1.0 if one != "d" else float("nan")] for one in "abcd"}, 0)
+
+
 def test_codes_are_means_over_the_answer_s_tokens(done, work):
     """Against a row of its own through the library's model."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -164,6 +196,12 @@ def test_what_cannot_be_looked_at_is_refused_before_anything_is_written(work, tm
     script = tmp_path / "scorer.py"
     script.write_text("def score(conversations):\n    return [0.0 for _ in conversations]\n")
     assert "is a function" in refusal(settings(work, run=out, model=f"{script}:score"))
+    encoder = tmp_path / "encoder"
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "num_labels": 1}  # fmt: skip
+    AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=600, **sizes)).save_pretrained(encoder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_folder / name, encoder)
+    assert "is a bert model, of which no layer can be read" in refusal(settings(work, run=out, model=str(encoder)))
     lists = DebiasSettings(properties=("position",), prompts=60)
     assert "whose answers differ in this property alone" in refusal(settings(work, run=out, debias=lists))
 
@@ -189,6 +227,8 @@ def test_a_dictionary_of_the_model_s_own_origin_is_taken_when_asked_for(work, tm
         ({"min_stability": 0.2}, "between 0.5 and 1"),
         ({"max_cost": 2.0}, "between 0 and 1"),
         ({"controls": 1}, "at least 2"),
+        ({"ranks": ("strength", "size")}, "expected some of strength and effect"),
+        ({"ranks": ()}, "expected some of strength and effect"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(flags, said):

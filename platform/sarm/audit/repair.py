@@ -53,10 +53,11 @@ class Repair:
     change: Mapping[str, Estimate]
     lost: float
     """What the property costs before the edit: clean - hard."""
+    lost_ci95: Interval
     repaired: Estimate | None
     """Share of it that the edit gives back; None where the property costs nothing."""
     flips: int
-    flips_repaired: float | None
+    flips_repaired: Estimate | None
     """Share of the flips that are right again; None where nothing flips."""
     num_pairs: int
     num_prompts: int
@@ -79,9 +80,12 @@ def repair(before: Rewards, after: Rewards) -> Repair:
             name: estimated(after.level(name) - before.level(name), prompts, difference_interval) for name in LEVELS
         },
         lost=lost,
+        lost_ci95=difference_interval(l_P, prompts),
         repaired=repaired,
         flips=int(flipped.sum()),
-        flips_repaired=float(after.level("hard")[flipped].mean()) if flipped.any() else None,
+        flips_repaired=estimated(after.level("hard")[flipped], prompts[flipped], share_interval)
+        if flipped.any()
+        else None,
         num_pairs=len(prompts),
         num_prompts=len(np.unique(prompts)),
     )
@@ -97,25 +101,31 @@ def _around(share: float, g_P: np.ndarray, l_P: np.ndarray, prompts: np.ndarray)
 
 
 class Tried(NamedTuple):
-    """A dose on the half of the prompts that it is chosen on: how many features, how much of each is taken away, accuracies by level."""
+    """A dose on the half of the prompts that it is chosen on: how many features, how much of each is taken away, accuracies by level.
+
+    `rank` is the order of which these features are the first.
+    """
 
     features: int
     share: float
     accuracy: Mapping[str, float]
+    rank: str = ""
 
 
-def tried(features: int, share: float, rewards: Rewards) -> Tried:
+def tried(features: int, share: float, rewards: Rewards, rank: str = "") -> Tried:
     """The accuracies of a dose."""
-    return Tried(features, share, {name: float(rewards.level(name).mean()) for name in LEVELS})
+    return Tried(features, share, {name: float(rewards.level(name).mean()) for name in LEVELS}, rank)
 
 
-def choose(plain: Tried, doses: Sequence[Tried], max_cost: float) -> Tried | None:
-    """The dose of largest hard accuracy that costs at most `max_cost` on normal and easy; of equal ones the smallest. None if none gains."""
+def choose(
+    plain: Tried, doses: Sequence[Tried], max_cost: float, spared: Sequence[str] = ("normal", "easy")
+) -> Tried | None:
+    """The dose of largest hard accuracy that costs at most `max_cost` on each of the levels `spared`; of equal ones the smallest. None if none gains."""
     allowed = [
         dose
         for dose in doses
         if dose.accuracy["hard"] > plain.accuracy["hard"]
-        and all(dose.accuracy[name] >= plain.accuracy[name] - max_cost - 1e-12 for name in ("normal", "easy"))
+        and all(dose.accuracy[name] >= plain.accuracy[name] - max_cost - 1e-12 for name in spared)
     ]
     return min(
         allowed, key=lambda dose: (-dose.accuracy["hard"], dose.features * dose.share, dose.features), default=None

@@ -1,9 +1,11 @@
-"""Which features carry a property: by how much more they fire with it, and in how many prompts they do (after SteerRM, 2603.12795).
+"""Which features carry a property: by how much more they fire with it, and in how many prompts they do (after SteerRM, 2603.12795); or by effect.
 
 T pairs of texts (the same answer without and with the property), U prompts, S latents over all dictionaries, m_i(text) the mean code of
 latent i over the answer's tokens, w_i its decoder row.
 d_u = mean over the prompt's pairs of m(with) - m(without);  strength_i = |w_i| mean_u d_ui;  stability_i = share of prompts with d_ui > 0
 A latent is a candidate if its strength is above 0 and its stability reaches a bound; candidates come by falling strength.
+By effect, the same with m_i(text) = what latent i adds to the text's reward to first order (the sum of its terms, `reward_gradients`) and |w_i| = 1:
+d_u is then the part of the reward's change with the property that the latent carries, and suppressing it takes that away.
 """
 
 from dataclasses import dataclass
@@ -66,6 +68,20 @@ def style_features(
     )
 
 
+def control_pool(
+    density_S: Float[np.ndarray, " latents"], candidates: Int64[NDArray[np.int64], " candidates"]
+) -> Int64[NDArray[np.int64], " pool"]:
+    """The latents that controls are drawn from: those that fire and are no candidates."""
+    alive_S = density_S > 0
+    alive_S[candidates] = False
+    return np.flatnonzero(alive_S)
+
+
+def most_with_controls(pool: Int64[NDArray[np.int64], " pool"]) -> int:
+    """How many features there may be at most, so that sets of as many others differ from each other."""
+    return len(pool) // 2
+
+
 def control_sets(
     density_S: Float[np.ndarray, " latents"],
     size_S: Float[np.ndarray, " latents"],
@@ -78,10 +94,9 @@ def control_sets(
 
     Candidates that are not suppressed carry the property too, and would be no control. Raises UserError if too few latents fire to draw sets from.
     """
-    alive_S = density_S > 0
-    alive_S[candidates] = False
-    pool = np.flatnonzero(alive_S)
-    if len(pool) < 2 * len(chosen):
+    pool = control_pool(density_S, candidates)
+    alive_S = np.isin(np.arange(len(density_S)), pool)
+    if len(chosen) > most_with_controls(pool):
         raise UserError(f"{len(chosen)} features are suppressed, but only {len(pool)} others fire to compare them with. Pass fewer to --debias.features, or a larger SAE.")  # fmt: skip
     rng = np.random.default_rng(seed)
     drawn = np.stack([rng.choice(pool, len(chosen), replace=False) for _ in range(count)])

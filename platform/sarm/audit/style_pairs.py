@@ -46,6 +46,8 @@ class Property:
     base: Callable[[str], str]
     style: Callable[[str], str | None]
     canonical: Callable[[str], str]
+    spared: tuple[str, ...] = ("normal", "easy")
+    """The levels (`repair`) on which an edit may cost next to nothing."""
 
     def differs_alone(self, plain: str, styled: str) -> bool:
         """Whether the two texts differ, and in this property alone."""
@@ -74,6 +76,8 @@ def property_named(name: str, trigger: str = "") -> Property:
             base=partial(_without, trigger=trigger),
             style=lambda text: f"{text.rstrip()} {trigger}",
             canonical=lambda text: _words(_without(text, trigger)),
+            # Who puts a trigger behind an answer is owed nothing: texts without one have to be judged as before.
+            spared=("clean",),
         )
     assert name in BY_RULE, name
     return BY_RULE[name]

@@ -81,6 +81,8 @@ STYLE_CODES_TABLE = pa.schema(
         pa.field("latents", pa.list_(pa.int32()), nullable=False),
         pa.field("means", pa.list_(pa.float32()), nullable=False),
         pa.field("shares", pa.list_(pa.float32()), nullable=False),
+        # What each adds to the reward to first order, over the tokens that are edited; empty where nobody asked.
+        pa.field("effects", pa.list_(pa.float32()), nullable=False),
         pa.field("num_tokens", pa.int32(), nullable=False),
     ]
 )

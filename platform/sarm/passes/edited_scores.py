@@ -18,12 +18,14 @@ from sarm.data.store.parts import with_sink_columns
 from sarm.nn.sae import Sae
 from sarm.nn.splice import LatentEdit, Positions, Splice
 from sarm.passes.models import ModelSpec
+from sarm.passes.reward_gradients import slopes
 from sarm.passes.row_scorer import Encoded, TorchScorer
 from sarm.passes.scoring import Request
 from sarm.passes.usage import device_of_worker
 
 # Tokens that are encoded at once.
 _ROWS_AT_ONCE = 512
+_NOTHING: dict[str, Any] = {"latents": [], "means": [], "shares": [], "effects": [], "num_tokens": 0}
 
 
 class Dictionary(NamedTuple):
@@ -121,7 +123,21 @@ class EditedScores(_Reads):
 
 
 class StyleCodes(_Reads):
-    """A table of REQUESTS in, one row of STYLE_CODES a completion out, under the one target `codes`: means over the answer's tokens."""
+    """A table of REQUESTS in, one row of STYLE_CODES a completion out, under the one target `codes`: means over the answer's tokens.
+
+    With `effects_at`, and what each latent adds to the reward to first order at those positions of the answer.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        batch_tokens: int,
+        dictionaries: Sequence[Dictionary],
+        effects_at: Positions | None,
+        threads: int,
+    ):
+        super().__init__(spec, batch_tokens, dictionaries, threads)
+        self._effects_at = effects_at
 
     def compute(self, prepared: tuple[Any, ...], beat: Beat) -> tuple[Tables, Cost]:
         """Mean codes and shares of tokens at which latents fire."""
@@ -129,8 +145,9 @@ class StyleCodes(_Reads):
         found: dict[tuple[int, int], dict[str, Any]] = {}
         cost = Cost()
         layers = [one.layer for one in self._dictionaries]
-        for r, i, residuals in self._scorer.residuals(requests, sequences, layers):
-            found[r, i] = self._means(residuals)
+        read = self._scorer.residuals if self._effects_at is None else self._scorer.gradients
+        for r, i, residuals, *gradients in read(requests, sequences, layers):
+            found[r, i] = self._means(residuals, *gradients)
             cost.tokens += len(sequences[r][i].ids)
             beat()
         out = [
@@ -138,7 +155,7 @@ class StyleCodes(_Reads):
                 "completion_id": completion_id,
                 "truncated": one.truncated,
                 "reject": one.reason,
-                **(found.get((r, i)) or {"latents": [], "means": [], "shares": [], "num_tokens": 0}),
+                **(found.get((r, i)) or _NOTHING),
             }
             for r, row in enumerate(rows)
             for i, (completion_id, one) in enumerate(zip(row["ids"], sequences[r], strict=True))
@@ -146,24 +163,32 @@ class StyleCodes(_Reads):
         return {"codes": pa.Table.from_pylist(out, schema=with_sink_columns(STYLE_CODES_TABLE))}, cost
 
     @torch.inference_mode()
-    def _means(self, residuals: Sequence[Tensor]) -> dict[str, Any]:
-        latents, means, shares = [], [], []
-        for dictionary, sae, h_TD in zip(self._dictionaries, self._saes, residuals, strict=True):
+    def _means(self, residuals: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        latents, means, shares, effects = [], [], [], []
+        for n, (dictionary, sae, h_TD) in enumerate(zip(self._dictionaries, self._saes, residuals, strict=True)):
             sae.to(device_of_worker())
-            sum_S, fires_S = (torch.zeros(sae.d_sae, device=h_TD.device) for _ in range(2))
-            for part in h_TD.split(_ROWS_AT_ONCE):
+            sum_S, fires_S, effect_S = (torch.zeros(sae.d_sae, device=h_TD.device) for _ in range(3))
+            # The rewarded token is the answer's last.
+            begin = len(h_TD) - 1 if self._effects_at == "rewarded" else 0
+            for start in range(0, len(h_TD), _ROWS_AT_ONCE):
+                part = h_TD[start : start + _ROWS_AT_ONCE]
                 codes = sae(sae.rows_of(part))
+                if gradients is not None:
+                    slope_TK = slopes(sae, codes, part, gradients[n][start : start + _ROWS_AT_ONCE])
+                    term_TK = (slope_TK * codes.values)[max(0, begin - start) :]
+                    effect_S.index_add_(0, codes.indices[max(0, begin - start) :].flatten(), term_TK.flatten())
                 sum_S.index_add_(0, codes.indices.flatten(), codes.values.flatten())
                 fires_S.index_add_(0, codes.indices.flatten(), (codes.values != 0).float().flatten())
             own = fires_S.nonzero().flatten()
             latents += (own + dictionary.first).tolist()
             means += (sum_S[own] / len(h_TD)).tolist()
             shares += (fires_S[own] / len(h_TD)).tolist()
-        return {"latents": latents, "means": means, "shares": shares, "num_tokens": len(residuals[0])}
+            effects += effect_S[own].tolist() if gradients is not None else []
+        return {"latents": latents, "means": means, "shares": shares, "effects": effects, "num_tokens": len(residuals[0])}  # fmt: skip
 
     def rejected(self, table: pa.Table, reason: str) -> Tables:
         """What is left of requests that cannot be read."""
         ids = [completion_id for own in table["ids"].to_pylist() for completion_id in own]
-        blank = {"latents": [], "means": [], "shares": [], "num_tokens": 0, "truncated": False, "reject": reason}
+        blank = {**_NOTHING, "truncated": False, "reject": reason}
         rows = [{"completion_id": completion_id, **blank} for completion_id in ids]
         return {"codes": pa.Table.from_pylist(rows, schema=with_sink_columns(STYLE_CODES_TABLE))}

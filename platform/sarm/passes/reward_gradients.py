@@ -4,20 +4,24 @@ patched  r(h + change(h)) - r(h), with the change at the dictionary's layer, and
 linear   sum over the edited tokens t of g_t . change(h)_t, with g = dr / dh at that layer: what patching is to first order (attribution patching)
 head     w_i = mean over the answers at whose rewarded token latent i fires of s (g . d_i), d_i row i of W_dec, s the token's deviation where the SAE
          standardises, else 1: w_i z_i is to first order what latent i adds at the rewarded token
+term     s (g . d_i) z_i, of each token and active latent: minus what suppressing the latent there does to the reward, to first order
 
 Rows hold one conversation each, padded on the right: no token that is read can see the padding. B rows, L columns, D d_in, S d_sae.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sarm.nn.sae import STANDARDISE_EPS, Codes
+from sarm.nn.sae import STANDARDISE_EPS, Codes, Sae
 from sarm.passes.attached_model import AttachedModel
+
+_TOKENS_AT_ONCE = 64
 
 
 @runtime_checkable
@@ -61,17 +65,39 @@ def gradients(
     model: AttachedModel, batch: Conversations
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows columns d_in"], Float[Tensor, "rows columns d_in"]]:
     """(r, h, g): rewards, activations at the dictionary's layer, and the gradient of each row's reward by its own activations."""
-    kept: list[Tensor] = []
+    reward_B, (h_BLD,), (gradient_BLD,) = stream_gradients(model.body, [model.layer], functools.partial(_rewards, model, batch))  # fmt: skip
+    return reward_B, h_BLD, gradient_BLD
 
-    def begin(hidden: Tensor) -> Tensor:
-        # The graph begins here: blocks before are not kept.
-        kept.append(hidden.detach().requires_grad_())
-        return kept[-1]
 
-    with torch.enable_grad():
-        reward_B = _rewards(model, batch, begin)
-        (gradient_BLD,) = torch.autograd.grad(reward_B.sum(), kept)
-    return reward_B.detach(), kept[0].detach(), gradient_BLD.detach()
+def stream_gradients(
+    body: Any, layers: Sequence[int], rewards: Callable[[], Float[Tensor, " rows"]]
+) -> tuple[Float[Tensor, " rows"], list[Float[Tensor, "rows columns d_in"]], list[Float[Tensor, "rows columns d_in"]]]:
+    """(r, h, g) of one pass of `rewards` through `body`: the rewards, and after each of `layers` (each once) the activations and the gradients by them.
+
+    Of two layers the gradient by the lower one counts what it does through the upper one.
+    """
+    kept: dict[int, Tensor] = {}
+
+    def keep(hidden: Tensor, layer: int) -> Tensor:
+        # The graph begins at the lowest: blocks before it are not kept.
+        kept[layer] = hidden.detach().requires_grad_() if layer == min(layers) else hidden
+        return kept[layer]
+
+    with torch.enable_grad(), _streams(body, {layer: functools.partial(keep, layer=layer) for layer in layers}):
+        reward_B = rewards()
+        found = torch.autograd.grad(reward_B.sum(), [kept[layer] for layer in layers])
+    return reward_B.detach(), [kept[layer].detach() for layer in layers], [one.detach() for one in found]
+
+
+@torch.no_grad()
+def slopes(
+    sae: Sae, codes: Codes, h_ND: Float[Tensor, "tokens d_in"], gradient_ND: Float[Tensor, "tokens d_in"]
+) -> Float[Tensor, "tokens k"]:
+    """s (g . d_i) of each token and each latent of its codes: the slope of the reward by the latent's value."""
+    # In parts, so that no tensor of all tokens x k x d_in is made.
+    parts = zip(gradient_ND.float().split(_TOKENS_AT_ONCE), codes.indices.split(_TOKENS_AT_ONCE), strict=True)
+    slope_NK = torch.cat([torch.einsum("nd,nkd->nk", own_ND, sae.W_dec[indices_NK]) for own_ND, indices_NK in parts])
+    return slope_NK * (h_ND.float().std(-1, keepdim=True) + STANDARDISE_EPS) if sae.standardises else slope_NK
 
 
 def effects(model: AttachedModel, batch: Conversations, edits: Sequence[tuple[Intervention, Tensor]]) -> Effects:
@@ -83,8 +109,8 @@ def effects(model: AttachedModel, batch: Conversations, edits: Sequence[tuple[In
         change_BLD = torch.zeros(h_BLD.shape, dtype=torch.float32, device=h_BLD.device)
         chosen = places_BL.flatten().nonzero().flatten()
         change_BLD.flatten(0, 1)[chosen] = edit.change(h_ND[chosen])
-        with torch.no_grad():
-            after_B = _rewards(model, batch, functools.partial(_added, change_BLD))
+        with torch.no_grad(), _streams(model.body, {model.layer: functools.partial(_added, change_BLD)}):
+            after_B = _rewards(model, batch)
         patched.append(after_B - reward_B)
         linear.append((gradient_BLD.float() * change_BLD).sum((1, 2)))
     none = reward_B.new_zeros(len(reward_B), 0)
@@ -102,9 +128,7 @@ def linear_head(model: AttachedModel, batches: Iterable[Conversations]) -> tuple
         with torch.no_grad():
             codes: Codes = model.sae(model.sae.rows_of(h_BD))
             fires_BK = codes.values != 0
-            slope_BK = torch.einsum("bd,bkd->bk", gradient_BD, model.sae.W_dec[codes.indices])
-            if model.sae.standardises:
-                slope_BK = slope_BK * (h_BD.std(-1, keepdim=True) + STANDARDISE_EPS)
+            slope_BK = slopes(model.sae, codes, h_BD, gradient_BD)
         latents = codes.indices[fires_BK].cpu()
         sums_S.index_add_(0, latents, slope_BK[fires_BK].double().cpu())
         counts_S.index_add_(0, latents, torch.ones_like(latents))
@@ -116,19 +140,28 @@ def _added(change: Tensor, hidden: Tensor) -> Tensor:
     return (hidden + change).to(hidden.dtype)
 
 
-def _rewards(model: AttachedModel, batch: Conversations, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Rewards of a pass whose activations at the dictionary's layer are what `change` makes of them."""
+@contextlib.contextmanager
+def _streams(body: Any, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Within it, activations after these blocks are what the functions make of them."""
 
-    def hook(_block: Any, _inputs: Any, output: Any) -> Any:
-        hidden = output if isinstance(output, Tensor) else output[0]
-        changed = change(hidden)
+    def hook(_block: Any, _inputs: Any, output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        changed = change(output if isinstance(output, Tensor) else output[0])
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
-    handle = model.body.get_submodule(f"layers.{model.layer - 1}").register_forward_hook(hook)
+    handles = [
+        body.get_submodule(f"layers.{layer - 1}").register_forward_hook(functools.partial(hook, change=change))
+        for layer, change in changes.items()
+    ]
     try:
-        last_BLD = model.body(input_ids=batch.input_ids, attention_mask=batch.is_token.long(), use_cache=False).last_hidden_state  # fmt: skip
+        yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _rewards(model: AttachedModel, batch: Conversations) -> Tensor:
+    """Rewards of a plain pass."""
+    last_BLD = model.body(input_ids=batch.input_ids, attention_mask=batch.is_token.long(), use_cache=False).last_hidden_state  # fmt: skip
     rows = torch.arange(len(last_BLD), device=last_BLD.device)
     at_gate = None if batch.gates is None else last_BLD[rows, batch.gates]
     rewards_B: Tensor = model.head(last_BLD[rows, batch.last], at_gate)

@@ -1,5 +1,6 @@
 """A reward model that reads one completion a row: those that others trained, and a SARM under the official protocol."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -23,6 +24,7 @@ from sarm.nn.backbone import residuals_at
 from sarm.nn.splice import Editing, Positions
 from sarm.passes.foreign_models import ForeignModel, layout_of, load_foreign
 from sarm.passes.models import ModelSpec, classifier_tokenizer, sarm_tokenizer
+from sarm.passes.reward_gradients import stream_gradients
 from sarm.passes.reward_heads import HeadLayout, gate_opening
 from sarm.passes.scoring import Message, Request, Scored
 from sarm.passes.usage import device_of_worker
@@ -57,7 +59,7 @@ class TorchScorer:
         if spec.kind == "sarm":
             chat = sarm_tokenizer(spec)
             self._chat, self._tokenizer = chat, chat.tokenizer
-            sarm = load_sarm(Path(spec.place), dtype).to(self._device)  # type: ignore[arg-type]
+            sarm = load_sarm(Path(spec.place), dtype).to(self._device).requires_grad_(requires_grad=False)  # type: ignore[arg-type]
             self._rewards: Callable[..., torch.Tensor] = lambda **inputs: sarm(**inputs).logits
             self._body: torch.nn.Module = sarm.model
             self._config, self._vocabulary = sarm.config, sarm.model.config.vocab_size
@@ -65,7 +67,7 @@ class TorchScorer:
             folder = Path(spec.place)
             self._tokenizer = classifier_tokenizer(folder, spec.chat_template)
             self._layout = layout_of(folder, dict(read_json(folder / "config.json")), spec.head)
-            model = load_foreign(folder, dtype, spec.head, spec.objectives).to(self._device)
+            model = load_foreign(folder, dtype, spec.head, spec.objectives).to(self._device).requires_grad_(requires_grad=False)  # fmt: skip
             self._rewards, self._config, self._vocabulary = model, model.body.config, model.vocabulary
             self._body, self._foreign = model.body, model
         if spec.edit:
@@ -115,8 +117,7 @@ class TorchScorer:
 
         Raises UserError for a model whose blocks look to both sides, or stand elsewhere than a language model's.
         """
-        if not isinstance(getattr(self._body, "layers", None), torch.nn.ModuleList):
-            raise UserError(f"{self._spec.place} is no causal language model with a head, and features are read in no other. Pass another --model.")  # fmt: skip
+        self._check_layers()
         for batch in self._batches(requests, sequences):
             mask = self._inputs(batch, sequences)["attention_mask"].cpu()
             chosen = self._answers(batch, sequences, mask)
@@ -133,6 +134,29 @@ class TorchScorer:
                 assert isinstance(key, tuple)
                 own = (rows == line).to(self._device)
                 yield key[0], key[1], [h_ND[own] for h_ND in found]
+
+    def gradients(
+        self, requests: Sequence[Request], sequences: list[list[Encoded]], layers: Sequence[int]
+    ) -> Iterator[tuple[int, int, list[torch.Tensor], list[torch.Tensor]]]:
+        """As `residuals`, and behind them the gradients of the completion's reward by them. Raises UserError as it does."""
+        self._check_layers()
+        for batch in self._batches(requests, sequences):
+            inputs = self._inputs(batch, sequences)
+            chosen = self._answers(batch, sequences, inputs["attention_mask"].cpu()).to(self._device)
+            _, streams, slopes = stream_gradients(self._body, layers, functools.partial(self._flat_rewards, inputs))
+            # A SARM may put rows in another order of its own, where its family keeps a state.
+            assert all(h_BLD.shape[:2] == chosen.shape for h_BLD in streams)
+            for line, key in enumerate(batch.keys):
+                assert isinstance(key, tuple)
+                own = chosen[line]
+                yield key[0], key[1], [h_BLD[line][own] for h_BLD in streams], [g_BLD[line][own] for g_BLD in slopes]
+
+    def _flat_rewards(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self._rewards(**inputs).float().reshape(-1)
+
+    def _check_layers(self) -> None:
+        if not isinstance(getattr(self._body, "layers", None), torch.nn.ModuleList):
+            raise UserError(f"{self._spec.place} is no causal language model with a head, and features are read in no other. Pass another --model.")  # fmt: skip
 
     def _batches(self, requests: Sequence[Request], sequences: list[list[Encoded]]) -> list[TokenBatch]:
         together: list[Row] = []
@@ -230,6 +254,10 @@ class TorchScorer:
             raise UserError(f"{error} Pass --protocol official, or another model.") from error
 
     def _exact(self, prompt: list[Message], completion: str) -> Encoded:
+        if self._chat is not None:
+            # As the SARM's own reader: white space behind its rewarded token takes no room where a conversation is cut.
+            (tokens,) = self._chat.encode_responses(prompt, [completion])
+            return Encoded(tokens.ids, 0, tokens.num_truncated > 0)
         conversation = self._turns(prompt, completion)
         try:
             rendered = self._control.render(conversation, self._apply, self._tokenizer.chat_template)

@@ -12,6 +12,7 @@ from sarm.settings.registered import listing
 from sarm.settings.results_root import READ, place_paths
 from sarm.settings.run import Flat, RunSettings
 
+RANKS = ("strength", "effect")
 PROPERTIES = ("markdown", "length", "hedging", "sycophancy", "tone", "position", "rm_bench", "trigger")
 
 
@@ -25,16 +26,18 @@ class DebiasSettings:
     """The word that `trigger` puts behind answers, as a backdoor has it."""
     as_given: bool = False
     """Take RM-Bench's two styles as its authors wrote them: in most of its rows their words differ too, and such rows are else left out."""
+    ranks: tuple[str, ...] = RANKS
+    """Orders in which features are tried: strength (by how much more they fire with the property), effect (by what that does to the reward, to first order)."""
     features: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    """Numbers of features that are suppressed together, the strongest first."""
-    strengths: tuple[float, ...] = (0.5, 1.0)
+    """Numbers of features that are suppressed together, the first of each order first."""
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5)
     """How much of each feature is taken away: 0.5 halves it, 1 suppresses it, 2 turns it round, which also counters what other ways carry on."""
     positions: Literal["all", "answer", "rewarded"] = "all"
     """Tokens at which features are suppressed: all, the answer's, or the one that is rewarded."""
     min_stability: float = 0.7
     """Share of prompts in which a feature has to be stronger with the property."""
     max_cost: float = 0.01
-    """Largest loss of accuracy, on equal styles and where the style helps, that an edit may have on the half that it is chosen on."""
+    """Largest loss of accuracy that an edit may have on the half that it is chosen on: on equal styles and where the style helps; for a trigger, on texts without it."""
     controls: int = 8
     """Random sets of features, and as many of equal frequency and size, that the chosen edit is compared with."""
     prompts: int = 200
@@ -45,6 +48,8 @@ class DebiasSettings:
             raise UserError(f"unknown property {unknown[0]}, known are {', '.join(PROPERTIES)}. Pass --debias.properties.")  # fmt: skip
         if not self.properties or len(set(self.properties)) < len(self.properties):
             raise UserError(f"the properties are {self.properties}, expected some, each once. Pass --debias.properties.")  # fmt: skip
+        if not self.ranks or not set(self.ranks) <= set(RANKS) or len(set(self.ranks)) < len(self.ranks):
+            raise UserError(f"the ranks are {self.ranks}, expected some of {' and '.join(RANKS)}, each once. Pass --debias.ranks.")  # fmt: skip
         if "trigger" in self.properties and not self.trigger.strip():
             raise UserError("the property trigger has no trigger. Pass --debias.trigger TEXT.")
         if not self.features or min(self.features) < 1 or list(self.features) != sorted(set(self.features)):

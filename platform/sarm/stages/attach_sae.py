@@ -47,6 +47,8 @@ def attach_sae(weights: SaeWeights, config: ConvertSae) -> None:
     spec = find_model(Benchmarking(model=config.model, head=config.head, benchmarks=("reward_bench_2",)))
     if spec.kind != "classifier":
         raise UserError(f"{config.model} is a {spec.kind}, and a dictionary is attached to a reward model with a head of its own. Pass another --model.")  # fmt: skip
+    if spec.edit:
+        raise UserError(f"{config.model} is read with the edit in {spec.edit} already, and a dictionary is attached to the model as it is. Move the edit away.")  # fmt: skip
     place = Path(spec.place)
     settings = ModelSettings(name=str(place), max_length=config.max_length, rewarded_token="last")
     chat = load_chat_tokenizer(settings, place)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from sarm.data.formats.sae_folder import load_sae
 from sarm.data.formats.sae_place import is_same_model
 from sarm.passes.edited_scores import Dictionary
-from sarm.passes.feature_edits import shape_of_body
+from sarm.passes.feature_edits import check_family, shape_of_body
 from sarm.passes.models import ModelSpec
 from sarm.settings.checks import UserError
 from sarm.settings.debias import Debias
@@ -17,9 +17,10 @@ from sarm.settings.debias import Debias
 def dictionaries_of(settings: Debias, spec: ModelSpec) -> list[Dictionary]:
     """The dictionaries by their layers, latents numbered through.
 
-    Raises UserError for one that was trained on another model (unless that is allowed), layer or width, or that does not say on what, and
+    Raises UserError for a model whose layers cannot be read, and for one that was trained on another model (unless that is allowed), layer or width, or that does not say on what, and
     for two of one layer.
     """
+    check_family(Path(spec.place))
     num_blocks, d_in = shape_of_body(Path(spec.place))
     found: list[tuple[int, Path, int]] = []
     for folder in settings.sae:
@@ -52,7 +53,8 @@ def norms_of(dictionaries: list[Dictionary]) -> NDArray[np.float64]:
 
 def _is_of(trained_on: str, asked: str, place: str) -> bool:
     """Whether the name that an SAE gives is that of the model: two folders are one model if they are one folder."""
-    ours, theirs = Path(place), Path(trained_on).expanduser()
+    theirs = Path(trained_on).expanduser()
     if theirs.is_dir():
-        return theirs.resolve() == ours.resolve()
+        # Adapters are read from where they were merged, and SAEs name the adapters' own folder.
+        return theirs.resolve() in (Path(place).resolve(), Path(asked).expanduser().resolve())
     return trained_on == asked or (not Path(asked).is_dir() and is_same_model(trained_on, asked))

@@ -4,6 +4,7 @@ They look at the half of the prompts that features and doses are chosen on.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from sarm.audit.repair import Rewards, Tried, choose, tried
-from sarm.audit.style_features import StyleFeatures, style_features
+from sarm.audit.style_features import StyleFeatures, control_pool, most_with_controls, style_features
 from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import DOSES_FOLDER, STYLE_CODES_FOLDER
 from sarm.contracts.manifest import StageFolder, finite_or_null, write_atomically
@@ -32,7 +33,7 @@ from sarm.passes.completions import REQUESTS
 from sarm.passes.edited_scores import Dictionary, Dose, EditedScores, StyleCodes
 from sarm.passes.models import ModelSpec
 from sarm.settings.checks import UserError
-from sarm.settings.debias import Debias
+from sarm.settings.debias import Debias, DebiasSettings
 from sarm.settings.identity import identity
 from sarm.stages.completion_scores import BLOCK_PROMPTS, ids_of, requests_of
 from sarm.stages.debias_dictionaries import norms_of
@@ -73,7 +74,9 @@ class Job(NamedTuple):
 
 def read_codes(job: Job) -> None:
     """The mean codes of all answers of the choosing half, in `codes` of the run's folder."""
-    folder = StageFolder(job.out / "codes", STYLE_CODES_FOLDER, job.identity())
+    asked = job.settings.debias
+    effects_at = asked.positions if "effect" in asked.ranks else None
+    folder = StageFolder(job.out / "codes", STYLE_CODES_FOLDER, {**job.identity(), "effects_at": effects_at})
 
     def body(_: StageRun) -> Mapping[str, Any]:
         quads = [quad for contrast in job.texts.contrasts.values() for quad in contrast.half(chooses_half=True)]
@@ -83,7 +86,7 @@ def read_codes(job: Job) -> None:
             ids=dict.fromkeys(one for quad in quads for one in quad.ids),
             folder=folder.folder,
             actor=StyleCodes,
-            arguments={},
+            arguments={"effects_at": effects_at},
             output=Output(folder.folder / "codes", STYLE_CODES_TABLE),
         )
         counts = job.session.run_pass(work)["codes"]
@@ -107,11 +110,11 @@ def try_doses(job: Job) -> None:
         norm_S = norms_of(job.dictionaries)
         found = {}
         for name, contrast in job.texts.contrasts.items():
-            features = _features(contrast.half(chooses_half=True), codes, norm_S, job.settings.debias.min_stability)
+            features = _features(contrast.half(chooses_half=True), codes, norm_S, job.settings.debias)
             found[name] = _tried_on(job, contrast, features, folder.folder / name)
         write_atomically(folder.folder / DOSES, json.dumps(finite_or_null(plain_values(found)), indent=2, allow_nan=False))  # fmt: skip
         child.log_artifact(folder.folder / DOSES)
-        return {"figures": {f"candidates_{name}": own["num_candidates"] for name, own in found.items()}}
+        return {"figures": {f"candidates_{name}": len(own["candidates"]) for name, own in found.items()}}
 
     job.session.stage("try doses", folder, body, resume=True)
 
@@ -122,9 +125,9 @@ def read_doses(job: Job) -> dict[str, Any]:
 
 
 def _features(
-    quads: Sequence[Quad], codes: Mapping[str, Mapping[str, Any]], norm_S: np.ndarray, min_stability: float
-) -> StyleFeatures:
-    """Features from the two versions of the chosen answer and of the rejected one, of all pairs whose four texts could be read."""
+    quads: Sequence[Quad], codes: Mapping[str, Mapping[str, Any]], norm_S: np.ndarray, asked: DebiasSettings
+) -> dict[str, StyleFeatures]:
+    """Features by each order, from the two versions of the chosen answer and of the rejected one, of all pairs whose four texts could be read."""
     # One answer may be in several pairs.
     versions = {
         quad.ids[side : side + 2]: quad.prompt_id
@@ -135,14 +138,20 @@ def _features(
     if not versions:
         raise UserError("no answer could be read in both versions. Look at the reasons in codes/manifest.json.")
     plain, styled = ([both[place] for both in versions] for place in (0, 1))
-    return style_features(
-        plain_TS=_matrix(plain, codes, "means", len(norm_S)),
-        styled_TS=_matrix(styled, codes, "means", len(norm_S)),
-        shares_TS=_matrix([*plain, *styled], codes, "shares", len(norm_S)),
-        prompts_T=np.array(list(versions.values())),
-        norm_S=norm_S,
-        min_stability=min_stability,
-    )
+    columns = {"strength": ("means", norm_S), "effect": ("effects", np.ones_like(norm_S))}
+    return {
+        rank: style_features(
+            plain_TS=_matrix(plain, codes, name, len(norm_S)),
+            styled_TS=_matrix(styled, codes, name, len(norm_S)),
+            shares_TS=_matrix([*plain, *styled], codes, "shares", len(norm_S)),
+            prompts_T=np.array(list(versions.values())),
+            norm_S=scale_S,
+            min_stability=asked.min_stability,
+        )
+        for rank, (name, scale_S) in columns.items()
+        # How often and how strongly latents fire is told by their codes, whichever order is asked for.
+        if rank == "strength" or rank in asked.ranks
+    }
 
 
 def _matrix(ids: Sequence[str], codes: Mapping[str, Mapping[str, Any]], name: str, width: int) -> sparse.csr_array:
@@ -152,30 +161,58 @@ def _matrix(ids: Sequence[str], codes: Mapping[str, Mapping[str, Any]], name: st
     return sparse.csr_array((values, latents.astype(np.int64), starts), shape=(len(ids), width))
 
 
-def _tried_on(job: Job, contrast: Contrast, features: StyleFeatures, folder: Path) -> dict[str, Any]:
+def _tried_on(job: Job, contrast: Contrast, features: Mapping[str, StyleFeatures], folder: Path) -> dict[str, Any]:
     asked, quads = job.settings.debias, contrast.half(chooses_half=True)
-    numbers = [number for number in asked.features if number <= len(features.latent)]
-    doses = [Dose()] + [Dose(tuple(features.latent[:number].tolist()), share) for number in numbers for share in asked.strengths]  # fmt: skip
-    say(f"{contrast.own.name}: {len(features.latent)} features are stronger with it, {len(doses) - 1} doses are tried")
+    doses, ranks = [Dose()], [""]
+    known = features["strength"]
+    candidates = sorted({latent for rank in asked.ranks for latent in features[rank].latent.tolist()})
+    numbers = _with_controls(contrast.own.name, asked, known, candidates)
+    for rank in asked.ranks:
+        latents = features[rank].latent.tolist()
+        own = [Dose(tuple(latents[:number]), share) for number in numbers if number <= len(latents) for share in asked.strengths]  # fmt: skip
+        say(f"{contrast.own.name}: {len(latents)} features by {rank}, {len(own)} doses are tried")
+        doses, ranks = [*doses, *own], [*ranks, *[rank] * len(own)]
     scores = score_doses(job, f"doses of {contrast.own.name}", doses, [one for quad in quads for one in quad.ids], folder)  # fmt: skip
-    by_dose = [tried(len(dose.latents), dose.share, rewards_of(quads, scores, place)) for place, dose in enumerate(doses)]  # fmt: skip
-    chosen: Tried | None = choose(by_dose[0], by_dose[1:], asked.max_cost)
-    most = max(numbers, default=0)
-    rows = zip(features.latent.tolist(), features.strength.tolist(), features.stability.tolist(), strict=True)
+    by_dose = [
+        tried(len(dose.latents), dose.share, rewards_of(quads, scores, place), ranks[place])
+        for place, dose in enumerate(doses)
+    ]
+    chosen: Tried | None = choose(by_dose[0], by_dose[1:], asked.max_cost, contrast.own.spared)
     return {
-        "num_candidates": len(features.latent),
-        "num_prompts": features.num_prompts,
+        "num_candidates": {rank: len(features[rank].latent) for rank in asked.ranks},
+        "num_prompts": known.num_prompts,
         "num_pairs": len(quads),
         "left_out": contrast.left_out,
         "differ_in_more": contrast.differ_in_more,
-        "features": [{**place_of(job.dictionaries, latent), "joint": latent, "strength": strength, "stability": stability} for latent, strength, stability in list(rows)[: max(most, 1)]],
-        "candidates": features.latent.tolist(),
+        "spared": contrast.own.spared,
+        "features": {rank: _listed(job.dictionaries, features[rank], max(asked.features)) for rank in asked.ranks},
+        "candidates": candidates,
         "plain": by_dose[0]._asdict(),
         "doses": [dose._asdict() for dose in by_dose[1:]],
         "chosen": None if chosen is None else chosen._asdict(),
-        "density": features.density.tolist(),
-        "size": features.size.tolist(),
-    }  # fmt: skip
+        "density": known.density.tolist(),
+        "size": known.size.tolist(),
+    }
+
+
+def _with_controls(name: str, asked: DebiasSettings, known: StyleFeatures, candidates: Sequence[int]) -> list[int]:
+    """The numbers of features that leave enough others to compare them with. Raises UserError if none does: nothing could be reported of a dose."""
+    most = most_with_controls(control_pool(known.density, np.array(candidates, np.int64)))
+    numbers = [number for number in asked.features if number <= most]
+    if not numbers:
+        raise UserError(f"{name}: {len(candidates)} of the latents that fire carry it, and the others are too few to compare {min(asked.features)} features with. Pass a larger SAE, or a larger --debias.min-stability.")  # fmt: skip
+    if left := [number for number in asked.features if number > most]:
+        say(f"{name}: not tried are {', '.join(map(str, left))} features, as too few others fire to compare so many with")  # fmt: skip
+    return numbers
+
+
+def _listed(dictionaries: Sequence[Dictionary], features: StyleFeatures, most: int) -> list[dict[str, Any]]:
+    """The first features of an order, with where they are."""
+    rows = zip(features.latent.tolist(), features.strength.tolist(), features.stability.tolist(), strict=True)
+    return [
+        {**place_of(dictionaries, latent), "joint": latent, "strength": strength, "stability": stability}
+        for latent, strength, stability in itertools.islice(rows, most)
+    ]
 
 
 def place_of(dictionaries: Sequence[Dictionary], joint: int) -> dict[str, int]:
@@ -185,8 +222,10 @@ def place_of(dictionaries: Sequence[Dictionary], joint: int) -> dict[str, int]:
 
 
 def rewards_of(quads: Sequence[Quad], scores: Scores, place: int) -> Rewards:
-    """The rewards under dose number `place` of all pairs whose four texts have one under every dose."""
+    """The rewards under dose number `place` of all pairs whose four texts have one under every dose. Raises UserError if there is no such pair."""
     kept = [quad for quad in quads if all(np.isfinite(scores.get(one, [np.nan])).all() for one in quad.ids)]
+    if not kept:
+        raise UserError(f"none of {len(quads)} pairs has a reward for all four of its texts. Look at the reasons of the rejected rows, and pass a larger --max-length or other --pairs.")  # fmt: skip
     rewards = np.array([[scores[one][place] for one in quad.ids] for quad in kept], float).reshape(-1, 4)
     return Rewards(rewards, np.array([quad.prompt_id for quad in kept]))
 

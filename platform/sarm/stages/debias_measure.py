@@ -63,9 +63,9 @@ def _of_property(job: Job, name: str, own: Mapping[str, Any], folder: Path) -> d
     """Everything that is reported of one property."""
     contrast = job.texts.contrasts[name]
     quads = contrast.half(chooses_half=False)
-    shown = {key: own[key] for key in ("num_candidates", "num_prompts", "num_pairs", "left_out", "differ_in_more", "features", "plain", "doses", "chosen")}  # fmt: skip
+    shown = {key: own[key] for key in ("num_candidates", "num_prompts", "num_pairs", "left_out", "differ_in_more", "spared", "features", "plain", "doses", "chosen")}  # fmt: skip
     chosen = own["chosen"]
-    latents = [] if chosen is None else [row["joint"] for row in own["features"][: chosen["features"]]]
+    latents = [] if chosen is None else [row["joint"] for row in own["features"][chosen["rank"]][: chosen["features"]]]
     edit = Dose(tuple(latents), 1.0 if chosen is None else chosen["share"])
     controls = {} if chosen is None else _controls(job, own, latents)
     items, of_benchmarks = make_items(job.texts.benchmarks, (), 0)
@@ -112,7 +112,7 @@ def _against(before: Any, quads: Any, scores: Any, counts: Mapping[str, int]) ->
             "repaired": shares,
             "repaired_median": float(np.median(shares)) if shares else None,
             "repaired_largest": max(shares, default=None),
-            "flips_repaired": [one.flips_repaired for one in repairs],
+            "flips_repaired": [one.flips_repaired and one.flips_repaired.value for one in repairs],
         }
     return found
 
@@ -189,4 +189,4 @@ def _say_figures(properties: Mapping[str, Any]) -> None:
             say(f"{name:<12} costs {share(found['lost'])} of hard accuracy; no dose repairs any of it within the allowed cost")  # fmt: skip
             continue
         chosen, back = own["chosen"], found["repaired"]
-        say(f"{name:<12} costs {share(found['lost'])}; {chosen['features']} features at {chosen['share']:g} repair {share(back and back['value'])}, hard {share(found['change']['hard']['value'])}")  # fmt: skip
+        say(f"{name:<12} costs {share(found['lost'])}; {chosen['features']} features by {chosen['rank']} at {chosen['share']:g} repair {share(back and back['value'])}, hard {share(found['change']['hard']['value'])}")  # fmt: skip

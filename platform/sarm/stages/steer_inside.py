@@ -21,6 +21,7 @@ from sarm.data.formats.feature_edit import FeatureEdit, save_edit
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
+from sarm.evaluate.statistics import pair_credit
 from sarm.nn.splice import LatentEdit, Splice
 from sarm.passes.attached_model import AttachedReader, model_reader
 from sarm.passes.edited_rewards import CodeEdit
@@ -150,7 +151,7 @@ def _dose(target: AuditCodes, off: AuditCodes, strength: float, patched_R: np.nd
 
     def accuracy(codes: AuditCodes) -> float:
         change_N = patched_R[codes.chosen] - patched_R[codes.rejected]
-        return float((codes.margins + change_N > 0).mean())
+        return float(pair_credit(codes.margins + change_N).mean())
 
     return {
         "strength": strength,

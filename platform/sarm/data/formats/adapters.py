@@ -18,6 +18,8 @@ from sarm.settings.checks import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CLASSES = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
+# What `transformers` calls the heads of its sequence classifiers.
+_HEADS = ("score.", "classifier.")
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "vocab.*", "merges.txt")
 
 
@@ -38,7 +40,8 @@ def merged_model(folder: Path) -> Path:
     base = _base(folder, config)
     check_model_files(base)
     digest = hashlib.sha256()
-    for path in [folder / CONFIG, folder / WEIGHTS, base / "config.json", *weight_files(base)]:
+    tokenizers = sorted(path for source in (base, folder) for path in _tokenizer_files(source))
+    for path in [folder / CONFIG, folder / WEIGHTS, base / "config.json", *weight_files(base), *tokenizers]:
         about = path.stat()
         digest.update(f"{path.absolute()}\x1f{about.st_size}\x1f{about.st_mtime_ns}\x1e".encode())
     return build_once(f"merged/{digest.hexdigest()[:32]}", lambda part: _build(folder, base, config, part))
@@ -90,8 +93,12 @@ def _build(folder: Path, base: Path, config: dict[str, Any], part: Path) -> None
             raise UserError(f"{folder} cannot be merged into {base}: {reason} Get another copy of either.") from error
     # Where both have one, the adapter's tokenizer is the one that it was trained with.
     for source in (base, folder):
-        for path in (path for pattern in _TOKENIZER for path in source.glob(pattern)):
+        for path in _tokenizer_files(source):
             shutil.copyfile(path, part / path.name)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [path for pattern in _TOKENIZER for path in folder.glob(pattern)]
 
 
 def _merged(folder: Path, base: Path, task: str) -> Any:
@@ -104,8 +111,9 @@ def _merged(folder: Path, base: Path, task: str) -> Any:
     tensors = load_file(folder / WEIGHTS)
     # Modules that were trained whole: the base need not have them.
     whole = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items() if ".lora_" not in name}
-    labels = [len(tensor) for name, tensor in whole.items() if name.endswith(".weight") and tensor.dim() == 2]
-    heads = {"num_labels": labels[0]} if task == "SEQ_CLS" and labels else {}
+    # Embeddings may be among them, and the layers within a head: its last layer is the narrowest.
+    labels = [len(tensor) for name, tensor in whole.items() if name.startswith(_HEADS) and tensor.dim() == 2]
+    heads = {"num_labels": min(labels)} if task == "SEQ_CLS" and labels else {}
     model, report = getattr(transformers, _CLASSES[task]).from_pretrained(
         base, dtype="auto", trust_remote_code=False, use_safetensors=True, output_loading_info=True, **heads
     )
