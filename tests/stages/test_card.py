@@ -103,7 +103,7 @@ def test_figures_are_whole_on_a_terminal_however_long_the_names_are(width):
     """Only texts are cut for room."""
     rows = [{"latent": 2080 + n, "name": "terms: " + "people who, the diversity, " * 9, "weight": -0.0123456 * n, "activation": 12.3456 * n, "value": -0.654321 * n} for n in (1, 2, 3)]  # fmt: skip
     sentence = {"text": "We should also be aware that " * 5, "step": -2.0785, "reward": 4.1849, "features": rows}
-    content = {"features": rows, "rest": 0.0451, "num_rest": 19, "reward": -2.1134, "empty": 6.2712, "sentences": [sentence]}  # fmt: skip
+    content = {"features": rows, "rest": 0.0451, "num_rest": 19, "beyond": None, "reward": -2.1134, "empty": 6.2712, "sentences": [sentence]}  # fmt: skip
     out = io.StringIO()
     print_card(content, Console(file=out, width=width))
     shown = out.getvalue()
