@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from sarm.commands.registry import ENTRIES
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What scripts and the program `sarm` show as help.
 COMMANDS = sorted((ROOT / "platform" / "sarm" / "commands").glob("*.py"))
 
 # What a line of an example begins with if it is a command and not what a command prints.
-_PROGRAMS = "python|sarm|ray|make|docker|kubectl|sbatch|transformers|rm|pip|export|mkdir|hf|curl|jupyter|git|cd"
+_SARM = "|".join([*ENTRIES, "--help", "--version", "completion"])
+_PROGRAMS = rf"sarm(?= (?:{_SARM}) )|python|ray|make|docker|kubectl|sbatch|transformers|rm|pip|export|mkdir|hf|curl|jupyter|git|cd"
 _IS_COMMAND = re.compile(rf"(?:\$ )?\(?(?:umask \d+; )?(?:[A-Z_]+=\S+ )*(?:{_PROGRAMS}) ")
 _COMMENT = re.compile(r"\s{2,}# .*$")
 _LANGUAGES = ("", "sh", "bash", "console", "shell")
