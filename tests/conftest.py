@@ -154,6 +154,10 @@ def ray_cluster() -> Iterator[None]:
         _system_config={"worker_niceness": 0},
     )  # fmt: skip
     yield
+    # A thread of a pass that was given up may still ask for its results. It would start another cluster, and end the process when that has none.
+    from ray._private import auto_init_hook
+
+    auto_init_hook.enable_auto_connect = False
     ray.shutdown()
 
 
