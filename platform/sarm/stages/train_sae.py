@@ -87,7 +87,7 @@ def train_saes(
         from sarm.data.formats.models import check_predicts
 
         about = stores["text"].metadata
-        check_predicts(ModelSettings(name=about["model"], revision=about["revision"], layer=about["layer"]))
+        check_predicts(ModelSettings(name=about["model"], revision=about.get("revision", "main"), layer=about["layer"]))
     for warning in dict.fromkeys(few_rows(stage.sae, stores) for stage in todo):
         if warning:
             say(warning)
