@@ -25,7 +25,7 @@ BASE = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependenc
 _COME_WITH = {"tokenizers": "transformers", "markupsafe": "jinja2", "requests": "mlflow"}
 # Frameworks that the integrations are for, which bring this package and not the other way round; kernels, which come with torch's CUDA build;
 # what a registered model's folder holds.
-_NOT_OURS = {"verl", "skyrl_gym", "open_instruct", "nemo_rl", "triton", "sarm_model"}
+_NOT_OURS = {"verl", "skyrl_gym", "open_instruct", "nemo_rl", "vllm", "triton", "sarm_model"}
 
 
 def requirements_of(extra: str) -> Iterator[Requirement]:
