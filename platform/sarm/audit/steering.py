@@ -258,3 +258,11 @@ def specificity(target_change: float, other_changes: Sequence[float]) -> float |
     worst = max((abs(change) for change in other_changes), default=0.0)
     total = abs(target_change) + worst
     return abs(target_change) / total if total > 0 else None
+
+
+def specificities(target: EditFigures, others: Mapping[str, EditFigures]) -> dict[str, float | None]:
+    """`specificity` of an edit in margins and in accuracy, beside subsets that it should leave alone."""
+    return {
+        name: specificity(getattr(target, figure).value, [getattr(other, figure).value for other in others.values()])
+        for name, figure in (("margin", "margin_shift"), ("accuracy", "accuracy_change"))
+    }

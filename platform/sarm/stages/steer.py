@@ -20,7 +20,7 @@ from sarm.audit.steering import (
     by_subset,
     make_edit,
     measure_edit,
-    specificity,
+    specificities,
     steered_rewards,
 )
 from sarm.contracts.figures import plain_values
@@ -156,12 +156,7 @@ def _measure(audited: Audited, edit: Edit, settings: Steer, seed: int, folder: P
         "off_target": on_off,
         "off_subsets": off_subsets,
         "over_refusal": {name: subsets[name] for name in settings.over_refusal if name in subsets},
-        "specificity": {
-            name: specificity(
-                getattr(on_target, figure).value, [getattr(subset, figure).value for subset in off_subsets.values()]
-            )
-            for name, figure in (("margin", "margin_shift"), ("accuracy", "accuracy_change"))
-        },
+        "specificity": specificities(on_target, off_subsets),
         "sweep": [],
     }
     if settings.edit in ("scale", "add", "set"):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from sarm.audit.codes import AuditCodes, check_latents
 from sarm.audit.patching import patched_figures
 from sarm.audit.selection import matched_sets
-from sarm.audit.steering import by_subset, measure_edit, specificity
+from sarm.audit.steering import by_subset, measure_edit, specificities
 from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import FEATURE_EDIT_FOLDER
 from sarm.contracts.manifest import StageFolder, finite_or_null, write_atomically
@@ -114,12 +114,7 @@ def _measured(
         "off_target": on_off,
         "off_subsets": off_subsets,
         "over_refusal": {name: subsets[name] for name in settings.over_refusal if name in subsets},
-        "specificity": {
-            name: specificity(
-                getattr(on_target, figure).value, [getattr(subset, figure).value for subset in off_subsets.values()]
-            )
-            for name, figure in (("margin", "margin_shift"), ("accuracy", "accuracy_change"))
-        },
+        "specificity": specificities(on_target, off_subsets),
         "beside_controls": patched_figures(target, changes_RG[:, sets], linear_RG[:, sets]),
         "num_controls": num_controls,
         "sweep": [],
