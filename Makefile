@@ -56,6 +56,8 @@ test-official: $(VENV)/.ready .venv-official/.ready  ## our scores against the p
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
 	  > $$(.venv-clients/bin/python -c 'import site; print(site.getsitepackages()[0])')/locked.pth
 	.venv-clients/bin/python -m pip install --progress-bar on --no-deps -r tests/integrations/clients/requirements.txt
+	# OpenRLHF's and verl's wheels bring a package `tests`, which would hide this project's.
+	rm -rf .venv-clients/lib/python*/site-packages/tests
 	.venv-clients/bin/python -m pip install --progress-bar on --no-deps --target .venv-clients/llamafactory llamafactory==0.9.5
 	@touch $@
 
