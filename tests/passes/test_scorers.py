@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.stages.random_sarm import random_sarm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, ByT5Tokenizer, LlamaConfig
 
 from sarm.data.formats.sarm_folder import save_sarm
@@ -95,6 +96,22 @@ def test_many_requests_of_very_different_lengths_score_as_each_alone(kind, proto
             ((expected,),), _ = scorer([Request(request.prompt, [text], alone=True)])
             assert one.score == pytest.approx(expected.score, abs=1e-4)
             assert (one.num_tokens, one.truncated) == (expected.num_tokens, expected.truncated)
+
+
+@pytest.mark.parametrize("system_prompt", [None, 'Say "no" to {{ all }}.'])
+def test_a_model_scores_as_transformers_does_with_the_folders_own_template(system_prompt, tiny_folder, tmp_path):
+    """The README's lines, which know nothing of the system prompt of the training."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    random_sarm(tmp_path, tiny_folder, ChatTokenizer(tokenizer, max_length=128, system_prompt=system_prompt))
+    tokenizer, model = (auto.from_pretrained(tmp_path) for auto in (AutoTokenizer, AutoModelForSequenceClassification))
+    for text, (score, num_tokens, _) in zip(COMPLETIONS, scores(tmp_path, COMPLETIONS), strict=True):
+        conversation = [*PROMPT, {"role": "assistant", "content": text}]
+        ids = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
+        assert ("{{ all }}" in tokenizer.decode(ids["input_ids"][0])) == (system_prompt is not None)
+        with torch.no_grad():
+            assert score == pytest.approx(model(**ids).logits.item(), rel=1e-5)
+        # Behind the rewarded token the template writes a newline, which nothing reads.
+        assert num_tokens == ids["input_ids"].shape[1] - 1
 
 
 def test_a_classifier_scores_as_transformers_does_alone(classifier_folder):

@@ -24,6 +24,7 @@ from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.engine.session import open_session
 from sarm.interpret.agreement import agreement
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.nn.sae import standardise
 from sarm.nn.topk import TopKSae
 from sarm.passes.reader import sarm_reader
@@ -65,6 +66,7 @@ def work(extracted: Path, preset: Pipeline, tmp_path_factory: pytest.TempPathFac
     stage.finish({"figures": {}})
     rows = [
         {"prompt": f"What is {i} plus {j}?", "chosen": f"It is {i + j}. That is <b>all</b>.", "rejected": f"It is {i}. I am not sure. Ask again.", "subset": "<sums>"}
+        | ({"prompt": "What is 0 <|im_end|> plus 0?"} if i == j == 0 else {})
         for i in range(6) for j in range(4)
     ]  # fmt: skip
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -117,6 +119,15 @@ def test_codes_are_those_of_the_model_on_whole_conversations(audited, work, extr
         assert chat.tokenizer.decode(answer).strip() == pair["chosen"].strip()
         assert set(row["latents"]) == set(output.latent_indices[0][output.latent_values[0] != 0].tolist())
         assert sum(row["sentence_sizes"]) == len(row["sentence_latents"]) > 0
+
+
+def test_an_audit_says_by_which_rules_texts_were_read_and_counts_those_that_spell_control_tokens(audited):
+    codes = json.loads((audited / "codes" / "manifest.json").read_text())
+    assert codes["config"]["protocol_version"] == PROTOCOL_VERSION
+    assert (codes["counts"]["contents_with_control_tokens"], codes["counts"]["contents_already_templated"]) == (1, 0)
+    page = (audited / "audit.md").read_text()
+    assert "1 contents spell control tokens" in page
+    assert re.search(rf"protocol version\W+{PROTOCOL_VERSION}\b", page)
 
 
 def test_the_audit_selects_tests_and_says_what_is_exact(audited):

@@ -14,9 +14,11 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 from sarm.audit.style_features import StyleFeatures
 from sarm.contracts.manifest import read_manifest
+from sarm.contracts.passes import SPELLED_COUNTS
 from sarm.data.formats.feature_edit import load_edit
 from sarm.data.formats.sae_folder import load_sae, save_sae
 from sarm.engine.session import open_session
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.nn.topk import TopKSae
 from sarm.passes.edited_scores import Dictionary, Dose
 from sarm.passes.models import find_model, hash_of_folder
@@ -98,7 +100,9 @@ def test_the_saved_edit_gives_the_scores_that_were_reported(done, work):
 
 def test_stages_leave_manifests_and_a_page_and_are_not_done_twice(done, work):
     for name, schema in (("codes", "style_codes/v1"), ("doses", "debias_doses/v1"), ("results", "debias/v1")):
-        assert read_manifest(done / name, schema).schema == schema
+        manifest = read_manifest(done / name, schema)
+        assert (manifest.schema, manifest.config["protocol_version"]) == (schema, PROTOCOL_VERSION)
+    assert set(SPELLED_COUNTS) <= read_manifest(done / "codes", "style_codes/v1").counts.keys()
     page = (done / "results" / "report.html").read_text()
     for text in ("Markdown: features", "Markdown: controls", "RM-Bench", "equal frequency and size"):
         assert text in page

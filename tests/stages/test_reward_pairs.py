@@ -5,6 +5,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.data.tokens.chat_families import chat_of
 
 from sarm.contracts.ids import prompt_id_of
 from sarm.contracts.passes import Spelled
@@ -13,9 +14,12 @@ from sarm.data.sources.tiny import tiny_pairs
 from sarm.data.store.checkpoints import Checkpoints
 from sarm.data.tokens.chat import Tokens, load_chat_tokenizer
 from sarm.data.tokens.groups import prompt_groups
+from sarm.nn.protocol import PROTOCOL_VERSION
+from sarm.settings.checks import UserError
 from sarm.settings.model import ModelSettings
 from sarm.stages import reward_pairs
 from sarm.stages.reward_pairs import read_reward_pairs, split_off_validation
+from sarm.stages.train_reward_worker import _figures
 
 SHARE = 0.4
 
@@ -67,3 +71,30 @@ def test_pairs_are_tokenised_once_and_again_only_for_another_template_or_other_p
     pq.write_table(table.slice(0, 40), tmp_path / "pairs" / "part-000000.parquet")
     read()
     assert len(tokenised) == 6
+    monkeypatch.setattr(reward_pairs, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+    read()
+    assert len(tokenised) == 8, "tokens of other rules are not taken for those of today"
+
+
+def test_pairs_that_the_template_refuses_are_left_out_of_training_and_counted_by_name(tmp_path, table):
+    rows = table.to_pylist()
+    for row in rows[:2]:
+        row["prompt"].insert(0, {"role": "system", "content": "Be kind."})
+    rows[2]["chosen"] = "c" * 5_000_000
+
+    def read(kept):
+        pq.write_table(pa.Table.from_pylist(kept, schema=PAIRS_TABLE), tmp_path / "pairs" / "part-000000.parquet")
+        states = Checkpoints(tmp_path / "states", {})
+        return read_reward_pairs(tmp_path / "pairs", chat_of("gemma"), 0.0, model="tiny", states=states)
+
+    found = read(rows)
+    assert found.refused == {"pair0": "template_refuses", "pair1": "template_refuses", "pair2": "too_long"}
+    assert sum(found.groups.num_pairs) == len(rows) - 3
+    figures = _figures(found, training=None, history=[])
+    assert {name: value for name, value in figures.items() if name.startswith("rejected")} == {
+        "rejected_pairs": 3,
+        "rejected_template_refuses": 2,
+        "rejected_too_long": 1,
+    }
+    with pytest.raises(UserError, match=r"no pair can be encoded: \{'template_refuses': 2\} of 2"):
+        read(rows[:2])

@@ -17,6 +17,10 @@ class Spelled(NamedTuple):
         return Spelled(self[0] + other[0], self[1] + other[1])
 
 
+SPELLED_COUNTS = ("contents_with_control_tokens", "contents_already_templated")
+"""What both are called in the counts of every stage that reads conversations."""
+
+
 class Target(NamedTuple):
     """One folder of a pass: which tokens, after which block."""
 

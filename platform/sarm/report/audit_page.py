@@ -28,7 +28,10 @@ def write_audit_page(out: Path) -> Path:
     notes: list[str] = []
     if (out / "features" / MANIFEST).exists():
         sections += _features(out, facts)
-        notes += json.loads((out / "codes" / MANIFEST).read_text())["counts"].get("notes", [])
+        counts = json.loads((out / "codes" / MANIFEST).read_text())["counts"]
+        notes += counts.get("notes", [])
+        if num := counts.get("contents_with_control_tokens"):
+            notes.append(f"{num:,} contents spell control tokens, which are read as text.")
     if "completeness" not in facts or facts["completeness"] is not None:
         notes = exact + notes
     facts = {name: value for name, value in facts.items() if value is not None}
@@ -63,6 +66,7 @@ def _features(out: Path, facts: dict[str, Any]) -> Iterable[Section]:
         "completeness": None if content["completeness"] is None else f"{content['completeness']:.1e}",
         "explained by the linear head": None if (r2 := content.get("linear_head_explains")) is None else share(r2),
         "features": len(content["selected"]),
+        "protocol version": codes["config"].get("protocol_version"),
     }
     site = content["site"]
     table = pq.read_table(out / "features" / "latents.parquet")

@@ -25,6 +25,7 @@ from sarm.data.formats.reward_classes import is_attached
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import RUN_FILE, Session
 from sarm.engine.terminal import say
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.passes.models import hash_of_folder, sarm_settings
 from sarm.report.audit_page import write_audit_page
 from sarm.settings.audit import SITES, AuditFeatures
@@ -89,13 +90,18 @@ def cache_codes(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
     session.stage("cache codes", folder, body, resume=True)
 
 
-def _codes_settings(settings: AuditFeatures, pairs: pa.Table) -> dict[str, str]:
+def _codes_settings(settings: AuditFeatures, pairs: pa.Table) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name in ("role", "pair_id"):
         digest.update("\x1f".join(pairs[name].to_pylist()).encode())
-    found = {"sarm": hash_of_folder(settings.sarm), "place": str(settings.sarm), "pairs": digest.hexdigest()[:16]}
     dtype = audit_budget(settings).dtype
-    return found | ({} if dtype == "float32" else {"dtype": dtype})
+    return {
+        "sarm": hash_of_folder(settings.sarm),
+        "place": str(settings.sarm),
+        "pairs": digest.hexdigest()[:16],
+        "protocol_version": PROTOCOL_VERSION,
+        **({} if dtype == "float32" else {"dtype": dtype}),
+    }
 
 
 def _move_aside(session: Session, settings: AuditFeatures, pairs: pa.Table) -> None:

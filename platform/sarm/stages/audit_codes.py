@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from sarm.audit.codes import CODE_PAIRS, RESPONSES
 from sarm.contracts.ids import response_id_of
+from sarm.contracts.passes import SPELLED_COUNTS
 from sarm.data.store.blocks import table_blocks
 from sarm.data.store.parts import part_files
 from sarm.engine.passes import Pass, RunPass
@@ -58,5 +59,6 @@ def write_codes(pairs: pa.Table, reader: Reader, folder: Path, run_pass: RunPass
         "responses": responses.num_rows,
         "pairs": len(kept),
         "rejected": counts["rejected"],
+        **{name: counts.get(name, 0) for name in SPELLED_COUNTS},
         "notes": dictionary_note(reader.model.config.provenance),
     }

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from sarm.contracts.ids import hash_share
 from sarm.contracts.manifest import StageFolder, finite_or_null, write_atomically
-from sarm.data.tokens.templated_text import control_spelled_in, template_spelled_in
+from sarm.data.tokens.contents import count_spelled_texts
 from sarm.engine.mlflow.tracking import tracking_uri
 from sarm.engine.ray.machine import machine_of
 from sarm.engine.session import tracked_folder
@@ -73,7 +73,7 @@ def run_benchmarks(settings: Benchmarking) -> Path:
             scores=scores,
             reasons=reasons_of(items, scores),
         )
-        content["contents"] = _contents(texts)
+        content["contents"] = count_spelled_texts(texts.values())
         if num := content["contents"]["contents_with_control_tokens"]:
             content["notes"].append(f"{num:,} contents spell control tokens, which {'count as such, as in the official code' if spec.protocol == 'official' else 'are scored as text'}.")  # fmt: skip
         if num := content["contents"]["contents_already_templated"]:
@@ -185,18 +185,6 @@ def _near_duplicates(name: str, near: dict[str, Any]) -> str:
         return said
     parts = [f"{figure} {share(row['value'])} ({span(row['ci95'])})" for figure, row in near["without"].items()]
     return f"{said} Without them: {', '.join(parts) or 'no row is left'}."
-
-
-def _contents(texts: Mapping[str, tuple[str, str]]) -> dict[str, int]:
-    """Distinct contents that spell control tokens, or turns, of some template in use."""
-    contents = {text for _, text in texts.values()}
-    contents |= {
-        content for prompt in {prompt for prompt, _ in texts.values()} for _, content, *_ in json.loads(prompt)
-    }
-    return {
-        "contents_with_control_tokens": sum(map(control_spelled_in, contents)),
-        "contents_already_templated": sum(template_spelled_in(content) is not None for content in contents),
-    }
 
 
 def _say_figures(content: dict[str, Any]) -> None:

@@ -24,11 +24,13 @@ from sarm.contracts.untrusted import read_json
 from sarm.data.formats.feature_edit import sae_identity
 from sarm.data.store.blocks import table_blocks
 from sarm.data.store.parts import read_parts
+from sarm.data.tokens.contents import count_spelled_texts
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.passes import Pass
 from sarm.engine.ray.block_actor import Output
 from sarm.engine.session import Session
 from sarm.engine.terminal import say
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.passes.completions import REQUESTS
 from sarm.passes.edited_scores import Dictionary, Dose, EditedScores, StyleCodes
 from sarm.passes.models import ModelSpec
@@ -69,6 +71,7 @@ class Job(NamedTuple):
             "max_length": self.spec.max_length,
             "dtype": self.spec.dtype,
             "texts": digest.hexdigest()[:16],
+            "protocol_version": PROTOCOL_VERSION,
         }
 
 
@@ -90,7 +93,12 @@ def read_codes(job: Job) -> None:
             output=Output(folder.folder / "codes", STYLE_CODES_TABLE),
         )
         counts = job.session.run_pass(work)["codes"]
-        return {**counts, "figures": {"answers": counts["rows"], "rejected": sum(counts["rejected"].values())}}
+        spelled = count_spelled_texts(job.texts.by_id.values())
+        return {
+            **counts,
+            **spelled,
+            "figures": {"answers": counts["rows"], "rejected": sum(counts["rejected"].values())},
+        }
 
     job.session.stage("read codes", folder, body, resume=True)
 

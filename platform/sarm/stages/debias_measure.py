@@ -19,6 +19,7 @@ from sarm.engine.terminal import say
 from sarm.evaluate.benchmarks.items import scored_rows
 from sarm.evaluate.benchmarks.paired import compare
 from sarm.evaluate.benchmarks.registry import BENCHMARKS
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.passes.edited_scores import Dose
 from sarm.passes.models import hash_of_folder
 from sarm.report.debias_page import build_page
@@ -166,6 +167,7 @@ def _facts(job: Job) -> dict[str, Any]:
         "layers": ", ".join(str(one.layer) for one in job.dictionaries),
         "positions": job.settings.debias.positions,
         "dtype": job.spec.dtype,
+        "protocol version": PROTOCOL_VERSION,
         "seed": job.session.run.seed,
         "controls": job.settings.debias.controls,
     }

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from sarm.contracts.figures import plain_values
 from sarm.contracts.folders import BASELINES, SAE_FOLDER, SARM_FOLDER
 from sarm.contracts.manifest import Manifest, read_manifest
+from sarm.contracts.passes import SPELLED_COUNTS
 from sarm.contracts.tables import PAIR_SCORES_TABLE
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.models import model_folder
@@ -221,5 +222,4 @@ def reader_of(folder: Path, extraction: ExtractionSettings) -> Reader:
 def _contents(scores: Path) -> dict[str, Any]:
     """What of the held-out pairs could not be encoded, by reason, and how many contents spell control tokens or turns."""
     counts = read_counts(scores)
-    names = ("contents_with_control_tokens", "contents_already_templated")
-    return {"rejected": counts["rejected"], **{name: counts.get(name, 0) for name in names}}
+    return {"rejected": counts["rejected"], **{name: counts.get(name, 0) for name in SPELLED_COUNTS}}

@@ -21,6 +21,7 @@ from sarm.data.store.pairs import load_pairs
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.data.tokens.groups import PromptGroup, prompt_groups
 from sarm.data.tokens.stored_groups import StoredGroups, StoredTokens, read_groups, write_groups
+from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.checks import UserError
 
 _TRAIN, _VALIDATION = "train", "validation"
@@ -57,6 +58,7 @@ def read_reward_pairs(
         "tokenizer": chat.tokenizer_hash,
         "max_length": chat.max_length,
         "system_prompt": chat.system_prompt,
+        "protocol_version": PROTOCOL_VERSION,
     }
     stored = read_groups(place, identity, verify=may_write)
     if stored is None:

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 from tests.data.tokens.chat_families import CHATML, FAMILIES, chat_of, tokenizer_of
 
 from sarm.data.sources.layouts.layout import RawPair
 from sarm.data.sources.layouts.registry import parse_pairs
 from sarm.data.tokens.chat import ChatTokenizer
+from sarm.data.tokens.contents import count_spelled_texts
 from sarm.data.tokens.templated_text import control_spelled_in, is_rendered_conversation, template_spelled_in
 from sarm.data.tokens.templates import with_system_prompt, without_system_prompt
 
@@ -35,9 +38,17 @@ def test_ordinary_texts_are_not(text):
 
 def test_control_tokens_are_known_without_a_tokenizer():
     for family in FAMILIES:
-        spelled = [text for text in chat_of(family).control.texts if "unused" not in text and "CALLS" not in text]
-        assert all(control_spelled_in(f"a{text}b") for text in spelled), spelled
-    assert not any(control_spelled_in(text) for text in ("a < b > c", "<b>", "x[0]", "<html>"))
+        missed = [text for text in chat_of(family).control.texts if not control_spelled_in(f"a{text}b")]
+        assert missed == []
+    ordinary = ("a < b > c", "<b>", "x[0]", "<html>", "[YOUR_NAME]", "[THINKING]", "<unused>")
+    assert not any(control_spelled_in(text) for text in ordinary)
+
+
+def test_each_distinct_content_of_requests_is_counted_once():
+    turns = chat_of("chatml").render(CONVERSATION)
+    prompt = json.dumps([["user", "a [TOOL_CALLS] b"], ["assistant", turns, []], ["user", "Why?"]])
+    texts = [(prompt, "So."), (prompt, "<unused7>"), (prompt, "<unused7>")]
+    assert count_spelled_texts(texts) == {"contents_with_control_tokens": 3, "contents_already_templated": 1}
 
 
 def test_pairs_that_were_templated_before_are_left_out_by_name():

@@ -1,13 +1,15 @@
-"""What contents of pairs spell that looks like a template's own, counted over files."""
+"""What contents of pairs and of requests spell that looks like a template's own, counted over all of them."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from sarm.contracts.ids import stable_int
-from sarm.contracts.passes import Spelled
+from sarm.contracts.passes import SPELLED_COUNTS, Spelled
 from sarm.data.tokens.chat import ChatTokenizer
+from sarm.data.tokens.templated_text import control_spelled_in, template_spelled_in
 
 _COLUMNS = ("split", "prompt", "chosen", "rejected")
 
@@ -27,4 +29,16 @@ def count_spelled(files: Sequence[Path], split: str, chat: ChatTokenizer) -> dic
                         if any(spelled) and (key := stable_int(text)) not in seen:
                             seen.add(key)
                             found += spelled
-    return {"contents_with_control_tokens": found.control_tokens, "contents_already_templated": found.templated}
+    return dict(zip(SPELLED_COUNTS, found, strict=True))
+
+
+def count_spelled_texts(texts: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """How many distinct contents of these (prompt as a JSON list of role, content and more; answer) spell control tokens, or turns, of some template in use."""
+    prompts: set[str] = set()
+    contents: set[str] = set()
+    for prompt, answer in texts:
+        prompts.add(prompt)
+        contents.add(answer)
+    contents |= {content for prompt in prompts for _, content, *_ in json.loads(prompt)}
+    templated = sum(template_spelled_in(content) is not None for content in contents)
+    return dict(zip(SPELLED_COUNTS, (sum(map(control_spelled_in, contents)), templated), strict=True))

@@ -28,7 +28,8 @@ _MARKS = {
     "HH": _Marks(re.compile(r"(?:^|\n\n)Human: "), "\n\nAssistant:"),
 }  # fmt: skip
 _CONTROL = re.compile(
-    r"<\|[A-Za-z_][\w ]{0,40}\|>|<｜[^｜\n]{1,40}｜>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>|\[/?INST\]|</?think>|</?tool_\w{1,20}>"
+    r"<\|[A-Za-z_][\w ]{0,40}\|>|<｜[^｜\n]{1,40}｜>|</?s>|<(?:bos|eos|pad|unk|mask)>|<(?:start|end)_of_(?:turn|image)>|<unused\d{1,4}>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|THINK)\]|\[(?:CLS|SEP|MASK)\]|</?think>|</?tool_\w{1,20}>"
 )
 
 
