@@ -43,7 +43,7 @@ def _navigation() -> list[str]:
             for one in entry.values() if isinstance(entry, dict) else entry:
                 yield from pages(one)
 
-    return list(pages(yaml.load((ROOT / "mkdocs.yml").read_text(), _Config)["nav"]))  # noqa: S506  # a SafeLoader
+    return list(pages(yaml.load((ROOT / "mkdocs.yml").read_text(), _Config)["nav"]))
 
 
 def test_every_page_is_in_the_navigation_once_and_nothing_else() -> None:
@@ -78,7 +78,9 @@ def _texts_of_the_code() -> tuple[str, ...]:
     for path in (ROOT / "platform").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+                texts.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
     return tuple(texts)
@@ -139,5 +141,10 @@ def test_a_page_in_a_browser_asks_the_network_for_nothing(page: str, tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert "<h1" in done.stdout
     # What the page began. The browser has requests of its own, of which the log says so.
-    asked = set(re.findall(r'"initiator":"file://[^}]*?"url":"(https?://[^"]+)"|"url":"(https?://[^"]+)"[^}]*?"initiator":"file://', log.read_text()))
+    asked = set(
+        re.findall(
+            r'"initiator":"file://[^}]*?"url":"(https?://[^"]+)"|"url":"(https?://[^"]+)"[^}]*?"initiator":"file://',
+            log.read_text(),
+        )
+    )
     assert asked == set()
