@@ -84,7 +84,7 @@ test-load: $(VENV)/.ready  ## the reward server over 100,000 requests: none wron
 # A site of files that loads nothing from elsewhere; a link that leads nowhere fails.
 docs: .venv-docs/.ready  ## the pages of docs/ as a site, to outputs/site; needs no network once it is set up
 	PATH="$(abspath .venv-docs/bin):$$PATH" NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
-	@echo "outputs/site/index.html"
+	@echo "outputs/site/index.html; its search needs a server: .venv-docs/bin/python -m http.server --directory outputs/site"
 
 test-site: docs $(VENV)/.ready  ## that the site builds, and asks the network for nothing; in a browser too, where there is chromium
 	SARM_SITE=outputs/site $(BIN)/python -m pytest tests/test_site.py tests/test_docs.py -rs
