@@ -13,7 +13,7 @@ WITH_TRL := hacking
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-gpu test-kernels bench-gpu evidence test-fuzz test-docs test-chaos test-formats test-official test-clients test-vllm test-load test-package lint types audit bench ui lock clean
+.PHONY: help demo docs test test-site test-gpu test-kernels bench-gpu evidence test-fuzz test-docs test-chaos test-formats test-official test-clients test-vllm test-load test-package lint types audit bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -77,6 +77,19 @@ test-vllm: $(VENV)/.ready .venv-vllm/.ready  ## SARMs inside vLLM's own server o
 
 test-load: $(VENV)/.ready  ## the reward server over 100,000 requests: none wrong, memory flat; LOAD=N for another number
 	SARM_LOAD=$(or $(LOAD),100000) $(BIN)/python -m pytest tests/serve/test_load.py -s
+
+.venv-docs/.ready: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --progress-bar on --no-deps -r docs/requirements.txt
+	@touch $@
+
+# A site of files that loads nothing from elsewhere; a link that leads nowhere fails.
+docs: .venv-docs/.ready  ## the pages of docs/ as a site, to outputs/site; needs no network once it is set up
+	PATH="$(abspath .venv-docs/bin):$$PATH" NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
+	@echo "outputs/site/index.html; its search needs a server: .venv-docs/bin/python -m http.server --directory outputs/site"
+
+test-site: docs $(VENV)/.ready  ## that the site builds, and asks the network for nothing; in a browser too, where there is chromium
+	SARM_SITE=outputs/site $(BIN)/python -m pytest tests/test_site.py tests/test_docs.py -rs
 
 lint: $(VENV)/.ready  ## style
 	$(BIN)/ruff check .

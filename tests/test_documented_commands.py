@@ -26,6 +26,7 @@ _JUDGE = "needs a judge: a chat model that is served at that address"
 
 NOT_RUN = {
     "make test": "is what runs this",
+    "pip install '.[train]'": "changes the environment that it is typed in; make test-package installs the wheel into one of its own",
     "python jobs/pipeline.py demo --out outputs/mine --model.name Qwen/*": "needs a model of the Hugging Face hub, and data of the reader's own",
     "ray job submit * sarm-1b *": _GPUS,
     "RAY_AUTH_MODE=token * sarm-1b *": _GPUS,
