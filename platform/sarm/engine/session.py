@@ -89,6 +89,10 @@ class Session:
             self.tracker.parent.set_tags(devices.tags)
         return self._cluster
 
+    def look(self) -> None:
+        """Join or start the cluster now, and say what it is; raises UserError for what the stages cannot work on."""
+        assert self.cluster is not None
+
     @property
     def tracker(self) -> "Tracker":
         """The MLflow parent run, continued under the id in `run.json` if the output folder has been worked on before."""
