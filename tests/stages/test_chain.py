@@ -1,6 +1,7 @@
 """What a job would run, reuse and refuse, told from the folders that are there. The folders are real, their content is made up."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import pytest
 from sarm.contracts.folders import (
     Folders,
 )
-from sarm.contracts.manifest import MANIFEST
+from sarm.contracts.manifest import MANIFEST, Manifest, StageFolder
 from sarm.engine.ray.machine import Machine
-from sarm.engine.session import Session
+from sarm.engine.session import Session, open_session
 from sarm.engine.stopping import JOB_TOKEN
 from sarm.settings.checks import UserError
 from sarm.settings.jobs import (
@@ -29,6 +30,7 @@ from sarm.settings.presets import PRESETS
 from sarm.settings.run import STAGES as NAMES
 from sarm.stages import chain
 from sarm.stages.chain_state import move, move_aside, scope_of, state_of
+from sarm.stages.report import _own_seconds
 from sarm.stages.stage import STAGES
 
 ORDER = tuple(STAGES)
@@ -325,3 +327,22 @@ def test_gpus_that_are_not_there_are_refused_before_data_is_prepared(tmp_path: P
     with pytest.raises(UserError, match="1 workers need a GPU each, the cluster has 0"):
         chain.run_chain(config_of(tmp_path / "out", run={"use_gpu": "yes"}))
     assert not (tmp_path / "out" / "corpus").exists()
+
+
+def test_folders_that_are_made_together_say_so_and_add_their_time_once(tmp_path: Path) -> None:
+    def made(*names: str) -> list[Manifest]:
+        folders = {name: StageFolder(tmp_path / "out" / name, "rows/v1", {}) for name in names}
+
+        def body(children: Any) -> dict[str, dict[str, Any]]:
+            time.sleep(0.2)
+            for name in children:
+                (folders[name].folder / "content.json").write_text(name)
+            return {name: {} for name in children}
+
+        return list(session.stages({name: name for name in names}, folders, body, resume=False).values())
+
+    with open_session(config_of(tmp_path / "out", ExtractActivations)) as session:
+        both, alone = made("a", "b"), made("c")
+    assert len({manifest.counts["seconds"] for manifest in both}) == 1
+    assert sum(_own_seconds(manifest) or 0 for manifest in both) == pytest.approx(both[0].counts["seconds"])
+    assert _own_seconds(alone[0]) == alone[0].counts["seconds"] >= 0.2

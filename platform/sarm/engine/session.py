@@ -181,8 +181,9 @@ class Session:
             with peak_memory() as memory:
                 counted = body(children)
             took = {"seconds": round(time.monotonic() - started, 2), "peak_rss_gb": round(memory.peak / 1e9, 3)}
+            together = {"made_together": len(folders)} if len(folders) > 1 else {}
             for key, folder in folders.items():
-                counts = {**counted[key], **took}
+                counts = {**counted[key], **took, **together}
                 child, manifests[key] = children[key], folder.finish(counts)
                 self._verified.add(folder.folder)
                 figures = counts.get("figures", {})
