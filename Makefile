@@ -34,7 +34,7 @@ test: $(VENV)/.ready lint  ## everything that checks the project
 	$(MAKE) --no-print-directory -j 2 types tests
 
 .PHONY: tests
-tests: $(VENV)/.ready
+tests: $(VENV)/.ready .triton/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-docs: $(VENV)/.ready  ## every command of README, docs and help, unchanged, the whole demo among them: half an hour; DOCS=FOLDER keeps it
@@ -147,15 +147,28 @@ NO_GPU = import torch; torch.cuda.is_available() or print(f"skipped: torch {torc
 test-gpu: $(VENV)/.ready  ## everything that needs a GPU, six minutes; on a machine with two, what needs two as well
 	@reason=$$($(BIN)/python -c '$(NO_GPU)') || exit 2; if [ -n "$$reason" ]; then echo "$$reason"; else $(BIN)/python -m pytest tests/gpu -rs; fi
 
-bench-gpu: $(VENV)/.ready  ## figures of the papers' largest shapes on a GPU, four minutes, to outputs/bench/gpu.json
-	$(BIN)/python tests/bench/gpu/bench_gpu.py
-
-.triton/.ready:
-	$(BIN)/python -m pip install --progress-bar on --no-deps --target .triton triton==3.7.1
+# On top of the locked packages, whose torch has CUDA there. flash-attn has no wheel for every torch: without it TRL takes SDPA, and
+# OpenRLHF is left out.
+.venv-bench-gpu/.ready: tests/bench/gpu/requirements.txt $(VENV)/.ready
+	$(PYTHON) -m venv .venv-bench-gpu
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+	  > $$(.venv-bench-gpu/bin/python -c 'import site; print(site.getsitepackages()[0])')/locked.pth
+	.venv-bench-gpu/bin/python -m pip install --progress-bar on --no-deps -r tests/bench/gpu/requirements.txt
+	-.venv-bench-gpu/bin/python -m pip install --no-deps --no-build-isolation flash-attn==2.8.3
 	@touch $@
 
-test-kernels: $(VENV)/.ready .triton/.ready  ## every Triton kernel, compiled for A100, H100 and B200 without any of them
-	PYTHONPATH=.triton $(BIN)/python -m pytest tests/nn/test_kernels_compile.py
+bench-gpu: $(VENV)/.ready $(if $(PEERS),.venv-bench-gpu/.ready)  ## figures of the papers' largest shapes on a GPU, four minutes, to outputs/bench/gpu.json; PEERS=1 sets up other libraries to time beside
+	$(BIN)/python tests/bench/gpu/bench_gpu.py
+
+# Where torch brings it, nothing is fetched; where there is none to fetch, the test that needs it says that it is skipped.
+.triton/.ready: $(VENV)/.ready
+	@mkdir -p .triton
+	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' \
+	  || $(BIN)/python -m pip install --progress-bar on --no-deps --target .triton triton==3.7.1 \
+	  && touch $@ || echo "note: triton cannot be fetched here, so its kernels are not compiled"
+
+test-kernels: .triton/.ready  ## every Triton kernel, compiled for A100, H100 and B200 without any of them
+	$(BIN)/python -m pytest tests/nn/test_kernels_compile.py
 
 audit: $(AUDIT)/.ready  ## the locked dependencies against the published vulnerabilities; asks pypi.org
 	$(AUDIT)/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict

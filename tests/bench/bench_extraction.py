@@ -2,6 +2,9 @@
 
 The real SmolLM2 and OpenWebText passages; every part in processes of its own with the same threads, one after the other. Tokens are
 real ones: neither padding nor what is read twice counts. Of several rounds the best counts: other work on the machine only slows. Writes outputs/bench/extraction.json and prints a table.
+
+Where the cores multiply bfloat16 natively, the pass and its bare loop run in it too, in turn with those in float32. `--parts order --sarm
+outputs/demo/sarm` says how many held-out pairs of a finished run keep the order of their rewards in bfloat16.
 """
 
 import argparse
@@ -11,7 +14,8 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,13 @@ OUT = ROOT / "outputs" / "bench" / "extraction.json"
 ROUNDS = 3
 # Of the model in `workers`: shallow enough for a corpus of several dozen blocks.
 WORKERS_LAYER = 7
+DTYPES = ("float32", "bfloat16")
 PEERS = ROOT / ".venv-bench" / "bin" / "python"
 BOUNDS = {
     "vs_bare_loop": (">=", 0.85),
+    "bfloat16_vs_bare_loop": (">=", 0.85),
+    "bfloat16_vs_float32": (">=", 1.7),
+    "same_order": (">=", 0.995),
     "vs_reference": (">=", 3.0),
     "vs_sae_lens": (">=", 1.2),
     "two_worker_speedup": (">=", 1.8),
@@ -32,22 +40,36 @@ BOUNDS = {
     "audit_share": ("<=", 0.02),
 }
 
+Part = Callable[[Path, list[str], dict[str, Any]], dict[str, Any]]
+
 
 def main() -> None:
     """Run the parts and write what was measured."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--texts", type=int, default=80)
     parser.add_argument("--parts", nargs="*", default=["speed", "peers", "workers", "memory"])
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=native_dtypes(), help="of the part `speed`")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the part `speed`")
+    parser.add_argument("--sarm", type=Path, help="of the part `order`: the reward model of a finished run")
     arguments = parser.parse_args()
+    if "order" in arguments.parts and arguments.sarm is None:
+        parser.error("--parts order needs --sarm FOLDER")
+    parts: dict[str, Part] = {
+        "speed": partial(speed, dtypes=arguments.dtypes, rounds=arguments.rounds), "peers": peers, "workers": workers, "memory": memory,
+        "order": partial(order, sarm=arguments.sarm),
+    }  # fmt: skip
     figures: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         folder, texts = Path(name), write_corpora(Path(name), arguments.texts)
         for part in arguments.parts:
-            figures |= {"speed": speed, "peers": peers, "workers": workers, "memory": memory}[part](
-                folder, texts, figures
-            )
+            figures |= parts[part](folder, texts, figures)
     figures["machine"] = {"cpu": _cpu(), "threads": 2, "python": platform.python_version()}
-    figures["sizes"] = {"model": "SmolLM2-135M-Instruct", "layer": 15, "dtype": "float32", "texts": arguments.texts}
+    figures["sizes"] = {
+        "model": "SmolLM2-135M-Instruct",
+        "layer": 15,
+        "dtypes": arguments.dtypes,
+        "texts": arguments.texts,
+    }
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(figures, indent=2))
     show(figures)
@@ -72,28 +94,56 @@ def write_corpora(folder: Path, num_texts: int) -> list[str]:
     return texts[:num_texts]
 
 
-def speed(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
-    """The pass beside the bare loop over its batches, turn about."""
-    own, bare = [], []
-    for number in range(ROUNDS):
-        run = {"corpus": "corpus", "target": f"out{number}", "num_actors": 1, "cpus": 2}
-        own += run_part("pass", folder, {"runs": [run]})
-        found = run_part("loop", folder, {"corpus": "corpus"})
-        bare.append(_rate(found))
-    rates = [one["tokens_per_second"] for one in own]
-    last = own[-1]
-    return {
+def native_dtypes() -> list[str]:
+    """Those that these cores multiply natively."""
+    import torch
+
+    return list(DTYPES) if torch.cpu._is_avx512_bf16_supported() else ["float32"]
+
+
+def speed(
+    folder: Path, texts: list[str], figures: dict[str, Any], dtypes: Sequence[str], rounds: int
+) -> dict[str, Any]:
+    """The pass beside the bare loop over its batches, turn about, in each dtype."""
+    own: dict[str, list[dict[str, Any]]] = {dtype: [] for dtype in dtypes}
+    bare: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
+    for number in range(rounds):
+        for dtype in dtypes:
+            run = {"corpus": "corpus", "target": f"out-{dtype}-{number}", "num_actors": 1, "cpus": 2, "dtype": dtype}
+            own[dtype] += run_part("pass", folder, {"runs": [run]})
+            bare[dtype].append(_rate(run_part("loop", folder, {"corpus": "corpus", "dtype": dtype})))
+    rates = {dtype: [one["tokens_per_second"] for one in found] for dtype, found in own.items()}
+    result: dict[str, Any] = {"rounds": {"pass": rates, "loop": bare}}
+    for dtype in dtypes:
+        prefix = "" if dtype == "float32" else f"{dtype}_"
+        result |= {
+            f"{prefix}tokens_per_second": max(rates[dtype]),
+            f"{prefix}bare_tokens_per_second": max(bare[dtype]),
+            f"{prefix}vs_bare_loop": max(rates[dtype]) / max(bare[dtype]),
+        }
+    if set(dtypes) == set(DTYPES):
+        result["bfloat16_vs_float32"] = result["bfloat16_tokens_per_second"] / result["tokens_per_second"]
+        result["bfloat16_vs_float32_bare"] = (
+            result["bfloat16_bare_tokens_per_second"] / result["bare_tokens_per_second"]
+        )
+    last = own[dtypes[0]][-1]
+    return result | {
         "tokens": last["tokens"],
-        "tokens_per_second": max(rates),
-        "bare_tokens_per_second": max(bare),
-        "rounds": {"pass": rates, "loop": bare},
-        "vs_bare_loop": max(rates) / max(bare),
         "whole_pass_seconds": last["seconds"],
         "padding_share": last["padding_share"],
         "audit_share": (last["audit_seconds"] + last["hashing"]) / last["seconds"],
         "sentence_ends": last["rows"],
         "bytes": last["bytes"],
     }
+
+
+def order(folder: Path, texts: list[str], figures: dict[str, Any], sarm: Path) -> dict[str, Any]:
+    """Of the held-out pairs of a finished run, the share whose rewards have the same order in bfloat16, with an exact 95 % interval."""
+    from scipy.stats import binomtest
+
+    found = run_part("order", folder, {"sarm": str(sarm.absolute())})
+    interval = binomtest(found["same"], found["pairs"]).proportion_ci(0.95)
+    return {"same_order": found["same"] / found["pairs"], "same_order_interval": [interval.low, interval.high], "order_pairs": found["pairs"]}  # fmt: skip
 
 
 def peers(folder: Path, texts: list[str], figures: dict[str, Any]) -> dict[str, Any]:
@@ -186,15 +236,27 @@ def show(figures: dict[str, Any]) -> None:
     for name in (
         "tokens_per_second",
         "bare_tokens_per_second",
+        "bfloat16_tokens_per_second",
+        "bfloat16_bare_tokens_per_second",
+        "bfloat16_vs_float32_bare",
         "reference_tokens_per_second",
         "sae_lens_tokens_per_second",
     ):
         if name in figures:
-            print(f"  {name:<30}{figures[name]:9.0f}")
+            print(f"  {name:<32}{figures[name]:9,.{2 if '_vs_' in name else 0}f}")
     for name, (relation, bound) in BOUNDS.items():
         if name in figures:
             met = figures[name] <= bound if relation == "<=" else figures[name] >= bound
-            print(f"  {name:<30}{figures[name]:9.3f}  {relation} {bound:<6}{'' if met else '  MISSED'}")
+            print(f"  {name:<32}{figures[name]:9.3f}  {relation} {bound:<6}{'' if met else '  MISSED'}")
+    if "same_order" in figures:
+        low, high = figures["same_order_interval"]
+        print(
+            f"  same order in bfloat16: {low:.3f} to {high:.3f} with 95 % confidence, of {figures['order_pairs']:,} pairs"
+        )
+    if "bfloat16_vs_float32" not in figures:
+        print(
+            "  bfloat16 is left out: these cores do not multiply it natively (avx512_bf16). --dtypes float32 bfloat16 runs it anyway."
+        )
     print(f"written to {OUT}")
 
 

@@ -20,13 +20,15 @@ def main() -> None:
     torch.set_num_threads(options.get("threads", 2))
     print(
         json.dumps(
-            {"pass": passes, "loop": loop, "reference": reference, "sae_lens": sae_lens}[part](folder, **options)
+            {"pass": passes, "loop": loop, "reference": reference, "sae_lens": sae_lens, "order": order}[part](
+                folder, **options
+            )
         )
     )
 
 
 def passes(folder: Path, runs: list[dict[str, Any]], threads: int = 2) -> list[dict[str, Any]]:
-    """Extraction as the job does it, several times on one local Ray; each run: corpus, target, num_actors, cpus, layer."""
+    """Extraction as the job does it, several times on one local Ray; each run: corpus, target, num_actors, cpus, layer, dtype."""
     from sarm.contracts.manifest import sha256_of
     from sarm.engine.peak_memory import peak_memory
     from sarm.engine.ray.cluster import connect
@@ -38,7 +40,12 @@ def passes(folder: Path, runs: list[dict[str, Any]], threads: int = 2) -> list[d
     found = []
     with connect(RunSettings(out=folder)) as cluster:
         for one in runs:
-            model = ModelSettings(name="demo:smollm2", layer=one.get("layer", LAYER), max_length=MAX_LENGTH)
+            model = ModelSettings(
+                name="demo:smollm2",
+                layer=one.get("layer", LAYER),
+                max_length=MAX_LENGTH,
+                dtype=one.get("dtype", "float32"),
+            )
             run = RunSettings(out=folder, num_actors=one["num_actors"], cpus_per_worker=one["cpus"])
             extraction = ExtractionSettings(block_kilobytes=one.get("kilobytes", 1024))
             work = make_pass(folder / one["corpus"], folder / one["target"], model, extraction)
@@ -94,7 +101,13 @@ def _row_ids(table: Any) -> list[int]:
 
 
 def loop(
-    folder: Path, corpus: str, layer: int = LAYER, beside: int = 1, number: int = 0, threads: int = 2
+    folder: Path,
+    corpus: str,
+    layer: int = LAYER,
+    dtype: str = "float32",
+    beside: int = 1,
+    number: int = 0,
+    threads: int = 2,
 ) -> dict[str, float]:
     """The truncated model over the very batches of the pass, tokenised beforehand; nothing is taken out or written.
 
@@ -120,7 +133,7 @@ def loop(
         for members in window_batches(windows, ExtractionSettings().batch_tokens):
             batches.append(collate_windows(windows, members, chat.pad_id).input_ids)
             tokens += sum(len(windows[n].ids) for n in members)
-    backbone = load_backbone(model_folder(model), layer).eval()
+    backbone = load_backbone(model_folder(model), layer, getattr(torch, dtype)).eval()
     # As the actors do: the difference is what surrounds the model.
     keep_freed_memory()
     ready = folder / f"ready-{beside}-{number}"
@@ -152,6 +165,27 @@ def reference(folder: Path, texts: list[str], threads: int = 2) -> dict[str, flo
             model(**encoded, output_hidden_states=True).hidden_states[LAYER].half().numpy()
             tokens += int(encoded.attention_mask.sum())
     return {"tokens": tokens, "seconds": time.perf_counter() - started}
+
+
+def order(folder: Path, sarm: str) -> dict[str, int]:
+    """How many held-out pairs of the run that a SARM stands in are in the same order by its rewards in float32 and in bfloat16."""
+    from sarm.data.store.pairs import load_pairs
+    from sarm.data.tokens.groups import prompt_groups
+    from sarm.passes.reader import sarm_reader
+
+    is_right: list[list[bool]] = []
+    for dtype in ("float32", "bfloat16"):
+        reader = sarm_reader(Path(sarm), 2048, dtype)
+        groups = list(prompt_groups(load_pairs(Path(sarm).parent / "pairs", "heldout"), reader.chat))
+        found = reader.read([row for group in groups for row in group.rows(reader.row_tokens)])
+        is_right.append(
+            [
+                found[group.prompt_id, pair.chosen].reward > found[group.prompt_id, pair.rejected].reward
+                for group in groups
+                for pair in group.pairs
+            ]
+        )
+    return {"pairs": len(is_right[0]), "same": sum(a == b for a, b in zip(*is_right, strict=True))}
 
 
 def sae_lens(folder: Path, texts: list[str], model_folder: str, num_tokens: int, threads: int = 2) -> dict[str, float]:

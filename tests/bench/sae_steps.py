@@ -1,4 +1,4 @@
-"""One training step of a TopK SAE by this project and by other libraries, timed in this process: `python sae_steps.py NAME`.
+"""One training step of a TopK SAE by this project and by other libraries, timed in this process: `python sae_steps.py NAME`, on cores or on a GPU (`--device cuda`).
 
 Each does what its own trainer does in a step: gradient clipping, decoder norms, dead-latent counts; no logging. Prints one JSON line.
 """
@@ -22,9 +22,9 @@ from torch import Tensor  # noqa: E402
 Step = Callable[[Tensor], object]
 
 
-def gemm(d: int, m: int, k: int, batch: int) -> Step:
+def gemm(d: int, m: int, k: int, batch: int, device: str) -> Step:
     """The encoder's matrix product and nothing else: no exact step can do without it."""
-    weight, bias = torch.randn(m, d), torch.zeros(m)
+    weight, bias = torch.randn(m, d, device=device), torch.zeros(m, device=device)
 
     def step(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -33,7 +33,7 @@ def gemm(d: int, m: int, k: int, batch: int) -> Step:
     return step
 
 
-def sarm(d: int, m: int, k: int, batch: int) -> Step:
+def sarm(d: int, m: int, k: int, batch: int, device: str) -> Step:
     """This project's `Learner`."""
     from sarm.nn.topk import TopKSae
     from sarm.settings.sae import SaeSettings
@@ -41,17 +41,18 @@ def sarm(d: int, m: int, k: int, batch: int) -> Step:
 
     sae = TopKSae(d, m, k)
     sae.initialise_(torch.randn(1024, d), torch.Generator().manual_seed(0))
-    learner = Learner(sae, SaeSettings(d_sae=m, k=k, batch_size=batch))
+    learner = Learner(sae, SaeSettings(d_sae=m, k=k, batch_size=batch), device)
     return lambda x: learner.step(x, 3e-4)
 
 
-def sparsify(d: int, m: int, k: int, batch: int) -> Step:
+def sparsify(d: int, m: int, k: int, batch: int, device: str) -> Step:
     """Eleuther's sparsify, with its documented Adam; the body of its trainer's loop."""
     from sparsify import SparseCoder, SparseCoderConfig
 
-    coder = SparseCoder(d, SparseCoderConfig(num_latents=m, k=k), dtype=torch.float32)
-    optimizer = torch.optim.Adam(coder.parameters(), lr=2e-4)
-    has_fired, since = torch.zeros(m, dtype=torch.bool), torch.zeros(m, dtype=torch.long)
+    coder = SparseCoder(d, SparseCoderConfig(num_latents=m, k=k), dtype=torch.float32, device=device)
+    optimizer = torch.optim.Adam(coder.parameters(), lr=2e-4, fused=device == "cuda" or None)
+    has_fired = torch.zeros(m, dtype=torch.bool, device=device)
+    since = torch.zeros(m, dtype=torch.long, device=device)
 
     def step(x: Tensor) -> None:
         coder.set_decoder_norm_to_unit_norm()
@@ -70,14 +71,15 @@ def sparsify(d: int, m: int, k: int, batch: int) -> Step:
     return step
 
 
-def sae_lens(d: int, m: int, k: int, batch: int) -> Step:
+def sae_lens(d: int, m: int, k: int, batch: int, device: str) -> Step:
     """SAELens' trainer with its defaults."""
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    config = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=batch, device="cpu", lr_end=3e-5)
-    trainer = SAETrainer(config, TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=m, k=k)), iter(()))
+    config = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=batch, device=device, lr_end=3e-5)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=m, k=k, device=device))
+    trainer = SAETrainer(config, sae, iter(()))
 
     def step(x: Tensor) -> None:
         trainer.step(x)
@@ -86,7 +88,7 @@ def sae_lens(d: int, m: int, k: int, batch: int) -> Step:
     return step
 
 
-def dictionary_learning(d: int, m: int, k: int, batch: int) -> Step:
+def dictionary_learning(d: int, m: int, k: int, batch: int, device: str) -> Step:
     """dictionary_learning's TopK trainer."""
     # Only its language-model buffer needs nnsight, which pins an old torch.
     nnsight = types.ModuleType("nnsight")
@@ -102,7 +104,7 @@ def dictionary_learning(d: int, m: int, k: int, batch: int) -> Step:
         layer=0,
         lm_name="none",
         dict_class=AutoEncoderTopK,
-        device="cpu",
+        device=device,
     )
     # Its step 0 fits a geometric median once.
     count = iter(range(1, 10**6))
@@ -126,16 +128,21 @@ def main() -> None:
         ("warm", 2),
     ):
         parser.add_argument(f"--{flag}", type=int, default=default)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     a = parser.parse_args()
+    # As our workers allow it; what else a library allows is its own.
+    torch.backends.cuda.matmul.allow_tf32 = True
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
-    batches = [torch.randn(a.batch, a.d) for _ in range(4)]
+    batches = [torch.randn(a.batch, a.d, device=a.device) for _ in range(4)]
     before = _peak_mb()
-    step = STEPS[a.name](a.d, a.m, a.k, a.batch)
+    step = STEPS[a.name](a.d, a.m, a.k, a.batch, a.device)
     seconds = []
     for n in range(a.warm + a.steps):
         start = time.perf_counter()
         step(batches[n % len(batches)])
+        if a.device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     print(json.dumps({"name": a.name, "seconds": seconds[a.warm :], "mb_before": before, "mb_peak": _peak_mb()}))
 

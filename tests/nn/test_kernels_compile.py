@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-if importlib.util.find_spec("triton") is None:
+# Beside torch's CUDA build; where that of the CPU is installed, `make test` and `make test-kernels` fetch it into a folder of its own.
+APART = Path(__file__).parents[2] / ".triton"
+if importlib.util.find_spec("triton") is None and not (APART / "triton").exists():
     pytest.skip(
         "triton comes with torch's CUDA build and is not here: `make test-kernels` fetches it into a folder of its own",
         allow_module_level=True,
@@ -22,6 +24,7 @@ KERNELS = ["_add_pieces_kernel", "_decode_kernel", "_value_gradients_kernel", "_
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(APART))))
     command = [sys.executable, str(Path(__file__).with_name("compiled_kernels.py"))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

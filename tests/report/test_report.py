@@ -66,7 +66,7 @@ def report_with(text="plain text", **changes):
             {"name": "SARM " + text, "accuracy": 0.75, "ci95": [0.7, 0.8]},
             {"name": "random", "accuracy": 0.5, "ci95": None},
         ],
-        "stages": [{"stage": text, "seconds": 61.0, "figures": text}],
+        "stages": [{"stage": text, "seconds": 61.0, "own_seconds": 61.0, "figures": text}],
         "subsets": {
             text: {"num_pairs": 4, "num_prompts": 2, "accuracy": 0.75, "accuracy_ci95": [0.7, 0.8], "ece": np.nan},
             "none " + text: {"num_pairs": 0, "note": text},
@@ -258,3 +258,10 @@ def test_summary_names_features_by_words_and_says_how_well_they_tell():
 
 def test_summary_of_an_empty_report_prints_its_path():
     assert "report.html" in printed(Report(title="empty"), 80)
+
+
+def test_the_time_of_a_pass_that_made_two_folders_is_in_the_total_once():
+    rows = [{"stage": name, "seconds": 62.0, "own_seconds": 31.0, "figures": ""} for name in ("chat", "turn ends")]
+    output = printed(report_with(title="run", stages=rows), 120)
+    (total,) = [line for line in output.splitlines() if "total" in line]
+    assert "1 min 02 s" in total

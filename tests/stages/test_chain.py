@@ -1,6 +1,7 @@
 """What a job would run, reuse and refuse, told from the folders that are there. The folders are real, their content is made up."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 from sarm.contracts.folders import (
     Folders,
 )
-from sarm.contracts.manifest import MANIFEST
+from sarm.contracts.manifest import MANIFEST, Manifest, StageFolder
+from sarm.engine.ray.machine import Machine
+from sarm.engine.session import Session, open_session
 from sarm.engine.stopping import JOB_TOKEN
 from sarm.settings.checks import UserError
 from sarm.settings.jobs import (
@@ -25,7 +28,9 @@ from sarm.settings.jobs import (
 )
 from sarm.settings.presets import PRESETS
 from sarm.settings.run import STAGES as NAMES
+from sarm.stages import chain
 from sarm.stages.chain_state import move, move_aside, scope_of, state_of
+from sarm.stages.report import _own_seconds
 from sarm.stages.stage import STAGES
 
 ORDER = tuple(STAGES)
@@ -288,3 +293,56 @@ def test_stages_are_those_that_a_flag_can_name_and_the_readme_lists_each_as_it_i
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     for name, stage in STAGES.items():
         assert f"| `jobs/{name}.py` | {stage.reads} | {stage.writes} |" in readme
+
+
+@pytest.mark.parametrize(
+    ("machine", "use_gpu", "is_first"),
+    [
+        (Machine(2, 8, "H100", gpu_memory_gb=85.0), "auto", True),
+        (Machine(2, 8, "H100", gpu_memory_gb=85.0), "no", False),
+        (Machine(64, is_joined=True), "auto", True),
+        (Machine(2), "yes", True),
+        (Machine(2), "auto", False),
+    ],
+    ids=["gpus", "gpus-unused", "joined", "gpus-to-come", "cores"],
+)
+def test_gpus_and_clusters_are_looked_at_before_data_is_prepared_and_cores_alone_are_not_waited_for(
+    machine: Machine, use_gpu: str, is_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class UnusableError(Exception):
+        pass
+
+    def refuses(_: Session) -> None:
+        raise UnusableError
+
+    monkeypatch.setattr(chain, "machine_of", lambda _: machine)
+    monkeypatch.setattr(Session, "cluster", property(refuses))
+    with pytest.raises(UnusableError):
+        chain.run_chain(config_of(tmp_path / "out", ExtractActivations, run={"use_gpu": use_gpu}))
+    assert (tmp_path / "out" / "corpus" / MANIFEST).exists() != is_first
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_gpus_that_are_not_there_are_refused_before_data_is_prepared(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1 workers need a GPU each, the cluster has 0"):
+        chain.run_chain(config_of(tmp_path / "out", run={"use_gpu": "yes"}))
+    assert not (tmp_path / "out" / "corpus").exists()
+
+
+def test_folders_that_are_made_together_say_so_and_add_their_time_once(tmp_path: Path) -> None:
+    def made(*names: str) -> list[Manifest]:
+        folders = {name: StageFolder(tmp_path / "out" / name, "rows/v1", {}) for name in names}
+
+        def body(children: Any) -> dict[str, dict[str, Any]]:
+            time.sleep(0.2)
+            for name in children:
+                (folders[name].folder / "content.json").write_text(name)
+            return {name: {} for name in children}
+
+        return list(session.stages({name: name for name in names}, folders, body, resume=False).values())
+
+    with open_session(config_of(tmp_path / "out", ExtractActivations)) as session:
+        both, alone = made("a", "b"), made("c")
+    assert len({manifest.counts["seconds"] for manifest in both}) == 1
+    assert sum(_own_seconds(manifest) or 0 for manifest in both) == pytest.approx(both[0].counts["seconds"])
+    assert _own_seconds(alone[0]) == alone[0].counts["seconds"] >= 0.2

@@ -4,11 +4,16 @@ import json
 from dataclasses import replace
 
 import pytest
+from tests.stages.random_sarm import random_sarm
 
 from sarm.engine.ray.machine import Machine, cluster_machine
+from sarm.settings.audit import AuditFeatures
+from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.budget import Device
 from sarm.settings.jobs import PrepareData
 from sarm.settings.presets import PRESETS
+from sarm.settings.run import RunSettings
+from sarm.stages import audit_folder, benchmark
 from sarm.stages.fitting import fitted, reading_budget
 
 H100 = Machine(64, 8, "H100", gpu_memory_gb=85.0)
@@ -121,3 +126,29 @@ def test_a_model_in_a_folder_is_read_with_what_its_files_say(tmp_path):
 def test_a_job_without_a_model_has_nothing_to_fit(tmp_path):
     job = PrepareData(run=replace(PRESETS["demo"][1].run, out=tmp_path))
     assert fitted(job, H100) == (job, ())
+
+
+@pytest.mark.parametrize(
+    ("machine", "use_gpu", "dtype", "tokens"),
+    [
+        (H100, "auto", "bfloat16", 65536),
+        (H100, "no", "float32", 2048),
+        (Machine(64, 8, "T4", gpu_memory_gb=16.0), "auto", "float32", 65536),
+        (Machine(2), "auto", "float32", 2048),
+    ],
+    ids=["h100", "h100-unused", "t4", "cores"],
+)
+def test_evaluation_and_audit_read_a_model_as_the_device_has_it(
+    machine, use_gpu, dtype, tokens, tiny_folder, tiny_chat, tmp_path, monkeypatch, capsys
+):
+    sarm = random_sarm(tmp_path / "sarm", tiny_folder, tiny_chat)
+    for module in (audit_folder, benchmark):
+        monkeypatch.setattr(module, "machine_of", lambda _: machine)
+    run = RunSettings(out=tmp_path / "out", use_gpu=use_gpu)
+    evaluated, spec = benchmark._fitted(Benchmarking(run=run, model=str(sarm), benchmarks=("pairs=none.jsonl",)))
+    assert (spec.dtype, evaluated.batch_tokens) == (dtype, tokens)
+    assert f"budget: passes of {tokens:,} tokens in {dtype}" in capsys.readouterr().out
+    audited = audit_folder.audit_budget(AuditFeatures(run=run, sarm=sarm, select=("a",), target=("b",), off_target=("c",)))  # fmt: skip
+    assert audited[:2] == (dtype, tokens)
+    asked = benchmark._fitted(Benchmarking(run=run, model=str(sarm), benchmarks=("pairs=none.jsonl",), dtype="float32", batch_tokens=640))[0]  # fmt: skip
+    assert (asked.dtype, asked.batch_tokens) == ("float32", 640)

@@ -89,6 +89,10 @@ class Session:
             self.tracker.parent.set_tags(devices.tags)
         return self._cluster
 
+    def look(self) -> None:
+        """Join or start the cluster now, and say what it is; raises UserError for what the stages cannot work on."""
+        assert self.cluster is not None
+
     @property
     def tracker(self) -> "Tracker":
         """The MLflow parent run, continued under the id in `run.json` if the output folder has been worked on before."""
@@ -177,8 +181,9 @@ class Session:
             with peak_memory() as memory:
                 counted = body(children)
             took = {"seconds": round(time.monotonic() - started, 2), "peak_rss_gb": round(memory.peak / 1e9, 3)}
+            together = {"made_together": len(folders)} if len(folders) > 1 else {}
             for key, folder in folders.items():
-                counts = {**counted[key], **took}
+                counts = {**counted[key], **took, **together}
                 child, manifests[key] = children[key], folder.finish(counts)
                 self._verified.add(folder.folder)
                 figures = counts.get("figures", {})

@@ -20,11 +20,13 @@ from sarm.stages.stage import STAGES
 def run_chain(config: Any) -> dict[StageName, Any]:
     """Run the stages of a job that are not done; returns what each gives back (`evaluate`: the report's files and content).
 
-    Raises UserError before anything is paid for: for folders of other settings, sources and models that cannot be read.
+    Raises UserError before anything is paid for: for folders of other settings, sources and models that cannot be read, GPUs that cannot be
+    used, a cluster without room.
     """
     if was_moved(config.run.out):
         config = replace(config, run=replace(config.run, redo_from=None))
-    config, budgets = fitted(config, machine_of(config.run))
+    machine = machine_of(config.run)
+    config, budgets = fitted(config, machine)
     state = state_of(config)
     state.refuse(config.run.out)
     check_inputs(config, state)
@@ -42,6 +44,9 @@ def run_chain(config: Any) -> dict[StageName, Any]:
         say(f"budget: {line}")
     with open_session(config) as session:
         session.needs = _needs(config, state)
+        if session.needs and (machine.is_joined or machine.device(config.run.use_gpu).is_gpu):
+            # Preparing data may take hours: GPUs that cannot be used and nodes that are too few are refused before it.
+            session.look()
         return {
             stage.name: STAGES[stage.name].run(session, config)
             for stage in state.stages

@@ -172,7 +172,14 @@ def _headline(manifests: dict[str, Manifest], metrics: dict[str, Any]) -> dict[s
         "peak_rss_gb": max(manifest.counts.get("peak_rss_gb", 0.0) for manifest in manifests.values()),
     }
     seconds = {name: manifest.counts.get("seconds") for name, manifest in manifests.items()}
-    return {**headline, "total_seconds": sum(s for s in seconds.values() if s), "stage_seconds": seconds}
+    total = sum(_own_seconds(manifest) or 0.0 for manifest in manifests.values())
+    return {**headline, "total_seconds": total, "stage_seconds": seconds}
+
+
+def _own_seconds(manifest: Manifest) -> float | None:
+    """What a folder adds to the time of all: folders that one pass made say its whole time each."""
+    seconds: float | None = manifest.counts.get("seconds")
+    return None if seconds is None else seconds / float(manifest.counts.get("made_together", 1))
 
 
 def _readable(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +231,7 @@ def _stage_row(name: str, manifest: Manifest) -> dict[str, Any]:
         f"{key.replace('_', ' ')} {value:,.4g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value:,}"
         for key, value in shown.items()
     )
-    return {"stage": name, "seconds": manifest.counts.get("seconds"), "figures": text}
+    return {"stage": name, "seconds": manifest.counts.get("seconds"), "own_seconds": _own_seconds(manifest), "figures": text}  # fmt: skip
 
 
 def _rejected(manifests: dict[str, Manifest]) -> dict[str, int]:
