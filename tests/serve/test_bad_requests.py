@@ -38,6 +38,7 @@ items = st.fixed_dictionaries(
 )
 FIELDS = {
     "/v1/rewards": {"items": st.lists(items, max_size=3) | junk, "variants": st.just(["even_off"]) | junk, "scale": st.just("raw") | junk, "explain": st.fixed_dictionaries({}, optional={"top": st.integers(-2, 70), "features": st.lists(st.integers(-1, 99), max_size=3)}) | junk, "on_truncated": st.sampled_from(["close", "refuse", "penalise"]) | st.fixed_dictionaries({"penalise": st.floats()}) | junk, "partial": st.booleans() | junk, "timeout_s": st.floats(0, 5) | junk, "expect_identity": junk, "model": junk},
+    "/v1/card": {"messages": messages | st.just(conversation("a")) | junk},
     "/get_reward": {"query": st.lists(st.text(st.characters(), max_size=9) | junk, max_size=3) | junk, "prompts": junk, "labels": junk},
     "/slime": {"prompt": messages | st.text(st.characters(), max_size=9) | junk, "response": st.text(st.characters(), max_size=9) | junk, "label": junk},
     "/v1/score/evaluation": {"model": junk, "messages": st.lists(st.text(st.characters(), max_size=9), max_size=3) | junk, "max_length": junk},

@@ -18,6 +18,7 @@ from sarm.serve.routes import ROUTES
 TEXT = text_of(conversation("a secret garden."))
 BODIES = {
     "/v1/rewards": {"items": [{"text": TEXT}]},
+    "/v1/card": {"messages": conversation("a secret garden.")},
     "/get_reward": {"query": [TEXT], "prompts": ["p"], "labels": [None]},
     "/slime": {"prompt": text_of(PROMPT, opened=True), "response": "a secret garden."},
     "/v1/score/evaluation": {"model": "model", "messages": [TEXT]},
@@ -27,7 +28,7 @@ BODIES = {
     "/predict": {"inputs": TEXT},
 }
 ON_EVERY_ROUTE = pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
-OVERLOAD = {"/v1/rewards": 429, "/predict": 429}
+OVERLOAD = {"/v1/rewards": 429, "/v1/card": 429, "/predict": 429}
 
 
 def test_every_route_is_tried():

@@ -24,9 +24,19 @@ HARM_NOTICE = "may contain harmful text"
 
 
 def html(
-    template: str, *, title: str, facts: Mapping[str, Any], notes: Sequence[str] = (), script: str = "", **values: Any
+    template: str,
+    *,
+    title: str,
+    facts: Mapping[str, Any],
+    notes: Sequence[str] = (),
+    script: str = "",
+    asks_server: bool = False,
+    **values: Any,
 ) -> str:
-    """One self-contained page of a template that extends `base`; `script`, a constant of this program, is the only one that may run."""
+    """One self-contained page of a template that extends `base`; `script`, a constant of this program, is the only one that may run.
+
+    `asks_server` lets it ask the server that the page came from, and no other.
+    """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         _environment()
@@ -37,6 +47,7 @@ def html(
             notes=notes,
             script=Markup(script),
             script_hash=f"sha256-{digest}",
+            asks_server=asks_server,
             harm_notice=HARM_NOTICE,
             **values,
         )

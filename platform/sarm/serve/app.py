@@ -19,7 +19,7 @@ from starlette.routing import Route as AsgiRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sarm.contracts.untrusted import parse_json
-from sarm.serve import drift_routes
+from sarm.serve import drift_routes, try_page
 from sarm.serve.engine import OverloadedError
 from sarm.serve.faults import RequestError, own_error
 from sarm.serve.routes import ROUTES, Route
@@ -32,16 +32,18 @@ MAX_BODY = 16 << 20
 # Of reading a body, from its headers on.
 BODY_SECONDS = 10.0
 _GONE = 499
-_OPEN = ("/health", "/ready")
+# The page to try the model holds nothing of it, and asks for the token itself.
+_OPEN = ("/health", "/ready", *try_page.PATHS)
 _IN_PATH = "/t/"
 _VARIANTS = "/v1/models/{model}/variants"
 _DRIFT = "/v1/drift"
 
 
 def make_app(service: Service, token: str | None = None, *, body_seconds: float = BODY_SECONDS) -> ASGIApp:
-    """The app of one model. With a `token`, every route but `/health` and `/ready` wants it: as a bearer, or as `/t/TOKEN` before the path."""
+    """The app of one model. With a `token`, every route but `/health`, `/ready` and the page to try it wants it: as a bearer, or as `/t/TOKEN` before the path."""
     routes = [AsgiRoute(one.path, _endpoint(service, one, body_seconds), methods=["POST"]) for one in ROUTES]
     routes += [
+        *(AsgiRoute(path, answer, methods=["GET"]) for path, answer in try_page.PATHS.items()),
         AsgiRoute("/health", _health, methods=["GET"]),
         AsgiRoute("/ready", _ready(service), methods=["GET"]),
         AsgiRoute("/metrics", _metrics(service), methods=["GET"]),

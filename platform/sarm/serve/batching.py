@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from sarm.data.tokens.beginnings import Beginnings
 from sarm.data.tokens.packing import Row, answer_rows
 from sarm.passes.reader import Reading
 
@@ -21,6 +22,8 @@ class Read:
     """What the engine says of an answer: its reading, and what it took."""
 
     reading: Reading
+    beginnings: tuple[Reading, ...] = ()
+    """Of the answer's beginnings, where they were asked for."""
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
     """Of the whole batch."""
@@ -38,8 +41,15 @@ class Waiting:
     prompt: Hashable
     """What answers to the same prompt have in common, and no others."""
     arrived: float
+    beginnings: Beginnings | None = None
+    """Where else it is read; then it is read in a row of its own."""
     future: "Future[Read]" = field(default_factory=Future)
     passed_over: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are computed for it, if no other answer shares its prompt."""
+        return len(self.ids) + (0 if self.beginnings is None else self.beginnings.tokens)
 
 
 def take_batch(waiting: list[Waiting], budget: int) -> list[Waiting]:
@@ -71,7 +81,7 @@ def take_batch(waiting: list[Waiting], budget: int) -> list[Waiting]:
     kept = [one for one in seen if id(one) not in chosen]
     last = max(one.arrived for one in taken)
     for one in kept:
-        if one.arrived < last and len(one.ids) <= budget:
+        if one.arrived < last and one.tokens <= budget:
             one.passed_over += 1
     waiting[: len(seen)] = kept
     return taken
@@ -79,12 +89,17 @@ def take_batch(waiting: list[Waiting], budget: int) -> list[Waiting]:
 
 def cost_of(one: Waiting, prompts: set[Hashable]) -> int:
     """Tokens that the answer adds to a batch that has these prompts."""
-    return len(one.ids) - (one.prompt_tokens if one.prompt in prompts else 0)
+    return one.tokens - (one.prompt_tokens if one.prompt in prompts else 0)
 
 
 def rows_of(batch: Sequence[Waiting], row_tokens: int) -> list[Row]:
     """The rows of a batch, keyed by the answers' places in it: a row or more for each prompt."""
     groups: dict[Hashable, list[tuple[Hashable, Sequence[int]]]] = {}
+    rows: list[Row] = []
     for place, one in enumerate(batch):
-        groups.setdefault(one.prompt, []).append((place, one.ids))
-    return [row for answers in groups.values() for row in answer_rows(answers, row_tokens)]
+        if one.beginnings is None:
+            groups.setdefault(one.prompt, []).append((place, one.ids))
+        else:
+            columns, closing = {place: one.beginnings.columns}, one.beginnings.closing
+            rows += answer_rows([(place, one.ids)], row_tokens, columns, closing)
+    return rows + [row for answers in groups.values() for row in answer_rows(answers, row_tokens)]

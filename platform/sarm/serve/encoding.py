@@ -12,6 +12,7 @@ import torch
 
 from sarm.data.sources.conversations import ConversationError, Message, fault_of_content
 from sarm.data.sources.tool_turns import ToolFault, more_of, texts_in
+from sarm.data.tokens.beginnings import Beginnings, beginnings_of
 from sarm.data.tokens.chat import ChatTokenizer
 from sarm.data.tokens.written_turns import ForeignTextError, Read
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
@@ -36,6 +37,8 @@ class Encoded(NamedTuple):
     is_truncated: bool
     """Whether it had no end of turn."""
     flags: tuple[str, ...]
+    beginnings: Beginnings | None = None
+    """Of the answer, where they are read too."""
 
 
 class Encoder:
@@ -106,6 +109,17 @@ class Encoder:
         return Encoded(
             tokens.ids, self._prompt_tokens(tokens.ids), tokens.num_truncated > 0, is_truncated, tuple(flags)
         )
+
+    def with_beginnings(self, messages: Sequence[Message]) -> Encoded:
+        """The same with the answer's beginnings. Raises as `messages`, and for an answer that has none: one that calls tools or is not read whole."""
+        encoded = self.messages(messages)
+        if more_of(messages[-1]).keys() - {"name"}:
+            raise ConversationError("the answer calls tools, and a card is of an answer's text alone.", "calls")
+        (tokens,) = self._chat.encode_responses(messages[:-1], [messages[-1]["content"]], offsets=True)
+        found = beginnings_of(tokens)
+        if found is None or tokens.ids != encoded.ids:
+            raise ConversationError("the answer has no token of its own, or is longer than the model reads.", "no_beginnings")  # fmt: skip
+        return encoded._replace(beginnings=found)
 
     def text(self, text: str, prompt: str | None = None) -> Encoded:
         """A rendered conversation, whose `prompt` may be known.

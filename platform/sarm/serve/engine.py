@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from sarm.contracts.passes import Cost
+from sarm.data.tokens.beginnings import Beginnings
 from sarm.passes.reader import Reader, Reading
 from sarm.serve.batching import Read, Waiting, cost_of, rows_of, take_batch
 from sarm.serve.speed import Speed
@@ -49,6 +50,8 @@ class Tokenised(NamedTuple):
 
     ids: Sequence[int]
     prompt_tokens: int
+    beginnings: Beginnings | None = None
+    """Where else it is read."""
 
 
 class Engine:
@@ -123,19 +126,20 @@ class Engine:
             if self._dead or self._is_stopped:
                 raise EngineError(self._dead or "the server is being stopped")
             for answer in answers:
-                if (known := self._cached(answer.ids)) is not None:
+                if answer.beginnings is None and (known := self._cached(answer.ids)) is not None:
                     done: Future[Read] = Future()
                     done.set_result(Read(known))
                     futures.append(done)
                     continue
                 own = answer.ids[: answer.prompt_tokens]
-                queued.append(Waiting(answer.ids, len(own), _key(own) if own else object(), now))
+                prompt: Hashable = _key(own) if own and answer.beginnings is None else object()
+                queued.append(Waiting(answer.ids, len(own), prompt, now, answer.beginnings))
                 futures.append(queued[-1].future)
             wait = self._wait()
             if queued and wait > min(self._max_wait, self._max_wait if timeout is None else timeout):
                 raise OverloadedError(wait)
             self._waiting += queued
-            self._queued += sum(len(one.ids) for one in queued)
+            self._queued += sum(one.tokens for one in queued)
             self._changed.notify_all()
         return futures
 
@@ -167,9 +171,9 @@ class Engine:
         with self._changed:
             while not self._is_stopped:
                 batch = take_batch(self._waiting, self._reader.batch_tokens)
-                self._queued -= sum(len(one.ids) for one in batch)
+                self._queued -= sum(one.tokens for one in batch)
                 if awaited := [one for one in batch if one.future.set_running_or_notify_cancel()]:
-                    self._computing = sum(len(one.ids) for one in awaited)
+                    self._computing = sum(one.tokens for one in awaited)
                     self._busy_since = time.monotonic()
                     return awaited
                 if not batch:
@@ -198,7 +202,7 @@ class Engine:
         _fail(batch, failure)
 
     def _hand_out(self, batch: list[Waiting], readings: dict[Hashable, Reading], started: float, cost: Cost) -> None:
-        seconds, alone = time.monotonic() - started, sum(len(one.ids) for one in batch)
+        seconds, alone = time.monotonic() - started, sum(one.tokens for one in batch)
         with self._changed:
             self._speed.add(alone, seconds)
             self.cost = replace(
@@ -217,8 +221,9 @@ class Engine:
                 _fail([one], EngineError(f"the model's reward is {reading.reward}"))
                 continue
             self._keep(one.ids, reading)
-            found = Read(reading, started - one.arrived, seconds, computed)
-            _settle(one.future, found)
+            columns = one.beginnings.columns if one.beginnings else ()
+            beginnings = tuple(readings[place, column] for column in columns)
+            _settle(one.future, Read(reading, beginnings, started - one.arrived, seconds, computed))
 
     def _count_failure(self) -> None:
         self._failures += 1

@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sarm.serve.try_page import TRY
 
 # Headers have to come within this time of a connection, or of their first byte.
 HEADER_SECONDS = 10.0
@@ -51,9 +53,9 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     """Says where it serves once it does."""
 
-    def __init__(self, config: uvicorn.Config, what: str):
+    def __init__(self, config: uvicorn.Config, what: str, open_page: Callable[[str], object] | None):
         super().__init__(config)
-        self._what = what
+        self._what, self._open = what, open_page
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -73,11 +75,15 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         for taken in sockets or ():
             host, port = taken.getsockname()[:2]
-            print(f"serving {self._what} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            print(f"serving {self._what} on {address}", flush=True)
+            print(f"a page to try it: {address}{TRY}", flush=True)
+            if self._open is not None:
+                self._open(f"{address}{TRY}")
 
 
-def run(app: Any, taken: socket.socket, what: str) -> None:
-    """Serve an app on a socket until SIGTERM or SIGINT."""
+def run(app: Any, taken: socket.socket, what: str, open_page: Callable[[str], object] | None = None) -> None:
+    """Serve an app on a socket until SIGTERM or SIGINT. `open_page` is called with the address of the page to try it, once that is there."""
     config = uvicorn.Config(
         app,
         http=_Protocol,
@@ -91,4 +97,4 @@ def run(app: Any, taken: socket.socket, what: str) -> None:
         timeout_graceful_shutdown=_END_SECONDS,
         limit_concurrency=_CONNECTIONS,
     )
-    _Server(config, what).run(sockets=[taken])
+    _Server(config, what, open_page).run(sockets=[taken])

@@ -9,11 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from sarm.serve.card_route import card
 from sarm.serve.faults import ErrorForm, openai_error, own_error, tei_error
 from sarm.serve.own_route import rewards
 from sarm.serve.pooling_routes import classify, embeddings, pooling, predict
 from sarm.serve.rlhf_routes import llama_factory, openrlhf, slime
 from sarm.serve.schemas import (  # fmt: skip
+    CardRequest,
     LlamaFactoryRequest,
     OpenRlhfRequest,
     PoolingRequest,
@@ -40,6 +42,7 @@ class Route:
 
 ROUTES = (
     Route("/v1/rewards", RewardsRequest, rewards, own_error, overload=429, invalid=422),
+    Route("/v1/card", CardRequest, card, own_error, overload=429, invalid=422),
     Route("/get_reward", OpenRlhfRequest, openrlhf, own_error, overload=503, invalid=422),
     Route("/slime", SlimeRequest, slime, own_error, overload=503, invalid=422),
     Route("/v1/score/evaluation", LlamaFactoryRequest, llama_factory, own_error, overload=503, invalid=422),

@@ -109,6 +109,12 @@ class RewardsRequest(_Strict):
     timeout_s: Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)] | None = None
 
 
+class CardRequest(_Strict):
+    """`POST /v1/card`: a conversation that ends with the answer."""
+
+    messages: Messages
+
+
 class EditedWeight(_Strict):
     """One latent's weight in the head before and after."""
 

@@ -14,15 +14,21 @@ if TYPE_CHECKING:
     from sarm.serve.service import Service
 
 
-def serve(settings: Serving, loaded: "Callable[[Service], object] | None" = None) -> None:
-    """Serve until the process is asked to end. `loaded` is called with the service before it is asked anything.
+def serve(
+    settings: Serving,
+    loaded: "Callable[[Service], object] | None" = None,
+    open_page: Callable[[str], object] | None = None,
+) -> None:
+    """Serve until the process is asked to end.
+
+    `loaded` is called with the service before it is asked anything, `open_page` with the address of the page to try it, once that is there.
 
     Raises UserError as `load_service` does, for a port that is taken and for a token that cannot be read.
     """
     token = settings.read_token()
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        _serve(settings, token, loaded)
+        _serve(settings, token, loaded, open_page)
     # While weights are read; later the server answers both signals itself.
     except KeyboardInterrupt:
         pass
@@ -35,7 +41,12 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _serve(settings: Serving, token: str | None, loaded: "Callable[[Service], object] | None") -> None:
+def _serve(
+    settings: Serving,
+    token: str | None,
+    loaded: "Callable[[Service], object] | None",
+    open_page: Callable[[str], object] | None,
+) -> None:
     if not settings.model.is_dir():
         raise UserError(f"no model folder {settings.model}. Pass --model with a folder that holds a SARM.")
     with listening(settings) as taken:
@@ -54,7 +65,7 @@ def _serve(settings: Serving, token: str | None, loaded: "Callable[[Service], ob
             loaded(service)
         try:
             what = f"{settings.model}, ready {service.ready_seconds:.1f} s after its weights were read,"
-            run(make_app(service, token), taken, what)
+            run(make_app(service, token), taken, what, open_page)
         finally:
             service.close()
 

@@ -125,7 +125,9 @@ class Service:
             wanted += [(item, place) for place, one in enumerate(found[-1]) if one.penalty is None]
         asked = [found[item][place].encoded for item, place in wanted]
         try:
-            futures = self.engine.submit([Tokenised(one.ids, one.prompt_tokens) for one in asked if one], timeout)
+            futures = self.engine.submit(
+                [Tokenised(one.ids, one.prompt_tokens, one.beginnings) for one in asked if one], timeout
+            )
         except EngineError as error:
             raise _of_engine(error) from error
         reads = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)

@@ -1,9 +1,9 @@
-"""The flags of `jobs/reward_card.py`."""
+"""The flags of `jobs/reward_card.py`, and of its form with `--web`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sarm.settings.checks import UserError
+from sarm.settings.checks import UserError, check
 from sarm.settings.results_root import READ, WRITTEN, place_paths
 
 
@@ -40,3 +40,28 @@ class RewardCard:
             raise UserError("there are two conversations. Pass --conversation, or --prompt and --response.")
         if self.features < 1:
             raise UserError(f"features must be at least 1, got {self.features}. Pass --features.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardPage:
+    """A page on which prompts and answers of one's own are scored, explained and compared, by a server on this machine."""
+
+    web: bool = True
+    """Serve the page, until Ctrl-C."""
+    model: Path = field(metadata=READ)
+    """SARM folder."""
+    contexts: Path | None = field(default=None, metadata=READ)
+    """contexts/v1 folder whose terms name the features; unset: `contexts` beside the model if it is there, and of this model."""
+    explanations: Path | None = field(default=None, metadata=READ)
+    """explanations/v1 folder whose explanations name them; unset: `explanations` beside the model if it is there, and of this model."""
+    port: int = 0
+    """Port to listen on; 0: a free one."""
+    browser: bool = True
+    """Open the page in a browser, where there is one; its address is printed in any case."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+    def __post_init__(self) -> None:
+        place_paths(self)
+        check(self, "web", self.web, "set: without it, leave it out, and pass --prompt and --response")
+        check(self, "port", 0 <= self.port < 65536, "between 0 and 65535")

@@ -9,6 +9,7 @@ import numpy as np
 from sarm.contracts.untrusted import read_json
 from sarm.data.sources.conversations import ConversationError, Message, check_messages
 from sarm.data.sources.tool_turns import more_of
+from sarm.data.tokens.beginnings import beginnings_of
 from sarm.data.tokens.packing import answer_rows
 from sarm.interpret.context_store import load_contexts
 from sarm.interpret.feature_data import feature_names
@@ -90,22 +91,20 @@ def read_prefixes(reader: Reader, messages: list[Message]) -> Prefixes:
     """
     response = messages[-1]["content"]
     (tokens,) = reader.chat.encode_responses(messages[:-1], [response], offsets=True)
-    own = [column for column, (start, end) in enumerate(tokens.offsets) if start < end]
-    if not own:
+    beginnings = beginnings_of(tokens)
+    if beginnings is None:
         raise UserError(
             "the answer has no token of its own, so there is nothing to show. Pass a --response with text in it."
         )
-    stops = [own[0] - 1, *own[:-1]]
-    readings = reader.read(
-        answer_rows([("answer", tokens.ids)], len(tokens.ids), {"answer": stops}, closing=tokens.ids[own[-1] + 1 :])
-    )
+    columns = {"answer": beginnings.columns}
+    readings = reader.read(answer_rows([("answer", tokens.ids)], len(tokens.ids), columns, closing=beginnings.closing))
     weight_S = reader.model.score.weight.detach().squeeze(0).cpu().double().numpy()
     contribution = np.zeros((len(readings), len(weight_S)))
     for row_S, reading in zip(contribution, readings.values(), strict=True):
         row_S[reading.latents] = reading.values * weight_S[reading.latents]
     # A classifier's own: they are no sums of terms.
     own_rewards = np.array([one.reward for one in readings.values()]) if isinstance(reader, AttachedReader) else None
-    return Prefixes(response, [tokens.offsets[column][1] for column in own], contribution, own_rewards)
+    return Prefixes(response, list(beginnings.ends), contribution, own_rewards)
 
 
 def _conversation(settings: RewardCard) -> list[Message]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sarm.contracts.manifest import finite_or_null, write_atomically
 from sarm.contracts.untrusted import read_json
-from sarm.engine.terminal import say
+from sarm.engine.terminal import open_page, say
 from sarm.serve.server import listening
 from sarm.serve.server import serve as serve_until_ended
+from sarm.settings.card import CardPage
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
 from sarm.settings.serving import Serving
@@ -40,6 +41,14 @@ def serve(settings: Serving) -> None:
         serve_until_ended(settings, lambda service: log_drift(service.account, settings))
     else:
         serve_until_ended(settings)
+
+
+def try_card(settings: CardPage) -> None:
+    """Serve a model on this machine alone, for the page on which it is tried. Raises UserError as `serve`."""
+    serving = Serving(
+        model=settings.model, port=settings.port, contexts=settings.contexts, explanations=settings.explanations
+    )
+    serve_until_ended(serving, open_page=open_page if settings.browser else None)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ def application(args: dict[str, Any]) -> Any:
 def _serve_replicas(settings: Serving) -> None:
     from sarm.engine.ray import replicas
     from sarm.passes.models import refuse_edit_beside, sarm_settings
+    from sarm.serve.try_page import TRY
 
     settings.read_token()
     if settings.mlflow_uri:
@@ -136,7 +146,7 @@ def _serve_replicas(settings: Serving) -> None:
         max_replicas=settings.max_replicas,
         threads=settings.threads,
         ray_address=settings.ray_address,
-        ready=lambda address: print(f"serving {settings.model} in {settings.replicas} replicas on {address}", flush=True),
+        ready=lambda address: print(f"serving {settings.model} in {settings.replicas} replicas on {address}\na page to try it: {address}{TRY}", flush=True),
     )  # fmt: skip
     print("the server has ended", flush=True)
 

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import urllib.request
-import webbrowser
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from sarm.engine.mlflow.moved_database import ARTIFACTS, database_of, follow
 from sarm.engine.mlflow.run_list import address
 from sarm.engine.mlflow.ui_command import DATABASE
 from sarm.engine.supervisor import die_with_parent
-from sarm.engine.terminal import say
+from sarm.engine.terminal import open_page, say
 from sarm.settings.checks import StoppedError, UserError, check
 from sarm.settings.results_root import READ, place_paths
 from sarm.settings.run import RunSettings
@@ -183,6 +182,5 @@ def _show(settings: Ui, server: str, uri: str) -> None:
         raise UserError(f"{uri} has no experiment {settings.experiment}. Pass --experiment, or run a job first.")
     link = address(server, found)
     say(f"runs: {link}")
-    has_display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if settings.browser and has_display:
-        webbrowser.open(link)
+    if settings.browser:
+        open_page(link)
