@@ -100,6 +100,6 @@ def rows_of(batch: Sequence[Waiting], row_tokens: int) -> list[Row]:
         if one.beginnings is None:
             groups.setdefault(one.prompt, []).append((place, one.ids))
         else:
-            columns, closing = {place: one.beginnings.columns}, one.beginnings.closing
-            rows += answer_rows([(place, one.ids)], row_tokens, columns, closing)
+            columns: dict[Hashable, Sequence[int]] = {place: one.beginnings.columns}
+            rows += answer_rows([(place, one.ids)], row_tokens, columns, one.beginnings.closing)
     return rows + [row for answers in groups.values() for row in answer_rows(answers, row_tokens)]

@@ -1,6 +1,6 @@
 """`jobs/reward_card.py`: a SARM, one conversation, and names for its features -> a card."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def read_prefixes(reader: Reader, messages: list[Message]) -> Prefixes:
         raise UserError(
             "the answer has no token of its own, so there is nothing to show. Pass a --response with text in it."
         )
-    columns = {"answer": beginnings.columns}
+    columns: dict[Hashable, Sequence[int]] = {"answer": beginnings.columns}
     readings = reader.read(answer_rows([("answer", tokens.ids)], len(tokens.ids), columns, closing=beginnings.closing))
     weight_S = reader.model.score.weight.detach().squeeze(0).cpu().double().numpy()
     contribution = np.zeros((len(readings), len(weight_S)))
