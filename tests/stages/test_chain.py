@@ -30,7 +30,6 @@ from sarm.settings.presets import PRESETS
 from sarm.settings.run import STAGES as NAMES
 from sarm.stages import chain
 from sarm.stages.chain_state import move, move_aside, scope_of, state_of
-from sarm.stages.report import _own_seconds
 from sarm.stages.stage import STAGES
 
 ORDER = tuple(STAGES)
@@ -330,6 +329,9 @@ def test_gpus_that_are_not_there_are_refused_before_data_is_prepared(tmp_path: P
 
 
 def test_folders_that_are_made_together_say_so_and_add_their_time_once(tmp_path: Path) -> None:
+    # Seconds of imports, that the process which holds a lock would wait for too.
+    from sarm.stages.report import _own_seconds
+
     def made(*names: str) -> list[Manifest]:
         folders = {name: StageFolder(tmp_path / "out" / name, "rows/v1", {}) for name in names}
 
