@@ -58,7 +58,6 @@ NOT_RUN = {
     "python -m vllm.*": "serves until it is stopped, in an environment of its own; tests/integrations/test_inside_vllm.py runs it",
     "python jobs/serve.py *": "serves until it is stopped; tests/serve/test_server.py runs it",
     "python jobs/reward_card.py --web --model *": "serves until it is stopped; tests/serve/test_try_page.py runs it",
-    "python -m tests.serve.pictures *": "needs a browser; tests/serve/test_try_page.py uses the page by the same script",
     "python jobs/push.py * --hub *": "needs an account of the Hugging Face hub",
     "transformers serve *": "serves until it is stopped, from a model of the reader's own",
 }

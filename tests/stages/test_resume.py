@@ -112,7 +112,7 @@ def killed_then_hung(task: RewardTask) -> dict[str, Any] | None:
             time.sleep(600)
         return take(self, groups)
 
-    RewardTraining._step, stall.NO_PROGRESS_SECONDS = step, 4.0  # type: ignore[method-assign]
+    RewardTraining._step, stall.NO_PROGRESS_SECONDS = step, 6.0  # type: ignore[method-assign]
     try:
         return reward_worker(task)
     finally:

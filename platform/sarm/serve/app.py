@@ -22,6 +22,7 @@ from sarm.contracts.untrusted import parse_json
 from sarm.serve import drift_routes, try_page
 from sarm.serve.engine import OverloadedError
 from sarm.serve.faults import RequestError, own_error
+from sarm.serve.other_sites import OwnSite
 from sarm.serve.routes import ROUTES, Route
 from sarm.serve.schemas import DriftQuery, DriftReset, Query, Variant
 from sarm.serve.service import Service, overloaded
@@ -40,7 +41,10 @@ _DRIFT = "/v1/drift"
 
 
 def make_app(service: Service, token: str | None = None, *, body_seconds: float = BODY_SECONDS) -> ASGIApp:
-    """The app of one model. With a `token`, every route but `/health`, `/ready` and the page to try it wants it: as a bearer, or as `/t/TOKEN` before the path."""
+    """The app of one model. With a `token`, every route but `/health`, `/ready` and the page to try it wants it: as a bearer, or as `/t/TOKEN` before the path.
+
+    Without one, requests of other sites' pages are refused (`other_sites`).
+    """
     routes = [AsgiRoute(one.path, _endpoint(service, one, body_seconds), methods=["POST"]) for one in ROUTES]
     routes += [
         *(AsgiRoute(path, answer, methods=["GET"]) for path, answer in try_page.PATHS.items()),
@@ -55,7 +59,7 @@ def make_app(service: Service, token: str | None = None, *, body_seconds: float 
         AsgiRoute(_VARIANTS + "/{variant}", _admin(service, body_seconds), methods=["DELETE"]),
     ]
     app = Starlette(routes=routes, exception_handlers={404: _not_there, 405: _not_there})
-    return app if token is None else Guarded(app, token)
+    return OwnSite(app) if token is None else Guarded(app, token)
 
 
 class Guarded:

@@ -15,8 +15,9 @@ from sarm.settings.checks import NO_PROGRESS_SECONDS
 _PATIENCE = 10
 # Setting the clock starts a thread, so it is not set at every beat.
 _SECONDS_BETWEEN_SETTINGS = 1.0
-# Ray Train ends all workers when the first one ends. So all write their stacks well before, however far apart their clocks are.
-_WRITES_AT = 0.8
+# Ray Train ends all workers when the first one ends. So all write their stacks well before, however far apart their clocks are: on a loaded
+# machine a worker's last beat can be seconds after its neighbour's. A stack of a worker that went on is dropped.
+_WRITES_AT = 0.5
 _WAITS_FOR_OTHERS = "distributed_c10d.py"
 _PLACE = re.compile(r'File "(.+?)", line (\d+) in (\S+)')
 
