@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.bench.bench_debias import Planted, Size, make_model, measured, settings_of
+from tests.bench.bench_debias import Planted, Size, measured, settings_of
+from tests.bench.planted_style import made_pairs, train_dictionary, write_pairs
+from tests.stages.set_reward import set_classifier
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from sarm.audit.style_features import StyleFeatures
+from sarm.audit.style_pairs import property_named
 from sarm.contracts.manifest import read_manifest
 from sarm.contracts.passes import SPELLED_COUNTS
 from sarm.data.formats.feature_edit import load_edit
@@ -32,17 +35,24 @@ from sarm.stages.debias_dictionaries import dictionaries_of
 from sarm.stages.debias_doses import _with_controls, rewards_of
 from sarm.stages.debias_texts import Quad, texts_of
 
-TINY = Size(sae_steps=250, prompts=60, controls=2, features=(8, 16), strengths=(1.0,))
-CASE = Planted("markdown", 0.3)
+TINY = Size(sae_steps=150, prompts=60, controls=2, features=(4, 8), strengths=(1.0,))
+# The share of training pairs in which the style decides is of no use here: nothing is trained.
+CASE = Planted("markdown", 0.0)
+# Times what lies between good and bad answers: most of the bad ones win with markdown.
+BIAS = 1.3
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, mlflow_db: Path) -> Path:
-    """A biased model, its dictionary and unseen pairs. Training takes 20 s: a bias that is half learnt is no style's."""
+    """A biased model, its dictionary and unseen pairs."""
     folder = tmp_path_factory.mktemp("debias")
     shutil.copy(mlflow_db, folder / "mlflow.db")
-    made = make_model(CASE, TINY, 0, folder)
-    assert made["sae_fvu"] < 0.5
+    pairs, own = made_pairs(100, 1), property_named(CASE.name, "")
+    set_classifier(folder / "model", pairs, BIAS)
+    styled = [{**pair, **{side: own.style(own.base(pair[side])) for side in ("chosen", "rejected")}} for pair in pairs]
+    _, left = train_dictionary(folder / "model", folder / "sae", [*pairs, *styled], layer=1, d_sae=256, k=4, steps=TINY.sae_steps)  # fmt: skip
+    assert left < 0.2
+    write_pairs(made_pairs(TINY.prompts, 2), folder / "pairs.jsonl")
     rows = [
         {"id": str(i), "prompt": f"Say {i}.", "chosen": [f"It is {i}.", f"It is {i}. Yes.", f"**It is {i}.**\n- Yes."], "rejected": ["No.", "No, it is. Ask.", "**No, it is.**\n- Ask."], "domain": "chat"}
         for i in range(24)
@@ -66,7 +76,7 @@ def done(work: Path, ray_cluster: None) -> Path:
 
 def test_a_planted_bias_is_found_and_mended_on_prompts_that_nothing_was_chosen_on(done, work):
     figures = measured(CASE, work)
-    assert figures["lost"] > 0.3, "the bias was not learnt"
+    assert figures["lost"] > 0.6, "there is no bias to mend"
     assert figures["chosen"] is not None
     assert figures["repaired"]["value"] > 0.3
     assert figures["repaired"]["value"] > 2 * max(one["repaired_median"] for one in figures["controls"].values())
