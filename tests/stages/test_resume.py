@@ -127,6 +127,7 @@ def one_after_another(together: Trainings) -> None:
             found = worker(task)
             if dist.get_rank() == 0 and found is not None:
                 result.write_text(json.dumps(found))
+                task.folder.with_name("allows tf32").write_text(json.dumps(torch.backends.cuda.matmul.allow_tf32))
         dist.barrier()
 
 
@@ -234,6 +235,10 @@ def test_who_died_and_who_stood_still_is_said(trained: Trained) -> None:
     )
     assert died == "a worker died"
     assert re.fullmatch(r"worker 1 stood still at test_resume\.py:\d+ in step", stood_still)
+
+
+def test_workers_let_gpus_multiply_in_tf32(trained: Trained) -> None:
+    assert json.loads((trained.root / "allows tf32").read_text()) is True
 
 
 @pytest.mark.parametrize("stage", STAGES)

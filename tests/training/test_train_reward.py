@@ -2,6 +2,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import threading
 from collections import Counter
 from itertools import permutations
 
@@ -476,3 +477,17 @@ def test_what_a_rank_without_work_repeats_is_counted_nowhere(untrained, groups):
     assert (outcome.pair_ids, Sums.of([outcome]).tokens) == ([], 0)
     loss.backward()
     assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_the_next_step_is_planned_while_this_one_runs(untrained, groups, monkeypatch):
+    """On a GPU the planning of a step takes as long as the step."""
+    plan, threads = RewardTraining._planned, []
+
+    def planned(self, places):
+        threads.append(threading.current_thread().name)
+        return plan(self, places)
+
+    monkeypatch.setattr(RewardTraining, "_planned", planned)
+    train(untrained, groups)
+    assert len(threads) == 6
+    assert all(name.startswith("ahead") for name in threads)

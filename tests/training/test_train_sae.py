@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -256,3 +257,29 @@ def test_metrics_are_of_one_definition():
     assert metrics["fvu"] == pytest.approx(float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-5)
     cosines = (x * x_hat).sum(1) / x.norm(dim=1) / x_hat.norm(dim=1)
     assert metrics["cosine"] == pytest.approx(float(cosines.mean()), rel=1e-5)
+
+
+def test_rows_are_read_one_batch_ahead_and_measuring_waits_as_log_after_says(monkeypatch):
+    threads: set[str] = set()
+
+    class Noted(MemoryRows):
+        def windows(self, seed, epoch, first=0):
+            threads.add(threading.current_thread().name)
+            return super().windows(seed, epoch, first)
+
+    asked: list[int] = []
+
+    def never(began: float, ended: float, num_workers: int) -> float:
+        assert began <= ended
+        asked.append(num_workers)
+        return ended + 1e9
+
+    monkeypatch.setattr("sarm.training.sae.log_after", never)
+    steps: list[int] = []
+    own = Phase("text", Noted(sparse_rows(321)), sparse_rows(200, seed=1), 2, 5e-3)
+    train_sae(fresh_sae(), own, CONFIG, 0, lambda step, metrics: steps.append(step))
+    assert threads
+    assert all(name.startswith("ahead") for name in threads)
+    # The first step and the last: between them it is not yet time.
+    assert asked == [1, 1]
+    assert (steps[0], len(steps)) == (1, 2)
