@@ -156,6 +156,20 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     raise ValueError(f"{type(base).__name__} has no list of {depth} blocks to edit between. Pass another model.")
 
 
+def edited_output(splice: Splice, output: Any, places: Tensor | None = None) -> Any:
+    """What a block gives with its features edited, at all tokens or at `places` [B, L]."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    h_ND = hidden.reshape(-1, hidden.shape[-1])
+    if places is None:
+        changed_ND = (h_ND + splice.change(h_ND)).to(hidden.dtype)
+    else:
+        chosen = places.reshape(-1).nonzero().flatten()
+        changed_ND = h_ND.clone()
+        changed_ND[chosen] = (h_ND[chosen] + splice.change(h_ND[chosen])).to(hidden.dtype)
+    changed = changed_ND.view_as(hidden)
+    return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+
 class Editing:
     """The splices of a model while they are there. `places` [B, L] are the tokens of the next forward pass that are edited; None: all."""
 
@@ -170,22 +184,7 @@ class Editing:
         ]
 
     def _hook(self, splice: Splice) -> Any:
-        def edited(_block: nn.Module, _inputs: Any, output: Any) -> Any:
-            hidden = output if isinstance(output, Tensor) else output[0]
-            changed = self._edited(splice, hidden)
-            return changed if isinstance(output, Tensor) else (changed, *output[1:])
-
-        return edited
-
-    def _edited(self, splice: Splice, hidden: Tensor) -> Tensor:
-        h_ND = hidden.reshape(-1, hidden.shape[-1])
-        if self.places is None:
-            changed_ND = (h_ND + splice.change(h_ND)).to(hidden.dtype)
-            return changed_ND.view_as(hidden)
-        chosen = self.places.reshape(-1).nonzero().flatten()
-        changed_ND = h_ND.clone()
-        changed_ND[chosen] = (h_ND[chosen] + splice.change(h_ND[chosen])).to(hidden.dtype)
-        return changed_ND.view_as(hidden)
+        return lambda _block, _inputs, output: edited_output(splice, output, self.places)
 
     def remove(self) -> None:
         """Give the model back as it was."""
