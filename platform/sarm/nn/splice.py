@@ -83,6 +83,24 @@ class Splice:
         parts = [self._change(part) for part in wide_ND.split(max(1, _PRE_AT_ONCE // self.sae.d_sae))]
         return torch.cat(parts) if parts else torch.zeros_like(wide_ND)
 
+    @torch.no_grad()
+    def steps(self, h_ND: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens edited"]:
+        """s (z' - z) of the edited latents, whose sum over `directions` is the change."""
+        self._to(h_ND.device)
+        wide_ND = h_ND if h_ND.dtype == torch.float64 else h_ND.float()
+        parts = []
+        for part_ND in wide_ND.split(max(1, _PRE_AT_ONCE // self.sae.d_sae)):
+            z_NE = self._values(self.sae.rows_of(part_ND))
+            step_NE = (self._factor_E.to(z_NE) - 1) * z_NE + self._added_E.to(z_NE)
+            unit_N1 = part_ND.std(-1, keepdim=True) + STANDARDISE_EPS if self.sae.standardises else 1.0
+            parts.append((step_NE * unit_N1).to(wide_ND.dtype))
+        return torch.cat(parts) if parts else wide_ND.new_zeros(0, len(self.edits))
+
+    @property
+    def directions(self) -> Float[Tensor, "edited d_in"]:
+        """The decoder rows of the edited latents."""
+        return self.sae.W_dec.detach()[self._own_E]
+
     def _change(self, h_ND: Tensor) -> Tensor:
         change_ND = torch.zeros_like(h_ND)
         x_ND = self.sae.rows_of(h_ND)
