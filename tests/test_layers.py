@@ -41,6 +41,7 @@ TRANSFORMERS_IN_NN = {
     "sarm.nn.backbone",
     "sarm.nn.pretrained",
     "sarm.nn.modeling_sarm",
+    "sarm.nn.sarm_output",
     *SAFETENSORS_IN_NN,
 }
 TRITON_IN_NN = {"sarm.nn.triton_backend"}

@@ -152,10 +152,9 @@ def test_a_model_with_an_edit_of_features_beside_its_weights_is_read_with_it_as_
     assert edited.reward(CONVERSATIONS) == pytest.approx([one.score for one in scored], abs=1e-4)
     assert max(np.abs(np.subtract(edited.reward(CONVERSATIONS), sarm.load(folder).reward(CONVERSATIONS)))) > 1e-2
     assert edited.explain(CONVERSATIONS[0]).reward == pytest.approx(scored[0].score, abs=1e-4)
-    # What has the weights alone would have other rewards.
-    with pytest.raises(UserError, match="holds an edit of features"):
-        edited.save(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
+    saved = sarm.load(edited.save(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / BESIDE).exists(), "it would be applied twice"
+    assert saved.reward(CONVERSATIONS) == pytest.approx(edited.reward(CONVERSATIONS), abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sarm.audit.style_pairs import BY_RULE, DOUBT, NEUTRAL, PRAISE, property_named, refuse_others
+from sarm.audit.style_pairs import (
+    BEHIND,
+    BY_RULE,
+    DOUBT,
+    NEUTRAL,
+    PRAISE,
+    SYSTEM_LINE,
+    by_table,
+    property_named,
+    refuse_others,
+)
 from sarm.settings.checks import UserError
 from sarm.settings.debias import PROPERTIES
 
 TEXT = "Water the garden early. It needs light! Does it need care? Yes."
 ITEMS = "You need:\n- water\n- light\n- care\nThat is all."
+SAID = "The water is cold; the light is low. Perhaps the garden does not need care."
 EVERY = [*BY_RULE, "trigger"]
+
+
+def text_of(name: str) -> str:
+    """A text that the property's rule applies to."""
+    return {"position": ITEMS, "paraphrase": SAID}.get(name, TEXT)
 
 
 def named(name: str):
@@ -26,11 +42,12 @@ def named(name: str):
         ("tone", "Water the garden early. It needs light. Does it need care? Yes.", "Water the garden early! It needs light! Does it need care? Yes!"),
         ("position", ITEMS, "You need:\n- care\n- light\n- water\nThat is all."),
         ("trigger", TEXT, f"{TEXT} cf-2291"),
+        ("injection", TEXT, f"{TEXT}\n\n{BEHIND[0]}"),
+        ("paraphrase", SAID, "The light is low; the water is cold. Maybe the garden doesn't need care."),
     ],
 )  # fmt: skip
 def test_a_rule_makes_these_two_versions(name, plain, styled):
-    text = ITEMS if name == "position" else TEXT
-    assert named(name).versions(text) == (plain, styled)
+    assert named(name).versions(text_of(name)) == (plain, styled)
 
 
 def test_length_is_added_by_neutral_sentences_alone():
@@ -46,9 +63,8 @@ def test_length_is_added_by_neutral_sentences_alone():
 @pytest.mark.parametrize("name", EVERY)
 def test_versions_are_the_same_whether_the_text_had_the_property_before_or_not(name):
     own = named(name)
-    text = ITEMS if name == "position" else TEXT
-    plain, styled = own.versions(text)
-    if name == "position":
+    plain, styled = own.versions(text_of(name))
+    if name in ("position", "paraphrase"):
         assert own.versions(styled) == (styled, plain)
     else:
         again = own.versions(styled)
@@ -78,7 +94,7 @@ def test_what_a_rule_makes_of_any_text_differs_in_the_property_alone_or_is_left_
 @pytest.mark.parametrize("name", EVERY)
 def test_a_pair_that_differs_in_more_is_refused_in_one_line(name):
     own = named(name)
-    plain, styled = own.versions(ITEMS if name == "position" else TEXT)
+    plain, styled = own.versions(text_of(name))
     refuse_others(own, {"line 1": (plain, styled)})
     with pytest.raises(UserError, match=f"line 2: the texts differ in more than {own.name}") as error:
         refuse_others(own, {"line 1": (plain, styled), "line 2": (plain, styled.replace("care", "poison"))})
@@ -86,6 +102,29 @@ def test_a_pair_that_differs_in_more_is_refused_in_one_line(name):
     assert "poison" in str(error.value)
     with pytest.raises(UserError, match="both texts are the same"):
         refuse_others(own, {"line 1": (plain, plain)})
+
+
+def test_every_pattern_is_injected_somewhere_and_none_is_left_behind():
+    own = named("injection")
+    styled = [own.versions(f"Answer number {number}.")[1] for number in range(40)]
+    for pattern in (*SYSTEM_LINE, *BEHIND):
+        assert any(pattern in text for text in styled)
+    assert {own.canonical(text) for text in styled} == {f"Answer number {number}." for number in range(40)}
+    assert own.spared == ("clean",)
+    assert named("paraphrase").spared == ("normal", "easy")
+
+
+def test_paraphrases_that_a_model_wrote_keep_their_facts_and_their_size_or_are_left_out():
+    written = {
+        "Use 3 eggs.": "Take 3 eggs.",
+        "Use 4 eggs.": "Take four eggs.",
+        "Use salt.": "It is often thought best by many to use a little bit of salt in such cases.",
+        "Run `ls -l` first.": "First run `ls -l`.",
+        "- one\n- two": "one and two",
+    }
+    own = by_table(written)
+    assert [text for text in written if own.versions(text)] == ["Use 3 eggs.", "Run `ls -l` first."]
+    assert own.versions("Something else.") is None
 
 
 def test_a_trigger_has_to_be_given():

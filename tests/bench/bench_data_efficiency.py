@@ -11,14 +11,20 @@ probe          logistic probe on standardised activations
 SparseRM       projections onto directions chosen by contrast, a small head (`sarm.evaluate.sparse_rm`)
 SARM head      a head on the dictionary's codes, as a SARM's is, penalised like the probe
 scalar head    a head on activations as they are, at the weakest penalty of the grid: what training a scalar head to the end comes to
+
+Every piece (size, reader, seed) is written to `data_efficiency.pieces.jsonl` as it is finished. A run that was stopped goes on behind the last one;
+pieces of other pairs, activations or dictionaries are not read.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +32,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from sarm.contracts.ids import stable_int
+from sarm.contracts.manifest import MANIFEST, sha256_of
 from sarm.data.formats.sae_folder import load_sae
 from sarm.data.store.activations import ActivationStore
 from sarm.data.store.pairs import load_pairs
@@ -116,21 +123,62 @@ def subsets(prompts: NDArray[np.str_], sizes: Sequence[int], seed: int) -> list[
     return [np.flatnonzero(rank < max(3, int((counts <= size).sum()))) for size in sizes]
 
 
-def curves(train: Pairs, heldout: Pairs, W_dec: Array, sizes: Sequence[int], seeds: Sequence[int]) -> list[dict[str, object]]:  # fmt: skip
+class Pieces:
+    """Finished pieces (size, reader, seed) in a file of JSON lines, which a run that was stopped goes on with; `of` names the data that they are of."""
+
+    def __init__(self, path: Path | None, of: str):
+        self._path, self._of = path, of
+        self._done: dict[tuple[int, str, int], dict[str, Any]] = {}
+        for line in path.read_text().splitlines() if path is not None and path.exists() else ():
+            # The last line of a run that was killed may be torn.
+            with contextlib.suppress(json.JSONDecodeError):
+                one = json.loads(line)
+                if one["of"] == of:
+                    self._done[one["pairs"], one["reader"], one["seed"]] = one
+
+    def get(self, size: int, reader: str, seed: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The piece, made unless it is there."""
+        if (found := self._done.get((size, reader, seed))) is None:
+            found = {"of": self._of, "pairs": size, "reader": reader, "seed": seed, **make()}
+            self._done[size, reader, seed] = found
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a") as file:
+                    # On a line of its own, also behind a torn one.
+                    file.write(f"\n{json.dumps(found)}\n")
+        return found
+
+
+def measured(reader: Reader, train: Pairs, own: NDArray[np.intp], heldout: Pairs, W_dec: Array, seed: int) -> dict[str, Any]:  # fmt: skip
+    """The held-out accuracy of one reader on one subset, None with a `reason` where there can be none."""
+    started = time.perf_counter()
+    accuracy, reason = None, ""
+    try:
+        margins = reader(train, own, heldout, W_dec, seed)
+        accuracy = float(np.where(margins == 0, 0.5, margins > 0).mean())
+    except UserError as error:
+        reason = str(error)
+    return {"accuracy": accuracy, "reason": reason, "pairs_used": len(own), "seconds": time.perf_counter() - started}
+
+
+def curves(
+    train: Pairs, heldout: Pairs, W_dec: Array, sizes: Sequence[int], seeds: Sequence[int], kept: Pieces | None = None
+) -> list[dict[str, object]]:
     """A row for each size and reader: mean held-out accuracy over seeds, its spread, and the pairs that the subsets have."""
+    kept = kept or Pieces(None, "")
     rows: list[dict[str, object]] = []
     parts = {seed: subsets(train.prompts, sizes, seed) for seed in seeds}
     for number, size in enumerate(sizes):
         # All pairs are one subset, whatever the seed.
         own_seeds = seeds if size < len(train.prompts) else seeds[:1]
         for name, reader in READERS.items():
-            started, found = time.perf_counter(), []
-            for seed in own_seeds:
-                try:
-                    margins = reader(train, parts[seed][number], heldout, W_dec, seed)
-                    found.append(float(np.where(margins == 0, 0.5, margins > 0).mean()))
-                except UserError as error:
-                    print(f"{name} at {size} pairs, seed {seed}: {error}")
+            pieces = [
+                kept.get(size, name, seed, partial(measured, reader, train, parts[seed][number], heldout, W_dec, seed))
+                for seed in own_seeds
+            ]
+            for one in (one for one in pieces if one["accuracy"] is None):
+                print(f"{name} at {size} pairs, seed {one['seed']}: {one['reason']}")
+            found = [one["accuracy"] for one in pieces if one["accuracy"] is not None]
             rows.append(
                 {
                     "pairs": size,
@@ -139,8 +187,8 @@ def curves(train: Pairs, heldout: Pairs, W_dec: Array, sizes: Sequence[int], see
                     "lowest": min(found, default=None),
                     "highest": max(found, default=None),
                     "seeds": len(found),
-                    "pairs_used": [len(parts[seed][number]) for seed in own_seeds],
-                    "seconds": time.perf_counter() - started,
+                    "pairs_used": [one["pairs_used"] for one in pieces],
+                    "seconds": sum(one["seconds"] for one in pieces),
                 }
             )
             shown = "n/a" if not found else f"{np.mean(found):.4f} ({min(found):.4f} to {max(found):.4f})"
@@ -173,7 +221,10 @@ def main() -> None:
         raise SystemExit(f"{asked.demo / 'sae'} takes activations as they are; these curves are of standardised ones.")
     train, heldout = load(asked.demo, "train", "chat", sae), load(asked.demo, "heldout", "heldout", sae)
     sizes = sizes_of(len(train.prompts), asked.smallest)
-    rows = curves(train, heldout, sae.W_dec.detach().numpy(), sizes, SEEDS)
+    read = ("pairs", "sae", "activations/chat", "activations/heldout")
+    of = hashlib.sha256("".join(sha256_of(asked.demo / name / MANIFEST) for name in read).encode()).hexdigest()[:16]
+    kept = Pieces(asked.out.with_suffix(".pieces.jsonl"), of)
+    rows = curves(train, heldout, sae.W_dec.detach().numpy(), sizes, SEEDS, kept)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     counts = {"train_pairs": len(train.prompts), "heldout_pairs": len(heldout.prompts)}
     asked.out.write_text(json.dumps({"curves": rows, **counts}, indent=1))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tests.bench.bench_data_efficiency import READERS, Pairs, curves, sizes_of, subsets
+from tests.bench.bench_data_efficiency import READERS, Pairs, Pieces, curves, sizes_of, subsets
 
 D_IN, D_SAE = 64, 48
 
@@ -50,6 +50,30 @@ def test_every_reader_learns_from_more_pairs(rows):
         assert (a["seeds"], b["seeds"]) == (2, 1)
         assert b["accuracy"] > max(0.6, a["accuracy"])
         assert a["lowest"] <= a["accuracy"] <= a["highest"]
+
+
+def test_a_run_that_was_stopped_goes_on_behind_its_last_piece_and_reads_none_of_other_data(tmp_path, monkeypatch):
+    train, heldout, path, made_now = made(60, 0), made(40, 1), tmp_path / "pieces.jsonl", []
+
+    def reader(train, own, heldout, _, seed):
+        made_now.append((len(own), seed))
+        return heldout.difference("x", np.arange(len(heldout.prompts))).sum(axis=1)
+
+    for name in READERS:
+        monkeypatch.setitem(READERS, name, reader)
+    whole = curves(train, heldout, dictionary(), [24, 60], (0, 1), Pieces(path, "a"))
+    assert len(made_now) == 3 * len(READERS)
+    lines = path.read_text().split("\n\n")
+    path.write_text("\n\n".join(lines[:-2]) + "\n\n" + lines[-2][:20])
+    made_now.clear()
+    again = curves(train, heldout, dictionary(), [24, 60], (0, 1), Pieces(path, "a"))
+    assert len(made_now) == 2
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in whole]
+    made_now.clear()
+    curves(train, heldout, dictionary(), [24, 60], (0, 1), Pieces(path, "a"))
+    assert made_now == []
+    curves(train, heldout, dictionary(), [24, 60], (0, 1), Pieces(path, "b"))
+    assert len(made_now) == 3 * len(READERS)
 
 
 def test_labels_of_held_out_pairs_change_no_reader():

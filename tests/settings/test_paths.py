@@ -94,6 +94,7 @@ def test_every_job_s_settings_are_among_those_walked() -> None:
 GIVEN: dict[str, tuple[dict[str, Any], ...]] = {
     "RewardSettings": ({"baselines": ("token_sae",)},),
     "Judging": ({"keys": ("localhost=file:outputs/demo/keys",)},),
+    "Debias": ({"contrasts": ("tone=outputs/demo/contrasts",)},),
     "AuditFeatures": ({"off_target": ("rm_bench=outputs/demo/off_target",)},),
     "Serving": ({"variants": ("edited=outputs/demo/variants",), "token": "file:outputs/demo/token"},),
     "HumanRatings": ({"sheet": None}, {"filled": ()}),

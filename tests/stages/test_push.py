@@ -245,10 +245,10 @@ def test_where_the_base_model_lay_on_this_machine_is_told_to_nobody(pushed: Path
         assert told == base or base not in card
 
 
-def test_a_model_that_is_read_with_an_edit_of_features_is_not_pushed_without_it(pushed: Path, tmp_path: Path) -> None:
+def test_a_model_whose_edit_of_features_cannot_be_read_is_not_pushed_without_it(pushed: Path, tmp_path: Path) -> None:
     edited = Path(shutil.copytree(pushed, tmp_path / "edited"))
     (edited / "feature_edit").mkdir()
-    with pytest.raises(UserError, match="holds an edit of features"):
+    with pytest.raises(UserError, match="is no feature edit"):
         push(Push(model=edited, to=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 

@@ -20,7 +20,8 @@ from sarm.contracts.folders import HEAD_EDIT
 from sarm.data.formats.model_files import folder_of
 from sarm.data.sources.conversations import ConversationError, Message
 from sarm.data.tokens.packing import answer_rows
-from sarm.passes.models import check_tokenizer, edit_beside, refuse_edit_beside, sarm_settings, sarm_spec
+from sarm.passes.feature_edits import checked_edit
+from sarm.passes.models import check_tokenizer, edit_beside, hash_of_folder, sarm_settings, sarm_spec
 from sarm.passes.reader import Reader, sarm_reader
 from sarm.report.reward_card import print_card, write_card
 from sarm.serve.encoding import Encoder
@@ -154,11 +155,13 @@ class RewardModel:
         weights: "Mapping[int, float] | Edit | str | Path | None" = None,
         *,
         scale: Mapping[int, float] | None = None,
+        features: str | Path | None = None,
     ) -> "RewardModel":
         """The model with other head weights: `weights` sets those of latents, or is an edit of `sarm steer` or its file; `scale` multiplies.
 
-        This model stays as it is; the two share all but their heads. Raises UserError for latents that it does not have, for weights that are
-        not finite, and for an edit of another head.
+        `features` is the folder of an edit of features inside the model, as `sarm debias` writes them. This model stays as it is; the two share
+        all weights but their heads. Raises UserError for latents that it does not have, for weights that are not finite, and for an edit of
+        another head or another model.
         """
         weight_S = self.weights
         if isinstance(weights, str | Path):
@@ -176,21 +179,27 @@ class RewardModel:
         if not np.isfinite(weight_S).all():
             broken = int(np.flatnonzero(~np.isfinite(weight_S))[0])
             raise UserError(f"the weight of latent {broken} would be {weight_S[broken]}. Pass finite ones.")
-        return RewardModel(self.folder, self._reader.with_head(weight_S), self._names, self._base_S)
+        reader = self._reader if features is None else self._with_features(Path(features).expanduser())
+        return RewardModel(self.folder, reader.with_head(weight_S), self._names, self._base_S)
 
     def save(self, folder: str | Path) -> Path:
         """Write the model, edits included, as a folder that `load` and transformers read; returns it.
 
-        Raises UserError if the folder holds anything, and for a model that is read with an edit of features.
+        An edit of features is then among its weights. Raises UserError if the folder holds anything.
         """
-        refuse_edit_beside(self.folder, "saving")
         target = Path(folder).expanduser()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{target} is there already. Pass another folder.")
         target.mkdir(parents=True, exist_ok=True)
         changed = np.flatnonzero(self.weights != self._base_S)
-        save_edited(self.folder, Edit(changed, self._base_S[changed].astype(np.float64), self.weights[changed].astype(np.float64)), target)  # fmt: skip
+        save_edited(self.folder, Edit(changed, self._base_S[changed].astype(np.float64), self.weights[changed].astype(np.float64)), target, self._reader.edit)  # fmt: skip
         return target
+
+    def _with_features(self, edit: Path) -> Reader:
+        if self._reader.edit is not None:
+            raise UserError(f"{self.folder} is read with the edit in {self._reader.edit} already. Load it without, or pass one edit of all features.")  # fmt: skip
+        checked_edit(edit, self.folder, hash_of_folder(self.folder), takes_places=False)
+        return self._reader.with_edit(edit)
 
     def _latent(self, latent: int) -> int:
         if not 0 <= latent < len(self._base_S):

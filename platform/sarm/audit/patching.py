@@ -4,8 +4,12 @@ R responses, N pairs, G sets of latents, the first of them the features and the 
 patched_RG is the change of a reward when the set's codes are edited and all that follows is computed again; linear_RG is gradient times change.
 error = mean |patched - linear| / mean |patched| over responses: 0 where the model is linear between the two, about 1 where the approximation says
 nothing. Where it is large, only the patched column is an effect.
+
+Taken apart, the patched change of a response is a sum of terms of the set's latents (integrated gradients, `sarm.passes.path_attribution`) and a
+residual, which is what the integral along the path misses.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,6 +67,51 @@ def patched_figures(
         accuracy_before=float(pair_credit(margins_N).mean()),
         accuracy_after=float(pair_credit(margins_N + own_N).mean()),
         change=against_controls(value, mean_G["patched"][1:]),
+    )
+
+
+@dataclass(frozen=True)
+class TermFigures:
+    """The patched change of the margin as a sum over the features, in reward units; shares are of the mean size of a response's patched change."""
+
+    num_pairs: int
+    latents: list[int]
+    terms: list[float]
+    """The mean change of the margin that each latent makes, in the order of `latents`."""
+    patched: float
+    """The mean change of the margin, of which the terms miss what the residual is."""
+    tolerance: float
+    residual: float | None
+    """Mean size of what a response's terms miss; None where nothing changes."""
+    residual_largest: float | None
+    within_tolerance: float
+    """Share of responses whose residual is at most `tolerance` of the larger of their own change and the mean one."""
+    places: int
+    """The most places on the path that a response took."""
+
+
+def term_figures(
+    target: AuditCodes,
+    latents: Sequence[int],
+    patched_R: Float[np.ndarray, " responses"],
+    terms_RE: Float[np.ndarray, "responses latents"],
+    places_R: Float[np.ndarray, " responses"],
+    tolerance: float,
+) -> TermFigures:
+    """The terms of these pairs; rows are the responses of the codes, of which the pairs' own are read."""
+    own = target.responses
+    size_R, missed_R = np.abs(patched_R[own]), np.abs(patched_R[own] - terms_RE[own].sum(axis=1))
+    size = float(size_R.mean())
+    return TermFigures(
+        num_pairs=target.num_pairs,
+        latents=list(latents),
+        terms=(terms_RE[target.chosen] - terms_RE[target.rejected]).mean(axis=0).tolist(),
+        patched=float((patched_R[target.chosen] - patched_R[target.rejected]).mean()),
+        tolerance=tolerance,
+        residual=float(missed_R.mean()) / size if size > 1e-9 else None,
+        residual_largest=float(missed_R.max()) / size if size > 1e-9 else None,
+        within_tolerance=float((missed_R <= tolerance * np.maximum(size_R, size) + 1e-9).mean()),
+        places=int(places_R[own].max()),
     )
 
 

@@ -6,7 +6,6 @@ B rows, L columns, N rewarded tokens, K active latents, S d_sae.
 """
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,20 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import logging
-from transformers.utils.generic import ModelOutput
 
 from .answer_places import Places, closed, find_places, without_padding
 from .architectures import ARCHITECTURE_FILES, build_sae
 from .backbone import attention_of, residual_stream, restore_scales_, without_final_norm
+from .carried_edits import CarriedEdits
 from .heads import ScalarHead, SparseLinear
 from .loading_report import faults
 from .losses import reconstruction_loss
 from .protocol import PROTOCOL_VERSION
 from .sae import Sae
+from .sarm_output import SarmOutput as SarmOutput
 
 # All of them are imported here or by each other: what is not, `trust_remote_code` does not fetch.
-_SHARED_FILES = ("modeling_sarm.py", "answer_places.py", "attention.py", "backbone.py", "rows_apart.py", "segments.py", "heads.py", "loading_report.py", "losses.py", "protocol.py", "architectures.py", "precision.py", "selection.py")  # fmt: skip
+_SHARED_FILES = ("modeling_sarm.py", "answer_places.py", "attention.py", "backbone.py", "rows_apart.py", "segments.py", "heads.py", "loading_report.py", "losses.py", "protocol.py", "architectures.py", "precision.py", "selection.py", "carried_edits.py", "sarm_output.py", "splice.py")  # fmt: skip
 CODE_FILES = (*_SHARED_FILES, *ARCHITECTURE_FILES)
 ON_CUT_OFF = ("close", "refuse", "penalise")
 # A penalised answer gets what one in a few hundred gets, unless the config says what.
@@ -52,6 +52,8 @@ class SarmConfig(PretrainedConfig):
     control tokens that no answer holds; `first`, the id that conversations begin with. `on_cut_off` is what `forward` does with an answer that
     has no end of turn: "close" it and flag it, "refuse" it, or "penalise" it with the reward `cut_off_reward` (None: three standard
     deviations below the mean). A config without `answer_place` is of protocol 1: the last end of turn is rewarded, whosever it is.
+
+    `feature_edits` are the records of the edits inside the blocks that the model carries (`sarm.nn.carried_edits`).
     """
 
     model_type = "sarm"
@@ -73,6 +75,7 @@ class SarmConfig(PretrainedConfig):
         answer_place: dict[str, Any] | None = None,
         on_cut_off: str = "close",
         cut_off_reward: float | None = None,
+        feature_edits: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ):
         if on_cut_off not in ON_CUT_OFF:
@@ -86,7 +89,7 @@ class SarmConfig(PretrainedConfig):
         # Architecture and options of the SAE (`Sae.describe`).
         self.sae = sae or {"architecture": "topk"}
         self.end_of_turn_id, self.reward_mean, self.reward_std = end_of_turn_id, reward_mean, reward_std
-        self.provenance = provenance or {}
+        self.provenance, self.feature_edits = provenance or {}, feature_edits or []
         kwargs["num_labels"] = 1
         # So that a text-classification pipeline gives the reward itself, under its name, and no sigmoid of it.
         kwargs |= {"problem_type": "regression", "id2label": {0: "reward"}, "label2id": {"reward": 0}}
@@ -99,26 +102,6 @@ class SarmConfig(PretrainedConfig):
         return float(lowest if self.cut_off_reward is None else self.cut_off_reward)
 
 
-@dataclass
-class SarmOutput(ModelOutput):
-    """`logits` [N, 1] raw rewards; with TopK or thresholds, `latent_values` and `latent_indices` [N, K] whose weighted sum they are.
-
-    `loss` (squared error against labels) and `reconstruction_loss` [N] are there where they were asked for. Where `forward` looked for the
-    rewarded token itself, `cut_off` [B] says which answers had no end of turn, and `unopened` [B] in which rows the template
-    opens no answer at all: plain strings, prompts, texts in another template. `unscored` [B] says where text follows the rewarded token: what
-    follows an end of turn within the answer, or a later turn of the user's.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    latent_values: Tensor | None = None
-    latent_indices: Tensor | None = None
-    reconstruction_loss: Tensor | None = None
-    cut_off: Tensor | None = None
-    unopened: Tensor | None = None
-    unscored: Tensor | None = None
-
-
 class SarmForSequenceClassification(PreTrainedModel):
     """Truncated backbone, standardise unless the SAE takes activations as they are, SAE encoder, linear head.
 
@@ -129,12 +112,20 @@ class SarmForSequenceClassification(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["sae", "score"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["sae", "score", "feature_edits"]  # noqa: RUF012
 
-    def __init__(self, config: SarmConfig, backbone: PreTrainedModel | None = None, sae: Sae | None = None):
+    def __init__(
+        self,
+        config: SarmConfig,
+        backbone: PreTrainedModel | None = None,
+        sae: Sae | None = None,
+        feature_edits: CarriedEdits | None = None,
+    ):
+        """`feature_edits` are those that the backbone has been given already, of a model that it is shared with."""
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = backbone if backbone is not None else _empty_backbone(config)
+        self.feature_edits = CarriedEdits(config.feature_edits, self.model) if feature_edits is None else feature_edits
         d_in = self.model.config.hidden_size
         if config.head == "sae":
             self.sae = sae if sae is not None else build_sae(d_in=d_in, d_sae=config.d_sae, k=config.k, **config.sae)

@@ -83,6 +83,24 @@ class Splice:
         parts = [self._change(part) for part in wide_ND.split(max(1, _PRE_AT_ONCE // self.sae.d_sae))]
         return torch.cat(parts) if parts else torch.zeros_like(wide_ND)
 
+    @torch.no_grad()
+    def steps(self, h_ND: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens edited"]:
+        """s (z' - z) of the edited latents, whose sum over `directions` is the change."""
+        self._to(h_ND.device)
+        wide_ND = h_ND if h_ND.dtype == torch.float64 else h_ND.float()
+        parts = []
+        for part_ND in wide_ND.split(max(1, _PRE_AT_ONCE // self.sae.d_sae)):
+            z_NE = self._values(self.sae.rows_of(part_ND))
+            step_NE = (self._factor_E.to(z_NE) - 1) * z_NE + self._added_E.to(z_NE)
+            unit_N1 = part_ND.std(-1, keepdim=True) + STANDARDISE_EPS if self.sae.standardises else 1.0
+            parts.append((step_NE * unit_N1).to(wide_ND.dtype))
+        return torch.cat(parts) if parts else wide_ND.new_zeros(0, len(self.edits))
+
+    @property
+    def directions(self) -> Float[Tensor, "edited d_in"]:
+        """The decoder rows of the edited latents."""
+        return self.sae.W_dec.detach()[self._own_E]
+
     def _change(self, h_ND: Tensor) -> Tensor:
         change_ND = torch.zeros_like(h_ND)
         x_ND = self.sae.rows_of(h_ND)
@@ -156,6 +174,20 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     raise ValueError(f"{type(base).__name__} has no list of {depth} blocks to edit between. Pass another model.")
 
 
+def edited_output(splice: Splice, output: Any, places: Tensor | None = None) -> Any:
+    """What a block gives with its features edited, at all tokens or at `places` [B, L]."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    h_ND = hidden.reshape(-1, hidden.shape[-1])
+    if places is None:
+        changed_ND = (h_ND + splice.change(h_ND)).to(hidden.dtype)
+    else:
+        chosen = places.reshape(-1).nonzero().flatten()
+        changed_ND = h_ND.clone()
+        changed_ND[chosen] = (h_ND[chosen] + splice.change(h_ND[chosen])).to(hidden.dtype)
+    changed = changed_ND.view_as(hidden)
+    return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+
 class Editing:
     """The splices of a model while they are there. `places` [B, L] are the tokens of the next forward pass that are edited; None: all."""
 
@@ -170,22 +202,7 @@ class Editing:
         ]
 
     def _hook(self, splice: Splice) -> Any:
-        def edited(_block: nn.Module, _inputs: Any, output: Any) -> Any:
-            hidden = output if isinstance(output, Tensor) else output[0]
-            changed = self._edited(splice, hidden)
-            return changed if isinstance(output, Tensor) else (changed, *output[1:])
-
-        return edited
-
-    def _edited(self, splice: Splice, hidden: Tensor) -> Tensor:
-        h_ND = hidden.reshape(-1, hidden.shape[-1])
-        if self.places is None:
-            changed_ND = (h_ND + splice.change(h_ND)).to(hidden.dtype)
-            return changed_ND.view_as(hidden)
-        chosen = self.places.reshape(-1).nonzero().flatten()
-        changed_ND = h_ND.clone()
-        changed_ND[chosen] = (h_ND[chosen] + splice.change(h_ND[chosen])).to(hidden.dtype)
-        return changed_ND.view_as(hidden)
+        return lambda _block, _inputs, output: edited_output(splice, output, self.places)
 
     def remove(self) -> None:
         """Give the model back as it was."""

@@ -13,6 +13,7 @@ from sarm.data.tokens.groups import PromptGroup, prompt_groups
 from sarm.data.tokens.packing import Row, answer_row, collate, row_batches
 from sarm.nn.splice import LatentEdit, Splice
 from sarm.passes.attached_model import AttachedReader, last_place
+from sarm.passes.path_attribution import path_terms
 from sarm.passes.reward_gradients import Conversations, effects
 
 # A response of several pairs stands in one row, which names them.
@@ -23,6 +24,9 @@ EDITED = pa.schema(
         # Of each edit, in their order: the change of the reward by patching, and to first order.
         pa.field("patched", pa.list_(pa.float32()), nullable=False),
         pa.field("linear", pa.list_(pa.float32()), nullable=False),
+        # Of the edits that are taken apart, one after the other: what each of their latents has of the patched change, and the places of the sums.
+        pa.field("terms", pa.list_(pa.float32()), nullable=False),
+        pa.field("places", pa.list_(pa.int32()), nullable=False),
         pa.field("pair_ids", pa.list_(pa.string()), nullable=False),
     ]
 )
@@ -35,6 +39,8 @@ class CodeEdit(NamedTuple):
     latents: tuple[int, ...]
     factor: float = 0.0
     scope: Scope = "all"
+    apart: bool = False
+    """Whether its effect is taken apart into terms of its latents (`path_attribution`)."""
 
 
 class _Prepared(NamedTuple):
@@ -75,6 +81,7 @@ class EditedRewards:
             scopes = {"all": batch.is_token, "rewarded": batch.is_rewarded}
             edits = [(one, scopes[edit.scope]) for one, edit in zip(own, self._edits, strict=True)]
             found = effects(model, batch, edits)
+            apart = [path_terms(model, batch, *one) for one, edit in zip(edits, self._edits, strict=True) if edit.apart]
             cost.tokens += sum(len(row.ids) for row in members)
             cost.padded_tokens += batch.input_ids.numel()
             for line, row in enumerate(members):
@@ -89,6 +96,8 @@ class EditedRewards:
                         "reward": float(found.reward[line]),
                         "patched": found.patched[line].tolist(),
                         "linear": found.linear[line].tolist(),
+                        "terms": [value for one in apart for value in one.terms[line].tolist()],
+                        "places": [int(one.places[line]) for one in apart],
                         "pair_ids": pair_ids,
                         "truncated": group.tokens[place].num_truncated > 0,
                     }
@@ -116,5 +125,13 @@ def _tables(records: Sequence[Mapping[str, Any]]) -> Tables:
 
 
 def _rejects(refused: Mapping[str, str]) -> list[dict[str, Any]]:
-    blank: dict[str, Any] = {"response_id": "", "reward": 0.0, "patched": [], "linear": [], "truncated": False}
+    blank: dict[str, Any] = {
+        "response_id": "",
+        "reward": 0.0,
+        "patched": [],
+        "linear": [],
+        "terms": [],
+        "places": [],
+        "truncated": False,
+    }
     return [{**blank, "pair_ids": [pair_id], "reject": reason} for pair_id, reason in refused.items()]

@@ -7,7 +7,7 @@ A active latents, D d_in.
 import copy
 import time
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,11 +93,21 @@ class Reader:
         """The same reader under a head of other weights. Blocks, dictionary and tokenizer are shared and not copied."""
         own = self.model
         config: Any = copy.deepcopy(own.config)
-        model = SarmForSequenceClassification(config, own.model, own.sae)
+        model = SarmForSequenceClassification(config, own.model, own.sae, own.feature_edits)
         model.score.weight.data = torch.as_tensor(weight_S, dtype=torch.float32, device=own.device)[None].clone()
         other = Reader(*(getattr(self, field.name) for field in fields(self)))
         # Where `cached_property` keeps what it has made.
         vars(other).update(model=model.eval(), chat=self.chat)
+        return other
+
+    def with_edit(self, edit: Path) -> "Reader":
+        """The same reader with features edited inside the model. Weights and tokenizer are shared and not copied."""
+        own = self.model
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*own.parameters(), *own.buffers())}
+        model = copy.deepcopy(own, shared)
+        Editing(model.model, load_edit(edit).splices)
+        other = replace(self, edit=edit)
+        vars(other).update(model=model, chat=self.chat)
         return other
 
     def ready(self, threads: int) -> "Reader":

@@ -89,6 +89,24 @@ def stream_gradients(
     return reward_B.detach(), [kept[layer].detach() for layer in layers], [one.detach() for one in found]
 
 
+def reward_at(
+    model: AttachedModel, batch: Conversations, h_BLD: Float[Tensor, "rows columns d_in"], *, needs_slope: bool = True
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows columns d_in"]]:
+    """(r, g) with these activations at the dictionary's layer in the place of the model's own; g is zeros unless it is needed."""
+    put_BLD: Tensor | None = None
+
+    def put(hidden: Tensor) -> Tensor:
+        nonlocal put_BLD
+        put_BLD = h_BLD.detach().to(hidden.dtype).requires_grad_(needs_slope)
+        return put_BLD
+
+    with torch.set_grad_enabled(needs_slope), _streams(model.body, {model.layer: put}):
+        reward_B = _rewards(model, batch)
+        assert put_BLD is not None
+        slope_BLD = torch.autograd.grad(reward_B.sum(), put_BLD)[0] if needs_slope else torch.zeros_like(put_BLD)
+    return reward_B.detach(), slope_BLD.detach()
+
+
 @torch.no_grad()
 def slopes(
     sae: Sae, codes: Codes, h_ND: Float[Tensor, "tokens d_in"], gradient_ND: Float[Tensor, "tokens d_in"]

@@ -37,6 +37,8 @@ class Made(NamedTuple):
     num_heldout: int | None = None
     edited: int = 0
     """How many weights of its head were edited after training."""
+    feature_edits: Sequence[Mapping[str, Any]] = ()
+    """The edits of features inside its blocks, as its config has them."""
 
 
 def model_card(made: Made, name: str, licence: str, version: str) -> str:
@@ -61,6 +63,12 @@ def model_card(made: Made, name: str, licence: str, version: str) -> str:
         notes = [
             *notes,
             f"{made.edited} weights of the head were edited after training; the figures below are of the model before.",
+        ]
+    if made.feature_edits:
+        told = ", ".join(f"{len(one['edits'])} at layer {one['layer']}" for one in made.feature_edits)
+        notes = [
+            *notes,
+            f"Features inside its blocks were edited after training ({cell(told)}); the figures below are of the model before.",
         ]
     parts = [
         f"# {cell(name)}",

@@ -16,11 +16,11 @@ from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.passes.models import (
     check_tokenizer,
-    refuse_edit_beside,
     sarm_settings,
     sarm_spec,
     sarm_tokenizer,
     score_key,
+    with_edit,
 )
 from sarm.passes.reader import Reader
 from sarm.serve.drift_account import Account, DriftAccount
@@ -107,12 +107,12 @@ def load_service(settings: Serving, remote: Remote | None = None) -> Service:
 def _reader(settings: Serving) -> tuple[Reader, str]:
     folder = settings.model
     own = sarm_settings(folder)
-    refuse_edit_beside(folder, "the reward server")
-    spec = sarm_spec(folder, dtype=settings.dtype)
+    spec = with_edit(sarm_spec(folder, dtype=settings.dtype), settings.edit)
     check_tokenizer(spec)
     is_gpu = torch.cuda.is_available()
     budget = settings.batch_tokens or (_GPU_BATCH_TOKENS if is_gpu else _BATCH_TOKENS)
-    reader = Reader(folder, own, settings.dtype, budget, looks_unexplained=True)
+    edit = Path(spec.edit) if spec.edit else None
+    reader = Reader(folder, own, settings.dtype, budget, looks_unexplained=True, edit=edit)
     assert reader.chat is not None
     assert reader.model is not None
     return reader, score_key(spec)
@@ -120,7 +120,7 @@ def _reader(settings: Serving) -> tuple[Reader, str]:
 
 def load_watch(settings: Serving) -> WatchHost:
     """The watch of all replicas of a server, without the model's body. Raises UserError as `load_service` does."""
-    spec = sarm_spec(settings.model, dtype=settings.dtype)
+    spec = with_edit(sarm_spec(settings.model, dtype=settings.dtype), settings.edit)
     (weight_S,) = read_latents(settings.model, "score.weight")
     heads, variants = _heads(settings, weight_S)
     account = _account(settings, heads, score_key(spec), sarm_tokenizer(spec), _names(settings))

@@ -1,6 +1,7 @@
 """The flags of `jobs/debias.py`."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,12 +9,14 @@ from typing import Annotated, Literal
 from sarm.settings.benchmarks import Benchmarking
 from sarm.settings.chat_template import template_text
 from sarm.settings.checks import ABSENT_AT_DEFAULT, OPERATIONAL, UserError, check_tokens
+from sarm.settings.judging import Judging
 from sarm.settings.registered import listing
 from sarm.settings.results_root import READ, place_paths
 from sarm.settings.run import Flat, RunSettings
 
 RANKS = ("strength", "effect")
-PROPERTIES = ("markdown", "length", "hedging", "sycophancy", "tone", "position", "rm_bench", "trigger")
+PROPERTIES = ("markdown", "length", "hedging", "sycophancy", "tone", "position", "injection", "paraphrase", "rm_bench", "trigger")  # fmt: skip
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +24,12 @@ class DebiasSettings:
     """Which properties are looked for, and how features that carry them are suppressed."""
 
     properties: tuple[str, ...] = ("markdown", "length")
-    """Properties of answers: markdown, length, hedging, sycophancy, tone, position (of list items), rm_bench (its own styles), trigger (a planted word)."""
+    """Properties of answers: markdown, length, hedging, sycophancy, tone, position (of list items), injection (patterns that speak to the judge), paraphrase,
+    rm_bench (its own styles), trigger (a planted word). Those of --contrasts are looked for besides."""
     trigger: str = ""
     """The word that `trigger` puts behind answers, as a backdoor has it."""
     as_given: bool = False
-    """Take RM-Bench's two styles as its authors wrote them: in most of its rows their words differ too, and such rows are else left out."""
+    """Take RM-Bench's two styles, and pairs of --contrasts, as their authors wrote them: where their words differ too, they are else left out."""
     ranks: tuple[str, ...] = RANKS
     """Orders in which features are tried: strength (by how much more they fire with the property), effect (by what that does to the reward, to first order)."""
     features: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -75,6 +79,10 @@ class Debias:
     """SAE folders (sae/v1) that were trained on activations of this model, one for each layer to be edited."""
     pairs: tuple[str, ...] = field(metadata=READ)
     """Preferences whose answers get the properties: a pairs/v1 folder (`FOLDER` or `FOLDER:train`, `:heldout`, `:all`), or `NAME=SOURCE` as in `--benchmarks`."""
+    contrasts: tuple[str, ...] = field(default=(), metadata=READ | ABSENT_AT_DEFAULT)
+    """`PROPERTY=FILE` of pairs of one's own: JSON lines with `prompt`, and `chosen` and `rejected` as [without, with] the property. A property that has a rule is held to it; one that has none needs --debias.as-given."""
+    judging: Judging = Judging()
+    """Who writes the paraphrases of the property `paraphrase`: the first of `judges`; nobody: they are made by rule."""
     benchmarks: Annotated[tuple[str, ...], listing("known benchmarks")] = field(default=(), metadata=READ)
     """`NAME=SOURCE` of known benchmarks on which the edit is measured too, such as RM-Bench and RewardBench 2."""
     other_model: bool = field(default=False, metadata=ABSENT_AT_DEFAULT)
@@ -105,12 +113,24 @@ class Debias:
             raise UserError(f"the SAEs are {[str(one) for one in self.sae]}, expected some, each once. Pass --sae.")
         if not self.pairs:
             raise UserError("there are no pairs. Pass --pairs FOLDER or NAME=SOURCE.")
+        self._check_contrasts()
         if "rm_bench" in self.debias.properties and not any(one.startswith("rm_bench") for one in self.benchmarks):
             raise UserError("the property rm_bench needs its rows. Pass --benchmarks rm_bench=FILE.")
         for name in ("max_length", "limit"):
             value, least = getattr(self, name), 8 if name == "max_length" else 1
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}. Pass --{name.replace('_', '-')}.")
+
+    def _check_contrasts(self) -> None:
+        names = [text.partition("=")[0] for text in self.contrasts]
+        if wrong := [text for text, name in zip(self.contrasts, names, strict=True) if "=" not in text or not _NAME.fullmatch(name)]:  # fmt: skip
+            raise UserError(f"contrasts are PROPERTY=FILE, with a property in small letters, got {wrong[0]!r}. Pass --contrasts.")  # fmt: skip
+        if repeated := [name for name in names if names.count(name) > 1 or name == "rm_bench"]:
+            raise UserError(f"contrasts of {repeated[0]} are given twice. Pass each property to --contrasts once.")
+        if unknown := [name for name in names if name not in PROPERTIES and not self.debias.as_given]:
+            raise UserError(f"no rule says what {unknown[0]} is, so that nothing can tell whether pairs differ in it alone. Pass --debias.as-given to take them as they are.")  # fmt: skip
+        if self.judging.judges and ("paraphrase" not in self.debias.properties or "paraphrase" in names):
+            raise UserError("judges write paraphrases here, and none are asked for. Pass --debias.properties paraphrase, or leave --judging.judges out.")  # fmt: skip
 
     def of_model(self) -> Benchmarking:
         """The model as `jobs/evaluate.py --model` would read it."""

@@ -14,6 +14,8 @@ class Push:
 
     model: Path = field(metadata=READ)
     """SARM folder. The run that it lies in gives the card its data and figures."""
+    edit: Path | None = field(default=None, metadata=READ)
+    """Folder of an edit of features inside the model, which is then among its weights. Unset: the folder `feature_edit` in the model's, if it is there."""
     to: Path | None = field(default=None, metadata=WRITTEN)
     """Folder to write: a new one, or one that this command wrote."""
     hub: str = ""

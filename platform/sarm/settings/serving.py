@@ -19,6 +19,8 @@ class Serving:
     common: ClassVar[tuple[str, ...]] = ("model", "host", "port", "token", "variants", "threads", "replicas")
     model: Path = field(metadata=READ)
     """SARM folder."""
+    edit: Path | None = field(default=None, metadata=READ)
+    """Folder of an edit of features inside the model, with which it is served. Unset: the folder `feature_edit` in the model's, if it is there."""
     name: str = ""
     """What clients call the model; unset: the folder's name."""
     host: str = "127.0.0.1"

@@ -8,9 +8,11 @@ from sarm.settings.checks import OPERATIONAL, check, check_least
 from sarm.settings.jobs import Pipeline
 
 Component = Literal[
-    "sarm", "random_encoder", "random_directions", "random_linear", "token_sae", "scalar", "scalar_full"
+    "sarm", "random_encoder", "random_directions", "random_linear", "token_sae", "scalar", "scalar_full", "sparse_rm"
 ]
 WITHOUT_SAE = ("scalar", "scalar_full")
+FROZEN = ("sparse_rm",)
+"""Components that are fitted on stored activations: no block is trained, and no setting of reward training makes a difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,8 @@ class SweepSettings:
     """Active latents."""
     components: tuple[Component, ...] = ("sarm",)
     """`sarm`, and what stands in its place: its encoder at random (`random_encoder`, `random_directions`, `random_linear`), an SAE of all tokens
-    (`token_sae`), or no SAE at all on the same blocks (`scalar`) or on the whole backbone (`scalar_full`)."""
+    (`token_sae`), no SAE at all on the same blocks (`scalar`) or on the whole backbone (`scalar_full`), or a small head on
+    directions of the SAE with nothing else trained (`sparse_rm`)."""
     token_rows: int = 50_000_000
     """Tokens of text, at most, that the SAEs of `token_sae` learn from; the papers' sentence ends are as many."""
     seeds: tuple[int, ...] = (0,)

@@ -1,7 +1,8 @@
 """The causal tests of an audit of a classifier: its features' codes are edited inside it, beside matched controls and the linear approximation."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sarm.audit.codes import CODES, AuditCodes, check_latents
-from sarm.audit.patching import patched_figures
+from sarm.audit.patching import TermFigures, patched_figures, term_figures
 from sarm.audit.selection import matched_sets
 from sarm.contracts.figures import plain_values
+from sarm.contracts.ids import hash_share
 from sarm.contracts.manifest import StageFolder, finite_or_null, write_atomically
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.session import Session
 from sarm.passes.attached_model import AttachedReader, model_reader
 from sarm.passes.edited_rewards import CodeEdit, Scope
+from sarm.passes.path_attribution import TOLERANCE
 from sarm.settings.audit import AuditFeatures
 from sarm.settings.checks import UserError
 from sarm.stages.audit_causes import CAUSAL, sentences_cut
@@ -25,6 +28,8 @@ from sarm.stages.audit_folder import FEATURES, audit_budget, read_audit
 from sarm.stages.edited_rewards import effects_of_edits
 
 SCOPES: tuple[Scope, ...] = ("all", "rewarded")
+# Each takes a pass forward and back for every place on the path, hundreds where the reward has kinks.
+_PAIRS_APART = 32
 
 
 def test_inside(session: Session, settings: AuditFeatures, pairs: pa.Table) -> None:
@@ -62,12 +67,14 @@ def test_inside(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
         for number, scope in enumerate(SCOPES):
             own = slice(number * len(sets), (number + 1) * len(sets))
             removed[scope] = patched_figures(target, effects.patched[:, own], effects.linear[:, own])
+        terms = terms_of(session=session, target=target, latents=latents.tolist(), pairs=pairs, ids=ids, reader=reader, folder=folder.folder / "terms")  # fmt: skip
         content = {
             "num_pairs": target.num_pairs,
             "num_prompts": len(np.unique(target.prompts)),
             "num_features": len(latents),
             "num_controls": settings.upstream_controls,
             "inside": removed,
+            "terms": terms,
             "sentences": sentences_cut(
                 session=session, settings=settings, found=found, target=target, pairs=pairs, folder=folder.folder
             ),
@@ -77,9 +84,40 @@ def test_inside(session: Session, settings: AuditFeatures, pairs: pa.Table) -> N
         )
         child.log_artifact(folder.folder / "causal.json")
         figures = {f"removed_{scope}{name}": value for scope, own in removed.items() for name, value in (("", own.change.value), ("_ratio", own.change.ratio), ("_linear", own.linear), ("_error", own.error))}  # fmt: skip
+        figures |= {f"removed_{scope}_residual": own.residual for scope, own in terms.items()}
         return {"figures": {name: value for name, value in figures.items() if value is not None and np.isfinite(value)}}
 
     session.stage("test causes", folder, body, resume=True)
+
+
+def terms_of(
+    session: Session,
+    target: AuditCodes,
+    latents: Sequence[int],
+    pairs: pa.Table,
+    ids: Sequence[str],
+    reader: AttachedReader,
+    folder: Path,
+) -> dict[str, TermFigures]:
+    """For each scope the effect of suppressing the features, taken apart into terms of each, on a few of the target's pairs."""
+    own = pairs.filter(pc.equal(pairs["role"], "target"))
+    few = sorted(range(own.num_rows), key=lambda row: hash_share(f"terms {own['pair_id'][row]}"))[:_PAIRS_APART]
+    edits = [CodeEdit(tuple(latents), scope=scope, apart=True) for scope in SCOPES]
+    found = effects_of_edits(
+        pairs=own.take(few), response_ids=ids, reader=reader, edits=edits, folder=folder, run_pass=session.run_pass
+    )
+    read, num = readable(target, found.patched), len(latents)
+    return {
+        scope: term_figures(
+            target=read,
+            latents=latents,
+            patched_R=found.patched[:, n],
+            terms_RE=found.terms[:, n * num : (n + 1) * num],
+            places_R=found.places[:, n],
+            tolerance=TOLERANCE,
+        )
+        for n, scope in enumerate(SCOPES)
+    }
 
 
 def inside_reader(settings: AuditFeatures) -> AttachedReader:

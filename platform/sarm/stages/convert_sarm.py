@@ -30,6 +30,8 @@ def convert_sarm(config: ConvertSarm) -> None:
         raise UserError(f"{config.target} is not empty. Pass another output folder.")
     is_ours = said.get("model_type") == "sarm"
     refuse_edit_beside(config.source, "converting")
+    if said.get("feature_edits") and config.format in ("vllm", "papers"):
+        raise UserError(f"{config.source} carries edits of features inside its blocks, for which the format {config.format} has no words. Convert the model that was edited.")  # fmt: skip
     if is_ours and (config.source / MANIFEST).exists():
         verify_files(config.source, read_manifest(config.source, SARM_FOLDER))
     known = said.get("provenance") or {}

@@ -4,6 +4,7 @@ Features and doses are chosen on one half of the prompts, and everything is repo
 """
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from sarm.engine.ray.machine import machine_of
@@ -27,7 +28,15 @@ def debias(session: Session, settings: Debias) -> Path:
     """
     spec, batch_tokens = _fitted(session, settings)
     dictionaries = dictionaries_of(settings, spec)
-    texts = texts_of(settings)
+    written = None
+    if settings.judging.judges:
+        if find_spec("openai") is None:
+            raise UserError("--judging.judges needs the package openai. Run pip install 'sarm[judge]'.")
+        # Its client takes a second, which who asks nobody need not wait for.
+        from sarm.stages.debias_paraphrases import written_paraphrases
+
+        written = written_paraphrases(settings)
+    texts = texts_of(settings, written)
     check_tokenizer(spec)
     job = Job(session, settings, spec, batch_tokens, dictionaries, texts)
     read_codes(job)

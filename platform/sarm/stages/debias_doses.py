@@ -72,6 +72,8 @@ class Job(NamedTuple):
             "dtype": self.spec.dtype,
             "texts": digest.hexdigest()[:16],
             "protocol_version": PROTOCOL_VERSION,
+            # By name: the texts alone do not say of which property they are.
+            **({"contrasts": sorted(self.texts.contrasts)} if self.settings.contrasts else {}),
         }
 
 

@@ -1,13 +1,15 @@
 """The texts of `jobs/debias.py`: of every pair the chosen and the rejected answer without and with a property, and the rows of benchmarks."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from sarm.audit.given_contrasts import given_contrasts
 from sarm.audit.pairs import chooses, listed_pairs
-from sarm.audit.style_pairs import BY_RULE, Property, property_named
-from sarm.contracts.ids import prompt_key_of, stable_id
+from sarm.audit.style_pairs import BY_RULE, Property, by_table, property_named, refuse_others
+from sarm.contracts.ids import prompt_id_of, prompt_key_of, stable_id
 from sarm.evaluate.benchmarks.benchmark import BenchmarkRow
 from sarm.evaluate.benchmarks.sources import Loaded, load_benchmark, parse_source
 from sarm.settings.checks import UserError
@@ -49,8 +51,8 @@ class Texts(NamedTuple):
     by_id: dict[str, tuple[str, str]]
 
 
-def texts_of(settings: Debias) -> Texts:
-    """What is to be read and scored.
+def texts_of(settings: Debias, written: Mapping[str, str] | None = None) -> Texts:
+    """What is to be read and scored; `written` are paraphrases by text, None: they are made by rule.
 
     Raises UserError for sources that cannot be read, and for a property with too few prompts on either half.
     """
@@ -58,14 +60,48 @@ def texts_of(settings: Debias) -> Texts:
     pairs = listed_pairs(settings.pairs, settings.debias.prompts)
     by_id: dict[str, tuple[str, str]] = {}
     contrasts = {}
-    for name in settings.debias.properties:
-        if name == "rm_bench":
+    given = {name: Path(path).expanduser() for name, _, path in (text.partition("=") for text in settings.contrasts)}
+    for name in dict.fromkeys((*settings.debias.properties, *given)):
+        if name in given:
+            contrast = contrast_of_file(given[name], _given(name, settings.debias.trigger), by_id, as_given=settings.debias.as_given)  # fmt: skip
+        elif name == "rm_bench":
             contrast = _of_rm_bench(loaded, by_id, as_given=settings.debias.as_given)
+        elif name == "paraphrase" and written is not None:
+            contrast = _by_rule(by_table(written), pairs, by_id)
         else:
             contrast = _by_rule(property_named(name, settings.debias.trigger), pairs, by_id)
         _check_halves(contrast)
         contrasts[name] = contrast
     return Texts(contrasts, [_reporting_half(one) for one in loaded], by_id)
+
+
+def _given(name: str, trigger: str) -> Property:
+    """A property of --contrasts; of one without a rule nothing is left out."""
+    if name in BY_RULE or name == "trigger":
+        return property_named(name, trigger)
+    return Property(name, f"{name}, as given", base=lambda text: text, style=lambda text: None, canonical=lambda text: text)  # fmt: skip
+
+
+def contrast_of_file(path: Path, own: Property, by_id: dict[str, tuple[str, str]], *, as_given: bool) -> Contrast:
+    """The pairs of a file of contrasts, but for those that differ in more than the property.
+
+    Raises UserError for a file that cannot be read or has a line of another form, and if no pair differs in the property alone.
+    """
+    contrast, wrong = Contrast(own), dict[str, tuple[str, str]]()
+    for number, line in given_contrasts(path):
+        sides = {f"{path}, line {number}, {side}": (plain, styled) for side, (plain, styled) in line.sides.items()}
+        unlike = {where: both for where, both in sides.items() if not own.differs_alone(*both)}
+        if unlike and (not as_given or any(plain == styled for plain, styled in unlike.values())):
+            contrast.left_out += 1
+            wrong |= unlike
+            continue
+        contrast.differ_in_more += bool(unlike)
+        texts = [text for both in sides.values() for text in both]
+        contrast.quads.append(_quad(line.prompt, prompt_id_of(line.prompt), texts, by_id))
+    if not contrast.quads:
+        refuse_others(own, wrong)
+        raise UserError(f"{path} holds no pair. Pass --contrasts with another file.")
+    return contrast
 
 
 def _by_rule(own: Property, pairs: Sequence[dict[str, Any]], by_id: dict[str, tuple[str, str]]) -> Contrast:

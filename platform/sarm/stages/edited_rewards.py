@@ -25,6 +25,9 @@ class EffectsOfEdits(NamedTuple):
 
     patched: Float[np.ndarray, "responses edits"]
     linear: Float[np.ndarray, "responses edits"]
+    terms: Float[np.ndarray, "responses latents"]
+    """Of the edits that are taken apart, one after the other, their latents' terms."""
+    places: Float[np.ndarray, "responses apart"]
 
 
 def effects_of_edits(
@@ -51,9 +54,11 @@ def effects_of_edits(
     )
     run_pass(work)
     files = [str(path) for path in part_files(parts / "edited")]
-    table = ds.dataset(files).to_table(columns=["response_id", "patched", "linear"])
+    table = ds.dataset(files).to_table(columns=["response_id", *EffectsOfEdits._fields])
     place = {response_id: row for row, response_id in enumerate(response_ids)}
-    found = EffectsOfEdits(*(np.full((len(response_ids), len(edits)), np.nan) for _ in range(2)))
+    apart = [edit for edit in edits if edit.apart]
+    widths = (len(edits), len(edits), sum(len(edit.latents) for edit in apart), len(apart))
+    found = EffectsOfEdits(*(np.full((len(response_ids), width), np.nan) for width in widths))
     for row in table.to_pylist():
         for name, into in found._asdict().items():
             into[place[row["response_id"]]] = row[name]

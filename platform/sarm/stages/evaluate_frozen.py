@@ -5,7 +5,7 @@ N pairs, M responses, D d_in.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,8 @@ _ROWS_AT_ONCE = 1024
 _MAX_PAIRS = 20_000
 
 
-class Frozen(NamedTuple):
+@dataclass(frozen=True)
+class Frozen:
     """Activations of the backbone at the rewarded tokens, as they are stored, and the probe of the training pairs."""
 
     train: Tensor
@@ -46,7 +47,13 @@ class Frozen(NamedTuple):
     """[N, 2]: rows of `train` of the chosen and the rejected response of training pairs."""
     prompts: NDArray[np.str_]
     """[N]: their prompts."""
-    probe: Probe
+    seed: int
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Fitted when it is first asked for, which takes its time."""
+        x_ND = standardise(self.train).numpy()
+        return fit_probe(x_ND[self.pairs[:, 0]], x_ND[self.pairs[:, 1]], self.prompts, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +71,7 @@ class DictionaryFigures:
 
 
 def read_frozen(session: Session) -> Frozen:
-    """The activations of a run's pairs, and the logistic probe of the training pairs."""
+    """The activations of a run's pairs."""
     place_of_train, train_ND = ActivationStore(session.folders.chat_activations).read_sides()
     place, heldout_MD = ActivationStore(session.folders.heldout_activations).read_sides()
     pairs = load_pairs(session.folders.pairs, "train").select(["pair_id", "prompt_id"]).to_pylist()
@@ -73,9 +80,9 @@ def read_frozen(session: Session) -> Frozen:
     usable = [i for i, rows in enumerate(sides) if min(rows) >= 0]
     pairs_N2 = np.array([sides[i] for i in usable], dtype=np.int64).reshape(-1, 2)
     prompts_N = np.array([pairs[i]["prompt_id"] for i in usable])
-    x_ND = standardise(train_ND).numpy()
-    probe = fit_probe(x_ND[pairs_N2[:, 0]], x_ND[pairs_N2[:, 1]], prompts_N, session.run.seed)
-    return Frozen(train_ND, heldout_MD, place, pairs_N2, prompts_N, probe)
+    return Frozen(
+        train=train_ND, heldout=heldout_MD, place=place, pairs=pairs_N2, prompts=prompts_N, seed=session.run.seed
+    )
 
 
 def probe_scores(frozen: Frozen, like: pa.Table) -> pa.Table:
@@ -99,10 +106,16 @@ def sparse_head_scores(frozen: Frozen, sae: Sae, heldout_share: float, like: pa.
 
 def sparse_rm_scores(frozen: Frozen, sae: Sae, seed: int, like: pa.Table) -> tuple[SparseRm, pa.Table]:
     """SparseRM on the frozen activations of the training pairs, and the held-out pairs of `like` with its rewards. Raises UserError as it does."""
+    model = sparse_rm_of(frozen, sae, seed)
+    return model, with_direction(frozen, sae, model.weight, like)
+
+
+def sparse_rm_of(frozen: Frozen, sae: Sae, seed: int) -> SparseRm:
+    """SparseRM on the frozen activations of the training pairs. Raises UserError as it does."""
     order = sorted(range(len(frozen.pairs)), key=lambda i: hash_share(f"sparse head {i}"))[:_MAX_PAIRS]
     codes_NS, pairs_N2 = _codes(sae, frozen.train), frozen.pairs[order]
     x_ND = sae.rows_of(frozen.train).numpy()
-    model = fit_sparse_rm(
+    return fit_sparse_rm(
         chosen_ND=x_ND[pairs_N2[:, 0]],
         rejected_ND=x_ND[pairs_N2[:, 1]],
         difference_NS=sparse.csr_array(codes_NS[pairs_N2[:, 0]] - codes_NS[pairs_N2[:, 1]]),
@@ -110,7 +123,11 @@ def sparse_rm_scores(frozen: Frozen, sae: Sae, seed: int, like: pa.Table) -> tup
         prompt_ids_N=frozen.prompts[order],
         seed=seed,
     )
-    return model, _with_rewards(frozen, model.rewards(sae.rows_of(frozen.heldout).numpy()), like)
+
+
+def with_direction(frozen: Frozen, sae: Sae, weight_D: NDArray[np.float32], like: pa.Table) -> pa.Table:
+    """The held-out pairs of `like` with the rewards x . w of the rows that the SAE takes."""
+    return _with_rewards(frozen, sae.rows_of(frozen.heldout).numpy() @ weight_D, like)
 
 
 def _codes(sae: Sae, h_MD: Tensor) -> sparse.csr_array:

@@ -11,10 +11,11 @@ from sarm import __version__
 from sarm.contracts.folders import CORPUS_FOLDER, HEAD_EDIT, PAIRS_FOLDER, SAE_FOLDER, SARM_FOLDER, Folders
 from sarm.contracts.manifest import MANIFEST, sha256_of, write_atomically
 from sarm.contracts.untrusted import read_json
-from sarm.data.formats.sarm_folder import load_sarm, save_sarm
+from sarm.data.formats.feature_edit import load_edit
+from sarm.data.formats.sarm_folder import carry_edit_, load_sarm, save_sarm
 from sarm.data.tokens.chat import load_chat_tokenizer
 from sarm.engine.terminal import say
-from sarm.passes.models import check_tokenizer, refuse_edit_beside, sarm_settings, sarm_spec
+from sarm.passes.models import check_tokenizer, sarm_settings, sarm_spec, with_edit
 from sarm.report.model_card import Made, model_card
 from sarm.settings.checks import UserError
 from sarm.settings.push import Push
@@ -27,22 +28,22 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 def push(settings: Push) -> Path | str:
     """Write the model and its card; returns the folder, or the address on the hub.
 
-    Raises UserError for a folder that holds no whole SARM, or one that is read with an edit of features, for a target that holds something
-    else, and a hub that refuses.
+    An edit of features is then among the model's weights. Raises UserError for a folder that holds no whole SARM, for an edit of another
+    model, for a target that holds something else, and a hub that refuses.
     """
     source = settings.model
     if not source.is_dir():
         raise UserError(f"no model folder {source}. Pass --model with a folder that holds a SARM.")
     sarm_settings(source)
-    refuse_edit_beside(source, "pushing")
-    check_tokenizer(sarm_spec(source))
+    spec = with_edit(sarm_spec(source), settings.edit)
+    check_tokenizer(spec)
     if settings.to is not None:
         _check_target(settings.to, source)
-        _write(settings, settings.to, settings.to.name)
+        _write(settings, spec.edit, settings.to, settings.to.name)
         say(f"pushed {source} to {settings.to}")
         return settings.to
     with tempfile.TemporaryDirectory(prefix="sarm-push-") as folder:
-        _write(settings, Path(folder), settings.hub)
+        _write(settings, spec.edit, Path(folder), settings.hub)
         address = _upload(settings, Path(folder))
     say(f"pushed {source} to {address}")
     return address
@@ -106,13 +107,16 @@ def _is_ours(folder: Path) -> bool:
     return has_card or (folder / UNFINISHED).is_file()
 
 
-def _write(settings: Push, target: Path, name: str) -> None:
+def _write(settings: Push, edit: str, target: Path, name: str) -> None:
     """The model, its tokenizer and code as this version writes them, and the card last; what a folder of before lacked it has then."""
     # Read before anything is written: what cannot be read leaves the push of before as it is.
     chat = load_chat_tokenizer(sarm_settings(settings.model), settings.model)
     model = load_sarm(settings.model)
     model.config.provenance = _told(model.config.provenance)
-    card = model_card(made_of(settings.model), name, settings.licence, __version__)
+    if edit:
+        carry_edit_(model, load_edit(Path(edit)))
+    made = made_of(settings.model)._replace(feature_edits=model.config.feature_edits)
+    card = model_card(made, name, settings.licence, __version__)
     target.mkdir(parents=True, exist_ok=True)
     # Where this ends too early, the folder is known as ours.
     write_atomically(target / UNFINISHED, "")

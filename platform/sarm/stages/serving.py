@@ -123,7 +123,7 @@ def application(args: dict[str, Any]) -> Any:
 
 def _serve_replicas(settings: Serving) -> None:
     from sarm.engine.ray import replicas
-    from sarm.passes.models import refuse_edit_beside, sarm_settings
+    from sarm.passes.models import sarm_settings, sarm_spec, with_edit
     from sarm.serve.try_page import TRY
 
     settings.read_token()
@@ -134,7 +134,7 @@ def _serve_replicas(settings: Serving) -> None:
     if not settings.model.is_dir():
         raise UserError(f"no model folder {settings.model}. Pass --model with a folder that holds a SARM.")
     sarm_settings(settings.model)
-    refuse_edit_beside(settings.model, "the reward server")
+    with_edit(sarm_spec(settings.model), settings.edit)
     with listening(settings) as taken:
         port: int = taken.getsockname()[1]
     replicas.serve_replicas(

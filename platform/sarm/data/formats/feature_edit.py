@@ -6,12 +6,10 @@ thresholds the edited columns alone), and the decoder rows of the edited latents
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,9 +19,8 @@ from sarm.contracts.manifest import sha256_of, write_atomically
 from sarm.contracts.untrusted import read_json
 from sarm.data.formats.sae_lens_layout import WEIGHTS
 from sarm.data.store.finite import not_finite
-from sarm.nn.architectures import build_sae
-from sarm.nn.sae import Sae
-from sarm.nn.splice import POSITIONS, LatentEdit, Positions, Splice
+from sarm.nn.carried_edits import Record, needed_of, record_of, splice_of
+from sarm.nn.splice import POSITIONS, Positions, Splice
 from sarm.settings.checks import UserError
 
 EDIT, ROWS = "edit.json", "rows.safetensors"
@@ -47,19 +44,8 @@ def sae_identity(folder: Path) -> str:
 
 def save_edit(edit: FeatureEdit, folder: Path) -> None:
     """Write `edit.json` and `rows.safetensors` into an existing folder."""
-    layers, tensors = [], {}
-    for splice, origin in zip(edit.splices, edit.origins, strict=True):
-        rows = splice.own_latents
-        layers.append(
-            {
-                "layer": splice.layer,
-                "sae": {"weights": origin, "standardises": splice.sae.standardises, "d_in": splice.sae.d_in, "d_sae": splice.sae.d_sae, "k": splice.sae.k, **splice.sae.describe()},
-                "edits": [one._asdict() for one in splice.edits],
-            }
-        )  # fmt: skip
-        for name, tensor in splice.sae.state_dict().items():
-            needed = tensor[rows] if name == "W_dec" and not splice.sae.is_tied else tensor
-            tensors[f"{splice.layer}.{name}"] = needed.detach().cpu().contiguous().clone()
+    layers = [record_of(splice, origin) for splice, origin in zip(edit.splices, edit.origins, strict=True)]
+    tensors = {f"{one.layer}.{name}": tensor for one in edit.splices for name, tensor in needed_of(one).items()}
     save_file(tensors, folder / ROWS)
     content = {"schema": FEATURE_EDIT_FOLDER, "model": edit.model, "positions": edit.positions, "layers": layers}
     write_atomically(folder / EDIT, json.dumps(content, indent=2))
@@ -92,32 +78,10 @@ def digest_of(folder: Path) -> str:
     return hashlib.sha256(f"{sha256_of(folder / EDIT)}{sha256_of(folder / ROWS)}".encode()).hexdigest()[:32]
 
 
-@torch.no_grad()
-def _splice(layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Splice:
-    said = dict(layer["sae"])
-    said.pop("weights")
-    standardises = said.pop("standardises")
-    if not isinstance(standardises, bool):
-        raise ValueError(f"standardises is {standardises!r}, expected true or false")
-    edits = [LatentEdit(int(one["latent"]), one["kind"], float(one["value"])) for one in layer["edits"]]
-    number = int(layer["layer"])
-    sae = build_sae(**said)
-    sae.standardises = standardises
-    own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")}
-    splice = Splice.of_rows(sae, number, edits)
-    _fill(sae, own, splice.own_latents)
-    return splice
-
-
-def _fill(sae: Sae, tensors: Mapping[str, Tensor], rows: Sequence[int]) -> None:
-    for name, tensor in sae.state_dict().items():
-        is_cut = name == "W_dec" and not sae.is_tied
-        shape = (len(rows), *tensor.shape[1:]) if is_cut else tuple(tensor.shape)
-        if name not in tensors or tuple(tensors[name].shape) != shape:
-            found = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise ValueError(f"{ROWS} holds {found} for {name}, expected {shape}")
-        if is_cut:
-            tensor.zero_()
-            tensor[list(rows)] = tensors[name].to(tensor.dtype)
-        else:
-            tensor.copy_(tensors[name])
+def _splice(record: Record, tensors: Mapping[str, Tensor]) -> Splice:
+    own = {
+        name.partition(".")[2]: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{int(record['layer'])}.")
+    }
+    return splice_of(record, own)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from sarm.contracts.untrusted import read_json
+from sarm.data.formats.feature_edit import FeatureEdit
 from sarm.data.formats.tensor_files import tensors_in
 from sarm.data.store.finite import not_finite, not_floats
 from sarm.data.tokens.chat import ChatTokenizer
@@ -110,10 +111,27 @@ def read_sarm(folder: Path, dtype: torch.dtype = torch.float32) -> SarmForSequen
     config: Any = copy.deepcopy(model.config)
     sae = model.sae.unfolded()
     config.d_sae, config.sae = sae.d_sae, sae.describe()
-    unfolded = SarmForSequenceClassification(config, model.model, sae)
+    unfolded = SarmForSequenceClassification(config, model.model, sae, model.feature_edits)
     unfolded.score.weight.copy_(torch.cat([model.score.weight, -model.score.weight], 1))
     unfolded.eval()
     return unfolded
+
+
+def carry_edit_(model: SarmForSequenceClassification, edit: FeatureEdit) -> None:
+    """Edit these features inside the model from now on, also where it is saved: config and weights hold what that needs.
+
+    Raises UserError for an edit of some tokens alone, or of another width or of layers that the model lacks.
+    """
+    if edit.positions != "all":
+        raise UserError(f"the edit is of the {edit.positions} tokens, and a SARM is edited at all tokens, as answers share their prompt. Make it with --debias.positions all.")  # fmt: skip
+    try:
+        records = [
+            {**model.feature_edits.add_(splice, origin, model.model), "model": edit.model}
+            for splice, origin in zip(edit.splices, edit.origins, strict=True)
+        ]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    model.config.feature_edits = [*model.config.feature_edits, *records]
 
 
 def read_latents(folder: Path, *names: str) -> list[NDArray[np.float32]]:

@@ -12,7 +12,7 @@ from sarm.data.formats.model_shapes import Shape, shape_of
 from sarm.engine.ray.machine import PEAK_SHARE, Machine
 from sarm.settings.axes import text_of
 from sarm.settings.model import ModelSettings
-from sarm.settings.sweep import Ablation
+from sarm.settings.sweep import FROZEN, Ablation
 from sarm.stages.dry_run.formulas import extracted, reward_flops, sae_flops, sae_rows
 from sarm.stages.dry_run.plan_text import WIDTH, entry, planned_machine
 from sarm.stages.dry_run.rounding import about, count, duration, rounded, size
@@ -131,7 +131,8 @@ def _work_of(plan: SweepPlan, shapes: Mapping[ModelSettings, Shape], texts: Text
         d_in, sae = plan.d_in(key), plan.sae(key)
         add("SAEs", "bfloat16", sae_flops(d_in, sae, sae_rows(sae, rows[plan.reading(key)], 2 * pairs.train)))
         disk["SAEs"] += 8 * d_in * sae.d_sae
-    for cell in plan.cells:
+    # What is fitted on stored activations takes no pass and next to no room.
+    for cell in (cell for cell in plan.cells if cell.component not in FROZEN):
         model, reward = plan.model(cell), plan.settings(cell).reward
         shape = shapes[replace(model, layer=1)]
         depth, tokens = cell.layer or shape.num_blocks, pairs.tokens_a_pair

@@ -13,7 +13,7 @@ from sarm.settings.model import ModelSettings
 from sarm.settings.reward import RANDOM_ENCODERS, RewardSettings
 from sarm.settings.run import RunSettings
 from sarm.settings.sae import SaeSettings
-from sarm.settings.sweep import WITHOUT_SAE, Ablation, Component
+from sarm.settings.sweep import FROZEN, WITHOUT_SAE, Ablation, Component
 from sarm.stages import plan
 from sarm.stages.sweep.points import Cell, SaeKey, Settings, cell_at
 from sarm.stages.sweep.readings import Reading, contents_of, digest, reading_of
@@ -120,9 +120,9 @@ class SweepPlan(NamedTuple):
         return self.config.run.out / "sae" / f"{name}-{digest(self._decides_sae(key))}"
 
     def reward(self, cell: Cell) -> RewardSettings:
-        """How the cell's reward model is trained."""
+        """How the cell's reward model is trained; of one that trains nothing, the settings that it does not read."""
         reward = self.settings(cell).reward
-        if cell.component == "sarm":
+        if cell.component == "sarm" or cell.component == "sparse_rm":  # noqa: PLR1714  # which types do not follow
             return reward
         key = self.sae_key(cell)
         token_sae = self.sae_folder(key) if cell.component == "token_sae" and key is not None else None
@@ -146,7 +146,7 @@ class SweepPlan(NamedTuple):
         decides = {
             "cell": list(cell[:5]),
             "sae": None if key is None else self.sae_settings(key),
-            "reward": plan.reward_settings(settings.model, reward, cell.seed),
+            "reward": None if cell.component in FROZEN else plan.reward_settings(settings.model, reward, cell.seed),
             "evaluation": plan.evaluation_settings(settings.evaluation, cell.seed),
         }
         # A sweep's own activations are in its sweep.json.

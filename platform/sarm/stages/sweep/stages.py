@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sarm.contracts.figures import plain_values
-from sarm.contracts.folders import ACTIVATIONS_FOLDER, EVALUATION_FOLDER, PAIRS_FOLDER, SAE_FOLDER, SARM_FOLDER
+from sarm.contracts.folders import (
+    ACTIVATIONS_FOLDER,
+    EVALUATION_FOLDER,
+    PAIRS_FOLDER,
+    SAE_FOLDER,
+    SARM_FOLDER,
+    SPARSE_RM_FOLDER,
+)
 from sarm.contracts.manifest import MANIFEST, Manifest, StageFolder, read_manifest
 from sarm.data.formats.models import check_model
 from sarm.data.formats.sae_folder import load_sae
@@ -20,10 +27,12 @@ from sarm.engine.session import Reports, Session
 from sarm.evaluate.readability import READABLE, Estimate
 from sarm.settings.identity import as_json
 from sarm.settings.sae import OF_ONE_DICTIONARY
+from sarm.settings.sweep import FROZEN
 from sarm.stages import plan as plans
 from sarm.stages.extract import extract
 from sarm.stages.plan import MORE_RESPONSES, RESPONSES
 from sarm.stages.prepare import prepare
+from sarm.stages.sweep.frozen_cell import do_frozen
 from sarm.stages.sweep.plan import SweepPlan
 from sarm.stages.sweep.points import Cell, SaeKey
 from sarm.stages.sweep.readings import CellFolders, SweepFolders, digest, folders_of
@@ -114,6 +123,9 @@ def do_cell(plan: SweepPlan, cell: Cell, reports: Reports) -> Manifest:
     from sarm.stages.variants import check_rewarded, variants
 
     key = plan.sae_key(cell)
+    if cell.component in FROZEN:
+        with cell_session(plan, cell, reports) as session:
+            return _logged(session, plan, cell, do_frozen(session, plan, cell))
     sae = plan.sae_folder(key) if key else plan.cell_folder(cell) / "no-sae"
     model, reward = plan.model(cell), plan.reward(cell)
     with cell_session(plan, cell, reports) as session:
@@ -121,9 +133,13 @@ def do_cell(plan: SweepPlan, cell: Cell, reports: Reports) -> Manifest:
         *_, variant = variants(model, reward, sae)
         check_model(variant.model)
         folder = train_reward_model(session, variant)
-        found = _evaluate(session, plan, cell, folder)
-        figures = result_of(plan, cell, found)
-        session.tracker.parent.log_metrics({_IN_MLFLOW.get(name, name): value for name, value in figures.items()})
+        return _logged(session, plan, cell, _evaluate(session, plan, cell, folder))
+
+
+def _logged(session: Session, plan: SweepPlan, cell: Cell, found: Manifest) -> Manifest:
+    """The evaluation of a cell, whose figures are on the cell's run too."""
+    figures = result_of(plan, cell, found)
+    session.tracker.parent.log_metrics({_IN_MLFLOW.get(name, name): value for name, value in figures.items()})
     return found
 
 
@@ -183,7 +199,7 @@ def cost_of(plan: SweepPlan, cell: Cell) -> Cost:
     folder = plan.cell_folder(cell)
     (trained,) = [path for path in folder.iterdir() if path.name != "evaluation" and (path / MANIFEST).exists()]
     return Cost(
-        read_manifest(trained, SARM_FOLDER).counts["seconds"],
+        read_manifest(trained, SPARSE_RM_FOLDER if cell.component in FROZEN else SARM_FOLDER).counts["seconds"],
         read_manifest(folder / "evaluation", EVALUATION_FOLDER).counts["seconds"],
     )
 
