@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sarm
-import sarm.engine.started as start
+import sarm.settings.started as start
 from sarm.commands.program import SHELLS, command_of, main, overview
 from sarm.commands.registry import ENTRIES, name_of
 from sarm.engine.stopping import command_line

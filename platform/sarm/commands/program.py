@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from sarm import __version__
 from sarm.commands.command import Command
 from sarm.commands.registry import ENTRIES, GROUPS, Entry, name_of
-from sarm.engine.started import note_command
+from sarm.settings.started import note_command
 from sarm.stages.help_text import HELP
 
 SHELLS = ("bash", "zsh", "fish")

@@ -25,6 +25,7 @@ from sarm.nn.architectures import build_sae
 from sarm.nn.sae import Sae
 from sarm.nn.splice import POSITIONS, LatentEdit, Positions, Splice
 from sarm.settings.checks import UserError
+from sarm.settings.started import called
 
 EDIT, ROWS = "edit.json", "rows.safetensors"
 
@@ -84,7 +85,9 @@ def load_edit(folder: Path) -> FeatureEdit:
         return FeatureEdit(splices, content["positions"], str(content["model"]), origins)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} is no feature edit: {reason}. Pass a folder that jobs/debias.py wrote.") from error
+        raise UserError(
+            f"{folder} is no feature edit: {reason}. Pass a folder that {called('debias')} wrote."
+        ) from error
 
 
 def digest_of(folder: Path) -> str:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from sarm.contracts.untrusted import holds_a_secret
 from sarm.engine.mlflow.run_card import DataSet, parameters
-from sarm.engine.started import started
 from sarm.engine.terminal import say
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.extras import MissingExtraError, is_installed, said_of
 from sarm.settings.run import ModelsLogged, RunSettings
+from sarm.settings.started import started
 
 PARENT_RUN = "mlflow.parentRunId"
 """Tag of a run that hangs under another (MLflow's `MLFLOW_PARENT_RUN_ID`, which takes seconds to import)."""
