@@ -11,6 +11,8 @@ import sarm.settings.started as start
 from sarm.commands.registry import ENTRIES, name_of
 
 PACKAGE = Path(start.__file__).parents[1]
+# MLflow's source of a sweep's cells: a file, which no message names.
+AS_A_TAG = "tune/ablation.py"
 
 
 def test_a_script_is_told_of_scripts_and_everybody_else_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +49,7 @@ def test_no_message_names_a_command_by_hand() -> None:
         f"{path.relative_to(PACKAGE)}:{line} {text}"
         for path in sorted(PACKAGE.rglob("*.py"))
         for line, text in _messages(path)
-        if re.search(r"\b(?:jobs|tune)/\w+\.py", text)
+        if re.search(r"\b(?:jobs|tune)/\w+\.py\b", text) and text != AS_A_TAG
     ]
     assert by_hand == []
     called = {
