@@ -13,7 +13,7 @@ WITH_TRL := hacking
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo docs test test-site test-gpu test-kernels bench-gpu evidence test-fuzz test-docs test-chaos test-formats test-official test-clients test-vllm test-load test-package lint types audit bench ui lock clean
+.PHONY: help demo docs test test-site test-gpu test-kernels bench-gpu evidence test-fuzz test-docs test-chaos test-formats test-official test-clients test-vllm test-load test-package test-tutorials lint types audit bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -90,6 +90,17 @@ docs: .venv-docs/.ready  ## the pages of docs/ as a site, to outputs/site; needs
 
 test-site: docs $(VENV)/.ready  ## that the site builds, and asks the network for nothing; in a browser too, where there is chromium
 	SARM_SITE=outputs/site $(BIN)/python -m pytest tests/test_site.py tests/test_docs.py -rs
+
+# On top of the locked packages, as the frameworks' environment: Jupyter's kernel, and TRL, whose trainer a tutorial runs.
+.venv-tutorials/.ready: docs/requirements.txt $(VENV)/.ready
+	$(PYTHON) -m venv .venv-tutorials
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+	  > $$(.venv-tutorials/bin/python -c 'import site; print(site.getsitepackages()[0])')/locked.pth
+	.venv-tutorials/bin/python -m pip install --progress-bar on --no-deps -r docs/requirements.txt trl==1.16.0
+	@touch $@
+
+test-tutorials: .venv-tutorials/.ready  ## the notebooks of docs/tutorials, whole, in a kernel, against the outputs that they show; KEEP=1 keeps new ones
+	$(if $(KEEP),rm -rf outputs/tutorials && .venv-tutorials/bin/python -m tests.tutorials outputs/tutorials --keep,SARM_TUTORIALS=1 .venv-tutorials/bin/python -m pytest tests/test_tutorials.py --timeout 7200)
 
 lint: $(VENV)/.ready  ## style
 	$(BIN)/ruff check .

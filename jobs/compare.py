@@ -1,6 +1,6 @@
 """The command `sarm compare` as a script, which a cluster can be given. `sarm.commands.compare` says what it does, with examples."""
 
-from sarm.commands.compare import COMMAND
+from sarm.commands.command import command_of
 
 if __name__ == "__main__":
-    COMMAND.run()
+    command_of("compare").run()

@@ -1,6 +1,6 @@
 """The command `sarm convert-sarm` as a script, which a cluster can be given. `sarm.commands.convert_sarm` says what it does, with examples."""
 
-from sarm.commands.convert_sarm import COMMAND
+from sarm.commands.command import command_of
 
 if __name__ == "__main__":
-    COMMAND.run()
+    command_of("convert_sarm").run()

@@ -1,6 +1,6 @@
 """The command `sarm evaluate` as a script, which a cluster can be given. `sarm.commands.evaluate` says what it does, with examples."""
 
-from sarm.commands.evaluate import COMMAND
+from sarm.commands.command import command_of
 
 if __name__ == "__main__":
-    COMMAND.run()
+    command_of("evaluate").run()

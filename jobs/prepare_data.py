@@ -1,6 +1,6 @@
 """The command `sarm prepare-data` as a script, which a cluster can be given. `sarm.commands.prepare_data` says what it does, with examples."""
 
-from sarm.commands.prepare_data import COMMAND
+from sarm.commands.command import command_of
 
 if __name__ == "__main__":
-    COMMAND.run()
+    command_of("prepare_data").run()

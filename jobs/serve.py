@@ -1,6 +1,6 @@
 """The command `sarm serve` as a script, which a cluster can be given. `sarm.commands.serve` says what it does, with examples."""
 
-from sarm.commands.serve import COMMAND
+from sarm.commands.command import command_of
 
 if __name__ == "__main__":
-    COMMAND.run()
+    command_of("serve").run()

@@ -1,6 +1,6 @@
 """The command `sarm steer` as a script, which a cluster can be given. `sarm.commands.steer` says what it does, with examples."""
 
-from sarm.commands.steer import COMMAND
+from sarm.commands.command import command_of
 
 if __name__ == "__main__":
-    COMMAND.run()
+    command_of("steer").run()

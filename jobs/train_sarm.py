@@ -1,6 +1,6 @@
 """The command `sarm train-sarm` as a script, which a cluster can be given. `sarm.commands.train_sarm` says what it does, with examples."""
 
-from sarm.commands.train_sarm import COMMAND
+from sarm.commands.command import command_of
 
 if __name__ == "__main__":
-    COMMAND.run()
+    command_of("train_sarm").run()

@@ -48,7 +48,7 @@ settings.load_profile(os.environ.get("SARM_HYPOTHESIS", "tests"))
 
 
 # Files whose tests share a finished run, and fixtures that share a cluster: each of the two stays in one process.
-_CHAIN = {"test_jobs", "test_stopping", "test_secrets", "test_documented_commands"}
+_CHAIN = {"test_jobs", "test_stopping", "test_secrets", "test_documented_commands", "test_tutorials"}
 _OF_A_CLUSTER = ("ray_cluster", "extracted")
 
 

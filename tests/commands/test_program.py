@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import sarm
-import sarm.engine.started as start
-from sarm.commands.program import SHELLS, command_of, main, overview
+import sarm.settings.started as start
+from sarm.commands.command import command_of
+from sarm.commands.program import SHELLS, main, overview
 from sarm.commands.registry import ENTRIES, name_of
 from sarm.engine.stopping import command_line
 from sarm.engine.submission import submit
@@ -47,7 +48,7 @@ def test_every_script_is_a_command_and_every_command_a_script() -> None:
     for script in sorted(scripts):
         text = (ROOT / script).read_text()
         module = Path(script).stem
-        assert f"from sarm.commands.{module} import COMMAND\n" in text
+        assert text.endswith(f'    command_of("{module}").run()\n')
         assert f"`sarm {name_of(module)}`" in text
 
 
@@ -98,7 +99,7 @@ def test_help_of_a_command_begins_with_what_it_does_and_examples_as_they_are_typ
     code, out, _ = run(name, "--help")
     assert code == 0
     entry = ENTRIES[name]
-    about = str(command_of(entry).about)
+    about = str(command_of(entry.module).about)
     before = out.partition("usage: ")[0]
     assert " ".join(before.split()).startswith(" ".join(about.splitlines()[0].split()))
     assert f"    sarm {name_of(entry.module)} " in before
@@ -112,12 +113,14 @@ def test_help_fits_the_terminal_and_its_examples_are_still_the_same_commands(run
     monkeypatch.setenv("COLUMNS", str(columns))
     _, out, _ = run(name, "--help")
     if columns == 80:
-        assert max(map(len, run(name, *(("demo",) if command_of(ENTRIES[name]).presets else ()), "--help")[1].splitlines())) <= 80  # fmt: skip
+        assert max(map(len, run(name, *(("demo",) if command_of(ENTRIES[name].module).presets else ()), "--help")[1].splitlines())) <= 80  # fmt: skip
         assert max(map(len, out.splitlines())) <= 80
     # A shell reads a line that ends in a backslash and the next one as one command.
     examples = out.partition("usage: ")[0].replace("\\\n", " ")
     given = [
-        line for line in str(command_of(ENTRIES[name]).about).splitlines() if re.match(r" *python (jobs|tune)/", line)
+        line
+        for line in str(command_of(ENTRIES[name].module).about).splitlines()
+        if re.match(r" *python (jobs|tune)/", line)
     ]
     for line in given:
         words = shlex.split(re.split(r"\s{3,}", line.strip())[0])[2:]

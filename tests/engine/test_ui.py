@@ -140,6 +140,7 @@ def test_the_end_of_a_job_names_what_opens_its_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert ui_command(f"sqlite:///{tmp_path}/outputs/mlflow.db", "1") == "make ui"
     assert ui_command("sqlite:////a b/outputs/mlflow.db", "1") == "make ui OUTPUTS='/a b/outputs'"
+    monkeypatch.setattr(sys, "argv", ["jobs/pipeline.py"])
     assert ui_command("sqlite:////a/other.db", "1") == "python jobs/ui.py --mlflow-uri sqlite:////a/other.db"
     assert ui_command("http://h:5000", "7") == (
         "http://h:5000/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=sarm"
@@ -148,7 +149,7 @@ def test_the_end_of_a_job_names_what_opens_its_runs(monkeypatch, tmp_path):
 
 def test_who_has_the_program_alone_is_told_its_command(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sarm.engine.started._command", ("pipeline", "jobs/pipeline.py"))
+    monkeypatch.setattr("sarm.settings.started._command", ("pipeline", "jobs/pipeline.py"))
     assert ui_command(f"sqlite:///{tmp_path}/outputs/mlflow.db", "1") == "sarm ui"
     assert ui_command("sqlite:////a b/outputs/mlflow.db", "1") == "sarm ui --outputs '/a b/outputs'"
     assert ui_command("sqlite:////a/other.db", "1") == "sarm ui --mlflow-uri sqlite:////a/other.db"
@@ -156,7 +157,8 @@ def test_who_has_the_program_alone_is_told_its_command(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["outputs", "a b", "it's here", "for$HOME"])
-def test_what_is_printed_opens_that_folder_when_it_is_typed(tmp_path, folder):
+def test_what_is_printed_opens_that_folder_when_it_is_typed(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["jobs/pipeline.py"])
     printed = ui_command(f"sqlite:///{tmp_path}/{folder}/mlflow.db")
     if printed.startswith("make"):
         # What make would run, of which the shell makes words.

@@ -102,10 +102,10 @@ def test_a_hack_is_found_shown_and_answered_and_what_is_known_outlasts_a_restart
         assert any(HACK in one["text"] for own in found["alarms"] for one in own["rollouts"])
         page = client.get("/v1/drift/page", params={"run": "grpo"})
         assert page.headers["content-type"].startswith("text/html")
-        for text in ("Alarm at step", HACK, "jobs/steer.py", "grpo, train, base", "data:image/svg"):
+        for text in ("Alarm at step", HACK, "sarm steer", "grpo, train, base", "data:image/svg"):
             assert text in page.text
         answer = found["answer"]
-        assert answer["command"].startswith("python jobs/steer.py --name without-")
+        assert answer["command"].startswith("sarm steer --name without-")
         assert client.post(answer["path"], json=answer["variant"]).status_code == 200
         before = json.dumps({**found, "open_steps": [], "open_answers": 0})
     with opened(kept) as (service, client):

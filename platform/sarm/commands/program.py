@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import functools
-import importlib
 import io
 import operator
 import sys
@@ -11,16 +10,17 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from sarm import __version__
-from sarm.commands.command import Command
+from sarm.commands.command import command_of, importing
 from sarm.commands.registry import ENTRIES, GROUPS, Entry, name_of
-from sarm.engine.started import note_command
-from sarm.stages.help_text import HELP
+from sarm.settings.started import note_command
 
 SHELLS = ("bash", "zsh", "fish")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the first argument names on the others; exits with status 2 and one line if there is none of that name."""
+    with importing():
+        from sarm.stages.help_text import HELP
     name, *others = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in HELP:
         print(overview())
@@ -41,13 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     note_command(name_of(entry.module), entry.script)
     # Whatever asks for the job's own arguments finds them here.
     sys.argv = [sys.argv[0] if sys.argv else "sarm", *given]
-    command_of(entry).run(given)
-
-
-def command_of(entry: Entry) -> Command:
-    """The command itself."""
-    command: Command = importlib.import_module(f"sarm.commands.{entry.module}").COMMAND
-    return command
+    command_of(entry.module).run(given)
 
 
 def overview() -> str:
@@ -66,6 +60,8 @@ def overview() -> str:
 
 def _given(entry: Entry, arguments: Sequence[str]) -> list[str]:
     """A job's arguments, with those that its command stands for."""
+    from sarm.stages.help_text import HELP
+
     if entry.name == "inspect" and (not arguments or arguments[0].startswith("-")):
         if not set(HELP) & set(arguments):
             print(
@@ -86,7 +82,7 @@ def _print_completion(arguments: Sequence[str]) -> None:
 
     kinds: list[Any] = []
     for entry in ENTRIES.values():
-        command = command_of(entry)
+        command = command_of(entry.module)
         # With these arguments a command is another, with other flags.
         kind = next((one for flags, one in command.other.items() if set(flags) & set(entry.first)), command).settings
         kinds.append(Annotated[kind, tyro.conf.subcommand(entry.name)])

@@ -19,9 +19,9 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from sarm.engine.failures import AGAIN, causes_of
-from sarm.engine.started import started
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.results_root import VARIABLE, is_in_package, submitted_as
+from sarm.settings.started import started
 
 INTERRUPTED = 130
 # In the environment of a job: the name that a supervisor gives to all its starts of it, that one started it, and to which dashboard `--submit` handed it.

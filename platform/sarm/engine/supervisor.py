@@ -23,11 +23,11 @@ from sarm.contracts.manifest import MANIFEST, write_atomically
 from sarm.contracts.untrusted import read_json
 from sarm.engine.failures import AGAIN, DONE, USER
 from sarm.engine.results import check_place, check_room
-from sarm.engine.started import started
 from sarm.engine.stopping import ASKED_FOR, BY_DEFAULT, INTERRUPTED, JOB_TOKEN, STARTED_AGAIN, SUPERVISED, without_flag
 from sarm.engine.submission import submission_id
 from sarm.engine.writer_lock import HeldError, WriterLock
 from sarm.settings.results_root import submitted_as
+from sarm.settings.started import started
 
 _MAX_BACKOFF = 60.0
 _PR_SET_PDEATHSIG = 1

@@ -15,6 +15,7 @@ from typing import Any
 from sarm.contracts.ids import hash_share, stable_id
 from sarm.interpret.questions import trim
 from sarm.settings.checks import UserError
+from sarm.settings.started import called
 
 VERSION = "1"
 _FIXED = ("blind_order", "item_id", "latent", "rubric", "explanation")
@@ -99,7 +100,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
     rows = [{key: value for key, value in row.items() if key is not None} for row in reader if any(row.values())]
     missing = [name for name in (*_FIXED, *_FILLED, "sha256") if name not in (reader.fieldnames or ())]
     if missing or not rows:
-        raise UserError(f"{path} has no {'rows' if not missing else 'column ' + missing[0]}. Pass a sheet that jobs/rate.py wrote.")  # fmt: skip
+        raise UserError(f"{path} has no {'rows' if not missing else 'column ' + missing[0]}. Pass a sheet that {called('rate')} wrote.")  # fmt: skip
     return [{key: _unsafe(value) for key, value in row.items()} for row in rows]
 
 

@@ -9,6 +9,7 @@ from sarm.serve.names import Names
 from sarm.serve.schemas import DriftQuery
 from sarm.serve.watch import Key, Watch, Watched
 from sarm.serve.watched_answers import Origin, Seen
+from sarm.settings.started import called
 
 _CONTEXTS = 3
 
@@ -106,7 +107,7 @@ class DriftAccount:
         edited = [{"latent": one, "before": float(weight_S[one]), "after": 0.0} for one in latents]
         name = f"without-{'-'.join(map(str, latents))}"
         return {
-            "command": f"python jobs/steer.py --name {name} --edit zero --features {' '.join(map(str, latents))}",
+            "command": f"{called('steer')} --name {name} --edit zero --features {' '.join(map(str, latents))}",
             "path": f"/v1/models/{self.model}/variants",
             "variant": {"name": name, "weights": edited},
         }

@@ -16,6 +16,7 @@ from sarm.audit.steering import Edit
 from sarm.contracts.untrusted import read_json
 from sarm.passes.reader import Reading
 from sarm.settings.checks import UserError
+from sarm.settings.started import called
 
 BASE = "base"
 VARIANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -102,4 +103,4 @@ def read_edit(path: Path) -> Edit:
         records: Sequence[Mapping[str, Any]] = found["weights"] if isinstance(found, dict) else found
         return Edit.from_json(records)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no edit of a head ({type(error).__name__}: {error}). Pass --variants NAME=FILE with one of jobs/steer.py.") from error  # fmt: skip
+        raise UserError(f"{path} holds no edit of a head ({type(error).__name__}: {error}). Pass --variants NAME=FILE with one of {called('steer')}.") from error  # fmt: skip

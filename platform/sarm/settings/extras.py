@@ -9,7 +9,7 @@ from typing import Literal
 
 from sarm.settings.checks import UserError
 
-Extra = Literal["train", "serve", "judge", "lora", "optuna"]
+Extra = Literal["train", "serve", "judge", "lora", "optuna", "tensorboard"]
 
 LIBRARIES: dict[Extra, tuple[str, ...]] = {
     "train": ("ray", "deepspeed", "mlflow", "datasets", "accelerate", "gguf", "sentencepiece", "tqdm"),
@@ -17,6 +17,7 @@ LIBRARIES: dict[Extra, tuple[str, ...]] = {
     "judge": ("openai",),
     "lora": ("peft",),
     "optuna": ("optuna",),
+    "tensorboard": ("tensorboardX",),
 }
 """The modules that each extra brings and the reading side does without."""
 _WORK = {
@@ -25,6 +26,7 @@ _WORK = {
     "judge": "explaining latents, with judges or without,",
     "lora": "training by adapters",
     "optuna": "a search by Optuna",
+    "tensorboard": "logging to TensorBoard",
 }
 
 

@@ -66,6 +66,8 @@ class RunSettings:
     """MLflow experiment."""
     mlflow_models: ModelsLogged = field(default="reference", metadata=OPERATIONAL)
     """How reward models are registered in MLflow: `reference` names the folder, which has to stay; `copy` copies it; `none` registers none."""
+    tensorboard: bool = field(default=False, metadata=OPERATIONAL)
+    """Write metrics to `OUT/tensorboard` too, as event files: `tensorboard --logdir OUT/tensorboard`."""
     ray_address: str = field(default="", metadata=OPERATIONAL)
     """Ray cluster to join (`auto`, `HOST:PORT`). Empty: the cluster of the submitted job, else a local one."""
     num_workers: int = field(default=0, metadata=OPERATIONAL)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sarm.engine.started import started
+from sarm.settings.started import command_name, started
 
 HELP = ("-h", "--help", "--help-all")
 _WIDTH = 80
@@ -26,9 +26,7 @@ def shown(description: str) -> str:
     text = description.strip()
     if started().is_program:
         text = re.sub(r"^ *ray job submit .*\n?", "", text, flags=re.M)
-        text = _SCRIPT.sub(
-            lambda match: f"sarm {match[1].replace('reward_card', 'card').replace('_', '-')}", text
-        ).strip()
+        text = _SCRIPT.sub(lambda match: f"sarm {command_name(match[1])}", text).strip()
     return "\n".join(
         in_width(line) for line in re.sub(r"^(?=(python|ray job|sarm) )", "    ", text, flags=re.M).split("\n")
     )

@@ -20,7 +20,6 @@ from sarm.contracts.untrusted import holds_a_secret
 from sarm.data.formats.model_shapes import BUILT_IN_MODELS
 from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS, RESPONSE_SOURCES
 from sarm.engine.results import kept
-from sarm.engine.started import started
 from sarm.engine.stopping import Listener, command_line
 from sarm.engine.supervisor import is_supervised, supervise_this
 from sarm.settings.checks import StalledError, StoppedError, UserError
@@ -28,6 +27,7 @@ from sarm.settings.extras import Extra, extra_of, need, said_of
 from sarm.settings.jobs import Pipeline
 from sarm.settings.presets import PRESETS
 from sarm.settings.registered import REGISTRIES
+from sarm.settings.started import started
 from sarm.stages.config_file import as_file, config_flags
 from sarm.stages.dry_run.describing import describe
 from sarm.stages.help_text import HELP, few, in_width, like, more, shown

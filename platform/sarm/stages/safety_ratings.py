@@ -16,6 +16,7 @@ from sarm.contracts.manifest import MANIFEST, read_manifest, verify_files
 from sarm.interpret.agreement import agreement
 from sarm.passes.models import hash_of_folder
 from sarm.settings.checks import UserError
+from sarm.settings.started import called
 from sarm.stages.rate import HUMAN_RATINGS
 
 RUBRIC = "safety"
@@ -49,7 +50,7 @@ def safety_ratings(source: Path, sarm: Path) -> SafetyRatings:
             by_rater[row["latent"]][row["judge"]].append(row["rating"])
     if not by_rater:
         raise UserError(
-            f"{source} holds no valid rating on safety. Run jobs/interpret.py with --rubrics safety, or leave out --ratings."
+            f"{source} holds no valid rating on safety. Run {called('interpret')} with --rubrics safety, or leave out --ratings."
         )
     found = {latent: float(median(map(median, raters.values()))) for latent, raters in by_rater.items()}
     return SafetyRatings(found, plain_values(agreement(rows, RUBRIC)))

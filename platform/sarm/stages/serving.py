@@ -16,6 +16,7 @@ from sarm.settings.card import CardPage
 from sarm.settings.checks import UserError
 from sarm.settings.run import RunSettings
 from sarm.settings.serving import Serving
+from sarm.settings.started import called
 
 if TYPE_CHECKING:
     from sarm.engine.mlflow.tracker import Tracker
@@ -106,7 +107,7 @@ def application(args: dict[str, Any]) -> Any:
 
     known = {one.name: one for one in fields(Serving)}
     if wrong := [name for name in args if name not in known]:
-        raise UserError(f"{wrong[0]} is no flag of jobs/serve.py. Look at `args` of the application.")
+        raise UserError(f"{wrong[0]} is no flag of {called('serve')}. Look at `args` of the application.")
     given: dict[str, Any] = {name: Path(value) if "Path" in str(known[name].type) else tuple(value) if isinstance(value, list) else value for name, value in args.items()}  # fmt: skip
     settings = Serving(**given)
     if not settings.token:

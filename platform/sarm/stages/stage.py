@@ -26,6 +26,7 @@ from sarm.contracts.folders import (
 from sarm.contracts.manifest import CLAIM, MANIFEST
 from sarm.settings.run import StageName
 from sarm.settings.sae import AlsoSaes
+from sarm.settings.started import called
 from sarm.stages import plan
 from sarm.stages.plan import UNPAIRED, FolderPlan
 from sarm.stages.variants import variants
@@ -134,7 +135,7 @@ def _evaluate(session: "Session", config: Any) -> Any:
         from sarm.engine.terminal import say
 
         say(
-            f"evaluate: {session.folders.sarm} is a reward model of others: jobs/evaluate.py --model scores it on benchmarks"
+            f"evaluate: {session.folders.sarm} is a reward model of others: {called('evaluate')} --model scores it on benchmarks"
         )
         return None
     evaluate(session, config.extraction, config.evaluation)

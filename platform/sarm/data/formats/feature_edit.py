@@ -22,6 +22,7 @@ from sarm.data.store.finite import not_finite
 from sarm.nn.carried_edits import Record, needed_of, record_of, splice_of
 from sarm.nn.splice import POSITIONS, Positions, Splice
 from sarm.settings.checks import UserError
+from sarm.settings.started import called
 
 EDIT, ROWS = "edit.json", "rows.safetensors"
 
@@ -70,7 +71,9 @@ def load_edit(folder: Path) -> FeatureEdit:
         return FeatureEdit(splices, content["positions"], str(content["model"]), origins)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} is no feature edit: {reason}. Pass a folder that jobs/debias.py wrote.") from error
+        raise UserError(
+            f"{folder} is no feature edit: {reason}. Pass a folder that {called('debias')} wrote."
+        ) from error
 
 
 def digest_of(folder: Path) -> str:

@@ -16,6 +16,7 @@ from sarm.data.tokens.chat import ChatTokenizer
 from sarm.nn.modeling_sarm import SarmForSequenceClassification
 from sarm.nn.protocol import PROTOCOL_VERSION
 from sarm.settings.checks import UserError
+from sarm.settings.started import called
 
 CutOff = Literal["refuse", "penalise"]
 Scale = Literal["standardised", "raw"]
@@ -66,13 +67,13 @@ def served_sarm(config: Any) -> ServedSarm:
     try:
         return ServedSarm(**fields)  # type: ignore[arg-type]
     except TypeError as error:
-        raise UserError(f"config.json has no object `sarm` that this version of sarm can read ({error}). Write the folder again: jobs/convert_sarm.py IN OUT --format vllm.") from error  # fmt: skip
+        raise UserError(f"config.json has no object `sarm` that this version of sarm can read ({error}). Write the folder again: {called('convert_sarm')} IN OUT --format vllm.") from error  # fmt: skip
 
 
 def check_probe(tokenizer: Any, expected: list[int], where: object) -> None:
     """Raise UserError if a tokenizer is not the one that the model was trained with."""
     if probed(tokenizer) != expected:
-        raise UserError(f"{where}: transformers reads a {type(tokenizer).__name__} there, which splits texts otherwise than the model's own tokenizer. Rewards would be of other tokens. Serve the model with jobs/serve.py.")  # fmt: skip
+        raise UserError(f"{where}: transformers reads a {type(tokenizer).__name__} there, which splits texts otherwise than the model's own tokenizer. Rewards would be of other tokens. Serve the model with {called('serve')}.")  # fmt: skip
 
 
 def probed(tokenizer: Any) -> list[int]:
@@ -93,7 +94,7 @@ def write_vllm_sarm(
     if config.head != "sae":
         raise UserError("a scalar head has no latents to serve. Pass a SARM.")
     if family not in ARCHITECTURES:
-        raise UserError(f"inside vLLM a SARM runs on {', '.join(ARCHITECTURES)}, this one's backbone is {family}. Serve it with jobs/serve.py.")  # fmt: skip
+        raise UserError(f"inside vLLM a SARM runs on {', '.join(ARCHITECTURES)}, this one's backbone is {family}. Serve it with {called('serve')}.")  # fmt: skip
     how = on_cut_off or config.on_cut_off
     if how not in ("refuse", "penalise"):
         raise UserError("this SARM closes an answer that was cut off, and vLLM cannot: it computes the tokens that it is given. Pass --on-cut-off refuse or penalise, which is what then happens to such answers.")  # fmt: skip

@@ -160,11 +160,12 @@ class Tally:
                 self.spelled[hashlib.blake2b(text.encode(), digest_size=16).digest()] = found
 
     def usable(self, records: Iterable[Record | Reject | LeftOut], spec: str) -> Iterator[Record]:
-        """The records without the rejects, which are counted, under a progress bar."""
+        """The records without the rejects, which are counted, under a progress bar where that takes longer than a moment."""
         self.sources[spec] += 0
-        # A terminal can be redrawn twice a second; a log should not get a line each time.
-        interval = 0.5 if sys.stderr.isatty() else 30.0
-        for record in tqdm(records, desc=spec, unit=" rows", mininterval=interval, file=sys.stderr):
+        # A terminal can be redrawn twice a second, and keeps no bar; a log should not get a line each time.
+        is_terminal = sys.stderr.isatty()
+        interval = 0.5 if is_terminal else 30.0
+        for record in tqdm(records, desc=spec, unit=" rows", mininterval=interval, delay=interval, leave=not is_terminal, file=sys.stderr):  # fmt: skip
             if isinstance(record, LeftOut):
                 self.left_out[record.reason] += 1
                 continue

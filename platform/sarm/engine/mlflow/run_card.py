@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from sarm.contracts.folders import CORPUS_FOLDER, PAIRS_FOLDER
 from sarm.contracts.manifest import Manifest, git_commit
 from sarm.contracts.untrusted import holds_a_secret
-from sarm.engine.started import started
 from sarm.settings.identity import as_json
 from sarm.settings.presets import PRESETS
+from sarm.settings.started import started
 
 # MLflow's own names of tags: its list shows them as User, Source, Version and Description.
 USER, SOURCE_NAME, SOURCE_TYPE = "mlflow.user", "mlflow.source.name", "mlflow.source.type"

@@ -6,8 +6,10 @@ A file of its own, because importing MLflow takes a second and refusals should n
 import fcntl
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from sarm.engine.mlflow.outbox import send_left
 from sarm.engine.mlflow.tracking import StageRun, ended_by, outbox_of, tracking_uri
 from sarm.engine.terminal import say
 from sarm.settings.checks import UserError
+from sarm.settings.extras import need
 from sarm.settings.run import RunSettings
 
 # Without these a dead server blocks every call for minutes.
@@ -53,6 +56,9 @@ class Tracker:
         params: Mapping[str, str] | None = None,
     ):
         self.uri, self._outbox = tracking_uri(run), outbox_of(run)
+        self._events = (run.out / "tensorboard").absolute() if run.tensorboard else None
+        if run.tensorboard:
+            need("tensorboard")
         run.out.parent.mkdir(parents=True, exist_ok=True)
         _prepare()
         try:
@@ -78,6 +84,8 @@ class Tracker:
         """A child run, continued if `run_id` still exists; closed as KILLED if the body was stopped, as FAILED if it raises."""
         tags = {MLFLOW_PARENT_RUN_ID: self.parent.run_id, "stage": name}
         child = patiently(self.uri, lambda: self._run(name, run_id, tags))
+        if self._events is not None:
+            child = replace(child, events=self._events / re.sub(r"\W+", "-", name.lower()).strip("-"))
         child.log_params(params)
         try:
             yield child

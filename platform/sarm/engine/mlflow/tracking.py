@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from sarm.contracts.untrusted import holds_a_secret
 from sarm.engine.mlflow.run_card import DataSet, parameters
-from sarm.engine.started import started
 from sarm.engine.terminal import say
 from sarm.settings.checks import StoppedError, UserError
 from sarm.settings.extras import MissingExtraError, is_installed, said_of
 from sarm.settings.run import ModelsLogged, RunSettings
+from sarm.settings.started import started
 
 PARENT_RUN = "mlflow.parentRunId"
 """Tag of a run that hangs under another (MLflow's `MLFLOW_PARENT_RUN_ID`, which takes seconds to import)."""
@@ -40,6 +40,8 @@ class StageRun:
     uri: str
     run_id: str
     outbox: Path
+    events: Path | None = None
+    """Folder of TensorBoard's files of this run; None: it is not asked for."""
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0, series: str | None = None) -> None:
         """Log finite numbers; others are left out, since MLflow would store an infinity as a huge number.
@@ -49,6 +51,10 @@ class StageRun:
         finite = {key: float(value) for key, value in metrics.items() if value is not None and math.isfinite(value)}
         now = int(time.time() * 1000)
         self._box.put({"kind": "metrics", "step": step, "time": now, "series": series, "metrics": finite})
+        if self.events is not None:
+            from sarm.engine.tensorboard import log
+
+            log(self.events, finite, step, goes_on=series is not None)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters that the run does not have yet: MLflow's cannot change, and a restarted run logs the same again."""
@@ -106,6 +112,8 @@ class StageRun:
         """Close the run as FINISHED, FAILED or KILLED, once MLflow has what this and ended processes logged."""
         self._box.put({"kind": "end", "status": status})
         self.flush()
+        if (events := sys.modules.get("sarm.engine.tensorboard")) is not None:
+            events.close_all()
 
     def _log(self, kind: str, **content: Any) -> None:
         """Log something that a reader may look for at once: waits for MLflow, unless it is away."""
@@ -161,6 +169,8 @@ def untracked(run: RunSettings) -> NotTracked | None:
 
 def close_outboxes() -> None:
     """Wait for MLflow to have what this process logged, if it logged anything; says where the rest lies if MLflow is away."""
+    if (events := sys.modules.get("sarm.engine.tensorboard")) is not None:
+        events.close_all()
     if (outbox := sys.modules.get("sarm.engine.mlflow.outbox")) is not None:
         outbox.close_all()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sarm.engine.mlflow.moved_database import database_of
 from sarm.engine.mlflow.run_list import address
-from sarm.engine.started import started
+from sarm.settings.started import called, started
 
 DATABASE = "mlflow.db"
 
@@ -24,5 +24,5 @@ def ui_command(uri: str, experiment_id: str = "") -> str:
         return shlex.join(["sarm", "ui", *flags])
     # make would interpret these in a value, or the shell in make's recipe.
     if database.name != DATABASE or set(str(database.parent)) & set('$"`\\#'):
-        return f"python jobs/ui.py --mlflow-uri {shlex.quote(uri)}"
+        return f"{called('ui')} --mlflow-uri {shlex.quote(uri)}"
     return "make ui" if usual else f"make ui OUTPUTS={shlex.quote(str(database.parent))}"

@@ -19,6 +19,7 @@ from typing import Any
 from sarm.engine.failures import causes_of
 from sarm.engine.ray.room import Cluster, Node, with_room
 from sarm.engine.ray.temporary import short_folder, token_without_home
+from sarm.engine.ray.worker_lines import show_plainly
 from sarm.engine.stopping import STARTED_AGAIN, ray_starting, was_asked
 from sarm.settings.checks import NO_PROGRESS_SECONDS, UserError
 from sarm.settings.run import RunSettings
@@ -76,6 +77,7 @@ def _start(folder: str | None) -> None:
         _temp_dir=folder,
         logging_level=logging.WARNING,
     )
+    show_plainly()
 
 
 def _join(address: str) -> None:

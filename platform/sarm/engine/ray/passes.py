@@ -129,6 +129,8 @@ def _set_context() -> None:
     # The driver prints progress with tokens and time left; Ray's lines count blocks.
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns that they are off.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def _cause_of(error: BaseException) -> BaseException:

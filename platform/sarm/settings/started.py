@@ -1,6 +1,6 @@
 """How this process was started: by a job's script (`python jobs/train_sarm.py ...`) or by the command (`sarm train-sarm ...`).
 
-Messages that repeat the command line, supervisors that start it again, submissions and MLflow's tags ask here.
+Messages that repeat the command line or name another command, supervisors that start it again, submissions and MLflow's tags ask here.
 """
 
 import os
@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROGRAM, MODULE = "sarm", "sarm.commands"
+# Where a checkout has its scripts.
+_FOLDERS = ("jobs", "tune")
+# Commands that are not called as their scripts.
+_CALLED = {"reward_card": "card"}
 
 
 class Started(NamedTuple):
@@ -51,3 +55,16 @@ def started() -> Started:
         return Started((PROGRAM, name), ("-P", "-m", MODULE, name), script, f"{PROGRAM} {name}")
     script = sys.argv[0] if sys.argv else ""
     return Started(("python", os.path.relpath(script) if script else ""), (script,), script, script)
+
+
+def command_name(script: str) -> str:
+    """What the program calls the job of a script, given without its folder and ending: `train-sarm` for `train_sarm`."""
+    return _CALLED.get(script, script.replace("_", "-"))
+
+
+def called(script: str) -> str:
+    """How a job is called by whoever reads a message: `python jobs/evaluate.py` where a script of a checkout runs, else `sarm evaluate`."""
+    own = Path(sys.argv[0] if sys.argv else "")
+    if _command is None and own.suffix == ".py" and own.absolute().parent.name in _FOLDERS:
+        return f"python {_FOLDERS[script == 'ablation']}/{script}.py"
+    return f"{PROGRAM} {command_name(script)}"
