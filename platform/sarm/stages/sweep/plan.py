@@ -122,7 +122,7 @@ class SweepPlan(NamedTuple):
     def reward(self, cell: Cell) -> RewardSettings:
         """How the cell's reward model is trained; of one that trains nothing, the settings that it does not read."""
         reward = self.settings(cell).reward
-        if cell.component == "sarm" or cell.component == "sparse_rm":  # noqa: PLR1714  # which types do not follow
+        if cell.component == "sarm" or cell.component == "sparse_rm":  # one by one, so that types follow
             return reward
         key = self.sae_key(cell)
         token_sae = self.sae_folder(key) if cell.component == "token_sae" and key is not None else None
