@@ -8,7 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.tutorials import FOLDER, NAMES, SLOW, VARIES, code_of, differences, environment, has_tag, printed, read
+from tests.tutorials import (
+    FOLDER,
+    KEPT_ON,
+    NAMES,
+    SLOW,
+    code_of,
+    differences,
+    environment,
+    faults,
+    has_tag,
+    printed,
+    processor,
+    read,
+)
 
 IN_FULL = os.environ.get("SARM_TUTORIALS", "")
 
@@ -31,9 +44,7 @@ def test_a_tutorial_prints_what_it_shows(name: str, work: Path) -> None:
     now = json.loads(done.stdout.splitlines()[-1])
     cells = code_of(read(name))
     assert [text is None for text in now] == [has_tag(cell, SLOW) for cell in cells]
-    for cell, text in zip(cells, now, strict=True):
-        if text is not None and not has_tag(cell, VARIES):
-            assert differences(printed(cell), text) == [], "".join(cell["source"])
+    assert faults(name, now) == []
 
 
 @pytest.mark.skipif(not IN_FULL, reason="make test-tutorials sets up Jupyter's kernel, and trains")
@@ -63,3 +74,20 @@ def test_outputs_differ_by_a_word_or_a_figure_and_not_by_a_rounding_or_a_column(
     assert differences("120 pairs", "119 pairs") == []
     assert differences("120 pairs", "110 pairs")
     assert differences("one\ntwo", "one")
+
+
+def test_elsewhere_cells_have_to_print_where_they_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [printed(cell) for cell in code_of(read(NAMES[0]))]
+    assert faults(NAMES[0], list(kept)) == []
+    place = next(i for i, text in enumerate(kept) if text.strip())
+    others = [f"something else\n{text}" if i == place else text for i, text in enumerate(kept)]
+    monkeypatch.setattr("tests.tutorials.processor", lambda: read(NAMES[0])["metadata"][KEPT_ON])
+    assert faults(NAMES[0], others)
+    monkeypatch.setattr("tests.tutorials.processor", lambda: "another one")
+    assert faults(NAMES[0], others) == []
+    assert faults(NAMES[0], ["" if i == place else text for i, text in enumerate(kept)])
+
+
+def test_every_notebook_says_where_it_was_run() -> None:
+    assert all(read(name)["metadata"][KEPT_ON].strip() for name in NAMES)
+    assert processor().strip()
