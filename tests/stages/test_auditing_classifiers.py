@@ -192,9 +192,17 @@ def test_an_audit_of_a_classifier_shows_patching_beside_its_linear_approximation
         assert own["value"] != 0
         assert own["error"] > 0
         assert own["patched_ci95"][0] <= own["value"] <= own["patched_ci95"][1]
+        terms = causal["terms"][scope]
+        assert len(terms["latents"]) == causal["num_features"]
+        assert terms["residual"] < 0.05
+        # Each response misses its own change by little, so that the pairs' mean margin does too.
+        assert sum(terms["terms"]) == pytest.approx(
+            terms["patched"], abs=0.1 * max(abs(own["value"]), abs(terms["patched"]))
+        )
     page = (audited / "audit.html").read_text()
     assert "its reward is no sum over latents" in page
     assert "explained by the linear head" in page
+    assert "What each feature has of the change" in page
     assert "every figure marked exact" not in page
 
 

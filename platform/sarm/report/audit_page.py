@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sarm.contracts.manifest import MANIFEST, write_atomically
-from sarm.report.audit_sections import relabelling_sections, signed, signed_span, steering_sections
+from sarm.report.audit_sections import relabelling_sections, signed, signed_span, steering_sections, terms_section
 from sarm.report.judges_page import agreement_section
 from sarm.report.numbers import share
 from sarm.report.pages import Page, Section, to_html, to_markdown
@@ -118,6 +118,8 @@ def _features(out: Path, facts: dict[str, Any]) -> Iterable[Section]:
 def _causal(content: Mapping[str, Any]) -> Iterable[Section]:
     if inside := content.get("inside"):
         yield _inside(content, inside)
+        if terms := content.get("terms"):
+            yield terms_section(terms)
         if cut := content.get("sentences"):
             yield _sentences_cut(cut)
         return

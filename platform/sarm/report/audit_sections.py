@@ -20,6 +20,20 @@ def signed_span(ends: Sequence[float | None], digits: int = 3) -> str:
     return f"{signed(ends[0], digits)} to {signed(ends[1], digits)}"
 
 
+def terms_section(terms: Mapping[str, Mapping[str, Any]], shown: int = 10) -> Section:
+    """The patched change as a sum over features, where the features are inside a classifier."""
+    found, at_reward = terms["all"], terms["rewarded"]
+    residual = "n/a" if found["residual"] is None else share(found["residual"])
+    beside = dict(zip(at_reward["latents"], at_reward["terms"], strict=True))
+    largest = sorted(zip(found["latents"], found["terms"], strict=True), key=lambda one: -abs(one[1]))
+    return Section(
+        title="What each feature has of the change",
+        text=f"Integrated gradients on {found['num_pairs']} of these pairs: on the straight path from the activations as they are to those with all features at 0, the patched change of the margin ({signed(found['patched'])} at all tokens) is a sum of one term for each feature. The terms miss {residual} of the mean change of a reward; {share(found['within_tolerance'])} of the responses lie within {share(found['tolerance'])} of their own, with at most {found['places']} places on the path. Here are the {min(shown, len(largest))} largest of {len(largest)}.",
+        columns=("latent", "term at all tokens", "at the rewarded token"),
+        rows=[(str(latent), signed(term), signed(beside[latent])) for latent, term in largest[:shown]],
+    )
+
+
 def steering_sections(name: str, content: Mapping[str, Any]) -> Iterable[Section]:
     """An edit's effect on every subset, its certificate and its dose-response table, as far as it has them."""
     yield _edit_effects(name, content)
