@@ -13,7 +13,7 @@ WITH_TRL := hacking
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo docs test test-site test-gpu test-kernels bench-gpu evidence test-fuzz test-docs test-chaos test-formats test-official test-clients test-vllm test-load test-package test-tutorials lint types audit bench ui lock clean
+.PHONY: help demo docs test test-quick test-site test-gpu test-kernels bench-gpu evidence test-fuzz test-docs test-chaos test-formats test-official test-clients test-vllm test-load test-package test-tutorials lint types audit bench ui lock clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -36,6 +36,9 @@ test: $(VENV)/.ready lint  ## everything that checks the project
 .PHONY: tests
 tests: $(VENV)/.ready .triton/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+test-quick: $(VENV)/.ready .triton/.ready lint  ## style, and the tests that need no cluster but one for the whole chain: before a commit
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow"
 
 test-docs: $(VENV)/.ready  ## every command of README, docs and help, unchanged, the whole demo among them: half an hour; DOCS=FOLDER keeps it
 	SARM_DOCS=$(or $(DOCS),1) $(BIN)/python -m pytest tests/test_documented_commands.py --timeout 3600

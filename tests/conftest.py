@@ -50,6 +50,8 @@ settings.load_profile(os.environ.get("SARM_HYPOTHESIS", "tests"))
 # Files whose tests share a finished run, and fixtures that share a cluster: each of the two stays in one process.
 _CHAIN = {"test_jobs", "test_stopping", "test_secrets", "test_documented_commands", "test_tutorials"}
 _OF_A_CLUSTER = ("ray_cluster", "extracted")
+# The whole chain once: it is run before each commit too.
+_IN_QUICK = {"test_jobs"}
 
 
 @functools.cache
@@ -61,8 +63,11 @@ def _group(path: Path) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes comes first, so that the two processes of `make test` end together."""
+    """What takes minutes comes first, so that the two processes of `make test` end together; `make test-quick` leaves it out."""
     items.sort(key=lambda item: _group(item.path) not in ("chain", "cluster"))
+    for item in items:
+        if _group(item.path) in ("chain", "cluster") and item.path.stem not in _IN_QUICK:
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(optionalhook=True)
