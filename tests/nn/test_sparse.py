@@ -244,6 +244,9 @@ def test_without_a_gpu_that_works_the_torch_backend_is_taken_with_a_warning():
         assert isinstance(backend_for(torch.device("cuda")), TorchBackend)
 
 
+# Triton decides while it is imported whether its kernels are interpreted, and a test above imports it where it came with torch.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton comes with CUDA builds of torch"
 )
