@@ -181,7 +181,7 @@ def test_edits_that_do_not_fit_are_refused_in_one_line(classifier, sarm, tiny_fo
         ({"kind": "boost"}, "must be one of"),
         ({"d_sae": D_SAE + 1}, "expected"),
         ({"nan": True}, "NaN or infinite values"),
-        ({"lacks": True}, "holds nothing for"),
+        ({"lacks": True}, "there is nothing for b_enc"),
     ],
 )
 def test_a_torn_or_foreign_edit_is_refused_in_one_line(breaks, said, classifier, tmp_path):
