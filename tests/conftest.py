@@ -48,7 +48,14 @@ settings.load_profile(os.environ.get("SARM_HYPOTHESIS", "tests"))
 
 
 # Files whose tests share a finished run, and fixtures that share a cluster: each of the two stays in one process.
-_CHAIN = {"test_jobs", "test_reward_model", "test_stopping", "test_secrets", "test_documented_commands", "test_tutorials"}
+_CHAIN = {
+    "test_jobs",
+    "test_reward_model",
+    "test_stopping",
+    "test_secrets",
+    "test_documented_commands",
+    "test_tutorials",
+}
 _OF_A_CLUSTER = ("ray_cluster", "extracted")
 # The whole chain once: it is run before each commit too.
 _IN_QUICK = {"test_jobs", "test_reward_model"}

@@ -5,7 +5,7 @@
     python -m tests.tutorials FOLDER --only debias      one of them, where FOLDER has what the first one made
 
 Cells print what they show, and `!` is the only word of Jupyter that they use. So they run in two ways, to the same outputs: by nbclient and a
-kernel, which are not locked, and as plain Python by what is locked (`make test`). A cell with the tag `slow` is left out there: it trains, and
+kernel, which are not locked, and as plain Python by what is locked (`SARM_TUTORIALS_QUICK=1`). A cell with the tag `slow` is left out there: it trains, and
 what it makes is that of a finished run, or nothing that later cells read. With the tag `varies`, what it prints is shown and not compared.
 
 The notebooks show figures of a small model after a short training, and such a training ends elsewhere on another kind of processor, whose products

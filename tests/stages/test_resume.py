@@ -230,11 +230,12 @@ def test_what_was_interrupted_ends_bit_for_bit_as_if_it_had_not_been(name: str, 
 
 
 def test_who_died_and_who_stood_still_is_said(trained: Trained) -> None:
-    died, stood_still = re.findall(
+    died, *stood_still = re.findall(
         r"resume: (.*), starting again from step [2-9]$", (trained.root / "said").read_text(), re.MULTILINE
     )
     assert died == "a worker died"
-    assert re.fullmatch(r"worker 1 stood still at test_resume\.py:\d+ in step", stood_still)
+    # On a loaded machine other pauses may be as long, and are named beside the one that was made.
+    assert any(re.fullmatch(r"worker 1 stood still at test_resume\.py:\d+ in step", one) for one in stood_still)
 
 
 def test_workers_let_gpus_multiply_in_tf32(trained: Trained) -> None:
