@@ -112,7 +112,7 @@ def killed_then_hung(task: RewardTask) -> dict[str, Any] | None:
             time.sleep(600)
         return take(self, groups)
 
-    RewardTraining._step, stall.NO_PROGRESS_SECONDS = step, 6.0  # type: ignore[method-assign]
+    RewardTraining._step, stall.NO_PROGRESS_SECONDS = step, 20.0  # type: ignore[method-assign]
     try:
         return reward_worker(task)
     finally:
@@ -230,12 +230,11 @@ def test_what_was_interrupted_ends_bit_for_bit_as_if_it_had_not_been(name: str, 
 
 
 def test_who_died_and_who_stood_still_is_said(trained: Trained) -> None:
-    died, *stood_still = re.findall(
+    died, stood_still = re.findall(
         r"resume: (.*), starting again from step [2-9]$", (trained.root / "said").read_text(), re.MULTILINE
     )
     assert died == "a worker died"
-    # On a loaded machine other pauses may be as long, and are named beside the one that was made.
-    assert any(re.fullmatch(r"worker 1 stood still at test_resume\.py:\d+ in step", one) for one in stood_still)
+    assert re.fullmatch(r"worker 1 stood still at test_resume\.py:\d+ in step", stood_still)
 
 
 def test_workers_let_gpus_multiply_in_tf32(trained: Trained) -> None:
