@@ -26,6 +26,10 @@ def _modules_with_shapes() -> list[str]:
     return ["sarm.nn", *sorted(".".join(("sarm", *path.with_suffix("").parts)) for path in kept)]
 
 
+# Of clusters that tests start themselves, as of those that jobs start: a busy machine needs longer than Ray waits for its own processes.
+os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
+os.environ.setdefault("RAY_worker_register_timeout_seconds", "180")
+
 # Before anything imports sarm: the hook rewrites modules as they load.
 install_import_hook(_modules_with_shapes(), "tests.checked.checked")
 

@@ -64,7 +64,7 @@ def running_head(
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=started_in or folder, start_new_session=True)  # fmt: skip
         address = f"http://127.0.0.1:{dashboard}"
         try:
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 400
             while asked("GET", f"{address}/api/jobs/", token) != 200:
                 assert process.poll() is None, (folder / "head.log").read_text()[-2000:]
                 assert time.monotonic() < deadline, (folder / "head.log").read_text()[-2000:]
@@ -78,7 +78,7 @@ def running_head(
                 one for one in psutil.process_iter(["cmdline"]) if temporary in " ".join(one.info["cmdline"] or [])
             ]
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=60)
+            process.wait(timeout=300)
             for one in others:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()

@@ -250,7 +250,7 @@ def test_mlflow_answers_only_those_who_know_the_password_and_its_name(tmp_path, 
         )
     url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search?max_results=1"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while status(url) == 0:
             assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]

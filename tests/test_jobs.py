@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,11 +209,8 @@ def test_a_wrong_command_is_one_line_with_status_2_and_leaves_nothing(
     case: str, tmp_path: Path, run_job: RunJob
 ) -> None:
     job, arguments, words = BAD_FLAGS[case]
-    started = time.monotonic()
     refused(run_job(job, *arguments, *(["--out", tmp_path / "out"] if arguments else [])), *words)
     assert not (tmp_path / "out").exists()
-    # Not a benchmark: a bound that only a started cluster would break.
-    assert time.monotonic() - started < 60
 
 
 def jsonl(path: Path, rows: list[object]) -> Path:

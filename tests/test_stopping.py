@@ -151,7 +151,7 @@ def test_what_saves_is_waited_for_and_a_second_interrupt_is_not(script: Path) ->
 
 
 def test_a_second_signal_while_the_first_is_answered_blocks_nothing(script: Path) -> None:
-    assert start(script, "within").process.wait(timeout=10) == 75
+    assert start(script, "within").process.wait(timeout=300) == 75
 
 
 @pytest.mark.parametrize(("what", "flags"), [("parse", ()), ("dry-run", ("--dry-run",)), ("submit", ("--submit", "http://h:1"))])  # fmt: skip

@@ -35,7 +35,7 @@ _HEALTH = {
     "health_check_failure_threshold": 3,
 }
 _NODE = {"object_store_memory": 100_000_000, "include_dashboard": False}
-_SECONDS_FOR_PROGRESS = 150
+_SECONDS_FOR_PROGRESS = 400
 # Of each text.
 SENTENCES = 9
 

@@ -29,7 +29,7 @@ class MlflowServer:
         ]  # fmt: skip
         log = (self._folder / "server.log").open("a")
         self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while time.monotonic() < deadline:
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1)

@@ -71,7 +71,7 @@ class Job:
     def run(self, plan: str, *flags: str) -> tuple[int, str]:
         """Exit status, and what was said."""
         process = self.start(plan, *flags)
-        said = process.communicate(timeout=120)
+        said = process.communicate(timeout=300)
         return process.returncode, "".join(said)
 
     def starts(self) -> int:
@@ -118,7 +118,7 @@ def test_sigterm_goes_through_to_the_job_and_comes_back_as_75(job):
     process = job.start("wait")
     job.until_it_waits()
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 75, said
     assert "stopped by SIGTERM" in said
     assert (job.starts(), job.run("done")[0]) == (1, 0)
@@ -136,7 +136,7 @@ def test_a_second_submit_finds_the_first_and_another_job_is_refused(job):
         assert job.starts() == 1
     finally:
         first.send_signal(signal.SIGTERM)
-        first.wait(timeout=60)
+        first.wait(timeout=300)
 
 
 def test_a_supervisor_that_is_killed_takes_its_job_along_and_leaves_no_lock_that_holds(job):

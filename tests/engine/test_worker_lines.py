@@ -1,14 +1,18 @@
 """Lines of workers, as a job's terminal shows them."""
 
 import pytest
+from ray._private import ray_logging, worker
 from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
 from sarm.engine.ray.worker_lines import is_noise, show_plainly
 
 
 @pytest.fixture
-def handlers():
+def handlers(monkeypatch):
     before = list(dispatcher.handlers)
+    # Ray's own remember lines of earlier tests, and add how often those came.
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(worker, f"{stream}_deduplicator", ray_logging.LogDeduplicator(5, None, None))
     yield dispatcher.handlers
     dispatcher.handlers = before
 

@@ -46,7 +46,7 @@ def started(*arguments: object, **environment: str):
 def refused(*arguments: object, **environment: str) -> str:
     """What a server says that does not start: one line, within seconds."""
     command = [sys.executable, "jobs/serve.py", "--port", "0", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=400, check=False)  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
     return line
@@ -66,7 +66,7 @@ def test_a_server_scores_with_its_token_and_ends_cleanly(served):
         with socket.create_connection((address[0], int(address[1]))) as half:
             half.sendall(b"POST /v1/rewards HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
             process.send_signal(signal.SIGTERM)
-            out, said = process.communicate(timeout=60)
+            out, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
         assert out.splitlines()[-1] == "the server has ended"
         assert TOKEN not in out + said
@@ -76,7 +76,7 @@ def test_a_server_scores_with_its_token_and_ends_cleanly(served):
 def test_ctrl_c_ends_it_too(served):
     with started("--model", served) as (process, _):
         process.send_signal(signal.SIGINT)
-        out, said = process.communicate(timeout=60)
+        out, said = process.communicate(timeout=300)
     assert (process.returncode, said) == (0, "")
     assert out.splitlines()[-1] == "the server has ended"
 

@@ -51,7 +51,7 @@ def page(service, monkeypatch) -> Iterator[str]:
     with listening(Serving(model=Path("x"), port=0)) as taken:
         thread = threading.Thread(target=run, args=(make_app(service, TOKEN), taken, "x", addresses.put))
         thread.start()
-        yield addresses.get(timeout=30)
+        yield addresses.get(timeout=300)
         servers[0].should_exit = True
         thread.join(30)
 
@@ -162,7 +162,7 @@ def test_the_card_command_serves_the_page_prints_its_address_and_ends_by_ctrl_c(
             with urllib.request.urlopen(line.split()[-1], timeout=10) as answer:
                 assert b"Try the reward model" in answer.read()
             process.send_signal(signal.SIGINT)
-            out, said = process.communicate(timeout=60)
+            out, said = process.communicate(timeout=300)
         finally:
             process.kill()
     assert (process.returncode, said) == (0, "")
