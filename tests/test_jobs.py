@@ -259,7 +259,8 @@ def test_pairs_that_the_template_refuses_are_left_out_of_every_stage_by_the_same
     rendered = {"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "chosen": "a", "rejected": "b"}
     pairs = jsonl(tmp_path / "pairs.jsonl", [*good, *bad, rendered])
     out = tmp_path / "out"
-    done = run_job("pipeline", "tiny", "--out", out, "--model.name", model, "--data.pairs", pairs)
+    # Baselines would count what the SARM does.
+    done = run_job("pipeline", "tiny", "--out", out, "--model.name", model, "--data.pairs", pairs, "--reward.baselines")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     counts = {

@@ -31,7 +31,12 @@ def test_an_interrupt_while_a_library_loads_is_one_line_and_status_130(
     (tmp_path / f"{library}.py").write_text(SLOW.format(mark=str(mark)))
     paths = os.pathsep.join([str(tmp_path), str(ROOT / "platform")])
     command = [sys.executable, *program, "tiny", "--out", str(tmp_path / "out")]
-    job = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    job = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # A shell that runs the tests in the background has made them, and what they start, deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     try:
         until = time.monotonic() + 300
         while not mark.exists():
