@@ -191,6 +191,20 @@ def test_a_bar_of_a_library_is_the_second_line_and_vanishes_with_it(terminal: Pt
     assert screen.feed(terminal.read()).rows == ["a line", "no end"]
 
 
+def test_nothing_is_drawn_while_another_process_has_the_terminal(terminal: Pty, tmp_path: Path) -> None:
+    screen = Screen(80)
+    with shown_on(terminal, tmp_path):
+        note_work("prepare corpus")
+        with sys.stderr.handed_over():  # type: ignore[attr-defined]
+            screen.feed(terminal.read())
+            os.write(terminal.inner, b"downloading 10 %")
+            time.sleep(live._SECONDS_BETWEEN_FRAMES * 1.5)
+            os.write(terminal.inner, b"\rdownloaded 100 %\n")
+            assert screen.feed(terminal.read()).rows == ["downloaded 100 %", ""]
+        time.sleep(live._SECONDS_BETWEEN_FRAMES * 1.5)
+        assert screen.feed(terminal.read()).rows[1].startswith("prepare corpus  ")
+
+
 def test_without_colours_and_without_unicode(terminal: Pty, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     with shown_on(terminal, tmp_path, "ascii"):

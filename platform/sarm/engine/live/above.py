@@ -12,6 +12,8 @@ class _Display(Protocol):
 
     def print(self, stream: TextIO, whole: str) -> None: ...
 
+    def aside(self) -> AbstractContextManager[None]: ...
+
 
 class Above:
     """`stream`, of which `display` prints the lines. Without a display it is `stream`."""
@@ -38,6 +40,10 @@ class Above:
         """Each as `write` does."""
         for text in texts:
             self.write(text)
+
+    def handed_over(self) -> AbstractContextManager[None]:
+        """While the body runs, another process writes to the terminal, and nothing is drawn there."""
+        return self._display.aside()
 
     def release(self) -> None:
         """Print what has no end yet."""

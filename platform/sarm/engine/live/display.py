@@ -84,7 +84,7 @@ class Display:
         self._shown = Shown(since=time.monotonic())
         # The handler of a signal runs in a thread that may hold it.
         self.lock = threading.RLock()
-        self._process, self._is_open, self._is_drawn = os.getpid(), False, False
+        self._process, self._is_open, self._is_drawn, self._is_aside = os.getpid(), False, False, False
         self._ended = threading.Event()
         self._failure = ""
 
@@ -137,6 +137,17 @@ class Display:
         with self._guarded():
             self._draw()
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Draw nothing while the body runs."""
+        with self._guarded():
+            self._erase()
+            self._is_aside = True
+        try:
+            yield
+        finally:
+            self._is_aside = False
+
     def is_open_here(self) -> bool:
         """Whether it draws in this process: a fork has a copy of it, and no thread."""
         return self._is_open and self._process == os.getpid()
@@ -158,7 +169,7 @@ class Display:
                 self._draw()
 
     def _draw(self) -> None:
-        if not self._is_open or not self._is_in_front():
+        if not self._is_open or self._is_aside or not self._is_in_front():
             return
         self._shown.bar = next((bare(stream.rest).strip() for stream in self._above if stream.rest), "")
         if self._shown.is_empty:

@@ -44,7 +44,7 @@ class Shown:
 
     def begin_stage(self, stage: str, number: int, num_stages: int, now: float) -> None:
         """Another stage of the chain begins."""
-        self.stage, self.position = stage, (number, num_stages)
+        self.stage, self.position = stage, (number, num_stages) if num_stages > 1 else None
         self.begin("", now)
 
     def take(self, progress: Progress, now: float) -> None:
