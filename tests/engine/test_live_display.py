@@ -68,11 +68,11 @@ def test_forty_columns_have_the_share_and_the_time_left() -> None:
 
 def test_before_there_is_progress_and_after_it_the_time_since_the_beginning_is_shown() -> None:
     shown = shown_of(None)
-    assert plain(shown, 79, now=187.0) == ["stage 3 of 7  train SAE  3 min 07 s"]
+    assert plain(shown, 79, now=187.0) == ["stage 3 of 7  train SAE  3 min 07 s so far"]
     shown.take(TRAINING, 190.0)
     assert "42%" in plain(shown, 79, now=190.0)[0]
     shown.take(TRAINING._replace(share=1.0), 200.0)
-    assert plain(shown, 79, now=7500.0) == ["stage 3 of 7  train SAE  2 h 05 min"]
+    assert plain(shown, 79, now=7500.0) == ["stage 3 of 7  train SAE  2 h 05 min so far"]
 
 
 def test_time_left_is_reckoned_where_the_line_does_not_say_it() -> None:
@@ -82,7 +82,7 @@ def test_time_left_is_reckoned_where_the_line_does_not_say_it() -> None:
     assert plain(shown, 79, now=20.0)[0].endswith("30%  35 s left")
     # Workers that died start again from an earlier state.
     shown.take(Progress("", 0.2, None, "20 of 100 latents", (), None), 30.0)
-    assert plain(shown, 79, now=30.0)[0].endswith("20%  30 s")
+    assert plain(shown, 79, now=30.0)[0].endswith("20%  30 s so far")
 
 
 @pytest.mark.parametrize(("more", "wanted"), [

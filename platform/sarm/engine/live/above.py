@@ -6,7 +6,8 @@ from typing import Any, Protocol, TextIO
 
 
 class _Display(Protocol):
-    lock: AbstractContextManager[Any]
+    @property
+    def lock(self) -> AbstractContextManager[Any]: ...
 
     def is_open_here(self) -> bool: ...
 

@@ -81,7 +81,7 @@ def _first(shown: Shown, now: float, width: int, signs: str) -> "Text":
     progress, left = shown.progress, _left(shown, now)
     name = shown.work or shown.stage or (progress.name if progress else "")
     end = f"{progress.share:4.0%}" if progress else ""
-    end += f"  {_time(now - shown.since)}" if left is None else f"  {_time(left)} left"
+    end += f"  {_time(now - shown.since)} so far" if left is None else f"  {_time(left)} left"
     # The longest with which the name is whole. The long form would rather be short than have no bar beside it.
     rooms = zip(_POSITIONS, (width - _LEAST_BAR - 3 if progress else width, width), strict=True)
     numbers = [(form.format(*shown.position), room) for form, room in rooms] if shown.position else []
@@ -103,7 +103,7 @@ def _figures(shown: Shown) -> Sequence[str]:
         return []
     name = progress.name if progress.name != (shown.work or shown.stage or progress.name) else ""
     if progress.step is None:
-        return [name, progress.count, *progress.figures]
+        return [name, progress.amount, *progress.figures]
     return [name, f"step {progress.step:,}", _rate(shown), *progress.figures]
 
 

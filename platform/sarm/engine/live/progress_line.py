@@ -33,7 +33,7 @@ class Progress(NamedTuple):
     """Of the work, between 0 and 1."""
     step: int | None
     """Of a training."""
-    count: str
+    amount: str
     """`20 of 40 rows`, of what is no training."""
     figures: tuple[str, ...]
     """Each a figure with its name or unit."""
@@ -80,7 +80,7 @@ def _progress(said: dict[str, str | None]) -> Progress | None:
         name=said.get("name") or "",
         share=min(1.0, share),
         step=int(step) if step else None,
-        count=count(done, total, said["what"] or "") if total else "",
+        amount=count(done, total, said["what"] or "") if total else "",
         figures=tuple(filter(None, (said.get("figures") or "").split(_BETWEEN))),
         seconds_left=float(left) if left else None,
     )
