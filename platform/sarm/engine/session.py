@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sarm.contracts.folders import SAE_FOLDER, Folders
 from sarm.contracts.manifest import Manifest, StageFolder, write_atomically
 from sarm.contracts.untrusted import read_json
+from sarm.engine.live.display import note_work
 from sarm.engine.mlflow import run_card
 from sarm.engine.mlflow.tracking import StageRun, ended_by, tracking_uri, untracked
 from sarm.engine.peak_memory import peak_memory
@@ -163,6 +164,7 @@ class Session:
         self, names: Mapping[Any, str], folders: Mapping[Any, StageFolder], body: Body, *, resume: bool
     ) -> dict[Any, Manifest]:
         leave_if_asked()
+        note_work(", ".join(dict.fromkeys(names[key] for key in folders)))
         for name in dict.fromkeys(names[key] for key in folders):
             say(f"{name}: started")
         started = time.monotonic()
@@ -191,6 +193,7 @@ class Session:
                 child.log_metrics({**numbers, **took})
                 child.log_artifact(folder.folder / "manifest.json")
                 self._name_inputs(child, [*folder.read_manifests, manifests[key]])
+        note_work("")
         for name in named:
             say(f"{name}: done in {took['seconds']:.0f} s")
         return manifests
@@ -224,6 +227,7 @@ def tracked_folder(folder: StageFolder, run: RunSettings) -> Iterator[StageRun]:
     # No session: such a folder is `--out` itself, where a session keeps `run.json` beside the folders of its stages, and claiming it would
     # throw that away. Its one MLflow run would become a parent and a child. And one of these jobs asks judges in an event loop.
     with WriterLock(folder.folder, run.out.name):
+        note_work(run.out.name)
         yield from _tracked(folder, run)
 
 

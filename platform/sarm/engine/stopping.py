@@ -80,6 +80,8 @@ class Listener:
         self._command, self._is_loud = command, is_loud
         self.asked: int | None = None
         """The signal that came first."""
+        self.before_line: Callable[[], None] | None = None
+        """Takes off the screen what the line would be written into."""
         self._asked_at = 0.0
         self._save: tuple[Callable[[], None], str] | None = None
         self._is_answered = self._is_leaving = False
@@ -202,6 +204,9 @@ class Listener:
         return is_first
 
     def _tell(self, number: int) -> None:
+        # Not under the lock: another thread may be printing, and wait for it.
+        if self.before_line is not None:
+            self.before_line()
         with self._lock:
             if self.asked is not None:
                 return

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from sarm.contracts.folders import Folders
+from sarm.engine.live.display import note_stage
 from sarm.engine.ray.machine import machine_of, this_machine
 from sarm.engine.session import open_session
 from sarm.engine.terminal import say
@@ -47,11 +48,12 @@ def run_chain(config: Any) -> dict[StageName, Any]:
         if session.needs and (machine.is_joined or machine.device(config.run.use_gpu).is_gpu):
             # Preparing data may take hours: GPUs that cannot be used and nodes that are too few are refused before it.
             session.look()
-        return {
-            stage.name: STAGES[stage.name].run(session, config)
-            for stage in state.stages
-            if not _is_settled(config, stage)
-        }
+        given: dict[StageName, Any] = {}
+        for number, stage in enumerate(state.stages, 1):
+            if not _is_settled(config, stage):
+                note_stage(stage.name, number, len(state.stages))
+                given[stage.name] = STAGES[stage.name].run(session, config)
+        return given
 
 
 def _needs(config: Any, state: ChainState) -> tuple[int, ...]:

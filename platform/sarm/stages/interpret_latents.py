@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import pyarrow.compute as pc
 
+from sarm.engine.live.progress_line import count
 from sarm.engine.llm.judge import Judge
 from sarm.engine.terminal import say
 from sarm.interpret import explaining
@@ -148,7 +149,7 @@ async def _each(items: Iterable[Item], work: Callable[[Item], Awaitable[Result]]
             results[place] = await work(item)
             if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                say(f"{len(results):,} of {total:,} latents {done}")
+                say(f"{count(len(results), total, 'latents')} {done}")
 
     workers = [asyncio.create_task(worker()) for _ in range(min(width, total))]
     try:

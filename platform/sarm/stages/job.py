@@ -19,6 +19,7 @@ import tyro
 from sarm.contracts.untrusted import holds_a_secret
 from sarm.data.formats.model_shapes import BUILT_IN_MODELS
 from sarm.data.sources.built_in import BUILT_IN_PAIRS, BUILT_IN_TEXTS, RESPONSE_SOURCES
+from sarm.engine.live.display import displayed
 from sarm.engine.results import kept
 from sarm.engine.stopping import Listener, command_line
 from sarm.engine.supervisor import is_supervised, supervise_this
@@ -134,7 +135,7 @@ def _guarded(
                 submit(started().script, arguments, config)
                 return
             if run is None or not is_supervised(run):
-                with kept(config, *before):
+                with kept(config, *before), _shown(config, is_server=is_server):
                     job(config)
                 return
         # A supervisor passes signals on, and the job answers them.
@@ -157,6 +158,15 @@ def _guarded(
         message, status = told
         print(f"error: {message}", file=sys.stderr)
         sys.exit(status)
+
+
+def _shown(config: Any, *, is_server: bool) -> contextlib.AbstractContextManager[None]:
+    """The display of a job that works on a folder; what libraries warn of lies beside that, since it is no stage's."""
+    run = getattr(config, "run", None)
+    # The cells of a sweep train side by side, and one display would show now this one and now that one.
+    if run is None or is_server or hasattr(config, "sweep"):
+        return contextlib.nullcontext()
+    return displayed(run.out.with_name(f".{run.out.name}.warnings.log"))
 
 
 def _told(error: Exception) -> tuple[str, int] | None:

