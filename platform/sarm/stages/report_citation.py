@@ -1,8 +1,8 @@
 """How a run's report is cited, read from what the run left: manifests, and the command that its evaluation noted."""
 
+import sys
 from collections.abc import Mapping
 
-from sarm import __version__
 from sarm.contracts.folders import Folders
 from sarm.contracts.manifest import CLAIM, MANIFEST, Manifest, sha256_of
 from sarm.contracts.untrusted import read_json
@@ -21,7 +21,8 @@ def citation_of(title: str, folders: Folders, manifests: Mapping[str, Manifest])
     return Citation(
         title=title,
         date=manifests["evaluation"].created[:10],
-        version=__version__,
+        # The package has been loaded, and an import of it from here would be a circle: its API runs stages.
+        version=sys.modules["sarm"].__version__,
         commits=tuple(dict.fromkeys(commit for commit in commits if commit != "unknown")),
         sources={
             told: ", ".join(map(str, manifests[name].config.get(key) or ()))
