@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from sarm.contracts.manifest import StageFolder, verify_files
 from sarm.engine import wandb as mirrors
 from sarm.engine.mlflow.tracker import Tracker
 from sarm.engine.mlflow.tracking import close_outboxes, untracked
+from sarm.engine.session import tracked_folder
 from sarm.settings.checks import UserError
 from sarm.settings.extras import MissingExtraError
 from sarm.settings.run import RunSettings
@@ -87,6 +89,21 @@ class Library(types.ModuleType):
         return self.runs[-1]
 
 
+@needs_library
+def test_a_job_whose_folder_is_a_stages_own_leaves_nothing_in_it(run: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    import wandb
+
+    with tracked_folder(folder := StageFolder(run.out, "figures/v1", {}), run) as own_run:
+        own_run.log_metrics({"accuracy": 0.5})
+        (run.out / "figures.json").write_text("{}")
+        manifest = folder.finish({})
+    wandb.teardown()
+    assert list(manifest.files) == ["figures.json"]
+    verify_files(run.out, manifest)
+    assert len(list(run.out.parent.glob("wandb/offline-run-*"))) == 1
+
+
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     stand_in = Library()
@@ -135,7 +152,7 @@ def test_the_librarys_own_files_have_the_metrics_the_settings_the_name_and_the_g
         raise RuntimeError("broken")
     tracker.parent.end("FINISHED")
     wandb.teardown()
-    files = sorted(run.out.glob(f"wandb/offline-run-*-{stage.run_id}/*.wandb"), key=lambda path: path.stat().st_mtime_ns)  # fmt: skip
+    files = sorted(run.out.parent.glob(f"wandb/offline-run-*-{stage.run_id}/*.wandb"), key=lambda path: path.stat().st_mtime_ns)  # fmt: skip
     parts = [list(records(path)) for path in files]
     assert [history(part) for part in parts] == [[{"sae/loss": 0.5, "sae/step": 1}, {"sae/loss": 0.25, "sae/step": 2}], [{"fvu": 0.125, "step": 0}]]  # fmt: skip
     axes = {one.metric.name: one.metric.step_metric for part in parts for one in part if one.HasField("metric")}
@@ -149,9 +166,9 @@ def test_the_librarys_own_files_have_the_metrics_the_settings_the_name_and_the_g
         assert told.host == ""
         assert [one.exit.exit_code for one in part if one.HasField("exit")] == [0]
         assert not any(one.HasField("environment") or one.HasField("output_raw") for one in part)
-    assert not list(run.out.glob("wandb/*/files/*")), "neither code, packages nor console"
+    assert not list(run.out.parent.glob("wandb/*/files/*")), "neither code, packages nor console"
     # The stage that failed logged nothing, and stands there as failed; the job's own run has no metrics.
-    others = [path for path in run.out.glob("wandb/offline-run-*/*.wandb") if stage.run_id not in path.name]
+    others = [path for path in run.out.parent.glob("wandb/offline-run-*/*.wandb") if stage.run_id not in path.name]
     (failed,) = [list(records(path)) for path in others]
     assert [one.exit.exit_code for one in failed if one.HasField("exit")] == [1]
 

@@ -32,7 +32,7 @@ class WandbRun:
     project: str
     settings: Mapping[str, Any]
     folder: Path
-    """Where the library keeps its files."""
+    """Where the library keeps its files, in a folder `wandb`."""
 
 
 # The open runs of this process, each with the metrics that have been given their axis; None: it cannot be had.

@@ -78,12 +78,7 @@ class Tracker:
             if self.parent.run_id != parent_run_id:
                 self._end_left(self._name_of(run.out), parent_run_id)
             if run.wandb:
-                # By its name alone runs of two folders could be one group.
-                group, project = f"{run_name} {self.parent.run_id[:8]}", run.experiment
-                mirror = wandb.WandbRun(
-                    self.parent.run_id, run_name, group, project, dict(params or {}), run.out.absolute()
-                )
-                self.parent = replace(self.parent, wandb=mirror)
+                self.parent = replace(self.parent, wandb=_mirror(run, run_name, self.parent.run_id, params or {}))
         except MlflowException as error:
             raise UserError(
                 f"MLflow at {self.uri} cannot be used: {str(error).splitlines()[0]} Pass another --mlflow-uri."
@@ -156,6 +151,20 @@ class Tracker:
                     raise
         _tag_list(self._client, found)
         return found.experiment_id
+
+
+def _mirror(run: RunSettings, name: str, run_id: str, params: Mapping[str, str]) -> wandb.WandbRun:
+    """The parent run in Weights & Biases, and its group."""
+    return wandb.WandbRun(
+        run_id=run_id,
+        name=name,
+        # By its name alone runs of two folders could be one group.
+        group=f"{name} {run_id[:8]}",
+        project=run.experiment,
+        settings=dict(params),
+        # Beside the folder: where that is a stage's own, its manifest has every file in it.
+        folder=run.out.parent.absolute(),
+    )
 
 
 def _tag_list(client: MlflowClient, experiment: Experiment) -> None:
