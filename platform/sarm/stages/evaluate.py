@@ -1,5 +1,6 @@
 """The evaluation stage: score held-out pairs on the cluster, then measure, attribute and collect contexts in this process."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
