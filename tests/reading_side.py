@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-EXTRAS = ("ray", "deepspeed", "mlflow", "datasets", "openai", "peft", "optuna", "starlette", "uvicorn", "prometheus_client", "accelerate", "gguf", "sentencepiece")  # fmt: skip
+EXTRAS = ("ray", "deepspeed", "mlflow", "datasets", "openai", "peft", "optuna", "wandb", "starlette", "uvicorn", "prometheus_client", "accelerate", "gguf", "sentencepiece")  # fmt: skip
 
 
 class Without(PathFinder):

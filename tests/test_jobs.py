@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from sarm.contracts.manifest import sha256_of
 from sarm.data.sources.tiny import CHAT_TEMPLATE, tiny_pairs
 
 RunJob = Callable[..., subprocess.CompletedProcess[str]]
@@ -39,6 +40,8 @@ def test_the_report_has_the_figures_that_a_reader_needs(finished: Path) -> None:
         "stage_seconds"
     ].keys()
     assert report["peak_rss_gb"] > 0.1
+    assert report["citation"]["command"].endswith(f"pipeline.py tiny --out {finished}")
+    assert report["citation"]["manifests"]["model"] == sha256_of(finished / "sarm" / "manifest.json")
     sources = re.findall(
         r"""(?:src|href|action|url)\s*[=(]\s*["']?([^"'\s)>]+)""", (finished / "report.html").read_text()
     )

@@ -32,7 +32,7 @@ FLOORS = (
 ROOMS = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 # The mathematics stands on its own: a model that was exported has its files alone.
 ALONE = {"nn"}
-EDGE_ONLY = {"ray", "deepspeed", "mlflow", "openai"}
+EDGE_ONLY = {"ray", "deepspeed", "mlflow", "openai", "wandb"}
 NN_LIBRARIES = {"torch", "transformers", "jaxtyping"}
 # What reads a checkpoint's files beside `transformers`, which reads them by the same library: no exported model needs it.
 SAFETENSORS_IN_NN = {"sarm.nn.layer_embeddings"}
@@ -151,6 +151,7 @@ def test_the_walk_sees_the_project():
         ("sarm.training.reward", "import deepspeed.comm"),
         ("sarm.data.sources.rows", "if True:\n    import ray"),
         ("sarm.data.sources.rows", "import importlib\nimportlib.import_module('mlflow')"),
+        ("sarm.report.report", "import wandb"),
         ("jobs.evaluate", "import openai"),
         ("jobs.evaluate", "from jobs import pipeline"),
         ("jobs.evaluate", "from pipeline import main"),

@@ -142,6 +142,28 @@ def test_experts_flags_are_shown_by_help_all_alone(run) -> None:
     assert len(short.splitlines()) < 0.5 * len(whole.splitlines())
 
 
+@pytest.mark.parametrize("name", ENTRIES)
+def test_flags_name_other_commands_as_whoever_asks_types_them(run, name) -> None:
+    command, first = command_of(ENTRIES[name].module), ENTRIES[name].first
+    # A command that stands for flags has the form that they choose.
+    forms = (
+        [()]
+        if "--inspect" in first
+        else [("demo",) if command.presets else (), *((flag, "x") for flags in command.other for flag in flags)]
+    )
+    for form in forms:
+        code, out, _ = run(name, *form, "--help-all")
+        assert code == 0
+        assert not re.search(r"(jobs|tune)/\w+\.py", out), form
+
+
+def test_a_script_names_scripts_and_the_program_commands(run) -> None:
+    script = [sys.executable, str(ROOT / "jobs" / "interpret.py"), "--help"]
+    out = subprocess.run(script, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "Folder that `jobs/collect_contexts.py` wrote." in out
+    assert "Folder that `sarm collect-contexts` wrote." in run("interpret", "--help")[1]
+
+
 def test_common_flags_are_settings_and_the_shown_settings_have_the_same_values() -> None:
     preset = PRESETS["demo"][1]
     kind, hidden = few(Pipeline)
@@ -215,6 +237,7 @@ def test_a_shell_completes_commands_and_flags(run, shell, tmp_path) -> None:
     assert code == 0
     for word in ("train-sarm", "feature-pages", "sae.k", "benchmarks"):
         assert word in script, word
+    assert not re.search(r"(jobs|tune)/\w+\.py", script)
     if shell == "bash":
         (tmp_path / "completion").write_text(script)
         assert completed(tmp_path / "completion", "sarm tr") == ["train-sae", "train-sarm"]

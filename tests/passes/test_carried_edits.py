@@ -24,13 +24,16 @@ from sarm.nn.modeling_sarm import SarmConfig, SarmForSequenceClassification
 from sarm.nn.pretrained import load_backbone
 from sarm.nn.splice import LatentEdit, Splice, edited
 from sarm.passes.models import BESIDE, hash_of_folder
+from sarm.report.render import TEMPLATES
 from sarm.serve.loading import load_service
+from sarm.settings.card import CardPage
 from sarm.settings.checks import UserError
 from sarm.settings.conversion import ConvertSarm
 from sarm.settings.push import Push
 from sarm.settings.serving import Serving
 from sarm.stages.convert_sarm import convert_sarm
 from sarm.stages.push import push
+from sarm.stages.serving import try_card
 
 CONVERSATIONS = [[*PROMPT, {"role": "assistant", "content": text}] for text in COMPLETIONS]
 
@@ -163,11 +166,53 @@ def test_the_server_scores_with_an_edit_and_says_that_it_is_another_model(folder
         answer = client.post("/v1/rewards", json=asked).json()
     given = [one["reward"] for one in answer["items"][0]["answers"]]
     assert given == pytest.approx(scores(folder, edit=edit), abs=1e-5)
+    assert listed(served) == [{"layer": 1, "features": 3, "of": "server"}, {"layer": 2, "features": 2, "of": "server"}]
     other = load_service(Serving(model=carried, threads=1))
     other.close()
+    assert listed(other) == [{**one, "of": "model"} for one in listed(served)]
     plain = load_service(Serving(model=folder, threads=1))
     plain.close()
+    assert listed(plain) == []
     assert len({served.about.identity, other.about.identity, plain.about.identity}) == 3
+
+
+def listed(service: Any) -> Any:
+    """What its server says of the edits inside its model."""
+    from starlette.testclient import TestClient
+
+    from sarm.serve.app import make_app
+
+    with TestClient(make_app(service)) as client:
+        return client.get("/v1/models").json()["data"][0]["feature_edits"]
+
+
+def test_the_page_to_try_a_model_with_an_edit_sums_the_edited_rewards_and_says_so(folder, edit, served, monkeypatch):
+    from starlette.testclient import TestClient
+
+    from sarm.serve.app import make_app
+
+    started: list[Serving] = []
+    monkeypatch.setattr("sarm.stages.serving.serve_until_ended", lambda settings, open_page: started.append(settings))
+    try_card(CardPage(model=folder, edit=edit, browser=False))
+    assert [(one.model, one.edit) for one in started] == [(folder, edit)]
+    with TestClient(make_app(served)) as client:
+        cards = [client.post("/v1/card", json={"messages": one}).json() for one in CONVERSATIONS]
+        model = client.get("/v1/models").json()["data"][0]
+    weights = [{one["id"]: one["weight"] for one in card["latents"]} for card in cards]
+    sums = [sum(own[latent] * value for latent, value in card["codes"][-1]) for own, card in zip(weights, cards, strict=True)]  # fmt: skip
+    assert sums == pytest.approx(scores(folder, edit=edit), abs=1e-4)
+    assert sums == pytest.approx([card["reward"] for card in cards], abs=1e-4)
+    if shutil.which("node") is None:
+        pytest.skip("what the page says of its model needs node")
+    said = [page_says(one) for one in (model, {**model, "feature_edits": []})]
+    assert said[0] == f"The model is {model['id']}. It is edited: features are changed inside its blocks (3 at layer 1, 2 at layer 2), and all rewards here are of the edited model."  # fmt: skip
+    assert said[1] == f"The model is {model['id']}."
+
+
+def page_says(model: dict[str, Any]) -> str:
+    script = Path(__file__).parents[1] / "serve" / "try_page_model.js"
+    command = ["node", str(script), str(TEMPLATES / "try.js"), json.dumps(model)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
 
 
 def test_a_model_is_pushed_with_its_edit_and_its_card_says_so(folder, edit, tmp_path):
@@ -204,6 +249,7 @@ def test_edits_of_another_model_layer_width_or_of_some_tokens_are_refused_in_one
         for refuse in (
             lambda other=other: model.edit(features=other),
             lambda other=other: load_service(Serving(model=folder, edit=other)),
+            lambda other=other: try_card(CardPage(model=folder, edit=other)),
             lambda other=other: push(Push(model=folder, edit=other, to=tmp_path / "to")),
         ):
             with pytest.raises(UserError, match=said) as error:

@@ -14,6 +14,7 @@ from rich.console import Console
 from sarm.contracts.tables import CONTEXTS_TABLE, FEATURES_TABLE
 from sarm.data.sources.shown_text import clean_text, escape_markdown
 from sarm.interpret.attribution import LatentShare, PairExplanation
+from sarm.report.citation import Citation
 from sarm.report.numbers import number, seconds, share, signed, span
 from sarm.report.report import (
     Report,
@@ -41,6 +42,19 @@ PAYLOADS = [
     "<\x00script>alert(1)</script>",
     "&lt;script&gt;&#x3c;script&#x3e;",
 ]
+
+
+def citation(text):
+    return Citation(
+        title=text,
+        date="2026-03-01",
+        version="1.2.3",
+        commits=("a" * 40, "b" * 40),
+        sources={"preferences": text},
+        seed=0,
+        manifests={"model": "c" * 64, "preferences": "d" * 64},
+        command=text,
+    )
 
 
 def report_with(text="plain text", **changes):
@@ -78,6 +92,7 @@ def report_with(text="plain text", **changes):
         "rejected_rows": {text: 3},
         "figures": {text: "<svg viewBox='0 0 1 1'><script>alert(1)</script></svg>"},
         "notes": [text],
+        "citation": citation(text),
         "ui_command": text,
     }
     return Report(**{**values, **changes})
@@ -87,12 +102,15 @@ class Elements(HTMLParser):
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
         self.elements, self.attributes, self.images = Counter(), Counter(), []
+        self.ids, self.links = [], []
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
         self.elements[tag] += 1
         self.attributes.update((tag, name) for name, _ in attrs)
         self.images += [value for name, value in attrs if name == "src"]
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.links += [value for name, value in attrs if name == "href"]
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -111,7 +129,8 @@ def test_page_asks_the_network_for_nothing_and_runs_nothing():
     html = to_html(report_with())
     parsed = Elements(html)
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in html
-    assert not parsed.elements.keys() & {"script", "link", "iframe", "object", "form", "a"}
+    assert not parsed.elements.keys() & {"script", "link", "iframe", "object", "form"}
+    assert all(link.startswith("#") for link in parsed.links)
     assert all(source.startswith("data:image/svg+xml;base64,") for source in parsed.images)
     assert "url(" not in html
     assert "@import" not in html
@@ -129,6 +148,50 @@ def test_headline_accuracy_stands_before_features_pairs_curves_and_details():
     marks = ["Held-out pairwise accuracy", "Features behind", "Pairs explained", "Curves and", ">Details<"]
     places = [html.index(mark) for mark in marks]
     assert places == sorted(places)
+
+
+def test_every_section_figure_and_table_has_an_anchor_of_its_own_that_stands_in_the_page():
+    svg = "<svg viewBox='0 0 1 1'></svg>"
+    html = to_html(report_with(figures={"Held-out accuracy": svg, "SAE training": svg}))
+    parsed = Elements(html)
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    assert set(parsed.links) <= {f"#{one}" for one in parsed.ids}
+    tables = ["pair-1", "table-stages", "table-subsets", "table-calibration", "table-refused"]
+    sections = ["features", "pairs", "figures", "details", "cite"]
+    assert {"accuracy", "key-figures", *sections, *tables, "figure-held-out-accuracy", "figure-sae-training"} == set(parsed.ids)  # fmt: skip
+    numbered = dict(re.findall(r'href="#([^"]+)">((?:Table|Figure) \d)</a>', html))
+    assert [numbered[anchor] for anchor in tables] == [f"Table {number}" for number in range(1, 6)]
+    assert [numbered["figure-held-out-accuracy"], numbered["figure-sae-training"]] == ["Figure 1", "Figure 2"]
+    # A figure that is missing moves numbers, and no anchor.
+    assert "figure-sae-training" in Elements(to_html(report_with(figures={"SAE training": svg}))).ids
+
+
+def test_a_report_says_how_it_is_cited_in_all_three_of_its_files():
+    report = report_with("run 1")
+    rows = report.citation.rows()
+    assert list(rows) == ["report", "evaluated (UTC)", "written by", "code", "preferences", "seed", "model: manifest (SHA-256)", "preferences: manifest (SHA-256)", "command"]  # fmt: skip
+    html, markdown, content = to_html(report), to_markdown(report), as_dict(report)
+    for text in ("2026-03-01", "sarm 1.2.3", "a" * 40, "c" * 64):
+        assert text in html
+        assert text in markdown
+        assert text in json.dumps(content["citation"])
+    assert content["citation"]["bibtex"] == (
+        "@misc{sarm-run-1-cccccccc,\n  title = {Reward model report: run 1},\n  year = {2026},\n  month = {03},\n"
+        f"  howpublished = {{sarm 1.2.3, code {'b' * 12}}},\n"
+        f"  note = {{SHA-256 of the manifests begins with: model {'c' * 16}, preferences {'d' * 16}}},\n}}"
+    )
+    assert f"<pre>{content['citation']['bibtex']}</pre>" in html
+    assert 'id="cite"' not in to_html(report_with(citation=None))
+
+
+@pytest.mark.parametrize("payload", [*PAYLOADS, "}\n}\n@misc{x, title={", r"\input{/etc/passwd} 100% #1 $x$ a_b ~^"])
+def test_no_title_leaves_its_field_of_the_bibtex_entry(payload):
+    entry = citation(payload).entry()
+    lines = entry.splitlines()
+    assert [line.partition(" = ")[0].strip() for line in lines[1:-1]] == ["title", "year", "month", "howpublished", "note"]  # fmt: skip
+    assert re.fullmatch(r"@misc\{[a-z0-9-]+,", lines[0])
+    assert entry.count("{") == entry.count("}")
+    assert not re.search(r"\\(?!textbackslash|textbrace|textascii|[#$%&_])", entry)
 
 
 def test_json_is_strict_and_has_the_headline_at_the_top():

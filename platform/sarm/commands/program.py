@@ -80,12 +80,16 @@ def _print_completion(arguments: Sequence[str]) -> None:
         sys.exit(2)
     import tyro
 
+    from sarm.stages.help_text import few
+
+    # Flags are told as to whoever uses the program.
+    note_command("completion", "")
     kinds: list[Any] = []
     for entry in ENTRIES.values():
         command = command_of(entry.module)
         # With these arguments a command is another, with other flags.
         kind = next((one for flags, one in command.other.items() if set(flags) & set(entry.first)), command).settings
-        kinds.append(Annotated[kind, tyro.conf.subcommand(entry.name)])
+        kinds.append(Annotated[few(kind, whole=True)[0], tyro.conf.subcommand(entry.name)])
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         tyro.cli(functools.reduce(operator.or_, kinds), prog="sarm", args=["--tyro-print-completion", arguments[0]])

@@ -20,6 +20,12 @@ from sarm.data.sources.shown_text import clean_text, escape_markdown
 from sarm.report.numbers import number, seconds, share, signed, span
 
 TEMPLATES = Path(__file__).parent / "templates"
+# What TeX would act on, and what keeps the braces of a field even.
+_TEX = {
+    **{character: f"\\{character}" for character in "#$%&_"},
+    **{"\\": r"\textbackslash{}", "{": r"\textbraceleft{}", "}": r"\textbraceright{}"},
+    **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+}
 HARM_NOTICE = "may contain harmful text"
 
 
@@ -97,11 +103,22 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def bibtex(kind: str, key: str, fields: Mapping[str, str]) -> str:
+    """A BibTeX entry whose values are text and no commands; `key` holds letters, digits and hyphens alone, empty fields are left out."""
+    lines = [f"  {name} = {{{_tex(value)}}}," for name, value in fields.items() if value]
+    return "\n".join([f"@{kind}{{{key},", *lines, "}"])
+
+
+def _tex(value: str) -> str:
+    return "".join(_TEX.get(character, character) for character in " ".join(clean_text(value).split()))
+
+
 def picture(caption: str, svg: str) -> dict[str, Any]:
     """An SVG as the source of an <img>: there it can run no script, and its ids do not meet those of other figures."""
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     return {
         "caption": caption,
+        "anchor": "figure-" + re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-"),
         "source": "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode(),
         "wide": size is not None and float(size[1]) > 2.5 * float(size[2]),
     }

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from sarm.contracts.manifest import write_atomically
 from sarm.data.sources.shown_text import clean_text
 from sarm.interpret.attribution import PairExplanation, mean_contribution
+from sarm.report.citation import Citation
 from sarm.report.numbers import number, seconds, share, signed, span
 from sarm.report.pages import Dots
 from sarm.report.render import cell, html, markdown, picture, table
@@ -77,6 +78,8 @@ class Report:
     """Caption -> SVG text, see `figures.as_svg`."""
     notes: Sequence[str] = ()
     """Sentences that a reader has to know, such as what was left out."""
+    citation: Citation | None = None
+    """How it is cited."""
     ui_command: str = ""
     """Command that opens the experiment tracker on this run."""
 
@@ -105,6 +108,8 @@ def as_dict(report: Report) -> dict[str, Any]:
     if taken := sorted({f.name for f in fields(Report)} & report.headline.keys()):
         raise ValueError(f"headline figures cannot be named like a section of the report, got {', '.join(taken)}")
     plain = {**asdict(report), "figures": list(report.figures)}
+    if report.citation is not None:
+        plain["citation"] |= {"bibtex": report.citation.entry()}
     headline = plain.pop("headline")
     content: dict[str, Any] = _clean({"title": plain.pop("title"), **headline, **plain})
     return content
@@ -126,6 +131,7 @@ def to_html(report: Report) -> str:
         report=content,
         tiles=_tiles(report),
         dots=_dots(content["accuracies"]),
+        cited=report.citation.rows() if report.citation else {},
         figures=[picture(caption, svg) for caption, svg in report.figures.items()],
     )
 
@@ -153,6 +159,7 @@ def to_markdown(report: Report) -> str:
     stages = [(row["stage"], seconds(row["seconds"]), row["figures"]) for row in r["stages"]]
     parts += _table("Stages", ("stage", "time", "figures"), stages)
     parts += _table("Rows refused", ("reason", "rows"), list(r["rejected_rows"].items()))
+    parts += _table("Cite this report", ("", ""), list(report.citation.rows().items()) if report.citation else [])
     return markdown(r["title"], r["facts"], r["notes"], parts)
 
 

@@ -279,6 +279,7 @@ def _models(service: Service) -> Callable[[Request], Any]:
     async def models(_: Request) -> Response:
         about = {**service.about.as_json(), "max_length": service.about.max_length, "variants": service.heads.names}
         about |= {"reward_mean": service.about.reward_mean, "reward_std": service.about.reward_std}
+        about |= {"feature_edits": service.about.feature_edits}
         return JSONResponse({"object": "list", "data": [{"id": service.about.name, "object": "model", **about}]})
 
     return models

@@ -5,12 +5,14 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
+from sarm.data.formats.feature_edit import load_edit
 from sarm.data.formats.sarm_folder import read_latents
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer
 from sarm.nn.protocol import PROTOCOL_VERSION
@@ -58,7 +60,7 @@ def load_service(settings: Serving, remote: Remote | None = None) -> Service:
 
     Raises UserError for a folder that is torn or holds no SARM, an edit of another head, a policy's tokenizer without a template.
     """
-    reader, identity = _reader(settings)
+    reader, identity, edits = _reader(settings)
     read_at = time.monotonic()
     policy = None
     if settings.policy_tokenizer is not None:
@@ -77,6 +79,7 @@ def load_service(settings: Serving, remote: Remote | None = None) -> Service:
         reward_std=std,
         penalty=config.penalty,
         max_length=chat.max_length,
+        feature_edits=edits,
     )
     engine = Engine(
         reader,
@@ -104,7 +107,7 @@ def load_service(settings: Serving, remote: Remote | None = None) -> Service:
     return service
 
 
-def _reader(settings: Serving) -> tuple[Reader, str]:
+def _reader(settings: Serving) -> tuple[Reader, str, tuple[dict[str, Any], ...]]:
     folder = settings.model
     own = sarm_settings(folder)
     spec = with_edit(sarm_spec(folder, dtype=settings.dtype), settings.edit)
@@ -115,7 +118,11 @@ def _reader(settings: Serving) -> tuple[Reader, str]:
     reader = Reader(folder, own, settings.dtype, budget, looks_unexplained=True, edit=edit)
     assert reader.chat is not None
     assert reader.model is not None
-    return reader, score_key(spec)
+    carried = [(one["layer"], len(one["edits"]), "model") for one in reader.model.config.feature_edits]
+    of = "server" if settings.edit else "model"
+    spliced = [(one.layer, len(one.edits), of) for one in load_edit(edit).splices] if edit else []
+    names = ("layer", "features", "of")
+    return reader, score_key(spec), tuple(dict(zip(names, one, strict=True)) for one in (*carried, *spliced))
 
 
 def load_watch(settings: Serving) -> WatchHost:

@@ -37,6 +37,8 @@ class About:
     penalty: float
     """The raw reward of an answer that was cut off, where such answers are penalised and no other is asked for."""
     max_length: int
+    feature_edits: tuple[dict[str, Any], ...] = ()
+    """`{layer, features, of}` of each edit of features inside the model: how many, and whether the `model` has it or the `server` was given it."""
 
     def as_json(self) -> dict[str, Any]:
         """What clients compare."""

@@ -50,6 +50,8 @@ class CardPage:
     """Serve the page, until Ctrl-C."""
     model: Path = field(metadata=READ)
     """SARM folder."""
+    edit: Path | None = field(default=None, metadata=READ)
+    """Folder of an edit of features inside the model, with which it is read. Unset: the folder `feature_edit` in the model's, if it is there."""
     contexts: Path | None = field(default=None, metadata=READ)
     """contexts/v1 folder whose terms name the features; unset: `contexts` beside the model if it is there, and of this model."""
     explanations: Path | None = field(default=None, metadata=READ)

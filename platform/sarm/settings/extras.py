@@ -9,7 +9,7 @@ from typing import Literal
 
 from sarm.settings.checks import UserError
 
-Extra = Literal["train", "serve", "judge", "lora", "optuna", "tensorboard"]
+Extra = Literal["train", "serve", "judge", "lora", "optuna", "tensorboard", "wandb"]
 
 LIBRARIES: dict[Extra, tuple[str, ...]] = {
     "train": ("ray", "deepspeed", "mlflow", "datasets", "accelerate", "gguf", "sentencepiece", "tqdm"),
@@ -18,6 +18,7 @@ LIBRARIES: dict[Extra, tuple[str, ...]] = {
     "lora": ("peft",),
     "optuna": ("optuna",),
     "tensorboard": ("tensorboardX",),
+    "wandb": ("wandb",),
 }
 """The modules that each extra brings and the reading side does without."""
 _WORK = {
@@ -27,6 +28,7 @@ _WORK = {
     "lora": "training by adapters",
     "optuna": "a search by Optuna",
     "tensorboard": "logging to TensorBoard",
+    "wandb": "logging to Weights & Biases",
 }
 
 

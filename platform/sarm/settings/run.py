@@ -68,6 +68,8 @@ class RunSettings:
     """How reward models are registered in MLflow: `reference` names the folder, which has to stay; `copy` copies it; `none` registers none."""
     tensorboard: bool = field(default=False, metadata=OPERATIONAL)
     """Write metrics to `OUT/tensorboard` too, as event files: `tensorboard --logdir OUT/tensorboard`."""
+    wandb: bool = field(default=False, metadata=OPERATIONAL)
+    """Send metrics to Weights & Biases too: its project is `experiment`. With `WANDB_MODE=offline` they wait in `wandb` beside `out`."""
     ray_address: str = field(default="", metadata=OPERATIONAL)
     """Ray cluster to join (`auto`, `HOST:PORT`). Empty: the cluster of the submitted job, else a local one."""
     num_workers: int = field(default=0, metadata=OPERATIONAL)

@@ -23,6 +23,7 @@ from sarm.data.sources.prepare import NEAR_DUPLICATES
 from sarm.data.store.blocks import plan_blocks
 from sarm.data.store.pairs import PAIR_COLUMNS, of_split
 from sarm.data.store.parts import read_counts, read_parts
+from sarm.engine.mlflow import run_card
 from sarm.engine.mlflow.tracking import StageRun
 from sarm.engine.passes import Pass
 from sarm.engine.ray.block_actor import Output
@@ -58,7 +59,12 @@ def evaluate(session: Session, extraction: ExtractionSettings, evaluation: Evalu
     folders = session.folders
     there = [name for name in BASELINES if (folders.out / name).exists()]
     folder = plan.evaluation(folders, evaluation, session.run.seed, there).open()
-    body = functools.partial(_measure, session, extraction, evaluation, folder.folder)
+
+    def body(child: StageRun) -> Mapping[str, Any]:
+        # Which command made it: later ones find it done, and write the same report.
+        folder.note(command=run_card.origin().get("command", ""))
+        return _measure(session, extraction, evaluation, folder.folder, child)
+
     return session.stage("evaluate", folder, body, resume=True)
 
 

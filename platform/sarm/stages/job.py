@@ -266,7 +266,7 @@ def _parse_flags(config_type: type, flags: Sequence[str], prog: str, description
 def _print_help(config_type: type, prog: str, description: str, *, whole: bool, **default: Any) -> NoReturn:
     """Print what the job does, with its examples, then its flags by group: the common ones, or all of them; exits with status 0."""
     print(f"{description}\n")
-    kind, hidden = (config_type, 0) if whole else few(config_type)
+    kind, hidden = few(config_type, whole=whole)
     default = {name: like(value, kind) for name, value in default.items()}
     with contextlib.suppress(SystemExit):
         tyro.cli(kind, args=["--help"], prog=prog, description=" ", **default)

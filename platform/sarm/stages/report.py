@@ -23,6 +23,7 @@ from sarm.report import figures
 from sarm.report.dictionary_note import dictionary_note_of
 from sarm.report.report import Report, ReportFiles, as_dict, describe_features, describe_pair, write_report
 from sarm.settings.evaluation import EvaluationSettings
+from sarm.stages.report_citation import citation_of
 from sarm.stages.report_notes import NAMES, name_of, notes_of
 
 # Metrics of the parent run, and whose accuracy each is.
@@ -84,6 +85,7 @@ def report(session: Session, title: str, evaluation: EvaluationSettings) -> tupl
         rejected_rows=_rejected(manifests),
         figures={caption: figures.as_svg(figure) for caption, figure in pictures.items()},
         notes=[*notes_of(metrics), *dictionary_note_of(folders.sarm)],
+        citation=citation_of(title, folders, manifests),
         ui_command=ui_command(session.tracker.uri, session.tracker.experiment_id),
     )
     files = write_report(content, folders.out)

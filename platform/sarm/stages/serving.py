@@ -47,7 +47,11 @@ def serve(settings: Serving) -> None:
 def try_card(settings: CardPage) -> None:
     """Serve a model on this machine alone, for the page on which it is tried. Raises UserError as `serve`."""
     serving = Serving(
-        model=settings.model, port=settings.port, contexts=settings.contexts, explanations=settings.explanations
+        model=settings.model,
+        edit=settings.edit,
+        port=settings.port,
+        contexts=settings.contexts,
+        explanations=settings.explanations,
     )
     serve_until_ended(serving, open_page=open_page if settings.browser else None)
 

@@ -18,6 +18,7 @@ from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
+from sarm.engine import wandb
 from sarm.engine.mlflow import run_card, run_list
 from sarm.engine.mlflow.mlflow_calls import is_away, patiently
 from sarm.engine.mlflow.moved_database import PLACE_TAG, artifacts_of, database_of, follow
@@ -59,6 +60,8 @@ class Tracker:
         self._events = (run.out / "tensorboard").absolute() if run.tensorboard else None
         if run.tensorboard:
             need("tensorboard")
+        if run.wandb:
+            wandb.check()
         run.out.parent.mkdir(parents=True, exist_ok=True)
         _prepare()
         try:
@@ -74,6 +77,8 @@ class Tracker:
             )
             if self.parent.run_id != parent_run_id:
                 self._end_left(self._name_of(run.out), parent_run_id)
+            if run.wandb:
+                self.parent = replace(self.parent, wandb=_mirror(run, run_name, self.parent.run_id, params or {}))
         except MlflowException as error:
             raise UserError(
                 f"MLflow at {self.uri} cannot be used: {str(error).splitlines()[0]} Pass another --mlflow-uri."
@@ -86,6 +91,8 @@ class Tracker:
         child = patiently(self.uri, lambda: self._run(name, run_id, tags))
         if self._events is not None:
             child = replace(child, events=self._events / re.sub(r"\W+", "-", name.lower()).strip("-"))
+        if (group := self.parent.wandb) is not None:
+            child = replace(child, wandb=replace(group, run_id=child.run_id, name=name, settings=dict(params)))
         child.log_params(params)
         try:
             yield child
@@ -144,6 +151,20 @@ class Tracker:
                     raise
         _tag_list(self._client, found)
         return found.experiment_id
+
+
+def _mirror(run: RunSettings, name: str, run_id: str, params: Mapping[str, str]) -> wandb.WandbRun:
+    """The parent run in Weights & Biases, and its group."""
+    return wandb.WandbRun(
+        run_id=run_id,
+        name=name,
+        # By its name alone runs of two folders could be one group.
+        group=f"{name} {run_id[:8]}",
+        project=run.experiment,
+        settings=dict(params),
+        # Beside the folder: where that is a stage's own, its manifest has every file in it.
+        folder=run.out.parent.absolute(),
+    )
 
 
 def _tag_list(client: MlflowClient, experiment: Experiment) -> None:

@@ -28,6 +28,7 @@ PARENT_RUN = "mlflow.parentRunId"
 
 if TYPE_CHECKING:
     from sarm.engine.mlflow.outbox import Outbox
+    from sarm.engine.wandb import WandbRun
 
 _MAX_PARAM_LENGTH = 6000
 _OUTBOX = ".mlflow-outbox"
@@ -42,6 +43,8 @@ class StageRun:
     outbox: Path
     events: Path | None = None
     """Folder of TensorBoard's files of this run; None: it is not asked for."""
+    wandb: "WandbRun | None" = None
+    """What mirrors this run in Weights & Biases; None: it is not asked for."""
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0, series: str | None = None) -> None:
         """Log finite numbers; others are left out, since MLflow would store an infinity as a huge number.
@@ -55,6 +58,10 @@ class StageRun:
             from sarm.engine.tensorboard import log
 
             log(self.events, finite, step, goes_on=series is not None)
+        if self.wandb is not None:
+            from sarm.engine import wandb
+
+            wandb.log(self.wandb, finite, step, series)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters that the run does not have yet: MLflow's cannot change, and a restarted run logs the same again."""
@@ -114,6 +121,10 @@ class StageRun:
         self.flush()
         if (events := sys.modules.get("sarm.engine.tensorboard")) is not None:
             events.close_all()
+        if self.wandb is not None:
+            from sarm.engine import wandb
+
+            wandb.end(self.wandb, failed=status != "FINISHED")
 
     def _log(self, kind: str, **content: Any) -> None:
         """Log something that a reader may look for at once: waits for MLflow, unless it is away."""
@@ -157,12 +168,13 @@ class NotTracked(StageRun):
 def untracked(run: RunSettings) -> NotTracked | None:
     """What takes the place of a run where MLflow is not installed, once that is said; None where it is.
 
-    Raises MissingExtraError if the job names an MLflow of its own.
+    Raises MissingExtraError if the job names an MLflow of its own, or asks for what is kept beside MLflow.
     """
     if is_installed("mlflow"):
         return None
-    if run.mlflow_uri:
-        raise MissingExtraError(f"--mlflow-uri {run.mlflow_uri}: {said_of('train', 'mlflow')}")
+    flags = {f"--mlflow-uri {run.mlflow_uri}": run.mlflow_uri, "--tensorboard": run.tensorboard, "--wandb": run.wandb}
+    if asked := [flag for flag, is_asked in flags.items() if is_asked]:
+        raise MissingExtraError(f"{asked[0]}: {said_of('train', 'mlflow')}")
     say("MLflow is not installed (pip install 'sarm[train]'): this run is kept in its folder alone")
     return NotTracked()
 
@@ -171,6 +183,8 @@ def close_outboxes() -> None:
     """Wait for MLflow to have what this process logged, if it logged anything; says where the rest lies if MLflow is away."""
     if (events := sys.modules.get("sarm.engine.tensorboard")) is not None:
         events.close_all()
+    if (mirrors := sys.modules.get("sarm.engine.wandb")) is not None:
+        mirrors.close_all()
     if (outbox := sys.modules.get("sarm.engine.mlflow.outbox")) is not None:
         outbox.close_all()
 

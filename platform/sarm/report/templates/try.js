@@ -50,7 +50,8 @@
     try {
       model = (await ask("v1/models")).data[0];
       find("access").hidden = true;
-      find("model").textContent = clean("The model is " + model.id + ".");
+      const edits = model.feature_edits.map((one) => one.features + " at layer " + one.layer).join(", ");
+      find("model").textContent = clean("The model is " + model.id + "." + (edits ? " It is edited: features are changed inside its blocks (" + edits + "), and all rewards here are of the edited model." : ""));
       find("path").textContent = clean("POST " + path());
       fail("");
     } catch (error) {
@@ -211,7 +212,8 @@
     find("no-edit").hidden = edits.size > 0;
     const weights = [...edits].map(([latent, after]) => ({ latent, before: base.get(latent), after }));
     find("json").value = JSON.stringify({ name: find("name").value, weights });
-    find("python").value = "sarm.load(" + JSON.stringify(model.id) + ").edit({" + [...edits].map(([latent, after]) => latent + ": " + after).join(", ") + "})";
+    const inside = model.feature_edits.some((one) => one.of === "server") ? ".edit(features=\"FOLDER\")" : "";
+    find("python").value = "sarm.load(" + JSON.stringify(model.id) + ")" + inside + ".edit({" + [...edits].map(([latent, after]) => latent + ": " + after).join(", ") + "})";
     find("posted").textContent = "";
   };
 
