@@ -155,19 +155,24 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run_in_kernel(name: str, folder: Path) -> dict[str, Any]:
-    """The notebook as Jupyter runs it in `folder`, with what it printed there. Raises nbclient's error for a cell that fails."""
+    """The notebook as Jupyter runs it in `folder`, with what it printed there. Raises nbclient's error for a cell or a program that fails."""
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    sources = [cell["source"] for cell in notebook["cells"]]
+    for cell in notebook["cells"]:
+        # Jupyter goes on after a program that failed.
+        cell["source"] = re.sub(
+            r"^(!.+)$", r"\1\nassert not _exit_code, _exit_code", cell["source"], flags=re.MULTILINE
+        )
     NotebookClient(notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute(env=environment(folder))  # fmt: skip
+    for cell, source in zip(notebook["cells"], sources, strict=True):
+        cell["source"] = source
     done: dict[str, Any] = json.loads(nbformat.writes(notebook))
     for cell in code_of(done):
         text = _plain("".join(map(_text, cell["outputs"])), folder)
         cell["outputs"] = [{"name": "stdout", "output_type": "stream", "text": text.splitlines(keepends=True)}] if text else []  # fmt: skip
-        # Jupyter goes on after a program that failed.
-        if re.search(r"^(?:error: |Traceback)", text, re.MULTILINE) and "|| true" not in "".join(cell["source"]):
-            raise RuntimeError(f"{name}: {''.join(cell['source'])}\n{text}")
         cell["execution_count"] = None
         cell["metadata"].pop("execution", None)
     done["metadata"] = {**read(name)["metadata"], KEPT_ON: processor()}
@@ -202,9 +207,11 @@ def main() -> None:
         os.chdir(settings.folder)
         run_plainly(settings.only[0])
         return
-    settings.folder.mkdir(parents=True, exist_ok=True)
+    # Programs are found in it from wherever a cell is.
+    folder = settings.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     for name in settings.only:
-        done = run_in_kernel(name, settings.folder)
+        done = run_in_kernel(name, folder)
         others = faults(name, [printed(cell) for cell in code_of(done)])
         print(f"{name}: {'runs' if settings.keep else 'as it was kept' if not others else 'differs'}")
         if settings.keep:

@@ -87,7 +87,7 @@ def test_time_left_is_reckoned_where_the_line_does_not_say_it() -> None:
 
 @pytest.mark.parametrize(("more", "wanted"), [
     ({}, True), ({"TERM": "dumb"}, False), ({"TERM": ""}, True), ({"CI": "true"}, False), ({"NO_COLOR": "1"}, True),
-    ({"SARM_SUPERVISED": "1"}, False),
+    ({"SARM_SUPERVISED": "1"}, False), ({"JPY_PARENT_PID": "7"}, False),
 ])  # fmt: skip
 def test_a_display_is_for_terminals_that_somebody_watches(more: dict[str, str], wanted: bool) -> None:
     with opened(80) as pty, os.fdopen(os.dup(pty.inner), "w") as stream:
@@ -106,7 +106,7 @@ def test_a_submitted_job_has_none(monkeypatch) -> None:
 def terminal(monkeypatch) -> Iterator[Pty]:
     """A pseudo-terminal of 80 columns, in an environment that has nothing against a display."""
     with opened(80) as pty:
-        for name in ("CI", "NO_COLOR", "SARM_SUPERVISED"):
+        for name in ("CI", "NO_COLOR", "SARM_SUPERVISED", "JPY_PARENT_PID"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("TERM", "xterm-256color")
         yield pty

@@ -32,15 +32,18 @@ _SECONDS_TO_CLOSE = 1.0
 _FEW_ROWS = 6
 _ERASE = "\r\x1b[J"
 _SIGNS = "━─…"
+# A job has these where what looks like its terminal is none: on a build server, under a supervisor, in a notebook.
+_NO_TERMINAL = ("CI", SUPERVISED, "JPY_PARENT_PID")
 _active: "Display | None" = None
 
 
 def is_wanted(stream: TextIO, environment: Mapping[str, str]) -> bool:
     """Whether somebody watches the stream in a terminal that can redraw a line.
 
-    A build server (`CI`) keeps what would be redrawn. A supervisor copies what its job writes to stderr past the display.
+    A build server (`CI`) and a notebook, whose `!` is a terminal to the job, keep what would be redrawn. A supervisor copies what its job writes
+    to stderr past the display.
     """
-    if environment.get("TERM", "dumb") == "dumb" or environment.get("CI") or environment.get(SUPERVISED):
+    if environment.get("TERM", "dumb") == "dumb" or any(environment.get(name) for name in _NO_TERMINAL):
         return False
     return stream.isatty() and not submitted_as()
 
