@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sarm.contracts.passes import Spelled
-from sarm.data.formats.reward_classes import read_behind
+from sarm.data.formats.reward_classes import is_attached, read_behind
 from sarm.data.sources.conversations import ConversationError, Message, check_messages
 from sarm.data.tokens.control_tokens import ControlTokens, Encoded, Rendered, Span
 from sarm.data.tokens.opening import opening_of
@@ -287,10 +287,13 @@ def load_chat_tokenizer(model: ModelSettings, folder: str | Path) -> ChatTokeniz
 
 def load_tokenizer(model: ModelSettings, folder: str | Path) -> Any:
     """The tokenizer alone, with a chat template or without. Raises UserError if there is none."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PretrainedConfig
 
     of_gguf = {"gguf_file": model.gguf_file} if model.gguf_file else {}
-    source = {"revision": model.revision, "trust_remote_code": False, **of_gguf}
+    source: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False, **of_gguf}
+    if is_attached(Path(folder)):
+        # `transformers` would warn that it does not know this type of model, and take an empty config.
+        source["config"] = PretrainedConfig()
     try:
         return AutoTokenizer.from_pretrained(str(folder), **source)
     # A tokenizer's files are read by its own class, which raises what it likes.
