@@ -13,7 +13,7 @@ import psutil
 from tests.ray_head import RAY, Head
 
 
-def until(what: Callable[[], object], seconds: float = 200) -> None:
+def until(what: Callable[[], object], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline

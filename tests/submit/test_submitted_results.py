@@ -18,7 +18,7 @@ def submit(head: Head, *command: str) -> subprocess.CompletedProcess[str]:
     """`ray job submit` as the README writes it, with this Python."""
     line = [RAY, "job", "submit", "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml", "--", *command]
     return subprocess.run(
-        line, cwd=ROOT, capture_output=True, text=True, env=head.environment, timeout=280, check=False
+        line, cwd=ROOT, capture_output=True, text=True, env=head.environment, timeout=800, check=False
     )
 
 
