@@ -63,7 +63,7 @@ def main() -> None:
         return
     if not (arguments.run / "sae" / "manifest.json").exists():
         raise SystemExit(f"no finished run in {arguments.run}. Run make demo, or pass --run FOLDER --preset NAME.")
-    config = PRESETS[arguments.preset][1]
+    config = fitted(PRESETS[arguments.preset][1], this_machine()).config
     chat = load_chat_tokenizer(config.model, model_folder(config.model))
     train, heldout = (list(prompt_groups(load_pairs(arguments.run / "pairs", split), chat)) for split in ("train", "heldout"))  # fmt: skip
     prompts = [group.prompt_id for group in heldout for _ in group.pairs]
@@ -175,7 +175,7 @@ def margins_of(
     known = OUT / "pair_weights" / f"{preset}-{rule}-{seed}.npy"
     if known.exists():
         return np.load(known)
-    config = PRESETS[preset][1]
+    config = fitted(PRESETS[preset][1], this_machine()).config
     reward = replace(config.reward, pair_weights=rule)
     model = build_model(config.model, model_folder(config.model), run / "sae", chat, reward, seed)
     if reward.head_init == "probe":
