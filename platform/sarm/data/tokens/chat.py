@@ -289,13 +289,11 @@ def load_tokenizer(model: ModelSettings, folder: str | Path) -> Any:
     """The tokenizer alone, with a chat template or without. Raises UserError if there is none."""
     from transformers import AutoTokenizer, PretrainedConfig
 
-    of_gguf = {"gguf_file": model.gguf_file} if model.gguf_file else {}
-    source: dict[str, Any] = {"revision": model.revision, "trust_remote_code": False, **of_gguf}
-    if is_attached(Path(folder)):
-        # `transformers` would warn that it does not know this type of model, and take an empty config.
-        source["config"] = PretrainedConfig()
+    more: dict[str, Any] = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    # `transformers` would warn that it does not know this type of model, and take an empty config.
+    more |= {"config": PretrainedConfig()} if is_attached(Path(folder)) else {}
     try:
-        return AutoTokenizer.from_pretrained(str(folder), **source)
+        return AutoTokenizer.from_pretrained(str(folder), revision=model.revision, trust_remote_code=False, **more)
     # A tokenizer's files are read by its own class, which raises what it likes.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
