@@ -26,10 +26,6 @@ def _modules_with_shapes() -> list[str]:
     return ["sarm.nn", *sorted(".".join(("sarm", *path.with_suffix("").parts)) for path in kept)]
 
 
-# Of clusters that tests start themselves, as of those that jobs start: a busy machine needs longer than Ray waits for its own processes.
-os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
-os.environ.setdefault("RAY_worker_register_timeout_seconds", "180")
-
 # Before anything imports sarm: the hook rewrites modules as they load.
 install_import_hook(_modules_with_shapes(), "tests.checked.checked")
 
@@ -40,9 +36,14 @@ from tests.canaries import CANARIES  # noqa: E402
 
 from sarm.data.sources.tiny import tiny_model  # noqa: E402
 from sarm.data.tokens.chat import ChatTokenizer, load_chat_tokenizer  # noqa: E402
+from sarm.engine.ray.cluster import PATIENCE  # noqa: E402
 from sarm.settings.jobs import Pipeline  # noqa: E402
 from sarm.settings.model import ModelSettings  # noqa: E402
 from sarm.settings.presets import PRESETS  # noqa: E402
+
+# Of clusters that tests start themselves, as of those that jobs start.
+for _name, _value in PATIENCE.items():
+    os.environ.setdefault(f"RAY_{_name}", str(_value))
 
 # No deadline: a loaded machine is not a bug. The same examples every time: a failure can be repeated.
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)

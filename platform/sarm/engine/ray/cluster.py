@@ -28,9 +28,9 @@ from sarm.settings.run import RunSettings
 _SPARE_SLOTS = 2
 _LOCAL_OBJECT_STORE = 1024**3
 _SECONDS_BETWEEN_TRIES = 2.0
-# On a busy machine Python needs longer to import Ray than Ray waits: a node ends when its agent has not spoken after 30 s, and kills workers
-# that have not after 60 s, again and again.
-_PATIENCE = {"agent_register_timeout_ms": 300_000, "worker_register_timeout_seconds": 180}
+PATIENCE = {"agent_register_timeout_ms": 300_000, "worker_register_timeout_seconds": 180}
+"""Settings of Ray. On a busy machine Python needs longer to import Ray than Ray waits: by default a node ends when its agent has not spoken
+after 30 s, and kills workers that have not after 60 s, again and again."""
 # A node may have to unpack the working directory first.
 _SECONDS_OF_A_LOOK = 120.0
 # With these set, Ray Data runs code out of Parquet files (CVE-2026-41486).
@@ -76,7 +76,7 @@ def _start(folder: str | None) -> None:
         include_dashboard=False,
         runtime_env={"worker_process_setup_hook": prepare_worker},
         # Ray's default of 15 would let every other process here come first, and a torch operation waits for its slowest thread.
-        _system_config={"worker_niceness": 0, **_PATIENCE},
+        _system_config={"worker_niceness": 0, **PATIENCE},
         _temp_dir=folder,
         logging_level=logging.WARNING,
     )
